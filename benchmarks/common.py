@@ -1,0 +1,102 @@
+"""What every benchmark shares: rows that survive a stop, targets, and the JSON object at the end."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nas.session import package_versions
+
+RESULTS = Path(__file__).parent / "results"
+RUNS = Path("runs") / "benchmarks"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise and what was measured. `met` follows from the two and the direction."""
+
+    id: str
+    what: str
+    target: float
+    measured: float
+    at_most: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        met = self.measured <= self.target if self.at_most else self.measured >= self.target
+        return {**asdict(self), "met": met}
+
+
+class Benchmark:
+    """Parses the command line and keeps rows in runs/benchmarks/NAME[-quick]/rows.json as they finish.
+
+    The same command goes on after a stop; `--fresh` starts again.
+    """
+
+    def __init__(self, name: str, description: str) -> None:
+        parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+        parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; nothing is kept as a result")
+        parser.add_argument("--json", action="store_true", help="print the JSON object alone")
+        parser.add_argument("--fresh", action="store_true", help="forget the rows of an earlier run")
+        parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes for independent work")
+        options = parser.parse_args()
+        self.name = name
+        self.quick: bool = options.quick
+        self.processes: int = options.processes
+        self._json: bool = options.json
+        self.folder = (RUNS / (name + ("-quick" if self.quick else ""))).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._path = self.folder / "rows.json"
+        if options.fresh:
+            self._path.unlink(missing_ok=True)
+        self._rows: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def row(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The row of this key: kept from an earlier run, or measured now and kept."""
+        if key not in self._rows:
+            self._rows[key] = {"row": key, **measure()}
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._rows, indent=1))
+            os.replace(partial, self._path)
+            self.say(json.dumps({k: v for k, v in self._rows[key].items() if k != "replicates"}))
+        return self._rows[key]
+
+    def has(self, key: str) -> bool:
+        """Whether an earlier run has kept this row."""
+        return key in self._rows
+
+    def say(self, text: str) -> None:
+        """Progress for people."""
+        if not self._json:
+            print(text, file=sys.stderr, flush=True)
+
+    def finish(self, targets: Sequence[Target], keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
+        """Prints the JSON object; a full run's is kept in benchmarks/results. `keep` leaves bulky rows out of it."""
+        shown = [{k: v for k, v in row.items() if k != "replicates"} for row in self._rows.values() if keep(row)]
+        result = {
+            "name": self.name,
+            "date": datetime.date.today().isoformat(),
+            "device": device(),
+            "versions": package_versions(),
+            "rows": shown,
+            "targets": [target.to_json() for target in targets],
+        }
+        text = json.dumps(result, indent=1)
+        if not self.quick:
+            (RESULTS / f"{self.name}.json").write_text(text + "\n")
+        print(text)
+
+
+def device() -> str:
+    """In words: what the numbers were measured on."""
+    import torch
+
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} cores of {platform.machine()}, {accelerator}"

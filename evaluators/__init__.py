@@ -1,0 +1,1 @@
+"""How good a schedule is: images, features, distances and the sampler that makes what they compare."""

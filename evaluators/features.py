@@ -1,0 +1,203 @@
+"""Feature extractors for distribution distances, each with a name and a hash that every score carries."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from nas.contracts import ImageSet, Progress, UserError, derive_seed
+
+
+class LoadedFeatures(Protocol):
+    label: str
+    """For people: which extractor, with a few digits of its hash."""
+    distance: str
+    """What the Frechet distance on these features may be called: "FID" for Inception alone, else "FD"."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (n, channels, height, width) in [-1, 1] to features (n, d), float32, on the images' device."""
+
+
+class Features(Protocol):
+    """Recipe of an extractor."""
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def prepare(self, images: ImageSet, folder: Path, seed: int, device: str) -> Iterator[Progress]: ...
+
+    def load(self, folder: Path, device: torch.device) -> LoadedFeatures: ...
+
+
+@dataclass(frozen=True)
+class SmallClassifier:
+    """A small CNN trained on the study's own images: on their labels, or where there are none, on telling by how many
+    quarter turns an image was rotated. Features are its last hidden layer, `dimensions` tanh units.
+
+    It judges what matters in these images, and its distance is comparable within one run folder only. It is no FID.
+    """
+
+    dimensions: int = 64
+    channels: int = 32
+    steps: int = 400
+    batch: int = 128
+    learning_rate: float = 2e-3
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "SmallClassifier", **self.__dict__}
+
+    def prepare(self, images: ImageSet, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        path = self._path(folder)
+        if path.exists():
+            return
+        pixels = torch.from_numpy(images.pixels).to(device)
+        labels = None if images.labels is None else torch.from_numpy(images.labels).to(device)
+        rotations = 4 if pixels.shape[2] == pixels.shape[3] else 2
+        classes = rotations if labels is None else int(labels.max()) + 1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "features", "weights"))
+            net = _Classifier(pixels.shape[1], self.channels, self.dimensions, classes).to(device)
+        adam = torch.optim.Adam(net.parameters(), lr=self.learning_rate)
+        for step in range(self.steps):
+            generator = torch.Generator().manual_seed(derive_seed(seed, step, "features"))
+            chosen = torch.randint(len(pixels), (self.batch,), generator=generator).to(device)
+            x = pixels[chosen]
+            if labels is None:
+                target = torch.randint(rotations, (self.batch,), generator=generator).to(device)
+                x = _rotated(x, target * (4 // rotations))
+            else:
+                target = labels[chosen]
+            logits = net.head(net(x))
+            loss = nn.functional.cross_entropy(logits, target)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            accuracy = float((logits.argmax(1) == target).float().mean())
+            yield Progress("features", step + 1, self.steps, {"loss": loss.item(), "accuracy": accuracy})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        metadata = {"in_channels": str(pixels.shape[1]), "classes": str(classes), "images": images.digest}
+        save_file(net.state_dict(), partial, metadata)
+        os.replace(partial, path)
+
+    def load(self, folder: Path, device: torch.device) -> LoadedFeatures:
+        path = self._path(folder)
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                metadata = file.metadata()
+                state = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read ({error}); delete it, and `nas run` trains it again") from error
+        net = _Classifier(int(metadata["in_channels"]), self.channels, self.dimensions, int(metadata["classes"])).to(device)
+        net.load_state_dict(state)
+        return _Extractor(net.eval(), f"small classifier {_digest(path)}", "FD")
+
+    def _path(self, folder: Path) -> Path:
+        return folder / "features" / "classifier.safetensors"
+
+
+@dataclass(frozen=True)
+class ExternalFeatures:
+    """Any extractor from a local TorchScript (`.pt`) or exported program (`.pt2`) file; the way to bring Inception-v3.
+
+    `name`: what scores call it; the distance on features named "inception-v3" is called FID, any other FD.
+    `value_range`: what the file expects, "signed" for [-1, 1], "unit" for [0, 1], "bytes" for uint8 0..255.
+    `size`: images are resized to this side first (bilinear, antialiased), where given. Grey images are repeated to RGB
+    where `rgb`. The output, or its first entry, is flattened to (n, d).
+    """
+
+    path: str
+    name: str
+    value_range: Literal["signed", "unit", "bytes"] = "signed"
+    size: int | None = None
+    rgb: bool = True
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "ExternalFeatures", "name": self.name, "hash": _digest(self._file()), "value_range": self.value_range, "size": self.size}
+
+    def prepare(self, images: ImageSet, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        self._file()
+        yield from ()
+
+    def load(self, folder: Path, device: torch.device) -> LoadedFeatures:
+        path = self._file()
+        net: Any
+        try:
+            net = torch.export.load(path).module().to(device) if path.suffix == ".pt2" else torch.jit.load(path, map_location=device).eval()
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{path} is neither a TorchScript nor an exported program file ({reason})") from error
+        return _Extractor(net, f"{self.name} {_digest(path)}", "FID" if self.name == "inception-v3" else "FD", self._preprocessed)
+
+    def _preprocessed(self, images: torch.Tensor) -> torch.Tensor:
+        if self.rgb and images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        if self.size:
+            images = nn.functional.interpolate(images, size=(self.size, self.size), mode="bilinear", antialias=True)
+        if self.value_range == "signed":
+            return images
+        unit = (images.clamp(-1, 1) + 1) / 2
+        return unit if self.value_range == "unit" else (unit * 255).round().to(torch.uint8)
+
+    def _file(self) -> Path:
+        path = Path(self.path)
+        if not path.is_file():
+            raise UserError(f"feature extractor {path} does not exist; give the path of a local .pt or .pt2 file")
+        return path
+
+
+class _Classifier(nn.Module):
+    def __init__(self, in_channels: int, channels: int, dimensions: int, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(2 * channels, 2 * channels, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(8 * channels, dimensions),
+            nn.Tanh(),
+        )
+        self.head = nn.Linear(dimensions, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.body(images)
+        return features
+
+
+class _Extractor:
+    def __init__(self, net: Any, label: str, distance: str, preprocess: Any = None) -> None:
+        self.label = label
+        self.distance = distance
+        self._net = net
+        self._preprocess = preprocess or (lambda images: images)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            output = self._net(self._preprocess(images))
+            features: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
+            return features.flatten(1).float()
+
+
+def _rotated(images: torch.Tensor, quarter_turns: torch.Tensor) -> torch.Tensor:
+    rotated = images.clone()
+    for turns in (1, 2, 3):
+        chosen = quarter_turns == turns
+        if chosen.any():
+            rotated[chosen] = torch.rot90(images[chosen], turns, (2, 3))
+    return rotated
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]

@@ -1,0 +1,115 @@
+"""Runs a schedule: images from noise, one subnet call per step.
+
+The initial noise of sample i depends on (seed, i) alone and its step noise on (seed, i, step), so neither the batch size
+nor the number of samples changes what sample i looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from nas.contracts import LoadedSupernet, Schedule
+
+
+class Sampler(Protocol):
+    """One update x_t -> x_s for neighbouring timesteps t > s of any subset; s = -1 stands for the image itself."""
+
+    @property
+    def stochastic(self) -> bool: ...
+
+    def describe(self) -> dict[str, Any]:
+        """`class` and settings, as an exported folder names them."""
+
+    def update(self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None) -> torch.Tensor:
+        """`alpha`, `alpha_next`: abar at t and at s (1 at the image). `noise`: standard normal, where stochastic."""
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """Deterministic DDIM, eta = 0 (Song et al. 2021, eq. 12), noise prediction.
+
+    `clip`: the predicted image is clipped to [-1, 1] (as `clip_sample` of diffusers; off in latent space).
+    """
+
+    clip: bool = True
+    stochastic = False
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "DDIM", "eta": 0.0, "clip": self.clip}
+
+    def update(self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None) -> torch.Tensor:
+        x0 = (x - (1 - alpha) ** 0.5 * prediction) / alpha**0.5
+        if self.clip:
+            x0 = x0.clamp(-1, 1)
+        return alpha_next**0.5 * x0 + (1 - alpha_next) ** 0.5 * prediction
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """Ancestral sampling (Ho et al. 2020, eq. 6-7) over any timestep subset, noise prediction.
+
+    `variance`: "fixed_small" is the posterior's, "fixed_large" is beta_t. No noise is added in the last step.
+    """
+
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    clip: bool = True
+    stochastic = True
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "DDPM", "variance": self.variance, "clip": self.clip}
+
+    def update(self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None) -> torch.Tensor:
+        x0 = (x - (1 - alpha) ** 0.5 * prediction) / alpha**0.5
+        if self.clip:
+            x0 = x0.clamp(-1, 1)
+        beta = 1 - alpha / alpha_next
+        mean = alpha_next**0.5 * beta / (1 - alpha) * x0 + (alpha / alpha_next) ** 0.5 * (1 - alpha_next) / (1 - alpha) * x
+        if alpha_next == 1.0:
+            return mean
+        assert noise is not None
+        variance = beta if self.variance == "fixed_large" else (1 - alpha_next) / (1 - alpha) * beta
+        return mean + variance**0.5 * noise
+
+
+def initial_noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal states of samples start..stop-1, (stop - start, *shape)."""
+    return _noise(seed, start, stop, shape, 0)
+
+
+def step_noise(seed: int, start: int, stop: int, shape: tuple[int, ...], step: int) -> torch.Tensor:
+    """Noise that samples start..stop-1 receive at the sampler's step number `step`, counted from 0."""
+    return _noise(seed, start, stop, shape, step + 1)
+
+
+def trajectory(
+    net: LoadedSupernet, schedule: Schedule, sampler: Sampler, seed: int, start: int, stop: int
+) -> Iterator[torch.Tensor]:
+    """Yields the state before the first step and after each, for samples start..stop-1. Runs under inference mode."""
+    abar = net.alphas_cumprod
+    following = (*schedule.timesteps[1:], -1)
+    x = initial_noise(seed, start, stop, net.image_shape).to(net.device)
+    cache: Any = None
+    yield x
+    for number, (step, after) in enumerate(zip(schedule.steps, following, strict=True)):
+        noise = step_noise(seed, start, stop, net.image_shape, number).to(net.device) if sampler.stochastic and after >= 0 else None
+        with torch.inference_mode():
+            prediction, cache = net.denoiser(step)(x, step.timestep, cache)
+            x = sampler.update(x, prediction, float(abar[step.timestep]), float(abar[after]) if after >= 0 else 1.0, noise)
+        yield x
+
+
+def sample(net: LoadedSupernet, schedule: Schedule, sampler: Sampler, seed: int, start: int, stop: int) -> torch.Tensor:
+    """Final images of samples start..stop-1 in [-1, 1], (stop - start, channels, height, width), on the net's device."""
+    *_, x = trajectory(net, schedule, sampler, seed, start, stop)
+    with torch.inference_mode():
+        return net.to_images(x).clamp(-1, 1)
+
+
+def _noise(seed: int, start: int, stop: int, shape: tuple[int, ...], purpose: int) -> torch.Tensor:
+    rows = [np.random.default_rng((seed, i, purpose)).standard_normal(shape, dtype=np.float32) for i in range(start, stop)]
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty((0, *shape))

@@ -1,0 +1,1 @@
+"""Step-aware neural architecture search for diffusion models: the engine. It knows no UNet and no FID."""

@@ -1,0 +1,393 @@
+"""The command line. Each command imports what it needs, so `nas status` starts in a moment and without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nas.contracts import UserError
+
+if TYPE_CHECKING:
+    from nas.contracts import Trial
+    from nas.session import Session
+    from nas.study import Study
+
+app = typer.Typer(
+    help="Step-aware neural architecture search for diffusion models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+out = Console()
+notes = Console(stderr=True)
+
+StudyFile = Annotated[str, typer.Argument(metavar="STUDY", help="Python file that defines `study`.", show_default=False)]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder that `nas run` wrote.", show_default=False)]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/<study name>.", show_default=False)]
+StorageOption = Annotated[str | None, typer.Option(help="Optuna storage URL (PostgreSQL, SQLite, ...). Default: <run>/journal.log.", show_default=False)]
+DeviceOption = Annotated[str, typer.Option(help="Where this process computes: cpu, cuda, cuda:1, mps.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+SearcherOption = Annotated[str | None, typer.Option(help="Searcher. Default: the study's first.", show_default=False)]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search; each seed has a ledger of its own.")]
+TrialOption = Annotated[int | None, typer.Option(help="Trial of that searcher.", show_default=False)]
+WithinOption = Annotated[
+    str | None, typer.Option(metavar="COST=LIMIT", help="The best verified trial within a budget, such as macs_share=0.5.", show_default=False)
+]
+
+
+@app.command()
+def run(
+    study_file: StudyFile,
+    searcher: Annotated[str | None, typer.Option(help="Searcher to run, or `all` of the study's. Default: the first.", show_default=False)] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Proposals. Default: the study's.", show_default=False)] = None,
+    seed: SeedOption = 0,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads for training; 0 takes all cores. Scores use one.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Ray workers; 0 searches in this process.")] = 0,
+    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs for each Ray worker; a fraction shares one.")] = 0.0,
+    ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join. Default: one on this machine.", show_default=False)] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
+) -> None:
+    """Train what is missing, search, verify. The same command again goes on where it stopped."""
+    from nas.session import open_session
+    from nas.study import BASELINE, load_study
+
+    study = load_study(study_file)
+    names = list(study.searchers) if searcher == "all" else [searcher or next(iter(study.searchers), "evolution")]
+    for name in names:
+        study.searcher(name)
+    folder = _run_folder(study, out_dir)
+    _check_device(device)
+    pool = None
+    if workers or gpus_per_worker or ray_address:
+        from nas.ray_runner import Workers
+
+        pool = Workers(workers or 1, gpus_per_worker, ray_address, device)
+    try:
+        with open_session(study, folder, storage, device) as session:
+            started = time.monotonic()
+            with _bars(quiet) as bars:
+                _follow_training(bars, session, threads)
+                for name in dict.fromkeys((BASELINE, *names)):
+                    task = bars.add_task(name, total=None, detail="")
+                    shown = _SearchBar(bars, task, study)
+                    conductor = session.conductor(name, 0 if name == BASELINE else seed, trials, shown)
+                    shown.begin(conductor)
+                    session.run(conductor, pool)
+                    shown.end()
+            if not quiet:
+                _show_comparison(folder, session.storage)
+                notes.print(f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here", highlight=False)
+    except KeyboardInterrupt:
+        notes.print(f"interrupted; nothing is lost, and the same command goes on ({folder})", highlight=False)
+        raise SystemExit(130) from None
+
+
+@app.command()
+def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption = False) -> None:
+    """How far a run is. Reads the run folder alone."""
+    from nas.report import Run
+
+    facts = Run.open(run_dir, storage).status()
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table(title=f"{facts['study']} in {facts['folder']}", title_justify="left")
+    columns = ("searcher", "proposed", "planned", "running", "scored", "verified", "failed")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "searcher" else "right")
+    for row in facts["searchers"]:
+        table.add_row(*("-" if row[column] is None else str(row[column]) for column in columns))
+    out.print(table)
+
+
+@app.command()
+def compare(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption = False) -> None:
+    """Searchers side by side: front, hypervolume, best within budgets, what was spent. Writes <run>/report/front.png."""
+    facts = _comparison(run_dir, storage)
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_comparison(facts)
+
+
+@app.command()
+def dashboard(
+    run_dir: RunDir,
+    storage: StorageOption = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on the loopback address.")] = 8080,
+) -> None:
+    """Open the run in optuna-dashboard, on this machine only."""
+    from nas.report import Run
+
+    facts = Run.open(run_dir, storage).facts
+    try:
+        from optuna_dashboard import run_server
+    except ImportError as error:
+        raise UserError("optuna-dashboard is not installed; run `pip install 'step-aware-nas[dashboard]'`") from error
+    from nas.ledger import open_storage
+
+    notes.print(f"http://127.0.0.1:{port}/dashboard  (Ctrl-C ends it)", highlight=False)
+    try:
+        run_server(open_storage(run_dir, storage or facts["storage"]), host="127.0.0.1", port=port)
+    except OSError as error:
+        raise UserError(f"port {port} cannot be used ({error.strerror}); choose another --port") from error
+    except KeyboardInterrupt:
+        return
+
+
+@app.command()
+def export(
+    study_file: StudyFile,
+    to: Annotated[Path, typer.Option(help="New or empty folder.", show_default=False)],
+    trial: TrialOption = None,
+    within: WithinOption = None,
+    searcher: SearcherOption = None,
+    seed: SeedOption = 0,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+) -> None:
+    """Write a trial's networks as stock diffusers folders, with the schedule, provenance and a proof of equality."""
+    from nas.export import export as write
+    from nas.study import load_study
+
+    study = load_study(study_file)
+    folder = _run_folder(study, out_dir)
+    chosen, ledger = _choose(study, folder, storage, searcher, seed, trial, within)
+    evaluator = study.load(folder, "cpu")
+    assert chosen.score is not None
+    provenance = {
+        "study": study.name,
+        "ledger": ledger,
+        "trial": chosen.number,
+        "genome": chosen.genome,
+        "samples": chosen.rung,
+        "cost": dict(chosen.cost),
+        "score": chosen.score.to_json(),
+        "supernet": study.supernet.digest(folder / "supernet"),
+        "images": study.images.load().digest,
+    }
+    write(evaluator.supernet, study.space.decode(chosen.genome), evaluator.sampler, provenance, to.resolve())
+    out.print(f"{ledger} trial {chosen.number} ({_summary(chosen, study)}) is in {to}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sample(
+    study_file: StudyFile,
+    to: Annotated[Path, typer.Option(help="A .png grid, or .npy with float32 images in [-1, 1].", show_default=False)],
+    trial: TrialOption = None,
+    within: WithinOption = None,
+    searcher: SearcherOption = None,
+    search_seed: Annotated[int, typer.Option(min=0, help="Seed of the search whose trial is meant.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Images.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise; image i depends on it and on i alone.")] = 0,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Draw images with a trial's schedule."""
+    import numpy as np
+
+    from nas.study import load_study
+
+    if to.suffix not in (".png", ".npy"):
+        raise UserError(f"--to {to} must end in .png or .npy")
+    _check_device(device)
+    study = load_study(study_file)
+    folder = _run_folder(study, out_dir)
+    chosen, _ = _choose(study, folder, storage, searcher, search_seed, trial, within)
+    images = study.load(folder, device).sample(study.space.decode(chosen.genome), count, seed).cpu().numpy()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if to.suffix == ".npy":
+        np.save(to, images)
+    else:
+        from evaluators.images import to_uint8
+        from nas.plots import draw_samples
+
+        draw_samples(to_uint8(images), to, scale=max(1, 96 // images.shape[-1]))
+    out.print(f"{count} images of trial {chosen.number} ({_summary(chosen, study)}) are in {to}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: a `UserError` becomes one line and exit code 1."""
+    try:
+        app()
+    except UserError as error:
+        notes.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+# --------------------------------------------------------------------------------------------------------------- helpers
+
+
+class _SearchBar:
+    """The progress bar of one search: closed trials, rate, best so far, time left."""
+
+    def __init__(self, bars: Progress, task: Any, study: Study) -> None:
+        self._bars = bars
+        self._task = task
+        self._objective = study.objectives[0]
+        self._best = float("inf")
+        self._started = time.monotonic()
+        self._new = 0
+
+    def begin(self, conductor: Any) -> None:
+        self._conductor = conductor
+        for trial in conductor.ledger.finished:
+            self._note(trial)
+        self._update()
+
+    def __call__(self, trial: Trial) -> None:
+        self._new += 1
+        self._note(trial)
+        self._update()
+
+    def end(self) -> None:
+        done = len(self._conductor.ledger.finished)
+        self._bars.update(self._task, completed=done, total=done)
+
+    def _note(self, trial: Trial) -> None:
+        if trial.scored and all(excess <= 0 for excess in trial.violations.values()):
+            self._best = min(self._best, trial.objectives((self._objective,))[0])
+
+    def _update(self) -> None:
+        done = len(self._conductor.ledger.finished)
+        rate = self._new / max(time.monotonic() - self._started, 1e-9)
+        detail = f"best {self._objective} {self._best:.4g}" if self._best < float("inf") else ""
+        self._bars.update(self._task, completed=done, total=max(done, self._conductor.planned), detail=f"{rate:.1f}/s {detail}")
+
+
+def _bars(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=notes,
+        disable=quiet,
+    )
+
+
+def _follow_training(bars: Progress, session: Session, threads: int) -> None:
+    tasks: dict[str, Any] = {}
+    for tick in session.prepare(threads):
+        if tick.what not in tasks:
+            tasks[tick.what] = bars.add_task(tick.what, total=tick.total, detail="")
+        values = "  ".join(f"{name} {value:.3f}" for name, value in sorted(tick.values.items()))
+        bars.update(tasks[tick.what], completed=tick.done, detail=values)
+
+
+def _choose(
+    study: Study, folder: Path, storage: str | None, searcher: str | None, seed: int, trial: int | None, within: str | None
+) -> tuple[Trial, str]:
+    """The trial that --trial or --within means, and the name of its ledger."""
+    from nas.report import Run, best_within
+
+    if (trial is None) == (within is None):
+        raise UserError("say which trial: either --trial N or --within COST=LIMIT")
+    ledgers = {(info.searcher, info.seed): (info, trials) for info, trials in Run.open(folder, storage).ledgers}
+    wanted = (searcher or next(iter(study.searchers), "evolution"), seed)
+    if wanted not in ledgers:
+        known = ", ".join(f"{name} (seed {s})" for name, s in ledgers)
+        raise UserError(f"{folder} has no trials of searcher {wanted[0]} with seed {seed}; it has {known or 'none'}")
+    info, trials = ledgers[wanted]
+    if info.provenance != study.ledger_info(folder, *wanted).provenance:
+        raise UserError(f"{folder} was searched under another study than {study.name} is now; restore the study file or its supernet")
+    if within is not None:
+        name, _, limit = within.partition("=")
+        try:
+            return best_within(trials, name, float(limit), study.objectives[0]), info.name
+        except ValueError:
+            raise UserError(f"--within {within} is not COST=LIMIT, such as macs_share=0.5") from None
+    chosen = next((t for t in trials if t.number == trial), None)
+    if chosen is None or chosen.score is None:
+        raise UserError(f"{info.name} has no scored trial {trial}; it has numbers 0 to {len(trials) - 1}")
+    return chosen, info.name
+
+
+def _comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
+    from nas.plots import draw_front
+    from nas.report import Run
+
+    found = Run.open(run_dir, storage)
+    facts = found.compare()
+    ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], found.ledgers, strict=True)}
+    picture = run_dir / "report" / "front.png"
+    draw_front(ledgers, found.facts["objectives"], found.facts["limits"], found.facts["baseline"], facts["label"], picture)
+    return {**facts, "picture": str(picture)}
+
+
+def _show_comparison(run_dir: Path, storage: Any) -> None:
+    _print_comparison(_comparison(run_dir, storage))
+
+
+def _print_comparison(facts: Mapping[str, Any]) -> None:
+    table = Table(title=f"{facts['study']}: {facts['label']}", title_justify="left")
+    budgets = list(facts["searchers"][0]["best_within"]) if facts["searchers"] else []
+    table.add_column("searcher")
+    for column in ("trials", "failed", "front", "hypervolume", *(f"best at {float(b):.0%}" for b in budgets), "calls", "MACs"):
+        table.add_column(column, justify="right")
+    for row in facts["searchers"]:
+        best = [row["best_within"][b] for b in budgets]
+        cells = ["-" if b is None else f"{b[facts['objective']]:.3f}±{b['error']:.3f} #{b['trial']}" for b in best]
+        spent = row["spent"]
+        table.add_row(
+            row["searcher"], str(row["trials"]), str(row["failed"]), str(len(row["front"])), f"{row['hypervolume']:.4f}", *cells,
+            _short(spent["calls"]), _short(spent["macs"]),
+        )
+    out.print(table)
+    out.print(f"front: {facts['picture']}", highlight=False, soft_wrap=True)
+
+
+def _summary(trial: Trial, study: Study) -> str:
+    values = zip(study.objectives, trial.objectives(study.objectives), strict=True)
+    return f"{trial.cost['macs_share']:.1%} of the MACs, " + ", ".join(f"{name} {value:.4g}" for name, value in values)
+
+
+def _run_folder(study: Study, out_dir: Path | None) -> Path:
+    return (out_dir or Path("runs") / study.name).resolve()
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used ({str(error).strip().splitlines()[0]}); use --device cpu") from error
+
+
+def _short(number: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _print_json(data: Mapping[str, Any]) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

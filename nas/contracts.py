@@ -1,0 +1,371 @@
+"""The vocabulary: frozen values that travel through the engine, and the protocols its parts implement.
+
+A *recipe* (`Supernet`, `Evaluator`, `Searcher`, `Training`) is a small frozen object that can be pickled, printed and
+compared. Tensors exist only in what a recipe's `load` or `start` returns, inside a worker. Objectives are minimised.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Genome = tuple[int, ...]
+"""One option index per choice of the space."""
+
+Arch = Any
+"""A supernet's own description of one of its subnets: numbers, strings and (nested) tuples of them. Opaque to `nas`."""
+
+
+class UserError(Exception):
+    """Bad input. The message names the value, the limit and the remedy; the command line prints it without a traceback."""
+
+
+def frozen(value: Any) -> Any:
+    """JSON lists as (nested) tuples, so that an `Arch` read from JSON equals the one that was written."""
+    return tuple(frozen(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 32-bit seed from, for example, (study seed, trial number, purpose). Distinct parts give independent seeds."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big")
+
+
+def digest_of(description: Any) -> str:
+    """16 hexadecimal digits that identify a JSON description, whatever the order of its keys."""
+    text = json.dumps(description, sort_keys=True, default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------- values
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One gene. `options` are shown to people (and to the dashboard); genes stand in sampling order, noisy to clean."""
+
+    name: str
+    options: tuple[str | int | float, ...]
+    interval: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One network call of the sampler: which subnet runs at this timestep, and which blocks' outputs are reused."""
+
+    timestep: int
+    arch: Arch
+    reuse: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What the sampler runs, noisy to clean. Canonical: equal schedules have equal JSON and equal digests.
+
+    Raises ValueError unless the timesteps are non-negative and strictly decreasing.
+    """
+
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        timesteps = self.timesteps
+        if not timesteps or min(timesteps) < 0 or any(a <= b for a, b in zip(timesteps, timesteps[1:], strict=False)):
+            raise ValueError(f"a schedule's timesteps must decrease strictly to at least 0, got {timesteps}")
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        return tuple(step.timestep for step in self.steps)
+
+    @property
+    def archs(self) -> tuple[Arch, ...]:
+        """The distinct subnets, in order of their first use."""
+        return tuple(dict.fromkeys(step.arch for step in self.steps))
+
+    def to_json(self) -> str:
+        return json.dumps([[step.timestep, step.arch, step.reuse] for step in self.steps], separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        return cls(tuple(Step(t, frozen(arch), frozen(reuse)) for t, arch, reuse in json.loads(text)))
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that identify the schedule."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What an evaluator measured.
+
+    `replicates[name]` are delete-a-block jackknife values of `values[name]`: replicate b leaves out the b-th block of
+    samples. All schedules of a rung share noises and blocks, so the standard error of one score and of the difference
+    of two scores both follow. `spent` counts network `calls` (per sample), `macs` and `seconds`.
+    """
+
+    values: Mapping[str, float]
+    replicates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    spent: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def error(self, name: str) -> float:
+        """Jackknife standard error of `values[name]` over samples; NaN where there are no replicates."""
+        return jackknife_error(self.replicates.get(name, ()))
+
+    def difference(self, other: Score, name: str) -> tuple[float, float]:
+        """`self - other` and its *paired* standard error. Both must come from the same rung and seed."""
+        mine, theirs = self.replicates.get(name, ()), other.replicates.get(name, ())
+        paired = [a - b for a, b in zip(mine, theirs, strict=True)]
+        return self.values[name] - other.values[name], jackknife_error(paired)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "values": dict(self.values),
+            "replicates": {name: list(values) for name, values in self.replicates.items()},
+            "spent": dict(self.spent),
+            "labels": dict(self.labels),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Score:
+        replicates = {name: tuple(values) for name, values in data["replicates"].items()}
+        return cls(data["values"], replicates, data["spent"], data["labels"])
+
+
+def jackknife_error(replicates: Sequence[float]) -> float:
+    """sqrt((B-1)/B * sum (r_b - mean)^2) over B delete-a-block replicates; NaN for fewer than two."""
+    count = len(replicates)
+    if count < 2:
+        return math.nan
+    mean = sum(replicates) / count
+    return math.sqrt((count - 1) / count * sum((value - mean) ** 2 for value in replicates))
+
+
+Status = Literal["running", "complete", "pruned", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a searcher asks to have scored. `origin` is JSON: whatever a replay of the searcher needs to know of it."""
+
+    genome: Genome
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One proposal at one rung, as the ledger knows it.
+
+    `violations[name]` is cost minus limit, so positive where the limit is exceeded. A trial of the last rung ends as
+    "complete" (verified), one of a lower rung as "pruned" (scored, with fewer samples).
+    """
+
+    number: int
+    genome: Genome
+    digest: str
+    rung: int
+    status: Status
+    score: Score | None = None
+    cost: Mapping[str, float] = field(default_factory=dict)
+    violations: Mapping[str, float] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""
+
+    @property
+    def scored(self) -> bool:
+        return self.status in ("complete", "pruned")
+
+    def objectives(self, names: Sequence[str]) -> tuple[float, ...]:
+        """The named objectives, from the exact cost or the measured score; NaN where not (yet) known."""
+        measured = self.score.values if self.score else {}
+        return tuple(float(self.cost[n]) if n in self.cost else float(measured.get(n, math.nan)) for n in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a searcher is bound to: where to look, what to minimise, and hard limits on exact costs."""
+
+    space: SearchSpace
+    objectives: tuple[str, ...]
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    def violations(self, genome: Genome) -> dict[str, float]:
+        cost = self.space.cost(genome)
+        return {name: cost[name] - limit for name, limit in self.limits.items()}
+
+    def feasible(self, genome: Genome) -> bool:
+        return all(excess <= 0 for excess in self.violations(genome).values())
+
+
+class Signal(enum.Enum):
+    """What `ask` returns when it has no proposal: WAIT for pending results, or DONE for good."""
+
+    WAIT = "wait"
+    DONE = "done"
+
+
+WAIT = Signal.WAIT
+DONE = Signal.DONE
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One tick of long work: `done` of `total` units, with numbers worth showing (loss per width, accuracy)."""
+
+    what: str
+    done: int
+    total: int
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------------------- protocols
+
+
+@runtime_checkable
+class SearchSpace(Protocol):
+    """Genes and what they mean. Pure and cheap: no tensors."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """JSON that identifies the space: a ledger is not continued under another one."""
+
+    @property
+    def choices(self) -> Sequence[Choice]: ...
+
+    def decode(self, genome: Genome) -> Schedule:
+        """Total: every genome of the right length with options in range decodes. Raises ValueError otherwise."""
+
+    def cost(self, genome: Genome) -> Mapping[str, float]:
+        """Exact cost of the decoded schedule, per sample: `macs`, `macs_share` (of the full net on all timesteps), and
+        `params` (stored weights of the distinct subnets)."""
+
+    def interval_costs(self) -> tuple[tuple[int, ...], ...]:
+        """MACs of each option of each choice, `table[choice][option]`, additive: summed over a genome's options it
+        equals `cost(genome)["macs"]`."""
+
+
+class Denoiser(Protocol):
+    """One subnet at one step. x: (batch, channels, height, width); t: the step's timestep."""
+
+    def __call__(
+        self, x: torch.Tensor, t: int, cache: Any = None, condition: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]: ...
+
+
+class LoadedSupernet(Protocol):
+    """A supernet with its weights on a device."""
+
+    alphas_cumprod: np.ndarray
+    """abar_t of the forward process for every training timestep; the network predicts the noise."""
+    scheduler: Mapping[str, Any]
+    """Arguments of a diffusers scheduler for the same process."""
+    image_shape: tuple[int, int, int]
+    """(channels, height, width) of the sampler's state."""
+    device: torch.device
+
+    def denoiser(self, step: Step) -> Denoiser: ...
+
+    def to_images(self, x: torch.Tensor) -> torch.Tensor:
+        """Sampler state to images in [-1, 1]: identity in pixel space."""
+
+    def extract(self, arch: Arch) -> torch.nn.Module:
+        """A stand-alone copy of the subnet as a stock diffusers model, on the CPU."""
+
+    def macs(self, arch: Arch) -> int:
+        """Exact multiply-adds of one call on one sample."""
+
+
+class Supernet(Protocol):
+    """Recipe of a weight-sharing network."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """JSON that identifies the recipe; two recipes that describe themselves alike may share weights."""
+
+    def digest(self, folder: Path) -> str:
+        """Identifies the trained weights in the folder. Raises UserError where there are none."""
+
+    def load(self, folder: Path, device: str) -> LoadedSupernet:
+        """Reads `folder/weights.safetensors`. Raises UserError where the file is missing, damaged or of another shape."""
+
+
+class Training(Protocol):
+    """Recipe of the supernet's training; resumes what it finds in the folder, does nothing where it is finished."""
+
+    def describe(self) -> Mapping[str, Any]: ...
+
+    def run(self, supernet: Any, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]: ...
+
+
+class Images(Protocol):
+    """Recipe of a set of real images."""
+
+    def load(self) -> ImageSet: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """`pixels`: float32 (n, channels, height, width) in [-1, 1]; `labels`: int64 (n,) or None; `digest`: content hash."""
+
+    pixels: np.ndarray
+    labels: np.ndarray | None
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+class LoadedEvaluator(Protocol):
+    supernet: LoadedSupernet
+    sampler: Mapping[str, Any]
+    """The sampler in words: its `class` and its settings."""
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        """Scores `rung` samples. Noise of sample i depends on (seed, i) alone, so scores of one seed are paired."""
+
+    def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+        """Images (count, channels, height, width) in [-1, 1]."""
+
+
+class Evaluator(Protocol):
+    """Recipe of a score."""
+
+    @property
+    def rungs(self) -> Sequence[int]:
+        """Sample counts, increasing. Search happens on the first; the last verifies, on seeds of its own."""
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of the values that a score carries."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """JSON that identifies what is measured: scores under different descriptions do not compare."""
+
+    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        """Makes what `load` needs and the folder lacks (a feature extractor, reference statistics), once for all workers."""
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedEvaluator: ...
+
+
+class Search(Protocol):
+    """A started searcher: a function of (problem, seed, what it was told, what is pending)."""
+
+    def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
+        """A feasible genome that is new and not pending, or WAIT, or DONE; in bounded time. Asking twice with nothing
+        told in between gives the same answer."""
+
+    def tell(self, trial: Trial) -> None:
+        """A finished trial (scored or failed) of the first rung, in order of completion."""
+
+
+class Searcher(Protocol):
+    """Recipe of a search. `repr` identifies it: a ledger refuses to go on under another one."""
+
+    def start(self, problem: Problem, seed: int) -> Search: ...

@@ -1,0 +1,145 @@
+"""Pure functions on genomes: enumerate, sample, mutate, cross, repair. MACs are additive over genes, so a budget is a
+number to subtract from, and what is feasible can be enumerated without visiting what is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from nas.contracts import Genome, Problem, SearchSpace, UserError
+
+TRIES = 32
+"""Random attempts at a new genome before the exhaustive order takes over."""
+
+
+def cheapest(space: SearchSpace) -> Genome:
+    """The genome with the fewest MACs."""
+    return tuple(int(np.argmin(row)) for row in space.interval_costs())
+
+
+def uniform_genomes(space: SearchSpace) -> list[Genome]:
+    """One option index for the whole trajectory (its last one where a choice has fewer options), cheapest first."""
+    most = max(len(choice.options) for choice in space.choices)
+    found = [tuple(min(index, len(choice.options) - 1) for choice in space.choices) for index in range(most)]
+    return sorted(dict.fromkeys(found), key=lambda genome: space.cost(genome)["macs"])
+
+
+def macs_budget(problem: Problem) -> float:
+    """The tighter of the limits on `macs` and `macs_share`, in MACs; infinite where there is neither."""
+    least = cheapest(problem.space)
+    cost = problem.space.cost(least)
+    full = cost["macs"] / cost["macs_share"]
+    return min(problem.limits.get("macs", math.inf), problem.limits.get("macs_share", math.inf) * full)
+
+
+def check_reachable(problem: Problem) -> None:
+    """Raises UserError naming the cheapest genome where no genome keeps the limits, or a limit names no cost."""
+    least = cheapest(problem.space)
+    cost = problem.space.cost(least)
+    for name, limit in problem.limits.items():
+        if name not in cost:
+            raise UserError(f"limit {name!r} is not a cost of this space; use one of {', '.join(cost)}")
+        if cost[name] > limit:
+            raise UserError(
+                f"limit {name}={limit:g} cannot be met: the cheapest schedule, "
+                f"{_option_names(problem.space, least)}, costs {name}={cost[name]:.4g}; raise the limit"
+            )
+
+
+def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
+    """Uniform over options, gene by gene, then repaired to the budget."""
+    drawn = tuple(int(rng.integers(len(choice.options))) for choice in problem.space.choices)
+    return repair(problem, drawn, rng)
+
+
+def mutate(space: SearchSpace, genome: Genome, rng: np.random.Generator, rate: float) -> Genome:
+    """Each gene changes to another of its options with probability `rate`; at least one that can change does."""
+    sizes = [len(choice.options) for choice in space.choices]
+    changing = rng.random(len(genome)) < rate
+    movable = [i for i, size in enumerate(sizes) if size > 1]
+    if movable and not changing[movable].any():
+        changing[rng.choice(movable)] = True
+    child = list(genome)
+    for i in np.flatnonzero(changing):
+        if sizes[i] > 1:
+            child[i] = int((genome[i] + rng.integers(1, sizes[i])) % sizes[i])
+    return tuple(child)
+
+
+def cross(first: Genome, second: Genome, rng: np.random.Generator) -> Genome:
+    """Two-point crossover: a stretch of neighbouring intervals comes from the second parent."""
+    start, stop = sorted(rng.integers(len(first) + 1, size=2))
+    return first[:start] + second[start:stop] + first[stop:]
+
+
+def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
+    """Moves random genes to cheaper options until the MACs budget holds. Unchanged where it already does.
+
+    Other limits than MACs are not repaired; `Problem.feasible` tells.
+    """
+    table = problem.space.interval_costs()
+    excess = sum(row[gene] for row, gene in zip(table, genome, strict=True)) - macs_budget(problem)
+    if excess <= 0:
+        return genome
+    repaired = list(genome)
+    order = rng.permutation(len(genome)).tolist()
+    while excess > 0 and order:
+        i = order[0]
+        cheaper = [option for option, macs in enumerate(table[i]) if macs < table[i][repaired[i]]]
+        if not cheaper:
+            order.pop(0)
+            continue
+        option = int(rng.choice(cheaper))
+        excess -= table[i][repaired[i]] - table[i][option]
+        repaired[i] = option
+        order.append(order.pop(0))
+    return tuple(repaired)
+
+
+def feasible_genomes(problem: Problem) -> Iterator[Genome]:
+    """Every feasible genome once, in lexicographic order of the options sorted by cost. Branches whose cheapest
+    completion breaks the MACs budget are never entered, so the first k come in time proportional to k."""
+    table = problem.space.interval_costs()
+    budget = macs_budget(problem)
+    orders = [sorted(range(len(row)), key=row.__getitem__) for row in table]
+    cheapest_after = np.append(np.cumsum([min(row) for row in table][::-1])[::-1], 0).tolist()
+    chosen: list[int] = []  # positions in `orders`
+    spent: list[int] = [0]
+    position = 0
+    while True:
+        depth = len(chosen)
+        if depth < len(table):
+            options = orders[depth]
+            fits = position < len(options) and spent[-1] + table[depth][options[position]] + cheapest_after[depth + 1] <= budget
+            if fits:
+                chosen.append(position)
+                spent.append(spent[-1] + table[depth][options[position]])
+                position = 0
+                continue
+        else:
+            genome = tuple(orders[i][p] for i, p in enumerate(chosen))
+            if problem.feasible(genome):
+                yield genome
+        if not chosen:
+            return
+        position = chosen.pop() + 1
+        spent.pop()
+
+
+def novel(problem: Problem, draw: Callable[[], Genome], taken: Callable[[Genome], bool]) -> Genome | None:
+    """A feasible genome that is not taken: one of `TRIES` draws, else the first in exhaustive order, else None.
+
+    Bounded: the exhaustive order is left at its first genome that is not taken.
+    """
+    for _ in range(TRIES):
+        genome = draw()
+        if problem.feasible(genome) and not taken(genome):
+            return genome
+    return next((genome for genome in feasible_genomes(problem) if not taken(genome)), None)
+
+
+def _option_names(space: SearchSpace, genome: Genome) -> str:
+    named = [str(choice.options[gene]) for choice, gene in zip(space.choices, genome, strict=True)]
+    return f"{named[0]} everywhere" if len(set(named)) == 1 else " ".join(named)

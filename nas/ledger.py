@@ -1,0 +1,306 @@
+"""The only memory of a search: an Optuna study used as a write-ahead log.
+
+A trial is written RUNNING with its genes, exact cost and constraint violations before it is evaluated, and closed after.
+Trials of the last rung close as COMPLETE, so Optuna's `best_trials` and the dashboard show verified candidates alone;
+trials of lower rungs close as PRUNED with their values. One Optuna study holds one searcher; one storage holds a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+from optuna.distributions import CategoricalDistribution
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from nas.contracts import Genome, Problem, Proposal, Schedule, Score, Status, Trial, UserError
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+JOURNAL = "journal.log"
+RECORD = "nas:record"
+SCORE = "nas:score"
+REASON = "nas:reason"
+STUDY = "nas:study"
+
+_STATES: dict[TrialState, Status] = {
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+
+def lock_run(folder: Path) -> filelock.BaseFileLock:
+    """Holds the run folder until released or until this process ends, however it ends.
+
+    Raises UserError where another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = folder / "lock.pid"
+    lock = filelock.FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        holder = owner.read_text() if owner.exists() else "unknown"
+        raise UserError(f"run folder {folder} is in use by process {holder}; wait for it, stop it, or use another --out") from None
+    owner.write_text(str(os.getpid()))
+    return lock
+
+
+def open_storage(folder: Path, url: str | None = None, repair: bool = False) -> BaseStorage:
+    """The run's Optuna storage: `url`, or the journal file in the run folder.
+
+    `repair`, for the holder of the run lock alone, drops what a killed run left: a torn last line, a stale file lock.
+    Raises UserError where the storage cannot be opened.
+    """
+    try:
+        if url is not None:
+            return optuna.storages.get_storage(url)
+        path = folder.resolve() / JOURNAL
+        if repair:
+            _repair_journal(path)
+        elif not path.exists():
+            raise UserError(f"{path} does not exist; `nas run` writes it")
+        return JournalStorage(JournalFileBackend(str(path)))
+    except UserError:
+        raise
+    except Exception as error:  # each backend has exceptions of its own, from drivers that may not even be installed
+        reason = str(error).strip().splitlines()[0]
+        where = url_without_password(url) if url else str(folder / JOURNAL)
+        raise UserError(f"storage {where} cannot be opened ({reason}); check --storage") from error
+
+
+def url_without_password(url: str) -> str:
+    """For messages and for files; a password is given anew by --storage or by the database's own environment."""
+    import sqlalchemy
+
+    try:
+        return sqlalchemy.engine.make_url(url).set(password=None).render_as_string(hide_password=False)
+    except sqlalchemy.exc.ArgumentError:
+        return url
+
+
+def _repair_journal(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stale = path.with_name(path.name + ".lock")
+    if stale.is_symlink() and time.time() - stale.lstat().st_mtime > 2:
+        stale.unlink()
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        last = content[:whole].rstrip(b"\n").rfind(b"\n") + 1
+        try:
+            json.loads(content[last:whole] or b"{}")
+        except ValueError:
+            whole = last
+        file.truncate(whole)
+
+
+@dataclass(frozen=True)
+class LedgerInfo:
+    """What identifies a ledger. A ledger is not continued under another `provenance`."""
+
+    study: str
+    searcher: str
+    seed: int
+    objectives: tuple[str, ...]
+    rungs: tuple[int, ...]
+    limits: Mapping[str, float]
+    provenance: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """Of the Optuna study: study, searcher, and the seed where it is not 0."""
+        return f"{self.study}.{self.searcher}" + (f".seed{self.seed}" if self.seed else "")
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LedgerInfo:
+        return cls(**{**data, "objectives": tuple(data["objectives"]), "rungs": tuple(data["rungs"])})
+
+
+class Ledger:
+    """The trials of one searcher. One process writes at a time: the holder of the run lock.
+
+    Raises UserError where the stored ledger was made under another provenance.
+    """
+
+    def __init__(self, storage: BaseStorage, info: LedgerInfo, problem: Problem) -> None:
+        self.info = info
+        self._problem = problem
+        self._storage = storage
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study = optuna.create_study(
+                storage=storage, study_name=info.name, directions=["minimize"] * len(info.objectives), load_if_exists=True
+            )
+            self._study.set_metric_names(list(info.objectives))
+        self._study_id = storage.get_study_id_from_name(info.name)
+        stored = storage.get_study_user_attrs(self._study_id).get(STUDY)
+        if stored is None:
+            storage.set_study_user_attr(self._study_id, STUDY, info.to_json())
+        else:
+            self._check_same(LedgerInfo.from_json(stored))
+        self._distributions = {c.name: CategoricalDistribution(c.options) for c in problem.space.choices}
+        self._ids: dict[int, int] = {}
+        self._trials: dict[int, Trial] = {}
+        self._closed: list[int] = []
+        self._load()
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All trials, by number."""
+        return list(self._trials.values())
+
+    def trial(self, number: int) -> Trial:
+        return self._trials[number]
+
+    @property
+    def finished(self) -> list[Trial]:
+        """Closed trials in order of completion: what a searcher is told again on resume."""
+        return [self._trials[number] for number in self._closed]
+
+    def open(self, proposal: Proposal, schedule: Schedule, rung: int) -> Trial:
+        """Writes a RUNNING trial. From here a crash loses nothing."""
+        genome = tuple(int(gene) for gene in proposal.genome)
+        cost = dict(self._problem.space.cost(genome))
+        violations = self._problem.violations(genome)
+        digest = schedule.digest
+        record = {"genome": genome, "digest": digest, "rung": rung, "cost": cost, "violations": violations, "origin": dict(proposal.origin)}
+        template = create_trial(
+            state=TrialState.RUNNING,
+            params={c.name: c.options[gene] for c, gene in zip(self._problem.space.choices, genome, strict=True)},
+            distributions=self._distributions,
+            constraints=violations,
+            # The dashboard still reads constraints from this attribute alone.
+            system_attrs={RECORD: record, "constraints": list(violations.values())},
+            user_attrs={"samples": rung, **cost},
+        )
+        trial_id = self._storage.create_new_trial(self._study_id, template_trial=template)
+        number = self._storage.get_trial_number_from_id(trial_id)
+        self._ids[number] = trial_id
+        self._trials[number] = Trial(number, genome, digest, rung, "running", None, cost, violations, record["origin"])
+        return self._trials[number]
+
+    def close(self, number: int, score: Score) -> Trial:
+        """Books the score: COMPLETE on the last rung, PRUNED below it."""
+        self._storage.set_trial_system_attr(self._ids[number], SCORE, {**score.to_json(), "order": len(self._closed)})
+        for name in score.values:
+            self._storage.set_trial_user_attr(self._ids[number], f"{name} error", score.error(name))
+        return self._finish(number, score)
+
+    def fail(self, number: int, reason: str) -> Trial:
+        """Books a failure with its reason."""
+        trial_id = self._ids[number]
+        self._storage.set_trial_system_attr(trial_id, REASON, {"reason": reason, "order": len(self._closed)})
+        self._storage.set_trial_user_attr(trial_id, "failed", reason.strip().splitlines()[-1] if reason.strip() else "unknown")
+        self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
+        return self._settled(replace(self._trials[number], status="failed", reason=reason))
+
+    def _finish(self, number: int, score: Score) -> Trial:
+        status: Status = "complete" if self._trials[number].rung == self.info.rungs[-1] else "pruned"
+        trial = replace(self._trials[number], status=status, score=score)
+        state = TrialState.COMPLETE if status == "complete" else TrialState.PRUNED
+        self._storage.set_trial_state_values(self._ids[number], state=state, values=trial.objectives(self.info.objectives))
+        return self._settled(trial)
+
+    def _settled(self, trial: Trial) -> Trial:
+        self._trials[trial.number] = trial
+        self._closed.append(trial.number)
+        return trial
+
+    def _load(self) -> None:
+        stored = self._storage.get_all_trials(self._study_id, deepcopy=False)
+        orders: dict[int, int] = {}
+        scored: list[tuple[int, Score]] = []
+        for frozen in stored:
+            trial = read_trial(frozen)
+            if trial is None:
+                continue
+            self._trials[trial.number] = trial
+            self._ids[trial.number] = frozen._trial_id
+            booked = frozen.system_attrs.get(SCORE) or frozen.system_attrs.get(REASON)
+            if trial.status != "running":
+                orders[trial.number] = booked["order"]
+            elif SCORE in frozen.system_attrs:
+                scored.append((trial.number, Score.from_json(frozen.system_attrs[SCORE])))
+        self._closed = sorted(orders, key=orders.__getitem__)
+        for number, score in scored:  # killed between booking the score and closing the trial
+            self._finish(number, score)
+
+    def _check_same(self, stored: LedgerInfo) -> None:
+        changed = [
+            f"{key} was {stored.provenance.get(key)}, now {value}"
+            for key, value in self.info.provenance.items()
+            if stored.provenance.get(key) != value
+        ]
+        if changed:
+            raise UserError(
+                f"ledger {self.info.name} was written for something else: {'; '.join(changed)}. "
+                "Its scores do not compare with new ones; use another --out, or change it back"
+            )
+
+
+def read_trial(frozen: FrozenTrial) -> Trial | None:
+    """A stored trial; None where something else than this engine wrote it."""
+    record = frozen.system_attrs.get(RECORD)
+    if record is None:
+        return None
+    score = frozen.system_attrs.get(SCORE)
+    status = _STATES[frozen.state]
+    return Trial(
+        number=frozen.number,
+        genome=tuple(record["genome"]),
+        digest=record["digest"],
+        rung=record["rung"],
+        status=status,
+        score=Score.from_json(score) if score and status in ("complete", "pruned") else None,
+        cost=record["cost"],
+        violations=record["violations"],
+        origin=record["origin"],
+        reason=frozen.system_attrs.get(REASON, {}).get("reason", ""),
+    )
+
+
+def read_ledgers(storage: BaseStorage, study: str | None = None) -> list[tuple[LedgerInfo, list[Trial]]]:
+    """All ledgers of a storage (of one study), for looking only. Needs no space, no torch and no lock."""
+    found: list[tuple[LedgerInfo, list[Trial]]] = []
+    for frozen_study in storage.get_all_studies():
+        attributes: Mapping[str, Any] = frozen_study.user_attrs
+        if STUDY not in attributes:
+            continue
+        info = LedgerInfo.from_json(attributes[STUDY])
+        if study is None or info.study == study:
+            trials = [read_trial(frozen) for frozen in storage.get_all_trials(frozen_study._study_id, deepcopy=False)]
+            found.append((info, [trial for trial in trials if trial is not None]))
+    return found
+
+
+def known_scores(storage: BaseStorage, info: LedgerInfo) -> dict[tuple[str, int], tuple[str, Score]]:
+    """(digest, rung) -> (which trial, its score) over all ledgers whose scores compare with this one's."""
+    comparable = {key: value for key, value in info.provenance.items() if key not in ("searcher", "limits")}
+    known: dict[tuple[str, int], tuple[str, Score]] = {}
+    for other, trials in read_ledgers(storage, info.study):
+        if all(other.provenance.get(key) == value for key, value in comparable.items()):
+            for trial in trials:
+                if trial.score is not None:
+                    known.setdefault((trial.digest, trial.rung), (f"{other.name}#{trial.number}", trial.score))
+    return known
+
+

@@ -1,0 +1,80 @@
+"""Pareto order of minimised objectives under constraints: ranks, crowding, front, hypervolume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def domination(values: Array, violations: Array) -> npt.NDArray[np.bool_]:
+    """matrix[i, j]: does i dominate j (Deb's constrained dominance)? values (n, m), total violations (n,).
+
+    A feasible point dominates an infeasible one, the less violating of two infeasible ones the other; among feasible
+    points the usual order holds. NaN counts as infinitely bad.
+    """
+    values = np.where(np.isnan(values), np.inf, values)
+    no_worse = (values[:, None] <= values[None]).all(-1)
+    better = (values[:, None] < values[None]).any(-1)
+    excess = np.maximum(violations, 0.0)
+    less_violating = excess[:, None] < excess[None]
+    both_feasible = (excess[:, None] == 0) & (excess[None] == 0)
+    dominating: npt.NDArray[np.bool_] = np.where(both_feasible, no_worse & better, less_violating)
+    return dominating
+
+
+def ranks(values: Array, violations: Array | None = None) -> npt.NDArray[np.int64]:
+    """0 for the front, 1 for the front of the rest, and so on. values (n, m)."""
+    remaining = np.ones(len(values), dtype=bool)
+    rank = np.zeros(len(values), dtype=np.int64)
+    matrix = domination(values, np.zeros(len(values)) if violations is None else violations)
+    level = 0
+    while remaining.any():
+        front = remaining & ~matrix[remaining].any(0)
+        rank[front] = level
+        remaining &= ~front
+        level += 1
+    return rank
+
+
+def front(values: Sequence[Sequence[float]], violations: Sequence[float] | None = None) -> list[int]:
+    """Indices of the feasible non-dominated points, ordered by the last objective. Equal points all stay."""
+    if not len(values):
+        return []
+    array = np.asarray(values, dtype=np.float64)
+    excess = np.zeros(len(array)) if violations is None else np.asarray(violations, dtype=np.float64)
+    best = np.flatnonzero((ranks(array, excess) == 0) & (excess <= 0))
+    return sorted(best.tolist(), key=lambda i: tuple(array[i][::-1]))
+
+
+def crowding(values: Array) -> Array:
+    """NSGA-II's crowding distance within one front, (n,); infinite at the ends of each objective."""
+    distance = np.zeros(len(values))
+    for column in values.T:
+        order = np.argsort(column, kind="stable")
+        spread = column[order[-1]] - column[order[0]]
+        distance[order[[0, -1]]] = np.inf
+        if spread > 0 and np.isfinite(spread):
+            distance[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / spread
+    return distance
+
+
+def hypervolume(values: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
+    """Volume between the points and the reference that some point dominates. Exact for any number of objectives,
+    by slicing along the last one; points that do not dominate the reference add nothing."""
+    limit = np.asarray(reference, dtype=np.float64)
+    array = np.asarray(values, dtype=np.float64).reshape(-1, len(limit))
+    return _sliced_volume(array[(array < limit).all(1)], limit)
+
+
+def _sliced_volume(points: Array, limit: Array) -> float:
+    if not len(points):
+        return 0.0
+    if len(limit) == 1:
+        return float(limit[0] - points.min())
+    points = points[np.argsort(points[:, -1], kind="stable")]
+    heights = np.append(points[1:, -1], limit[-1]) - points[:, -1]
+    return sum(float(h) * _sliced_volume(points[: i + 1, :-1], limit[:-1]) for i, h in enumerate(heights) if h > 0)

@@ -1,0 +1,94 @@
+"""Pictures: the front of a run, a schedule, a grid of samples. Each returns or writes a matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+
+from nas.contracts import Trial
+from nas.report import verified_front
+
+mpl.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150})
+
+_COLOURS = ("#1f6f8b", "#c8553d", "#5b8c5a", "#8d6a9f", "#d19c1d", "#4a4a4a")
+_BASELINE_COLOUR = "#9a9a9a"
+
+
+def draw_front(
+    ledgers: Mapping[str, Sequence[Trial]], objectives: Sequence[str], limits: Mapping[str, float], baseline: str, label: str, path: Path
+) -> None:
+    """The verified trials of each searcher over the share of MACs, their front with error bars, the uniform schedules,
+    and below it which option each member of the best front runs at which interval."""
+    quality = objectives[0]
+    figure = Figure(figsize=(7.5, 7.2), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
+    for i, (name, trials) in enumerate(ledgers.items()):
+        done = sorted((t for t in trials if t.status == "complete"), key=lambda t: t.cost["macs"])
+        if not done:
+            continue
+        if name == baseline:
+            x, y, error = _points(done, quality)
+            top.errorbar(x, y, yerr=error, fmt="s--", color=_BASELINE_COLOUR, capsize=3, label="one width for all steps", zorder=2)
+            full = done[-1]
+            top.axhline(y[-1], color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
+            top.annotate("full network", (full.cost["macs_share"], y[-1]), (-4, 6), textcoords="offset points", ha="right", fontsize=9)
+            continue
+        colour = _COLOURS[i % len(_COLOURS)]
+        x, y, _ = _points(done, quality)
+        top.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
+        best = sorted(verified_front(trials, objectives), key=lambda t: t.cost["macs"])
+        x, y, error = _points(best, quality)
+        top.errorbar(x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3)
+    if "macs_share" in limits:
+        top.axvline(limits["macs_share"], color="#000000", linewidth=0.8, linestyle="-.")
+        top.annotate("limit", (limits["macs_share"], 1), (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9)
+    top.set_xlabel("share of the full network's MACs")
+    top.set_ylabel(label + "\n(lower is better; bars: ± 1 standard error)")
+    top.set_xlim(left=0)
+    top.legend(frameon=False)
+    searched = {name: trials for name, trials in ledgers.items() if name != baseline}
+    shown = next((trials for trials in searched.values() if verified_front(trials, objectives)), None)
+    if shown is None:
+        bottom.set_axis_off()
+    else:
+        _draw_schedules(figure, bottom, verified_front(shown, objectives))
+        bottom.set_title(f"which option runs when, for the front of {next(n for n, t in searched.items() if t is shown)}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def draw_samples(images: npt.NDArray[np.uint8], path: Path, columns: int = 8, scale: int = 1) -> None:
+    """Writes a grid of (n, height, width, channels) images as PNG, each pixel `scale` pixels wide."""
+    from PIL import Image
+
+    count, height, width, channels = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    picture = canvas.repeat(scale, 0).repeat(scale, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture[..., 0] if channels == 1 else picture).save(path)
+
+
+def _draw_schedules(figure: Figure, axes: mpl.axes.Axes, trials: Sequence[Trial]) -> None:
+    genes = np.array([trial.genome for trial in trials])
+    image = axes.imshow(genes, aspect="auto", cmap="YlGnBu", vmin=0, interpolation="nearest")
+    axes.set_yticks(range(len(trials)), [f"#{t.number}  {t.cost['macs_share']:.2f}" for t in trials])
+    axes.set_ylabel("trial, share of MACs")
+    axes.set_xlabel("interval, noisy to clean")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="option (0 = smallest)", ticks=range(int(genes.max()) + 1))
+
+
+def _points(trials: Sequence[Trial], quality: str) -> tuple[list[float], list[float], list[float]]:
+    scores = [trial.score for trial in trials if trial.score is not None]
+    x = [trial.cost["macs_share"] for trial in trials]
+    return x, [score.values[quality] for score in scores], [score.error(quality) for score in scores]

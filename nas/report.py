@@ -1,0 +1,147 @@
+"""What a run has come to, as plain data: rows for the terminal, for scripts and for pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import BaseStorage
+
+from nas.contracts import Trial, UserError
+from nas.ledger import LedgerInfo, open_storage, read_ledgers
+from nas.pareto import front, hypervolume
+
+RUN = "study.json"
+SHARES = (0.25, 0.4, 0.5, 0.6)
+"""Budgets, as shares of the full net's MACs, at which searchers are compared."""
+
+
+def best_within(trials: Sequence[Trial], name: str, limit: float, objective: str) -> Trial:
+    """The verified trial of the lowest `objective` whose cost `name` is at most `limit`.
+
+    Raises UserError where there is none, naming the cheapest verified one.
+    """
+    verified = [trial for trial in trials if trial.status == "complete" and trial.score is not None]
+    if not verified:
+        raise UserError("no trial is verified yet; let `nas run` finish, or name one with --trial")
+    if name not in verified[0].cost:
+        raise UserError(f"{name!r} is not a cost; use one of {', '.join(verified[0].cost)}")
+    within = [trial for trial in verified if trial.cost[name] <= limit]
+    if not within:
+        least = min(trial.cost[name] for trial in verified)
+        raise UserError(f"no verified trial keeps {name}<={limit:g}; the cheapest has {name}={least:.4g}")
+    return min(within, key=lambda trial: (trial.objectives([objective])[0], trial.number))
+
+
+def verified_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
+    """Non-dominated feasible trials of the last rung, ordered by the last objective."""
+    done = [trial for trial in trials if trial.status == "complete"]
+    excess = [sum(max(0.0, v) for v in trial.violations.values()) for trial in done]
+    return [done[i] for i in front([trial.objectives(objectives) for trial in done], excess)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as it stands. Reads neither torch nor ray nor the study file."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+    ledgers: Sequence[tuple[LedgerInfo, Sequence[Trial]]]
+
+    @classmethod
+    def open(cls, folder: Path, storage: BaseStorage | str | None = None) -> Run:
+        """Raises UserError where the folder is not of a run, or its storage cannot be opened."""
+        path = folder / RUN
+        if not path.is_file():
+            raise UserError(f"{folder} is no run folder: it holds no {RUN}; give the folder that `nas run` printed")
+        try:
+            facts = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); run the same `nas run` command again") from error
+        opened = open_storage(folder, storage or facts["storage"]) if not isinstance(storage, BaseStorage) else storage
+        return cls(folder, facts, read_ledgers(opened, facts["study"]))
+
+    def status(self) -> dict[str, Any]:
+        """Counts by state for each ledger."""
+        rows = []
+        for info, trials in self.ledgers:
+            first = [t for t in trials if t.rung == info.rungs[0] and "retry" not in t.origin]
+            rows.append(
+                {
+                    "searcher": _label(info),
+                    "proposed": len(first),
+                    "planned": None if info.searcher == self.facts["baseline"] else self.facts["trials"],
+                    "running": sum(t.status == "running" for t in trials),
+                    "scored": sum(t.status == "pruned" for t in trials),
+                    "verified": sum(t.status == "complete" for t in trials),
+                    "failed": sum(t.status == "failed" for t in trials),
+                }
+            )
+        return {"study": self.facts["study"], "folder": str(self.folder), "searchers": rows}
+
+    def compare(self) -> dict[str, Any]:
+        """One row per searcher: trials, front, hypervolume, best within budgets, and what was spent."""
+        quality = self.facts["objectives"][0]
+        reference = self._reference(quality)
+        rows = []
+        for info, trials in self.ledgers:
+            done = [t for t in trials if t.scored and t.score is not None]
+            best = verified_front(trials, info.objectives)
+            points = [t.objectives((quality, "macs_share")) for t in best]
+            rows.append(
+                {
+                    "searcher": _label(info),
+                    "baseline": info.searcher == self.facts["baseline"],
+                    "trials": len(done),
+                    "failed": sum(t.status == "failed" for t in trials),
+                    "front": [_member(t, quality) for t in best],
+                    "hypervolume": hypervolume(points, reference) if points else 0.0,
+                    "best_within": {f"{share:g}": self._best(best, share, quality) for share in SHARES},
+                    "spent": _spent(done),
+                }
+            )
+        return {
+            "study": self.facts["study"],
+            "objective": quality,
+            "label": self.label(quality),
+            "hypervolume_reference": dict(zip((quality, "macs_share"), reference, strict=True)),
+            "searchers": rows,
+        }
+
+    def label(self, quality: str) -> str:
+        """What the verified objective is called: distance, sample count, extractor."""
+        labels = [t.score.labels.get(quality, quality) for _, trials in self.ledgers for t in trials if t.status == "complete" and t.score]
+        return labels[0] if labels else quality
+
+    def _reference(self, quality: str) -> tuple[float, float]:
+        """Worst verified quality of the run, and all of the full net's MACs: the same for every searcher."""
+        worst = [t.objectives((quality,))[0] for _, trials in self.ledgers for t in trials if t.status == "complete"]
+        return (max(worst) * 1.0001 if worst else 0.0), 1.0001
+
+    @staticmethod
+    def _best(members: Sequence[Trial], share: float, quality: str) -> dict[str, Any] | None:
+        within = [t for t in members if t.cost["macs_share"] <= share]
+        return _member(min(within, key=lambda t: t.objectives((quality,))[0]), quality) if within else None
+
+
+def _member(trial: Trial, quality: str) -> dict[str, Any]:
+    assert trial.score is not None
+    return {
+        "trial": trial.number,
+        "genome": trial.genome,
+        "macs_share": trial.cost["macs_share"],
+        quality: trial.score.values[quality],
+        "error": trial.score.error(quality),
+    }
+
+
+def _spent(trials: Sequence[Trial]) -> dict[str, float]:
+    """Sums over trials; a score taken from another searcher is charged in full."""
+    return {key: sum(t.score.spent.get(key, 0.0) for t in trials if t.score) for key in ("calls", "macs", "seconds")}
+
+
+def _label(info: LedgerInfo) -> str:
+    return info.searcher + (f" (seed {info.seed})" if info.seed else "")

@@ -1,0 +1,188 @@
+"""The path of a candidate: resume, propose, settle. `run_here` evaluates in this process; `ray_runner` on workers."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from nas.contracts import (
+    DONE,
+    WAIT,
+    LoadedEvaluator,
+    Problem,
+    Proposal,
+    Schedule,
+    Score,
+    Search,
+    Signal,
+    Trial,
+    UserError,
+    derive_seed,
+)
+from nas.ladder import promotions
+from nas.ledger import Ledger
+
+FAILURES_PER_GENOME = 2
+FAILURES_IN_A_ROW = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One evaluation to be done: `samples` samples of `schedule` with the noises of `seed`."""
+
+    trial: Trial
+    schedule: Schedule
+    samples: int
+    seed: int
+
+
+class Conductor:
+    """Hands out jobs and books their outcomes, for one searcher and its ledger. Where jobs run is the runner's affair.
+
+    On creation it replays the ledger: finished trials are told to the search in order of completion, RUNNING ones of a
+    killed run are handed out again first. `known` holds scores of other ledgers of the run, by (digest, rung): they are
+    taken instead of run again. `on_settled` sees every trial that is closed in this run.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        search: Search,
+        problem: Problem,
+        trials: int,
+        verified: int,
+        seed: int,
+        known: Mapping[tuple[str, int], tuple[str, Score]] | None = None,
+        on_settled: Callable[[Trial], None] = lambda trial: None,
+    ) -> None:
+        self.ledger = ledger
+        self._search = search
+        self._problem = problem
+        self._limit = trials
+        self._verified = verified
+        self._seed = seed
+        self._known = dict(known or {})
+        self._on_settled = on_settled
+        self._rungs = ledger.info.rungs
+        self._failures: Counter[tuple[str, int]] = Counter()
+        self._failed_in_a_row = 0
+        self._retries: deque[Trial] = deque()
+        self._search_done = False
+        for trial in ledger.finished:
+            self._absorb(trial)
+        self._running = {trial.number: trial for trial in ledger.trials if trial.status == "running"}
+        self._stale = deque(self._running.values())
+        reopened = {(trial.digest, trial.rung) for trial in self._running.values()}
+        self._retries = deque(trial for trial in self._retries if (trial.digest, trial.rung) not in reopened)
+
+    @property
+    def proposed(self) -> int:
+        """Proposals on the first rung so far; a second attempt at a failed one does not count."""
+        return sum(trial.rung == self._rungs[0] and "retry" not in trial.origin for trial in self.ledger.trials)
+
+    @property
+    def planned(self) -> int:
+        """How many trials this run is expected to close in all; exact once the search is done."""
+        searched = self.proposed if self._search_done else self._limit
+        return searched + sum(min(self._verified, searched) for _ in self._rungs[1:])
+
+    def next(self) -> Job | Signal:
+        """The next evaluation, WAIT while it depends on one that is running, or DONE.
+
+        Raises UserError after several failures in a row without any success.
+        """
+        if self._failed_in_a_row >= FAILURES_IN_A_ROW:
+            last = [trial.reason for trial in self.ledger.finished if trial.status == "failed"][-1]
+            raise UserError(f"{self._failed_in_a_row} evaluations in a row failed, the last with: {last.strip().splitlines()[-1]}")
+        if self._stale:
+            return self._job(self._stale.popleft())
+        while True:
+            opened = self._open_next()
+            if isinstance(opened, Signal):
+                return opened
+            known = self._known.get((opened.digest, opened.rung))
+            if known is None:
+                return self._job(opened)
+            self.settle(opened.number, known[1])
+
+    def settle(self, number: int, outcome: Score | str) -> Trial:
+        """Books a score, or the reason of a failure, and tells the search what it should know."""
+        del self._running[number]
+        if isinstance(outcome, Score):
+            objectives = replace(self.ledger.trial(number), score=outcome).objectives(self._problem.objectives)
+            if not all(math.isfinite(value) for value in objectives):
+                outcome = f"a score is not finite: {dict(outcome.values)}"
+        trial = self.ledger.fail(number, outcome) if isinstance(outcome, str) else self.ledger.close(number, outcome)
+        self._failed_in_a_row = self._failed_in_a_row + 1 if trial.status == "failed" else 0
+        self._absorb(trial)
+        self._on_settled(trial)
+        return trial
+
+    def _open_next(self) -> Trial | Signal:
+        if self._retries:
+            failed = self._retries.popleft()
+            return self._open(Proposal(failed.genome, {**failed.origin, "retry": failed.number}), failed.rung)
+        if not self._search_done and self.proposed < self._limit:
+            pending = [trial.genome for trial in self._running.values() if trial.rung == self._rungs[0]]
+            answer = self._search.ask(pending)
+            if isinstance(answer, Proposal):
+                return self._open(answer, self._rungs[0])
+            if answer is WAIT:
+                return WAIT if self._running else DONE
+        self._search_done = True
+        return self._promote()
+
+    def _promote(self) -> Trial | Signal:
+        for lower, upper in zip(self._rungs, self._rungs[1:], strict=False):
+            if any(trial.rung == lower for trial in self._running.values()):
+                return WAIT
+            tried = {trial.digest for trial in self.ledger.trials if trial.rung == upper}
+            for trial in promotions(self.ledger.trials, lower, self._problem.objectives, self._verified):
+                if trial.digest not in tried:
+                    return self._open(Proposal(trial.genome, {"verifies": trial.number}), upper)
+        return WAIT if self._running else DONE
+
+    def _open(self, proposal: Proposal, rung: int) -> Trial:
+        schedule = self._problem.space.decode(proposal.genome)
+        known = self._known.get((schedule.digest, rung))
+        if known is not None:
+            proposal = Proposal(proposal.genome, {**proposal.origin, "scored_by": known[0]})
+        trial = self.ledger.open(proposal, schedule, rung)
+        self._running[trial.number] = trial
+        return trial
+
+    def _job(self, trial: Trial) -> Job:
+        verifying = trial.rung == self._rungs[-1] and len(self._rungs) > 1
+        purpose = "verification noise" if verifying else "search noise"
+        return Job(trial, self._problem.space.decode(trial.genome), trial.rung, derive_seed(self._seed, purpose))
+
+    def _absorb(self, trial: Trial) -> None:
+        """What follows from a closed trial, live or replayed: a first failure is tried again, all else is told."""
+        key = trial.digest, trial.rung
+        self._retries = deque(other for other in self._retries if (other.digest, other.rung) != key)
+        if trial.status == "failed":
+            self._failures[key] += 1
+            if self._failures[key] < FAILURES_PER_GENOME:
+                self._retries.append(trial)
+                return
+        elif trial.score is not None:
+            self._known.setdefault(key, (f"{self.ledger.info.name}#{trial.number}", trial.score))
+        if trial.rung == self._rungs[0]:
+            self._search.tell(trial)
+
+
+def run_here(conductor: Conductor, evaluate: LoadedEvaluator) -> None:
+    """Runs every job in this process, one after another. Deterministic: a resumed run repeats an uninterrupted one."""
+    while isinstance(job := conductor.next(), Job):
+        conductor.settle(job.trial.number, attempt(evaluate, job.schedule, job.samples, job.seed))
+
+
+def attempt(evaluate: LoadedEvaluator, schedule: Schedule, samples: int, seed: int) -> Score | str:
+    """The score, or the traceback of what went wrong: one bad candidate must not end a search."""
+    try:
+        return evaluate(schedule, samples, seed)
+    except Exception:  # whatever a user's evaluator raises is the trial's reason
+        return traceback.format_exc(limit=-5)

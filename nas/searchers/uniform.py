@@ -1,0 +1,30 @@
+"""The uniform schedules: one option for the whole trajectory. What a step-aware schedule has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial
+from nas.genetics import uniform_genomes
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Proposes each feasible uniform schedule once, the dearest first; without limits the first is the full net."""
+
+    def start(self, problem: Problem, seed: int) -> UniformSearch:
+        return UniformSearch(problem)
+
+
+class UniformSearch:
+    def __init__(self, problem: Problem) -> None:
+        self._genomes = [genome for genome in uniform_genomes(problem.space)[::-1] if problem.feasible(genome)]
+        self._told: set[Genome] = set()
+
+    def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
+        taken = self._told | set(pending)
+        return next((Proposal(genome) for genome in self._genomes if genome not in taken), DONE)
+
+    def tell(self, trial: Trial) -> None:
+        self._told.add(trial.genome)

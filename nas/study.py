@@ -1,0 +1,141 @@
+"""A study: the parts of a search bound together, checked against each other, and found in a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from nas.contracts import (
+    Evaluator,
+    Images,
+    LoadedEvaluator,
+    Problem,
+    Progress,
+    Searcher,
+    SearchSpace,
+    Supernet,
+    Training,
+    UserError,
+    digest_of,
+)
+from nas.genetics import check_reachable
+from nas.ledger import LedgerInfo
+from nas.searchers.uniform import Uniform
+
+ENTRY_POINTS = "nas.searchers"
+BASELINE = "uniform"
+"""Ledger of the uniform schedules, the full net among them, scored at every rung whatever the limits."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything a search needs, as recipes: no tensors, picklable, printable.
+
+    `trials`: proposals per searcher on the first rung. `verified`: how many leaders go on to each further rung.
+    `limits`: upper limits on exact costs (`macs`, `macs_share`, `params`). `seed`: of weights, noises and searches alike.
+    Raises UserError where the parts do not fit together.
+    """
+
+    name: str
+    space: SearchSpace
+    supernet: Supernet
+    images: Images
+    training: Training
+    evaluator: Evaluator
+    searchers: Mapping[str, Searcher]
+    objectives: tuple[str, ...] = ("fd", "macs")
+    limits: Mapping[str, float] = field(default_factory=dict)
+    trials: int = 60
+    verified: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise UserError(f"study name {self.name!r} names files and Optuna studies; use letters, digits, '_' and '-'")
+        if self.trials < 1 or self.verified < 1:
+            raise UserError(f"trials={self.trials} and verified={self.verified} must be at least 1")
+        known = {*self.evaluator.metrics, *self.space.cost(_first_genome(self.space))}
+        unknown = [name for name in self.objectives if name not in known]
+        if unknown or not self.objectives:
+            raise UserError(f"objectives {self.objectives} must be among {', '.join(sorted(known))}")
+        check_reachable(self.problem)
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.space, self.objectives, self.limits)
+
+    @property
+    def full(self) -> dict[str, float]:
+        """Cost of the dearest schedule: the full net at every timestep."""
+        return dict(self.space.cost(tuple(max(range(len(row)), key=row.__getitem__) for row in self.space.interval_costs())))
+
+    def searcher(self, name: str) -> Searcher:
+        """From the study, else a class registered in the entry-point group `nas.searchers`, with its default settings."""
+        if name in self.searchers:
+            return self.searchers[name]
+        if name == BASELINE:
+            return Uniform()
+        registered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+        if name not in registered:
+            raise UserError(f"no searcher is called {name!r}; use one of {', '.join(sorted({*self.searchers, *registered}))}")
+        searcher: Searcher = registered[name].load()()
+        return searcher
+
+    def prepare(self, folder: Path, device: str) -> Iterator[Progress]:
+        """Trains the supernet and the feature extractor where the run folder lacks them."""
+        yield from self.training.run(self.supernet, self.images, folder / "supernet", self.seed, device)
+        yield from self.evaluator.prepare(folder, self.seed, device)
+
+    def load(self, folder: Path, device: str) -> LoadedEvaluator:
+        """Supernet and evaluator with their tensors; in a worker, once."""
+        return self.evaluator.load(self.supernet.load(folder / "supernet", device), folder)
+
+    def ledger_info(self, folder: Path, searcher: str, seed: int) -> LedgerInfo:
+        """Identity of the searcher's ledger: all that its scores and its replay depend on."""
+        provenance = {
+            "supernet": self.supernet.digest(folder / "supernet"),
+            "space": digest_of(self.space.describe()),
+            "evaluator": digest_of(self.evaluator.describe()),
+            "seed": str(self.seed),
+            "objectives": ", ".join(self.objectives),
+            "limits": ", ".join(f"{name}<={limit:g}" for name, limit in self.limits.items()),
+            "searcher": repr(self.searcher(searcher)),
+        }
+        return LedgerInfo(self.name, searcher, seed, self.objectives, tuple(self.evaluator.rungs), dict(self.limits), provenance)
+
+    def unlimited(self) -> Problem:
+        """The problem without limits, for baselines."""
+        return replace(self.problem, limits={})
+
+
+def load_study(file: str | Path) -> Study:
+    """The `study` of a Python file. Raises UserError where there is none, with the file's own error where it has one."""
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UserError(f"study file {path} does not exist; give the path of a Python file that defines `study`")
+    name = f"nas_study_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file; a study file ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:  # the file is the user's: whatever it raises is its message
+        raise UserError(f"study file {path} fails: {type(error).__name__}: {error}") from error
+    study: Any = getattr(module, "study", None)
+    if not isinstance(study, Study):
+        raise UserError(f"{path} defines no `study`; it must hold `study = Study(...)`")
+    return study
+
+
+def _first_genome(space: SearchSpace) -> tuple[int, ...]:
+    return (0,) * len(space.choices)

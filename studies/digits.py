@@ -1,0 +1,46 @@
+"""Real handwritten digits, 8x8 grey, ten DDIM steps, one width for each step. Minutes on two CPU cores.
+
+Run it:     nas run studies/digits.py
+Look:       nas compare runs/digits          nas dashboard runs/digits
+Hand over:  nas export studies/digits.py --within macs_share=0.5 --to exported
+"""
+
+from evaluators.frechet import Frechet
+from evaluators.images import Digits
+from nas.searchers.evolution import Evolution
+from nas.searchers.random import Random
+from nas.study import Study
+from search_spaces.intervals import per_step, uniform
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import ElasticUNet
+from search_spaces.training import Sandwich
+
+UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 8,
+}
+
+images = Digits()
+net = ElasticUNet(UNET, widths=(0.25, 0.5, 0.75, 1.0), groups="size")
+steps = uniform(10)
+
+study = Study(
+    name="digits",
+    space=Stepwise(net, timesteps=steps, intervals=per_step(steps)),
+    supernet=net,
+    images=images,
+    training=Sandwich(steps=1500),
+    evaluator=Frechet(images, rungs=(512, 2048)),
+    searchers={"evolution": Evolution(population=20), "random": Random()},
+    objectives=("fd", "macs"),
+    limits={"macs_share": 0.6},
+    trials=60,
+    verified=10,
+    seed=0,
+)
