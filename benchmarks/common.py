@@ -42,7 +42,9 @@ class Benchmark:
 
     def __init__(self, name: str, description: str) -> None:
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-        parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; nothing is kept as a result")
+        parser.add_argument(
+            "--quick", action="store_true", help="small sizes, to see that it runs; nothing is kept as a result"
+        )
         parser.add_argument("--json", action="store_true", help="print the JSON object alone")
         parser.add_argument("--fresh", action="store_true", help="forget the rows of an earlier run")
         parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes for independent work")

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nas.contracts import ImageSet, Progress, UserError, derive_seed
@@ -78,7 +78,7 @@ class SmallClassifier:
             logits = net.head(net(x))
             loss = nn.functional.cross_entropy(logits, target)
             adam.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             adam.step()
             accuracy = float((logits.argmax(1) == target).float().mean())
             yield Progress("features", step + 1, self.steps, {"loss": loss.item(), "accuracy": accuracy})
@@ -91,12 +91,14 @@ class SmallClassifier:
     def load(self, folder: Path, device: torch.device) -> LoadedFeatures:
         path = self._path(folder)
         try:
-            with safe_open(path, "pt", device=str(device)) as file:
+            with safe_open(path, "pt") as file:
                 metadata = file.metadata()
-                state = {name: file.get_tensor(name) for name in file.keys()}
+            state = load_file(path, device=str(device))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read ({error}); delete it, and `nas run` trains it again") from error
-        net = _Classifier(int(metadata["in_channels"]), self.channels, self.dimensions, int(metadata["classes"])).to(device)
+        net = _Classifier(int(metadata["in_channels"]), self.channels, self.dimensions, int(metadata["classes"])).to(
+            device
+        )
         net.load_state_dict(state)
         return _Extractor(net.eval(), f"small classifier {_digest(path)}", "FD")
 
@@ -121,7 +123,13 @@ class ExternalFeatures:
     rgb: bool = True
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "ExternalFeatures", "name": self.name, "hash": _digest(self._file()), "value_range": self.value_range, "size": self.size}
+        return {
+            "class": "ExternalFeatures",
+            "name": self.name,
+            "hash": _digest(self._file()),
+            "value_range": self.value_range,
+            "size": self.size,
+        }
 
     def prepare(self, images: ImageSet, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         self._file()
@@ -131,11 +139,16 @@ class ExternalFeatures:
         path = self._file()
         net: Any
         try:
-            net = torch.export.load(path).module().to(device) if path.suffix == ".pt2" else torch.jit.load(path, map_location=device).eval()
+            if path.suffix == ".pt2":
+                net = torch.export.load(path).module().to(device)
+            else:
+                net = torch.jit.load(path, map_location=device).eval()  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{path} is neither a TorchScript nor an exported program file ({reason})") from error
-        return _Extractor(net, f"{self.name} {_digest(path)}", "FID" if self.name == "inception-v3" else "FD", self._preprocessed)
+        return _Extractor(
+            net, f"{self.name} {_digest(path)}", "FID" if self.name == "inception-v3" else "FD", self._preprocessed
+        )
 
     def _preprocessed(self, images: torch.Tensor) -> torch.Tensor:
         if self.rgb and images.shape[1] == 1:

@@ -131,7 +131,10 @@ class Frechet:
         check_shape(images, supernet.image_shape)
         features = self.features.load(folder, supernet.device)
         if self.reference is None:
-            rows = [features(torch.from_numpy(part).to(supernet.device)).cpu().numpy() for part in _batches(images.pixels, self.batch)]
+            rows = [
+                features(torch.from_numpy(part).to(supernet.device)).cpu().numpy()
+                for part in _batches(images.pixels, self.batch)
+            ]
             reference = sum((Moments.of(r) for r in rows[1:]), start=Moments.of(rows[0])).gaussian()
         else:
             reference = read_statistics(Path(self.reference))
@@ -139,7 +142,9 @@ class Frechet:
 
 
 class LoadedFrechet:
-    def __init__(self, recipe: Frechet, supernet: LoadedSupernet, features: LoadedFeatures, reference: Gaussian) -> None:
+    def __init__(
+        self, recipe: Frechet, supernet: LoadedSupernet, features: LoadedFeatures, reference: Gaussian
+    ) -> None:
         self.recipe = recipe
         self.supernet = supernet
         self.sampler = recipe.sampler.describe()

@@ -48,14 +48,18 @@ class PhotoPatches:
         photos = [_halved(photo / 127.5 - 1.0, self.halvings) for photo in load_sample_images().images]
         smallest = min(min(photo.shape[:2]) for photo in photos)
         if self.size > smallest:
-            raise UserError(f"patches of {self.size} pixels do not fit into photographs of {smallest}; use a smaller size or fewer halvings")
+            raise UserError(
+                f"patches of {self.size} pixels do not fit into photographs of {smallest}; use a smaller size or fewer halvings"
+            )
         rng = np.random.default_rng(self.seed)
         labels = rng.integers(len(photos), size=self.count)
         patches = []
         for label in labels:
             top, left = (rng.integers(side - self.size + 1) for side in photos[label].shape[:2])
             patches.append(photos[label][top : top + self.size, left : left + self.size].transpose(2, 0, 1))
-        return _checked(np.stack(patches) if patches else np.empty((0, 3, self.size, self.size)), labels, "photograph patches")
+        return _checked(
+            np.stack(patches) if patches else np.empty((0, 3, self.size, self.size)), labels, "photograph patches"
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ class ImageFolder:
                 raise UserError(f"{file} cannot be read as an image ({error}); repair or remove it") from error
             if array.shape[:2] != self.size:
                 height, width = array.shape[:2]
-                raise UserError(f"{file} is {height}x{width} pixels, not {self.size[0]}x{self.size[1]}; resize it or change size")
+                raise UserError(
+                    f"{file} is {height}x{width} pixels, not {self.size[0]}x{self.size[1]}; resize it or change size"
+                )
             pixels[i] = array[None] / 127.5 - 1.0 if array.ndim == 2 else array.transpose(2, 0, 1) / 127.5 - 1.0
         folders = sorted({file.parent for file in files})
         labels = np.array([folders.index(file.parent) for file in files]) if len(folders) > 1 else None
@@ -110,11 +116,13 @@ class ImageArray:
             with np.load(path, allow_pickle=False) as file:
                 if "images" not in file:
                     raise UserError(f"{path} holds {sorted(file)}, not an array named 'images'")
-                images, labels = file["images"], file["labels"] if "labels" in file else None
+                images, labels = file["images"], file.get("labels")
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} cannot be read as an .npz file ({error})") from error
         if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise UserError(f"'images' of {path} is {images.dtype} of shape {images.shape}; it must be uint8, (n, height, width[, channels])")
+            raise UserError(
+                f"'images' of {path} is {images.dtype} of shape {images.shape}; it must be uint8, (n, height, width[, channels])"
+            )
         if labels is not None and labels.shape != images.shape[:1]:
             raise UserError(f"'labels' of {path} has shape {labels.shape}; it must be ({len(images)},), one per image")
         channels_last = images[..., None] if images.ndim == 3 else images
@@ -125,7 +133,9 @@ def check_shape(images: ImageSet, shape: tuple[int, int, int]) -> None:
     """Raises UserError where the images are not what the network takes: (channels, height, width)."""
     if images.pixels.shape[1:] != shape:
         theirs, ours = ("x".join(map(str, s)) for s in (images.pixels.shape[1:], shape))
-        raise UserError(f"the images are {theirs} (channels x height x width), the network takes {ours}; change one of them")
+        raise UserError(
+            f"the images are {theirs} (channels x height x width), the network takes {ours}; change one of them"
+        )
 
 
 def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

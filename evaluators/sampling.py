@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import sqrt
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -25,7 +26,9 @@ class Sampler(Protocol):
     def describe(self) -> dict[str, Any]:
         """`class` and settings, as an exported folder names them."""
 
-    def update(self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None) -> torch.Tensor:
+    def update(
+        self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None
+    ) -> torch.Tensor:
         """`alpha`, `alpha_next`: abar at t and at s (1 at the image). `noise`: standard normal, where stochastic."""
 
 
@@ -42,11 +45,13 @@ class DDIM:
     def describe(self) -> dict[str, Any]:
         return {"class": "DDIM", "eta": 0.0, "clip": self.clip}
 
-    def update(self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None) -> torch.Tensor:
-        x0 = (x - (1 - alpha) ** 0.5 * prediction) / alpha**0.5
+    def update(
+        self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        x0 = (x - sqrt(1 - alpha) * prediction) / sqrt(alpha)
         if self.clip:
             x0 = x0.clamp(-1, 1)
-        return alpha_next**0.5 * x0 + (1 - alpha_next) ** 0.5 * prediction
+        return sqrt(alpha_next) * x0 + sqrt(1 - alpha_next) * prediction
 
 
 @dataclass(frozen=True)
@@ -63,17 +68,21 @@ class DDPM:
     def describe(self) -> dict[str, Any]:
         return {"class": "DDPM", "variance": self.variance, "clip": self.clip}
 
-    def update(self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None) -> torch.Tensor:
-        x0 = (x - (1 - alpha) ** 0.5 * prediction) / alpha**0.5
+    def update(
+        self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        x0 = (x - sqrt(1 - alpha) * prediction) / sqrt(alpha)
         if self.clip:
             x0 = x0.clamp(-1, 1)
         beta = 1 - alpha / alpha_next
-        mean = alpha_next**0.5 * beta / (1 - alpha) * x0 + (alpha / alpha_next) ** 0.5 * (1 - alpha_next) / (1 - alpha) * x
+        of_image = sqrt(alpha_next) * beta / (1 - alpha)
+        of_state = sqrt(alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)
+        mean = of_image * x0 + of_state * x
         if alpha_next == 1.0:
             return mean
         assert noise is not None
         variance = beta if self.variance == "fixed_large" else (1 - alpha_next) / (1 - alpha) * beta
-        return mean + variance**0.5 * noise
+        return mean + sqrt(variance) * noise
 
 
 def initial_noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -96,10 +105,16 @@ def trajectory(
     cache: Any = None
     yield x
     for number, (step, after) in enumerate(zip(schedule.steps, following, strict=True)):
-        noise = step_noise(seed, start, stop, net.image_shape, number).to(net.device) if sampler.stochastic and after >= 0 else None
+        noise = (
+            step_noise(seed, start, stop, net.image_shape, number).to(net.device)
+            if sampler.stochastic and after >= 0
+            else None
+        )
         with torch.inference_mode():
             prediction, cache = net.denoiser(step)(x, step.timestep, cache)
-            x = sampler.update(x, prediction, float(abar[step.timestep]), float(abar[after]) if after >= 0 else 1.0, noise)
+            x = sampler.update(
+                x, prediction, float(abar[step.timestep]), float(abar[after]) if after >= 0 else 1.0, noise
+            )
         yield x
 
 
@@ -111,5 +126,7 @@ def sample(net: LoadedSupernet, schedule: Schedule, sampler: Sampler, seed: int,
 
 
 def _noise(seed: int, start: int, stop: int, shape: tuple[int, ...], purpose: int) -> torch.Tensor:
-    rows = [np.random.default_rng((seed, i, purpose)).standard_normal(shape, dtype=np.float32) for i in range(start, stop)]
+    rows = [
+        np.random.default_rng((seed, i, purpose)).standard_normal(shape, dtype=np.float32) for i in range(start, stop)
+    ]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty((0, *shape))

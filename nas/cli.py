@@ -11,11 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from nas.contracts import UserError
+
+# Read by OpenMP when torch is imported: threads that wait sleep instead of spinning, or training on all cores would
+# slow down many times over as soon as anything else wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
     from nas.contracts import Trial
@@ -23,38 +36,66 @@ if TYPE_CHECKING:
     from nas.study import Study
 
 app = typer.Typer(
-    help="Step-aware neural architecture search for diffusion models.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    help="Step-aware neural architecture search for diffusion models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 out = Console()
 notes = Console(stderr=True)
 
-StudyFile = Annotated[str, typer.Argument(metavar="STUDY", help="Python file that defines `study`.", show_default=False)]
+StudyFile = Annotated[
+    str, typer.Argument(metavar="STUDY", help="Python file that defines `study`.", show_default=False)
+]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder that `nas run` wrote.", show_default=False)]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/<study name>.", show_default=False)]
-StorageOption = Annotated[str | None, typer.Option(help="Optuna storage URL (PostgreSQL, SQLite, ...). Default: <run>/journal.log.", show_default=False)]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Run folder. Default: runs/<study name>.", show_default=False)
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(help="Optuna storage URL (PostgreSQL, SQLite, ...). Default: <run>/journal.log.", show_default=False),
+]
 DeviceOption = Annotated[str, typer.Option(help="Where this process computes: cpu, cuda, cuda:1, mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 SearcherOption = Annotated[str | None, typer.Option(help="Searcher. Default: the study's first.", show_default=False)]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search; each seed has a ledger of its own.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search; each seed has a ledger of its own.")
+]
 TrialOption = Annotated[int | None, typer.Option(help="Trial of that searcher.", show_default=False)]
 WithinOption = Annotated[
-    str | None, typer.Option(metavar="COST=LIMIT", help="The best verified trial within a budget, such as macs_share=0.5.", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="COST=LIMIT",
+        help="The best verified trial within a budget, such as macs_share=0.5.",
+        show_default=False,
+    ),
 ]
 
 
 @app.command()
 def run(
     study_file: StudyFile,
-    searcher: Annotated[str | None, typer.Option(help="Searcher to run, or `all` of the study's. Default: the first.", show_default=False)] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="Proposals. Default: the study's.", show_default=False)] = None,
+    searcher: Annotated[
+        str | None,
+        typer.Option(help="Searcher to run, or `all` of the study's. Default: the first.", show_default=False),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Proposals. Default: the study's.", show_default=False)
+    ] = None,
     seed: SeedOption = 0,
     out_dir: OutOption = None,
     storage: StorageOption = None,
     device: DeviceOption = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads for training; 0 takes all cores. Scores use one.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="CPU threads for training; 0 takes all cores. Scores use one.")
+    ] = 0,
     workers: Annotated[int, typer.Option(min=0, help="Ray workers; 0 searches in this process.")] = 0,
-    gpus_per_worker: Annotated[float, typer.Option(min=0, help="GPUs for each Ray worker; a fraction shares one.")] = 0.0,
-    ray_address: Annotated[str | None, typer.Option(help="Ray cluster to join. Default: one on this machine.", show_default=False)] = None,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0, help="GPUs for each Ray worker; a fraction shares one.")
+    ] = 0.0,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join. Default: one on this machine.", show_default=False)
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
     """Train what is missing, search, verify. The same command again goes on where it stopped."""
@@ -86,7 +127,10 @@ def run(
                     shown.end()
             if not quiet:
                 _show_comparison(folder, session.storage)
-                notes.print(f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here", highlight=False)
+                notes.print(
+                    f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here",
+                    highlight=False,
+                )
     except KeyboardInterrupt:
         notes.print(f"interrupted; nothing is lost, and the same command goes on ({folder})", highlight=False)
         raise SystemExit(130) from None
@@ -189,7 +233,9 @@ def sample(
     searcher: SearcherOption = None,
     search_seed: Annotated[int, typer.Option(min=0, help="Seed of the search whose trial is meant.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Images.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise; image i depends on it and on i alone.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise; image i depends on it and on i alone.")
+    ] = 0,
     out_dir: OutOption = None,
     storage: StorageOption = None,
     device: DeviceOption = "cpu",
@@ -214,7 +260,11 @@ def sample(
         from nas.plots import draw_samples
 
         draw_samples(to_uint8(images), to, scale=max(1, 96 // images.shape[-1]))
-    out.print(f"{count} images of trial {chosen.number} ({_summary(chosen, study)}) are in {to}", highlight=False, soft_wrap=True)
+    out.print(
+        f"{count} images of trial {chosen.number} ({_summary(chosen, study)}) are in {to}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def main() -> None:
@@ -266,7 +316,9 @@ class _SearchBar:
         done = len(self._conductor.ledger.finished)
         rate = self._new / max(time.monotonic() - self._started, 1e-9)
         detail = f"best {self._objective} {self._best:.4g}" if self._best < float("inf") else ""
-        self._bars.update(self._task, completed=done, total=max(done, self._conductor.planned), detail=f"{rate:.1f}/s {detail}")
+        self._bars.update(
+            self._task, completed=done, total=max(done, self._conductor.planned), detail=f"{rate:.1f}/s {detail}"
+        )
 
 
 def _bars(quiet: bool) -> Progress:
@@ -293,7 +345,13 @@ def _follow_training(bars: Progress, session: Session, threads: int) -> None:
 
 
 def _choose(
-    study: Study, folder: Path, storage: str | None, searcher: str | None, seed: int, trial: int | None, within: str | None
+    study: Study,
+    folder: Path,
+    storage: str | None,
+    searcher: str | None,
+    seed: int,
+    trial: int | None,
+    within: str | None,
 ) -> tuple[Trial, str]:
     """The trial that --trial or --within means, and the name of its ledger."""
     from nas.report import Run, best_within
@@ -307,7 +365,9 @@ def _choose(
         raise UserError(f"{folder} has no trials of searcher {wanted[0]} with seed {seed}; it has {known or 'none'}")
     info, trials = ledgers[wanted]
     if info.provenance != study.ledger_info(folder, *wanted).provenance:
-        raise UserError(f"{folder} was searched under another study than {study.name} is now; restore the study file or its supernet")
+        raise UserError(
+            f"{folder} was searched under another study than {study.name} is now; restore the study file or its supernet"
+        )
     if within is not None:
         name, _, limit = within.partition("=")
         try:
@@ -328,7 +388,9 @@ def _comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
     facts = found.compare()
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], found.ledgers, strict=True)}
     picture = run_dir / "report" / "front.png"
-    draw_front(ledgers, found.facts["objectives"], found.facts["limits"], found.facts["baseline"], facts["label"], picture)
+    draw_front(
+        ledgers, found.facts["objectives"], found.facts["limits"], found.facts["baseline"], facts["label"], picture
+    )
     return {**facts, "picture": str(picture)}
 
 
@@ -337,20 +399,37 @@ def _show_comparison(run_dir: Path, storage: Any) -> None:
 
 
 def _print_comparison(facts: Mapping[str, Any]) -> None:
-    table = Table(title=f"{facts['study']}: {facts['label']}", title_justify="left")
-    budgets = list(facts["searchers"][0]["best_within"]) if facts["searchers"] else []
+    rows = facts["searchers"]
+    table = Table(title=f"{facts['study']}: {facts['label']}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("searcher")
-    for column in ("trials", "failed", "front", "hypervolume", *(f"best at {float(b):.0%}" for b in budgets), "calls", "MACs"):
+    for column in ("trials", "failed", "front", "hypervolume", "calls", "MACs", "seconds"):
         table.add_column(column, justify="right")
-    for row in facts["searchers"]:
-        best = [row["best_within"][b] for b in budgets]
-        cells = ["-" if b is None else f"{b[facts['objective']]:.3f}±{b['error']:.3f} #{b['trial']}" for b in best]
-        spent = row["spent"]
+    for row in rows:
+        spent = [_short(row["spent"][key]) for key in ("calls", "macs", "seconds")]
         table.add_row(
-            row["searcher"], str(row["trials"]), str(row["failed"]), str(len(row["front"])), f"{row['hypervolume']:.4f}", *cells,
-            _short(spent["calls"]), _short(spent["macs"]),
+            row["searcher"],
+            *(str(row[key]) for key in ("trials", "failed")),
+            str(len(row["front"])),
+            f"{row['hypervolume']:.4f}",
+            *spent,
         )
-    out.print(table)
+    budgets = list(rows[0]["best_within"]) if rows else []
+    best = Table(
+        title=f"best verified {facts['objective']} ± standard error (trial) within a share of the full net's MACs",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    best.add_column("searcher")
+    for budget in budgets:
+        best.add_column(f"{float(budget):.0%}", justify="right")
+    for row in rows:
+        members = [row["best_within"][budget] for budget in budgets]
+        best.add_row(
+            row["searcher"],
+            *("-" if m is None else f"{m[facts['objective']]:.3f}±{m['error']:.3f} ({m['trial']})" for m in members),
+        )
+    out.print(table, best)
     out.print(f"front: {facts['picture']}", highlight=False, soft_wrap=True)
 
 
@@ -369,7 +448,9 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} cannot be used ({str(error).strip().splitlines()[0]}); use --device cpu") from error
+        raise UserError(
+            f"device {device!r} cannot be used ({str(error).strip().splitlines()[0]}); use --device cpu"
+        ) from error
 
 
 def _short(number: float) -> str:

@@ -12,11 +12,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     import torch
 
 Genome = tuple[int, ...]
@@ -78,7 +80,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         timesteps = self.timesteps
-        if not timesteps or min(timesteps) < 0 or any(a <= b for a, b in zip(timesteps, timesteps[1:], strict=False)):
+        if not timesteps or min(timesteps) < 0 or any(a <= b for a, b in pairwise(timesteps)):
             raise ValueError(f"a schedule's timesteps must decrease strictly to at least 0, got {timesteps}")
 
     @property
@@ -263,13 +265,20 @@ class Denoiser(Protocol):
 class LoadedSupernet(Protocol):
     """A supernet with its weights on a device."""
 
-    alphas_cumprod: np.ndarray
-    """abar_t of the forward process for every training timestep; the network predicts the noise."""
-    scheduler: Mapping[str, Any]
-    """Arguments of a diffusers scheduler for the same process."""
-    image_shape: tuple[int, int, int]
-    """(channels, height, width) of the sampler's state."""
-    device: torch.device
+    @property
+    def alphas_cumprod(self) -> npt.NDArray[np.float64]:
+        """abar_t of the forward process for every training timestep; the network predicts the noise."""
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """Arguments of a diffusers scheduler for the same process."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the sampler's state."""
+
+    @property
+    def device(self) -> torch.device: ...
 
     def denoiser(self, step: Step) -> Denoiser: ...
 
@@ -314,8 +323,8 @@ class Images(Protocol):
 class ImageSet:
     """`pixels`: float32 (n, channels, height, width) in [-1, 1]; `labels`: int64 (n,) or None; `digest`: content hash."""
 
-    pixels: np.ndarray
-    labels: np.ndarray | None
+    pixels: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64] | None
     digest: str
 
     def __len__(self) -> int:
@@ -323,9 +332,12 @@ class ImageSet:
 
 
 class LoadedEvaluator(Protocol):
-    supernet: LoadedSupernet
-    sampler: Mapping[str, Any]
-    """The sampler in words: its `class` and its settings."""
+    @property
+    def supernet(self) -> LoadedSupernet: ...
+
+    @property
+    def sampler(self) -> Mapping[str, Any]:
+        """The sampler in words: its `class` and its settings."""
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
         """Scores `rung` samples. Noise of sample i depends on (seed, i) alone, so scores of one seed are paired."""

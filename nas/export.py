@@ -22,6 +22,7 @@ from nas.session import package_versions
 
 TOLERANCE = 1e-5
 
+
 def export(
     net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any], provenance: Mapping[str, Any], folder: Path
 ) -> None:
@@ -44,9 +45,13 @@ def export(
         differences = {name: _difference(net, schedule, arch, partial / name) for arch, name in names.items()}
         wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
         if wrong:
-            raise RuntimeError(f"exported models differ from the supernet by {wrong}, more than {TOLERANCE}; nothing was exported")
+            raise RuntimeError(
+                f"exported models differ from the supernet by {wrong}, more than {TOLERANCE}; nothing was exported"
+            )
         plan = {
-            "steps": [{"timestep": step.timestep, "model": names[step.arch], "arch": step.arch} for step in schedule.steps],
+            "steps": [
+                {"timestep": step.timestep, "model": names[step.arch], "arch": step.arch} for step in schedule.steps
+            ],
             "sampler": dict(sampler),
             "scheduler": dict(net.scheduler),
             "shape": net.image_shape,

@@ -112,7 +112,10 @@ def feasible_genomes(problem: Problem) -> Iterator[Genome]:
         depth = len(chosen)
         if depth < len(table):
             options = orders[depth]
-            fits = position < len(options) and spent[-1] + table[depth][options[position]] + cheapest_after[depth + 1] <= budget
+            fits = (
+                position < len(options)
+                and spent[-1] + table[depth][options[position]] + cheapest_after[depth + 1] <= budget
+            )
             if fits:
                 chosen.append(position)
                 spent.append(spent[-1] + table[depth][options[position]])

@@ -11,19 +11,19 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import filelock
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from nas.contracts import Genome, Problem, Proposal, Schedule, Score, Status, Trial, UserError
+from nas.contracts import Problem, Proposal, Schedule, Score, Status, Trial, UserError
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -54,7 +54,9 @@ def lock_run(folder: Path) -> filelock.BaseFileLock:
         lock.acquire()
     except filelock.Timeout:
         holder = owner.read_text() if owner.exists() else "unknown"
-        raise UserError(f"run folder {folder} is in use by process {holder}; wait for it, stop it, or use another --out") from None
+        raise UserError(
+            f"run folder {folder} is in use by process {holder}; wait for it, stop it, or use another --out"
+        ) from None
     owner.write_text(str(os.getpid()))
     return lock
 
@@ -87,7 +89,11 @@ def url_without_password(url: str) -> str:
     import sqlalchemy
 
     try:
-        return sqlalchemy.engine.make_url(url).set(password=None).render_as_string(hide_password=False)
+        parts = sqlalchemy.engine.make_url(url)
+        bare = sqlalchemy.engine.URL.create(
+            parts.drivername, parts.username, None, parts.host, parts.port, parts.database, parts.query
+        )
+        return bare.render_as_string(hide_password=False)
     except sqlalchemy.exc.ArgumentError:
         return url
 
@@ -148,7 +154,10 @@ class Ledger:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study = optuna.create_study(
-                storage=storage, study_name=info.name, directions=["minimize"] * len(info.objectives), load_if_exists=True
+                storage=storage,
+                study_name=info.name,
+                directions=["minimize"] * len(info.objectives),
+                load_if_exists=True,
             )
             self._study.set_metric_names(list(info.objectives))
         self._study_id = storage.get_study_id_from_name(info.name)
@@ -157,7 +166,9 @@ class Ledger:
             storage.set_study_user_attr(self._study_id, STUDY, info.to_json())
         else:
             self._check_same(LedgerInfo.from_json(stored))
-        self._distributions = {c.name: CategoricalDistribution(c.options) for c in problem.space.choices}
+        self._distributions: dict[str, BaseDistribution] = {
+            c.name: CategoricalDistribution(c.options) for c in problem.space.choices
+        }
         self._ids: dict[int, int] = {}
         self._trials: dict[int, Trial] = {}
         self._closed: list[int] = []
@@ -182,7 +193,15 @@ class Ledger:
         cost = dict(self._problem.space.cost(genome))
         violations = self._problem.violations(genome)
         digest = schedule.digest
-        record = {"genome": genome, "digest": digest, "rung": rung, "cost": cost, "violations": violations, "origin": dict(proposal.origin)}
+        origin = dict(proposal.origin)
+        record = {
+            "genome": genome,
+            "digest": digest,
+            "rung": rung,
+            "cost": cost,
+            "violations": violations,
+            "origin": origin,
+        }
         template = create_trial(
             state=TrialState.RUNNING,
             params={c.name: c.options[gene] for c, gene in zip(self._problem.space.choices, genome, strict=True)},
@@ -195,7 +214,7 @@ class Ledger:
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=template)
         number = self._storage.get_trial_number_from_id(trial_id)
         self._ids[number] = trial_id
-        self._trials[number] = Trial(number, genome, digest, rung, "running", None, cost, violations, record["origin"])
+        self._trials[number] = Trial(number, genome, digest, rung, "running", None, cost, violations, origin)
         return self._trials[number]
 
     def close(self, number: int, score: Score) -> Trial:
@@ -209,7 +228,9 @@ class Ledger:
         """Books a failure with its reason."""
         trial_id = self._ids[number]
         self._storage.set_trial_system_attr(trial_id, REASON, {"reason": reason, "order": len(self._closed)})
-        self._storage.set_trial_user_attr(trial_id, "failed", reason.strip().splitlines()[-1] if reason.strip() else "unknown")
+        self._storage.set_trial_user_attr(
+            trial_id, "failed", reason.strip().splitlines()[-1] if reason.strip() else "unknown"
+        )
         self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
         return self._settled(replace(self._trials[number], status="failed", reason=reason))
 
@@ -217,7 +238,9 @@ class Ledger:
         status: Status = "complete" if self._trials[number].rung == self.info.rungs[-1] else "pruned"
         trial = replace(self._trials[number], status=status, score=score)
         state = TrialState.COMPLETE if status == "complete" else TrialState.PRUNED
-        self._storage.set_trial_state_values(self._ids[number], state=state, values=trial.objectives(self.info.objectives))
+        self._storage.set_trial_state_values(
+            self._ids[number], state=state, values=trial.objectives(self.info.objectives)
+        )
         return self._settled(trial)
 
     def _settled(self, trial: Trial) -> Trial:
@@ -235,8 +258,8 @@ class Ledger:
                 continue
             self._trials[trial.number] = trial
             self._ids[trial.number] = frozen._trial_id
-            booked = frozen.system_attrs.get(SCORE) or frozen.system_attrs.get(REASON)
             if trial.status != "running":
+                booked = frozen.system_attrs.get(SCORE) or frozen.system_attrs[REASON]
                 orders[trial.number] = booked["order"]
             elif SCORE in frozen.system_attrs:
                 scored.append((trial.number, Score.from_json(frozen.system_attrs[SCORE])))
@@ -302,5 +325,3 @@ def known_scores(storage: BaseStorage, info: LedgerInfo) -> dict[tuple[str, int]
                 if trial.score is not None:
                     known.setdefault((trial.digest, trial.rung), (f"{other.name}#{trial.number}", trial.score))
     return known
-
-

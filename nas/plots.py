@@ -20,7 +20,12 @@ _BASELINE_COLOUR = "#9a9a9a"
 
 
 def draw_front(
-    ledgers: Mapping[str, Sequence[Trial]], objectives: Sequence[str], limits: Mapping[str, float], baseline: str, label: str, path: Path
+    ledgers: Mapping[str, Sequence[Trial]],
+    objectives: Sequence[str],
+    limits: Mapping[str, float],
+    baseline: str,
+    label: str,
+    path: Path,
 ) -> None:
     """The verified trials of each searcher over the share of MACs, their front with error bars, the uniform schedules,
     and below it which option each member of the best front runs at which interval."""
@@ -33,20 +38,45 @@ def draw_front(
             continue
         if name == baseline:
             x, y, error = _points(done, quality)
-            top.errorbar(x, y, yerr=error, fmt="s--", color=_BASELINE_COLOUR, capsize=3, label="one width for all steps", zorder=2)
+            top.errorbar(
+                x,
+                y,
+                yerr=error,
+                fmt="s--",
+                color=_BASELINE_COLOUR,
+                capsize=3,
+                label="one width for all steps",
+                zorder=2,
+            )
             full = done[-1]
             top.axhline(y[-1], color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
-            top.annotate("full network", (full.cost["macs_share"], y[-1]), (-4, 6), textcoords="offset points", ha="right", fontsize=9)
+            top.annotate(
+                "full network",
+                (full.cost["macs_share"], y[-1]),
+                (-4, 6),
+                textcoords="offset points",
+                ha="right",
+                fontsize=9,
+            )
             continue
         colour = _COLOURS[i % len(_COLOURS)]
         x, y, _ = _points(done, quality)
         top.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
         best = sorted(verified_front(trials, objectives), key=lambda t: t.cost["macs"])
         x, y, error = _points(best, quality)
-        top.errorbar(x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3)
+        top.errorbar(
+            x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3
+        )
     if "macs_share" in limits:
         top.axvline(limits["macs_share"], color="#000000", linewidth=0.8, linestyle="-.")
-        top.annotate("limit", (limits["macs_share"], 1), (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9)
+        top.annotate(
+            "limit",
+            (limits["macs_share"], 1),
+            (3, -10),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=9,
+        )
     top.set_xlabel("share of the full network's MACs")
     top.set_ylabel(label + "\n(lower is better; bars: ± 1 standard error)")
     top.set_xlim(left=0)
@@ -57,7 +87,10 @@ def draw_front(
         bottom.set_axis_off()
     else:
         _draw_schedules(figure, bottom, verified_front(shown, objectives))
-        bottom.set_title(f"which option runs when, for the front of {next(n for n, t in searched.items() if t is shown)}", fontsize=10)
+        bottom.set_title(
+            f"which option runs when, for the front of {next(n for n, t in searched.items() if t is shown)}",
+            fontsize=10,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -48,7 +48,9 @@ class Workers:
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.gpus < 0:
-            raise UserError(f"{self.count} workers with {self.gpus:g} GPUs each cannot run; use at least 1 worker and no negative share")
+            raise UserError(
+                f"{self.count} workers with {self.gpus:g} GPUs each cannot run; use at least 1 worker and no negative share"
+            )
 
 
 def run_on_ray(conductor: Conductor, study: Study, folder: Path, workers: Workers) -> None:
@@ -66,7 +68,9 @@ def run_on_ray(conductor: Conductor, study: Study, folder: Path, workers: Worker
             bridge = _Bridge(conductor, workers.count)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, resources),
-                tune_config=tune.TuneConfig(search_alg=bridge, num_samples=-1, reuse_actors=True, trial_dirname_creator=_short_name),
+                tune_config=tune.TuneConfig(
+                    search_alg=bridge, num_samples=-1, reuse_actors=True, trial_dirname_creator=_short_name
+                ),
                 run_config=tune.RunConfig(
                     storage_path=scratch, verbose=0, checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)
                 ),
@@ -84,7 +88,7 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
 
         torch.set_num_threads(1)
         try:
-            self._evaluate: LoadedEvaluator = study.load(Path(folder), device)
+            self._evaluate: LoadedEvaluator | _Broken = study.load(Path(folder), device)
         except Exception as error:  # a worker that cannot start says why in each trial that it is given
             self._evaluate = _Broken(error)
 
@@ -116,9 +120,6 @@ class _Broken:
         self._error = error
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
-        raise self._error
-
-    def sample(self, schedule: Schedule, count: int, seed: int) -> Any:
         raise self._error
 
 
@@ -156,7 +157,9 @@ class _Bridge(TuneSearcher):  # type: ignore[misc]
         if result and "score" in result and not error:
             self._conductor.settle(number, Score.from_json(json.loads(result["score"])))
         else:
-            self._conductor.settle(number, (result or {}).get("failure") or "the worker died before it returned a score")
+            self._conductor.settle(
+                number, (result or {}).get("failure") or "the worker died before it returned a score"
+            )
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to keep: the ledger is the only memory."""
@@ -178,7 +181,9 @@ def _cluster(workers: Workers) -> Iterator[None]:
         else:
             ray.init(num_cpus=workers.count, num_gpus=None, object_store_memory=200 * 2**20, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"Ray at {workers.address or 'this machine'} cannot be used ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(
+            f"Ray at {workers.address or 'this machine'} cannot be used ({str(error).strip().splitlines()[0]})"
+        ) from error
     try:
         yield
     finally:
@@ -189,7 +194,9 @@ def _check_room(resources: dict[str, float]) -> None:
     """A request that no node can ever meet would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(node.get(name.upper(), 0) >= amount for name, amount in resources.items()) for node in nodes):
-        raise UserError(f"no node of the Ray cluster has room for a worker with {resources}; lower --gpus-per-worker or add nodes")
+        raise UserError(
+            f"no node of the Ray cluster has room for a worker with {resources}; lower --gpus-per-worker or add nodes"
+        )
 
 
 @contextmanager
@@ -209,4 +216,6 @@ def _sent_by_value(study: Study) -> Iterator[None]:
 
 def _importable(name: str) -> bool:
     """Whether a worker finds the module: it belongs to an installed package, not to a study file or a script."""
-    return name.split(".")[0] in ("nas", "search_spaces", "evaluators") or "site-packages" in (getattr(sys.modules[name], "__file__", None) or "")
+    return name.split(".")[0] in ("nas", "search_spaces", "evaluators") or "site-packages" in (
+        getattr(sys.modules[name], "__file__", None) or ""
+    )

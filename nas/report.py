@@ -113,7 +113,12 @@ class Run:
 
     def label(self, quality: str) -> str:
         """What the verified objective is called: distance, sample count, extractor."""
-        labels = [t.score.labels.get(quality, quality) for _, trials in self.ledgers for t in trials if t.status == "complete" and t.score]
+        labels = [
+            t.score.labels.get(quality, quality)
+            for _, trials in self.ledgers
+            for t in trials
+            if t.status == "complete" and t.score
+        ]
         return labels[0] if labels else quality
 
     def _reference(self, quality: str) -> tuple[float, float]:

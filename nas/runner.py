@@ -96,7 +96,9 @@ class Conductor:
         """
         if self._failed_in_a_row >= FAILURES_IN_A_ROW:
             last = [trial.reason for trial in self.ledger.finished if trial.status == "failed"][-1]
-            raise UserError(f"{self._failed_in_a_row} evaluations in a row failed, the last with: {last.strip().splitlines()[-1]}")
+            raise UserError(
+                f"{self._failed_in_a_row} evaluations in a row failed, the last with: {last.strip().splitlines()[-1]}"
+            )
         if self._stale:
             return self._job(self._stale.popleft())
         while True:
@@ -180,7 +182,9 @@ def run_here(conductor: Conductor, evaluate: LoadedEvaluator) -> None:
         conductor.settle(job.trial.number, attempt(evaluate, job.schedule, job.samples, job.seed))
 
 
-def attempt(evaluate: LoadedEvaluator, schedule: Schedule, samples: int, seed: int) -> Score | str:
+def attempt(
+    evaluate: Callable[[Schedule, int, int], Score], schedule: Schedule, samples: int, seed: int
+) -> Score | str:
     """The score, or the traceback of what went wrong: one bad candidate must not end a search."""
     try:
         return evaluate(schedule, samples, seed)

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,7 +48,13 @@ class Session:
         with _torch_threads(threads or os.cpu_count() or 1):
             yield from self.study.prepare(self.folder, self.device)
 
-    def conductor(self, searcher: str, seed: int = 0, trials: int | None = None, on_settled: Callable[[Trial], None] = lambda t: None) -> Conductor:
+    def conductor(
+        self,
+        searcher: str,
+        seed: int = 0,
+        trials: int | None = None,
+        on_settled: Callable[[Trial], None] = lambda t: None,
+    ) -> Conductor:
         """The searcher's ledger, opened and replayed. The baseline ignores the study's limits."""
         study = self.study
         info = study.ledger_info(self.folder, searcher, seed)

@@ -57,7 +57,9 @@ class Study:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise UserError(f"study name {self.name!r} names files and Optuna studies; use letters, digits, '_' and '-'")
+            raise UserError(
+                f"study name {self.name!r} names files and Optuna studies; use letters, digits, '_' and '-'"
+            )
         if self.trials < 1 or self.verified < 1:
             raise UserError(f"trials={self.trials} and verified={self.verified} must be at least 1")
         known = {*self.evaluator.metrics, *self.space.cost(_first_genome(self.space))}
@@ -73,7 +75,9 @@ class Study:
     @property
     def full(self) -> dict[str, float]:
         """Cost of the dearest schedule: the full net at every timestep."""
-        return dict(self.space.cost(tuple(max(range(len(row)), key=row.__getitem__) for row in self.space.interval_costs())))
+        return dict(
+            self.space.cost(tuple(max(range(len(row)), key=row.__getitem__) for row in self.space.interval_costs()))
+        )
 
     def searcher(self, name: str) -> Searcher:
         """From the study, else a class registered in the entry-point group `nas.searchers`, with its default settings."""
@@ -83,7 +87,9 @@ class Study:
             return Uniform()
         registered = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
         if name not in registered:
-            raise UserError(f"no searcher is called {name!r}; use one of {', '.join(sorted({*self.searchers, *registered}))}")
+            raise UserError(
+                f"no searcher is called {name!r}; use one of {', '.join(sorted({*self.searchers, *registered}))}"
+            )
         searcher: Searcher = registered[name].load()()
         return searcher
 
@@ -107,7 +113,9 @@ class Study:
             "limits": ", ".join(f"{name}<={limit:g}" for name, limit in self.limits.items()),
             "searcher": repr(self.searcher(searcher)),
         }
-        return LedgerInfo(self.name, searcher, seed, self.objectives, tuple(self.evaluator.rungs), dict(self.limits), provenance)
+        return LedgerInfo(
+            self.name, searcher, seed, self.objectives, tuple(self.evaluator.rungs), dict(self.limits), provenance
+        )
 
     def unlimited(self) -> Problem:
         """The problem without limits, for baselines."""

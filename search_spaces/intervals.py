@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from nas.contracts import UserError
@@ -39,7 +41,7 @@ def quadratic(steps: int, total: int = 1000) -> Timesteps:
 def free(*timesteps: float) -> Timesteps:
     """Any strictly decreasing timesteps. Raises UserError otherwise."""
     chosen = tuple(int(t) for t in timesteps)
-    if not chosen or chosen[-1] < 0 or any(a <= b for a, b in zip(chosen, chosen[1:], strict=False)):
+    if not chosen or chosen[-1] < 0 or any(a <= b for a, b in pairwise(chosen)):
         raise UserError(f"timesteps {chosen} must decrease strictly to at least 0")
     return chosen
 

@@ -25,7 +25,9 @@ class Stepwise:
 
     def __post_init__(self) -> None:
         if sum(self.intervals) != len(self.timesteps) or min(self.intervals, default=0) < 1:
-            raise UserError(f"intervals of {self.intervals} steps do not add up to the sampler's {len(self.timesteps)} steps")
+            raise UserError(
+                f"intervals of {self.intervals} steps do not add up to the sampler's {len(self.timesteps)} steps"
+            )
         if self.timesteps[0] >= self.net.noise.timesteps:
             raise UserError(f"timestep {self.timesteps[0]} is past the supernet's last, {self.net.noise.timesteps - 1}")
 
@@ -35,8 +37,12 @@ class Stepwise:
 
     def decode(self, genome: Genome) -> Schedule:
         self._check(genome)
-        shares = [self.net.widths[gene] for gene, steps in zip(genome, self.intervals, strict=True) for _ in range(steps)]
-        return Schedule(tuple(Step(t, self.net.uniform(share)) for t, share in zip(self.timesteps, shares, strict=True)))
+        shares = [
+            self.net.widths[gene] for gene, steps in zip(genome, self.intervals, strict=True) for _ in range(steps)
+        ]
+        return Schedule(
+            tuple(Step(t, self.net.uniform(share)) for t, share in zip(self.timesteps, shares, strict=True))
+        )
 
     def cost(self, genome: Genome) -> dict[str, float]:
         self._check(genome)
@@ -48,11 +54,18 @@ class Stepwise:
         return self._table
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "Stepwise", "timesteps": self.timesteps, "intervals": self.intervals, "widths": self.net.widths}
+        return {
+            "class": "Stepwise",
+            "timesteps": self.timesteps,
+            "intervals": self.intervals,
+            "widths": self.net.widths,
+        }
 
     def _check(self, genome: Genome) -> None:
         if len(genome) != len(self.intervals) or not all(0 <= gene < len(self.net.widths) for gene in genome):
-            raise ValueError(f"genome {genome} must hold {len(self.intervals)} option indices below {len(self.net.widths)}")
+            raise ValueError(
+                f"genome {genome} must hold {len(self.intervals)} option indices below {len(self.net.widths)}"
+            )
 
     @cached_property
     def _table(self) -> tuple[tuple[int, ...], ...]:

@@ -119,7 +119,9 @@ class ElasticUNet:
         try:
             full.load_state_dict(load_file(path, device=device))
         except (SafetensorError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be read as weights of this supernet ({_first_line(error)}); delete it to train again") from error
+            raise UserError(
+                f"{path} cannot be read as weights of this supernet ({_first_line(error)}); delete it to train again"
+            ) from error
         return LoadedElasticUNet(self, full)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -144,7 +146,9 @@ class LoadedElasticUNet:
         self._subnets: OrderedDict[Arch, UNet2DModel] = OrderedDict()
         self._skeletons: dict[Arch, UNet2DModel] = {}
 
-    def forward(self, arch: Arch, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, arch: Arch, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The subnet's prediction, differentiable in the shared weights. x: (batch, channels, h, w); t: (batch,)."""
         if arch not in self._skeletons:
             self._skeletons[arch] = skeleton(self.recipe.anatomy, arch)
@@ -155,10 +159,14 @@ class LoadedElasticUNet:
     def denoiser(self, step: Step) -> Denoiser:
         """Inference with a materialised copy of the step's subnet, as the weights were at its first use."""
         if step.reuse:
-            raise UserError(f"this supernet reuses no blocks, but the step at timestep {step.timestep} asks for {step.reuse}")
+            raise UserError(
+                f"this supernet reuses no blocks, but the step at timestep {step.timestep} asks for {step.reuse}"
+            )
         net = self._materialised(step.arch)
 
-        def call(x: torch.Tensor, t: int, cache: Any = None, condition: torch.Tensor | None = None) -> tuple[torch.Tensor, Any]:
+        def call(
+            x: torch.Tensor, t: int, cache: Any = None, condition: torch.Tensor | None = None
+        ) -> tuple[torch.Tensor, Any]:
             return net(x, t, condition, return_dict=False)[0], cache
 
         return call

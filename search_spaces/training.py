@@ -54,7 +54,9 @@ class Sandwich:
         Raises UserError where the folder holds a damaged checkpoint or weights of another recipe.
         """
         data = images.load()
-        digest = digest_of({"supernet": supernet.describe(), "training": self.describe(), "seed": seed, "images": data.digest})
+        digest = digest_of(
+            {"supernet": supernet.describe(), "training": self.describe(), "seed": seed, "images": data.digest}
+        )
         if (folder / WEIGHTS).exists():
             _check_recipe(folder / WEIGHTS, digest)
             return
@@ -82,7 +84,8 @@ class Sandwich:
             for arch in self._members(net.recipe, generator):
                 t, x, noise = batches.noised(x0, generator)
                 loss = torch.nn.functional.mse_loss(net.forward(arch, x, t), noise)
-                (loss * (self.full_weight if arch == net.recipe.anatomy.full else 1.0)).backward()
+                weight = self.full_weight if arch == net.recipe.anatomy.full else 1.0
+                torch.autograd.backward(weight * loss)
                 losses[_name(arch)] = loss.item()
             state.update(self._learning_rate(state.step))
             if folder and (state.step % self.checkpoint_every == 0 or state.step == self.steps):
@@ -129,7 +132,7 @@ class FineTune:
                 mine = torch.tensor([schedule.steps[p].arch == arch for p in position.tolist()], device=net.device)
                 if mine.any():
                     loss = (net.forward(arch, x[mine], t[mine]) - noise[mine]).square().mean() * mine.float().mean()
-                    loss.backward()
+                    torch.autograd.backward(loss)
                     total += loss.item()
             state.update(_warm_cosine(state.step, self.steps, self.warmup) * self.learning_rate)
             yield Progress("fine-tune", state.step, self.steps, {"loss": total})
@@ -196,7 +199,7 @@ class _State:
         self.net.forget()
 
     def save(self, path: Path) -> None:
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._named.items():
             moments = self._adam.state[parameter]
             tensors |= {
@@ -235,7 +238,9 @@ def _check_recipe(path: Path, digest: str) -> dict[str, str]:
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); delete it, and the same command trains again") from error
     if metadata.get("recipe") != digest:
-        raise UserError(f"{path} was trained with another network, training, seed or images; use another --out, or delete it to train again")
+        raise UserError(
+            f"{path} was trained with another network, training, seed or images; use another --out, or delete it to train again"
+        )
     return metadata
 
 

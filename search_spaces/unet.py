@@ -85,6 +85,7 @@ class Anatomy:
         self.tensors: dict[str, TensorAnatomy] = {}
         self.attentions: list[AttentionAnatomy] = []
         self._take_apart()
+        self.subconfig(self.full)
         self._check_shapes()
 
     # ------------------------------------------------------------------------------------------------------- archs
@@ -94,10 +95,13 @@ class Anatomy:
         if len(arch) != self.levels or not all(0 < share <= 1 for share in arch):
             raise UserError(f"widths {arch} must be {self.levels} shares in (0, 1], one per level of the network")
         channels = tuple(
-            _shrink(c, share, f"{c} channels of level {i}") for i, (c, share) in enumerate(zip(self.channels, arch, strict=True))
+            _shrink(c, share, f"{c} channels of level {i}")
+            for i, (c, share) in enumerate(zip(self.channels, arch, strict=True))
         )
         if channels[0] % 2:
-            raise UserError(f"width {arch[0]} leaves {channels[0]} channels in level 0; the time embedding needs an even number")
+            raise UserError(
+                f"width {arch[0]} leaves {channels[0]} channels in level 0; the time embedding needs an even number"
+            )
         config = {
             **self.config,
             "block_out_channels": channels,
@@ -105,7 +109,9 @@ class Anatomy:
         }
         if self.groups == "size" and arch != self.full:
             if len(set(arch)) > 1:
-                raise UserError(f"widths {arch} differ between levels, which needs groups='count': stock models have one group count")
+                raise UserError(
+                    f"widths {arch} differ between levels, which needs groups='count': stock models have one group count"
+                )
             for key in ("norm_num_groups", "attn_norm_num_groups"):
                 if config[key] is not None:
                     config[key] = _shrink(config[key], arch[0], f"{key}={config[key]}")
@@ -127,7 +133,8 @@ class Anatomy:
                     "the full net, so that a shortcut convolution would appear or vanish; choose other widths"
                 )
         return {
-            name: tuple(tuple(self._axis_runs(axis, arch)) for axis in tensor.axes) for name, tensor in self.tensors.items()
+            name: tuple(tuple(self._axis_runs(axis, arch)) for axis in tensor.axes)
+            for name, tensor in self.tensors.items()
         }
 
     def _axis_runs(self, axis: Axis, arch: Arch) -> Iterator[Run]:
@@ -183,12 +190,15 @@ class Anatomy:
 
     def _check_shapes(self) -> None:
         ours = {
-            name: tuple(sum(stretch.size for stretch in axis) for axis in tensor.axes) for name, tensor in self.tensors.items()
+            name: tuple(sum(stretch.size for stretch in axis) for axis in tensor.axes)
+            for name, tensor in self.tensors.items()
         }
         stock = {name: tuple(tensor.shape) for name, tensor in self._full.named_parameters()}
         if ours != stock:
             odd = sorted(name for name in ours.keys() | stock.keys() if ours.get(name) != stock.get(name))
-            raise UserError(f"this version of diffusers lays out UNet2DModel differently: {odd[:3]}; use a version that constraints.txt names")
+            raise UserError(
+                f"this version of diffusers lays out UNet2DModel differently: {odd[:3]}; use a version that constraints.txt names"
+            )
 
     # ---------------------------------------------------------------------------------------------------- taking apart
 
@@ -210,7 +220,13 @@ class Anatomy:
                 if block == "AttnDownBlock2D":
                     self._attention(f"down_blocks.{i}.attentions.{j}", self._level(i), self._positions(i))
             if i < last:
-                self._sampler(f"down_blocks.{i}.downsamplers.0", block, config["downsample_type"], self._level(i), self._positions(i + 1))
+                self._sampler(
+                    f"down_blocks.{i}.downsamplers.0",
+                    block,
+                    config["downsample_type"],
+                    self._level(i),
+                    self._positions(i + 1),
+                )
 
         if config["mid_block_type"] is not None:
             for j in range(2):
@@ -228,7 +244,9 @@ class Anatomy:
                 if block == "AttnUpBlock2D":
                     self._attention(f"up_blocks.{i}.attentions.{j}", trunk, self._positions(level))
             if level > 0:
-                self._sampler(f"up_blocks.{i}.upsamplers.0", block, config["upsample_type"], trunk, self._positions(level - 1))
+                self._sampler(
+                    f"up_blocks.{i}.upsamplers.0", block, config["upsample_type"], trunk, self._positions(level - 1)
+                )
 
         self._norm("conv_norm_out", self._level(0))
         self._conv("conv_out", self._level(0), _fixed(config["out_channels"]), self._positions(0))

@@ -36,7 +36,11 @@ class ToySpace:
 
     def cost(self, genome: Genome) -> dict[str, float]:
         macs = sum((gene + 1) ** 2 for gene in genome)
-        return {"macs": macs, "macs_share": macs / (self.genes * self.options**2), "params": sum({gene + 1 for gene in genome})}
+        return {
+            "macs": macs,
+            "macs_share": macs / (self.genes * self.options**2),
+            "params": sum({gene + 1 for gene in genome}),
+        }
 
     def interval_costs(self) -> tuple[tuple[int, ...], ...]:
         return (tuple((j + 1) ** 2 for j in range(self.options)),) * self.genes

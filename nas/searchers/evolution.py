@@ -52,8 +52,8 @@ class EvolutionSearch:
             if genome not in taken:
                 return Proposal(genome, {"operator": "uniform"})
         if len(taken) < self._settings.population or len(self._survivors) < 2:
-            genome = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
-            return Proposal(genome, {"operator": "random"}) if genome is not None else DONE
+            drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
+            return Proposal(drawn, {"operator": "random"}) if drawn is not None else DONE
         parents: list[int] = []
 
         def offspring() -> Genome:
@@ -63,8 +63,8 @@ class EvolutionSearch:
             child = cross(first, second, rng) if rng.random() < self._settings.crossover_rate else first
             return repair(self._problem, mutate(self._problem.space, child, rng, self._rate), rng)
 
-        genome = novel(self._problem, offspring, taken.__contains__)
-        return Proposal(genome, {"operator": "offspring", "parents": list(parents)}) if genome is not None else DONE
+        child = novel(self._problem, offspring, taken.__contains__)
+        return Proposal(child, {"operator": "offspring", "parents": list(parents)}) if child is not None else DONE
 
     def tell(self, trial: Trial) -> None:
         self._seen.add(trial.genome)

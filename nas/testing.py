@@ -1,0 +1,313 @@
+"""Laws that every part must keep, as functions for your own test suite.
+
+    from nas.testing import check_searcher
+
+    def test_my_searcher(): check_searcher(MySearcher())
+
+Each raises AssertionError with the law that was broken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nas.contracts import (
+    DONE,
+    Choice,
+    Evaluator,
+    Genome,
+    LoadedSupernet,
+    Problem,
+    Proposal,
+    Schedule,
+    Score,
+    Search,
+    Searcher,
+    SearchSpace,
+    Step,
+    Supernet,
+    Trial,
+    frozen,
+)
+from nas.genetics import cheapest, check_reachable, feasible_genomes
+
+SECONDS_PER_ASK = 10.0
+"""An ask that takes longer on the tiny problems below is not bounded."""
+
+
+@dataclass(frozen=True)
+class TableSpace:
+    """A space given by its cost table `[choice][option]`, for tests of searchers without any network."""
+
+    table: tuple[tuple[int, ...], ...]
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        return tuple(Choice(f"choice{i:04d}", tuple(range(len(row))), i) for i, row in enumerate(self.table))
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "TableSpace", "table": self.table}
+
+    def decode(self, genome: Genome) -> Schedule:
+        if len(genome) != len(self.table) or not all(
+            0 <= g < len(row) for g, row in zip(genome, self.table, strict=True)
+        ):
+            raise ValueError(f"genome {genome} does not fit the table")
+        return Schedule(tuple(Step(len(genome) - 1 - i, gene) for i, gene in enumerate(genome)))
+
+    def cost(self, genome: Genome) -> dict[str, float]:
+        macs = sum(row[gene] for row, gene in zip(self.table, genome, strict=True))
+        return {"macs": macs, "macs_share": macs / sum(max(row) for row in self.table)}
+
+    def interval_costs(self) -> tuple[tuple[int, ...], ...]:
+        return self.table
+
+
+def table_problem(genes: int = 5, options: int = 4, limit: float = 0.6) -> Problem:
+    """Two objectives, "fd" and "macs", under a limit on `macs_share`."""
+    return Problem(
+        TableSpace((tuple((j + 1) ** 2 for j in range(options)),) * genes), ("fd", "macs"), {"macs_share": limit}
+    )
+
+
+def toy_score(genome: Genome) -> Score:
+    """Falls with every gene, late ones more; smooth, so that a searcher can make progress."""
+    value = sum((i + 1) / (gene + 1) for i, gene in enumerate(genome))
+    return Score({"fd": value}, {"fd": tuple(value + 0.01 * math.sin(b) for b in range(20))}, {"calls": 1.0})
+
+
+def closed(problem: Problem, number: int, proposal: Proposal, score: Score | None, reason: str = "") -> Trial:
+    """A finished trial of the first rung, scored or failed, as a runner would tell it."""
+    return Trial(
+        number=number,
+        genome=proposal.genome,
+        digest=problem.space.decode(proposal.genome).digest,
+        rung=1,
+        status="failed" if score is None else "pruned",
+        score=score,
+        cost=dict(problem.space.cost(proposal.genome)),
+        violations=problem.violations(proposal.genome),
+        origin=json.loads(json.dumps(dict(proposal.origin))),
+        reason=reason,
+    )
+
+
+def check_searcher(searcher: Searcher, trials: int = 40) -> None:
+    """All laws of a searcher: determinism, replay, feasibility, novelty, asynchrony, failures, bounded time."""
+    problem = table_problem()
+    assert pickle.loads(pickle.dumps(searcher)) == searcher, "a recipe must survive pickling"
+    history = _drive(searcher.start(problem, 7), problem, trials)
+    again = _drive(searcher.start(problem, 7), problem, trials)
+    assert [t.genome for t in history] == [t.genome for t in again], "same seed and tells must give the same asks"
+    _check_replay(searcher, problem, history)
+    _check_asynchronous(searcher, problem, trials)
+    _check_failures(searcher, problem, trials)
+    _check_exhaustion(searcher)
+
+
+def _drive(search: Search, problem: Problem, trials: int) -> list[Trial]:
+    history: list[Trial] = []
+    seen: set[Genome] = set()
+    for number in range(trials):
+        proposal = _ask(search, [])
+        if not isinstance(proposal, Proposal):
+            break
+        _check_proposal(problem, proposal, seen, [])
+        seen.add(proposal.genome)
+        history.append(closed(problem, number, proposal, toy_score(proposal.genome)))
+        search.tell(history[-1])
+    assert history, "a searcher must propose something while anything is feasible"
+    return history
+
+
+def _check_replay(searcher: Searcher, problem: Problem, history: Sequence[Trial]) -> None:
+    old = searcher.start(problem, 7)
+    for number, trial in enumerate(history):
+        asked = _ask(old, [])
+        old.tell(trial)
+        fresh = searcher.start(problem, 7)
+        for earlier in history[:number]:
+            fresh.tell(earlier)
+        told = _ask(fresh, [])
+        assert told == asked, f"a searcher told the history must ask what the old one asked, differs at trial {number}"
+        assert _ask(fresh, []) == told, "asking twice with nothing told in between must give the same answer"
+
+
+def _check_asynchronous(searcher: Searcher, problem: Problem, trials: int) -> None:
+    """Three workers, results out of order."""
+    search, rng = searcher.start(problem, 3), np.random.default_rng(0)
+    pending: list[tuple[int, Proposal]] = []
+    seen: set[Genome] = set()
+    number = 0
+    while number < trials:
+        while len(pending) < 3 and number < trials:
+            proposal = _ask(search, [p.genome for _, p in pending])
+            if not isinstance(proposal, Proposal):
+                assert pending or proposal is DONE, "WAIT is an answer only while something is pending"
+                break
+            _check_proposal(problem, proposal, seen, [p.genome for _, p in pending])
+            seen.add(proposal.genome)
+            pending.append((number, proposal))
+            number += 1
+        if not pending:
+            break
+        done, proposal = pending.pop(int(rng.integers(len(pending))))
+        search.tell(closed(problem, done, proposal, toy_score(proposal.genome)))
+
+
+def _check_failures(searcher: Searcher, problem: Problem, trials: int) -> None:
+    """Every third trial fails, every fourth scores NaN, and the first five fail."""
+    search = searcher.start(problem, 5)
+    seen: set[Genome] = set()
+    for number in range(trials):
+        proposal = _ask(search, [])
+        if not isinstance(proposal, Proposal):
+            return
+        _check_proposal(problem, proposal, seen, [])
+        seen.add(proposal.genome)
+        score: Score | None = toy_score(proposal.genome)
+        if number < 5 or number % 3 == 0:
+            score = None
+        elif number % 4 == 0:
+            score = Score({"fd": math.nan})
+        search.tell(closed(problem, number, proposal, score, "told to fail"))
+
+
+def _check_exhaustion(searcher: Searcher) -> None:
+    """All feasible genomes are found, in bounded time each, and then the searcher says DONE."""
+    for problem in (table_problem(3, 3, 0.6), table_problem(4, 4, 1 / 16)):
+        search = searcher.start(problem, 11)
+        possible = set(feasible_genomes(problem))
+        for number in range(len(possible)):
+            proposal = _ask(search, [])
+            if not isinstance(proposal, Proposal):
+                break
+            _check_proposal(problem, proposal, set(), [])
+            assert proposal.genome in possible, f"{proposal.genome} was proposed twice while new genomes were left"
+            possible.discard(proposal.genome)
+            search.tell(closed(problem, number, proposal, toy_score(proposal.genome)))
+        assert _ask(search, []) is DONE, "with nothing new left, the answer is DONE"
+
+
+def _ask(search: Search, pending: Sequence[Genome]) -> Any:
+    started = time.monotonic()
+    answer = search.ask(pending)
+    assert time.monotonic() - started < SECONDS_PER_ASK, "ask must take bounded time"
+    return answer
+
+
+def _check_proposal(problem: Problem, proposal: Proposal, seen: set[Genome], pending: Sequence[Genome]) -> None:
+    assert problem.feasible(proposal.genome), f"{proposal.genome} breaks the limits {dict(problem.limits)}"
+    assert proposal.genome not in pending, f"{proposal.genome} is pending"
+    assert proposal.genome not in seen, f"{proposal.genome} was proposed before"
+    json.dumps(dict(proposal.origin))
+
+
+def check_space(space: SearchSpace, samples: int = 50) -> None:
+    """All laws of a space: total and canonical decoding, exact additive costs, reachable budgets."""
+    rng = np.random.default_rng(0)
+    sizes = [len(choice.options) for choice in space.choices]
+    assert len({choice.name for choice in space.choices}) == len(sizes), "choice names must differ"
+    intervals = [choice.interval for choice in space.choices]
+    assert intervals == sorted(intervals), "genes must stand in sampling order"
+    table = space.interval_costs()
+    assert [len(row) for row in table] == sizes, "interval_costs must have a cost for each option of each choice"
+    assert all(isinstance(macs, int) for row in table for macs in row), "MACs are integers"
+    json.dumps(space.describe(), default=list)
+    digests: dict[str, Schedule] = {}
+    for _ in range(samples):
+        genome = tuple(int(rng.integers(size)) for size in sizes)
+        schedule = space.decode(genome)
+        assert Schedule.from_json(schedule.to_json()) == schedule, "a schedule must survive JSON"
+        assert digests.setdefault(schedule.digest, schedule) == schedule, "one digest, one schedule"
+        cost = space.cost(genome)
+        assert cost["macs"] == sum(row[gene] for row, gene in zip(table, genome, strict=True)), (
+            "interval_costs must add up to macs"
+        )
+        assert 0 < cost["macs_share"] <= 1 + 1e-12, "macs_share is a share of the full net on all timesteps"
+    for wrong in ((0,) * (len(sizes) + 1), (sizes[0], *(0,) * (len(sizes) - 1)), (-1, *(0,) * (len(sizes) - 1))):
+        try:
+            space.decode(wrong)
+        except ValueError:
+            continue
+        raise AssertionError(f"decoding {wrong} must raise ValueError")
+    least = space.cost(cheapest(space))["macs_share"]
+    check_reachable(Problem(space, ("macs",), {"macs_share": least}))
+
+
+def check_supernet(loaded: LoadedSupernet, space: SearchSpace, samples: int = 8) -> None:
+    """All laws of a supernet: the subnet of an arch does not depend on what ran before, equals its extraction, and a
+    saved and reloaded extraction."""
+    import tempfile
+
+    import torch
+
+    rng = np.random.default_rng(0)
+    x = torch.randn((2, *loaded.image_shape), generator=torch.Generator().manual_seed(0)).to(loaded.device)
+    first: dict[tuple[int, Any], Any] = {}
+    for _ in range(2):
+        for _ in range(samples):
+            genome = tuple(int(rng.integers(len(choice.options))) for choice in space.choices)
+            for step in space.decode(genome).steps:
+                with torch.inference_mode():
+                    prediction, _ = loaded.denoiser(step)(x, step.timestep)
+                assert prediction.shape == x.shape, "a prediction has the shape of its input"
+                known = first.setdefault((step.timestep, step.arch), prediction)
+                assert torch.equal(known, prediction), f"arch {step.arch} gives another result after other archs ran"
+    for arch in {arch for _, arch in first}:
+        timestep = next(t for t, a in first if a == arch)
+        extracted = loaded.extract(arch)
+        with tempfile.TemporaryDirectory() as folder:
+            extracted.save_pretrained(folder)  # type: ignore[operator]
+            for net in (extracted, type(extracted).from_pretrained(folder).eval()):  # type: ignore[attr-defined]
+                with torch.inference_mode():
+                    alone = net.to(loaded.device)(x, timestep).sample
+                difference = float((alone - first[timestep, arch]).abs().max())
+                assert difference <= 1e-5, f"extracted {arch} differs from the supernet by {difference}"
+        assert loaded.macs(frozen(json.loads(json.dumps(arch)))) == loaded.macs(arch) > 0, "an arch must survive JSON"
+
+
+def check_evaluator(evaluator: Evaluator, supernet: Supernet, space: SearchSpace, folder: Path) -> None:
+    """All laws of an evaluator: repeatable, paired, labelled, with an error and an account of what it spent.
+
+    `folder` is a run folder with trained (or initial) weights in `folder/supernet`.
+    """
+    assert pickle.loads(pickle.dumps(evaluator)).describe() == evaluator.describe(), "a recipe must survive pickling"
+    rungs = list(evaluator.rungs)
+    assert rungs == sorted(set(rungs)), "rungs increase"
+    for _ in evaluator.prepare(folder, 0, "cpu"):
+        pass
+    assert not list(evaluator.prepare(folder, 0, "cpu")), "what is prepared is not prepared again"
+    net = supernet.load(folder / "supernet", "cpu")
+    loaded = evaluator.load(net, folder)
+    schedule = space.decode((0,) * len(space.choices))
+    score = loaded(schedule, rungs[0], 1)
+    again = evaluator.load(net, folder)(schedule, rungs[0], 1)
+    assert score.values == again.values, "the same schedule, rung and seed must give the same score"
+    assert score.replicates == again.replicates, "the same schedule, rung and seed must give the same replicates"
+    assert set(score.values) >= set(evaluator.metrics), "a score carries every metric it promises"
+    for metric in evaluator.metrics:
+        assert math.isfinite(score.values[metric]), f"{metric} must be a number"
+        assert str(rungs[0]) in score.labels[metric], "a label says the sample count"
+        assert score.error(metric) > 0, f"{metric} needs a standard error"
+        assert score.difference(score, metric) == (0.0, 0.0), "a schedule does not differ from itself"
+    assert score.spent["calls"] == rungs[0] * len(schedule.steps), "calls are counted per sample"
+    assert score.spent["macs"] == rungs[0] * space.cost((0,) * len(space.choices))["macs"], (
+        "MACs spent are samples times the schedule's cost"
+    )
+    images, other = loaded.sample(schedule, 4, 1), loaded.sample(schedule, 4, 2)
+    assert images.shape == (4, *net.image_shape), "images have the supernet's image shape"
+    assert float(images.abs().max()) <= 1.0, "images are in [-1, 1]"
+    assert float((images - other).abs().max()) > 0, "another seed gives other images"
+    assert float((loaded.sample(schedule, 2, 1) - images[:2]).abs().max()) < 1e-5, (
+        "image i does not depend on how many are drawn"
+    )

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from evaluators.frechet import Frechet
+from evaluators.images import Digits
+from nas.searchers.evolution import Evolution
+from nas.study import Study
+from search_spaces.intervals import per_step, uniform
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import ElasticUNet
+from search_spaces.training import Sandwich
+
+torch.set_num_threads(1)
+settings.register_profile("ci", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("ci")
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 2,
+    "attention_head_dim": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_net() -> ElasticUNet:
+    return ElasticUNet(TINY, widths=(0.25, 0.5, 1.0), groups="count")
+
+
+@pytest.fixture(scope="session")
+def tiny_study(tiny_net: ElasticUNet) -> Study:
+    """Real images, network, training and evaluator, only small."""
+    images, steps = Digits(), uniform(4)
+    return Study(
+        name="tiny",
+        space=Stepwise(tiny_net, steps, per_step(steps)),
+        supernet=tiny_net,
+        images=images,
+        training=Sandwich(steps=40, batch=16, warmup=5, checkpoint_every=10),
+        evaluator=Frechet(images, rungs=(32, 64)),
+        searchers={"evolution": Evolution(population=6)},
+        limits={"macs_share": 0.6},
+        trials=10,
+        verified=3,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of the tiny study, searched to its end."""
+    from nas.session import open_session
+
+    folder = tmp_path_factory.mktemp("tiny-run")
+    with open_session(tiny_study, folder) as session:
+        for _ in session.prepare(threads=1):
+            pass
+        for name in ("uniform", "evolution"):
+            session.run(session.conductor(name))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[Any]:
+    """Two nodes of one CPU each on this machine, joined by this process."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    import nas.ray_runner  # noqa: F401  sets Ray's environment before Ray is imported
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 * 2**20},
+    )
+    cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()

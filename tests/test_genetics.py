@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nas.contracts import Problem, UserError
+from nas.genetics import check_reachable, cross, feasible_genomes, mutate, novel, random_genome, repair, uniform_genomes
+from nas.testing import TableSpace, table_problem
+
+TABLES = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=4), min_size=1, max_size=5)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Any cost table with any reachable budget."""
+    table = tuple(tuple(row) for row in draw(TABLES))
+    least, most = sum(map(min, table)), sum(map(max, table))
+    return Problem(TableSpace(table), ("fd", "macs"), {"macs": draw(st.integers(least, most))})
+
+
+@given(problems())
+def test_enumeration_equals_brute_force(problem: Problem) -> None:
+    sizes = [range(len(choice.options)) for choice in problem.space.choices]
+    expected = {genome for genome in itertools.product(*sizes) if problem.feasible(genome)}
+    found = list(feasible_genomes(problem))
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+
+
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_repaired_genomes_keep_the_budget_and_feasible_ones_stay(problem: Problem, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    genome = tuple(int(rng.integers(len(choice.options))) for choice in problem.space.choices)
+    repaired = repair(problem, genome, rng)
+    assert problem.feasible(repaired)
+    if problem.feasible(genome):
+        assert repaired == genome
+    assert problem.feasible(random_genome(problem, rng))
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_mutation_changes_genes_within_their_options(seed: int, rate: float) -> None:
+    space = TableSpace(((1, 2), (1,), (1, 2, 3)))
+    child = mutate(space, (0, 0, 1), np.random.default_rng(seed), rate)
+    assert child != (0, 0, 1)
+    space.decode(child)
+
+
+def test_mutation_rate_is_per_gene() -> None:
+    problem = table_problem(genes=1000)
+    changed = np.array(mutate(problem.space, (0,) * 1000, np.random.default_rng(0), 0.05)) != 0
+    assert 30 <= changed.sum() <= 70
+
+
+def test_crossover_takes_each_gene_from_a_parent_at_its_place() -> None:
+    rng = np.random.default_rng(0)
+    children = [cross((0,) * 8, (1,) * 8, rng) for _ in range(50)]
+    assert {sum(child) for child in children} >= set(range(1, 8))
+
+
+def test_uniform_genomes_run_from_cheapest_to_dearest() -> None:
+    assert uniform_genomes(TableSpace(((1, 4, 9), (1, 4)))) == [(0, 0), (1, 1), (2, 1)]
+
+
+def test_a_new_genome_is_found_in_bounded_time_when_one_is_left() -> None:
+    problem = Problem(TableSpace(((1, 2),) * 200), ("macs",), {"macs": 201})
+    every = list(feasible_genomes(problem))
+    assert len(every) == 201
+    rng = np.random.default_rng(0)
+    left = every[137]
+    started = time.monotonic()
+    taken = set(every) - {left}
+    assert novel(problem, lambda: random_genome(problem, rng), taken.__contains__) == left
+    assert novel(problem, lambda: random_genome(problem, rng), set(every).__contains__) is None
+    assert time.monotonic() - started < 5
+
+
+def test_an_unreachable_budget_names_the_cheapest() -> None:
+    with pytest.raises(UserError, match=r"macs=3 cannot be met: the cheapest schedule, 0 everywhere, costs macs=4"):
+        check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"macs": 3}))
+    with pytest.raises(UserError, match="'watts' is not a cost"):
+        check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"watts": 3}))
+    check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"macs": math.inf}))

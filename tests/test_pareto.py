@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from nevergrad.optimization.multiobjective.hypervolume import HypervolumeIndicator
+
+from nas.pareto import crowding, front, hypervolume, ranks
+
+POINTS = st.integers(1, 4).flatmap(
+    lambda m: hnp.arrays(np.float64, st.tuples(st.integers(1, 12), st.just(m)), elements=st.integers(0, 6).map(float))
+)
+
+
+def dominates(a: np.ndarray, b: np.ndarray) -> bool:
+    return bool((a <= b).all() and (a < b).any())
+
+
+@given(POINTS)
+def test_rank_zero_is_what_nothing_dominates_and_every_rank_has_a_reason(points: np.ndarray) -> None:
+    rank = ranks(points)
+    for i, point in enumerate(points):
+        better = [rank[j] for j, other in enumerate(points) if dominates(other, point)]
+        assert rank[i] == (max(better) + 1 if better else 0)
+
+
+@given(POINTS)
+def test_hypervolume_equals_nevergrad(points: np.ndarray) -> None:
+    reference = [7.0] * points.shape[1]
+    expected = HypervolumeIndicator(reference_point=np.array(reference)).compute(list(points))
+    assert hypervolume(points.tolist(), reference) == pytest.approx(expected)
+
+
+def test_hypervolume_ignores_points_beyond_the_reference() -> None:
+    assert hypervolume([(1, 1), (5, 0)], (3, 3)) == 4
+    assert hypervolume([], (3, 3)) == 0
+
+
+def test_feasible_beats_infeasible_and_less_violation_beats_more() -> None:
+    values = np.array([[0.0, 0.0], [9.0, 9.0], [1.0, 1.0]])
+    assert ranks(values, np.array([2.0, 0.0, 1.0])).tolist() == [2, 0, 1]
+    assert front(values.tolist(), [2.0, 0.0, 1.0]) == [1]
+    assert front(values.tolist(), [2.0, 1.0, 1.0]) == []
+
+
+def test_nan_is_worse_than_anything() -> None:
+    assert ranks(np.array([[np.nan, 0.0], [5.0, 0.0]])).tolist() == [1, 0]
+
+
+def test_crowding_keeps_the_ends() -> None:
+    distance = crowding(np.array([[0.0, 4.0], [1.0, 3.0], [1.1, 2.9], [4.0, 0.0]]))
+    assert np.isinf(distance[[0, 3]]).all()
+    assert distance[1] < distance[2]

@@ -1,0 +1,129 @@
+"""The Ray runner on a real cluster of two nodes on this machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.contracts import Trial, UserError
+from nas.ledger import open_storage, read_ledgers
+from nas.session import open_session
+from nas.study import Study, load_study
+from tests.test_runner import facts, killed_at_random, run
+from tests.toy import toy_study
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+def run_on_ray(study: Study, folder: Path, searcher: str = "evolution", count: int = 2) -> list[Trial]:
+    from nas.ray_runner import Workers
+
+    with open_session(study, folder) as session:
+        conductor = session.conductor(searcher)
+        session.run(conductor, Workers(count))
+        return conductor.ledger.trials
+
+
+def test_two_nodes_share_a_search(ray_cluster: Any, tmp_path: Path) -> None:
+    log = tmp_path / "calls"
+    study = toy_study(trials=16, evaluator__log=str(log), evaluator__seconds=0.05)
+    trials = run_on_ray(study, tmp_path)
+    assert sum(t.rung == 64 for t in trials) == 16
+    assert sum(t.status == "complete" for t in trials) >= 1
+    assert {t.status for t in trials} <= {"pruned", "complete"}
+    assert max(Counter(log.read_text().splitlines()).values()) == 1
+
+
+def test_one_worker_repeats_the_local_run(ray_cluster: Any, tmp_path: Path) -> None:
+    study = toy_study(trials=12)
+    assert facts(run_on_ray(study, tmp_path / "ray", count=1)) == facts(run(study, tmp_path / "local"))
+
+
+def test_failures_and_a_dying_worker_do_not_stop_the_search(ray_cluster: Any, tmp_path: Path) -> None:
+    study = toy_study(
+        trials=12,
+        evaluator__log=str(tmp_path / "calls"),
+        evaluator__failing=((1,) * 6,),
+        evaluator__fatal=((0,) * 6,),
+    )
+    trials = run_on_ray(study, tmp_path)
+    failed = {t.genome: t.reason for t in trials if t.status == "failed"}
+    assert "was told to fail" in failed[(1,) * 6]
+    assert "worker died" in failed[(0,) * 6]
+    assert sum(t.genome == (1,) * 6 for t in trials) == 2
+    assert [t.status for t in trials if t.genome == (0,) * 6 and t.rung == 64] == ["failed", "pruned"]
+    assert sum(t.rung == 64 and t.status == "pruned" for t in trials) == 11
+
+
+STUDY = """
+from dataclasses import dataclass
+from nas.searchers.random import Random
+from tests.toy import ToyEvaluator, toy_study
+from dataclasses import replace
+
+@dataclass(frozen=True)
+class OnlyHere(ToyEvaluator):
+    def __call__(self, schedule, rung, seed):
+        score = super().__call__(schedule, rung, seed)
+        return replace(score, labels={"fd": "only here"})
+
+study = replace(toy_study(trials=6), evaluator=OnlyHere())
+"""
+
+
+def test_classes_of_a_study_file_reach_the_workers(ray_cluster: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(STUDY)
+    trials = run_on_ray(load_study(tmp_path / "mine.py"), tmp_path / "run")
+    assert {t.score.labels["fd"] for t in trials if t.score} == {"only here"}
+
+
+def test_a_real_network_scores_the_same_on_a_worker(
+    ray_cluster: Any, tiny_study: Study, tiny_run: Path, tmp_path: Path
+) -> None:
+    import shutil
+    from dataclasses import replace
+
+    for part in ("supernet", "features"):
+        shutil.copytree(tiny_run / part, tmp_path / part)
+    study = replace(tiny_study, trials=3)
+    ours = {(t.digest, t.rung): t for _, trials in read_ledgers(open_storage(tiny_run)) for t in trials}
+    for trial in run_on_ray(study, tmp_path):
+        if (trial.digest, trial.rung) in ours:
+            known = ours[trial.digest, trial.rung].score
+            assert trial.score is not None
+            assert known is not None
+            assert trial.score.values["fd"] == pytest.approx(known.values["fd"], rel=1e-6)
+
+
+def test_impossible_workers_are_refused(ray_cluster: Any, tmp_path: Path) -> None:
+    from nas.ray_runner import Workers
+
+    with pytest.raises(UserError, match="0 workers"):
+        Workers(0)
+    with open_session(toy_study(), tmp_path) as session, pytest.raises(UserError, match="no node of the Ray cluster"):
+        session.run(session.conductor("evolution"), Workers(1, gpus=0.5))
+
+
+RAY = """
+import os
+from pathlib import Path
+from tests.test_ray import run_on_ray
+from tests.toy import toy_study
+folder = Path(os.environ["RUN"])
+run_on_ray(toy_study(evaluator__seconds=0.1, evaluator__log=str(folder / "calls"), trials=40), folder)
+"""
+
+
+def test_a_killed_ray_run_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
+    killed_at_random(RAY, tmp_path, kills=5, wait=(0.0, 1.0))
+    [(info, trials)] = read_ledgers(open_storage(tmp_path))
+    search = [t for t in trials if t.rung == info.rungs[0]]
+    assert len(search) == 40
+    assert {t.status for t in trials} == {"pruned", "complete"}
+    assert len({(t.digest, t.rung) for t in trials}) == len(trials)
+    calls = Counter((tmp_path / "calls").read_text().splitlines())
+    assert sum(calls.values()) <= len(trials) + 2 * 5
+    assert set(calls) == {f"{t.digest} {t.rung}" for t in trials}

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.contracts import Trial, UserError
+from nas.ladder import promotions
+from nas.ledger import open_storage, read_ledgers
+from nas.session import open_session
+from nas.study import Study
+from tests.toy import toy_study
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(study: Study, folder: Path, searcher: str = "evolution", trials: int | None = None) -> list[Trial]:
+    with open_session(study, folder) as session:
+        conductor = session.conductor(searcher, trials=trials)
+        session.run(conductor)
+        return conductor.ledger.trials
+
+
+def facts(trials: list[Trial]) -> list[tuple[Any, ...]]:
+    return [
+        (t.number, t.genome, t.rung, t.status, dict(t.origin), t.score.values["fd"] if t.score else None)
+        for t in trials
+    ]
+
+
+def test_a_run_searches_then_verifies_on_other_noise(tmp_path: Path) -> None:
+    study = toy_study()
+    trials = run(study, tmp_path)
+    search = [t for t in trials if t.rung == 64]
+    verified = [t for t in trials if t.rung == 256]
+    assert len(search) == study.trials
+    assert 1 <= len(verified) <= study.verified
+    assert all(study.problem.feasible(t.genome) for t in trials)
+    assert len({t.digest for t in search}) == len(search)
+    assert {t.status for t in search} == {"pruned"}
+    assert {t.status for t in verified} == {"complete"}
+    assert {t.origin["verifies"] for t in verified} <= {t.number for t in search}
+    digest = verified[0].digest
+    first = next(t for t in search if t.digest == digest)
+    assert first.score is not None
+    assert verified[0].score is not None
+    assert first.score.values != verified[0].score.values
+
+
+def test_the_same_command_again_does_nothing_and_more_trials_go_on(tmp_path: Path) -> None:
+    whole = run(toy_study(trials=20), tmp_path / "whole")
+    first = run(toy_study(trials=12), tmp_path / "parts")
+    assert facts(run(toy_study(trials=12), tmp_path / "parts")) == facts(first)
+    more = run(toy_study(trials=20), tmp_path / "parts")
+    assert [t.genome for t in more if t.rung == 64] == [t.genome for t in whole if t.rung == 64]
+
+
+def test_a_failing_candidate_is_tried_twice_and_the_search_goes_on(tmp_path: Path) -> None:
+    failing = (1, 1, 1, 1, 1, 1)
+    trials = run(toy_study(evaluator__failing=(failing,)), tmp_path)
+    failed = [t for t in trials if t.status == "failed"]
+    assert [t.genome for t in failed] == [failing, failing]
+    assert failed[1].origin["retry"] == failed[0].number
+    assert all("was told to fail" in t.reason for t in failed)
+    assert sum(t.rung == 64 and t.status == "pruned" for t in trials) == 29
+
+
+def test_a_score_that_is_no_number_is_a_failure(tmp_path: Path) -> None:
+    bad = (2, 2, 2, 2, 2, 2)
+    trials = run(toy_study(evaluator__not_a_number=(bad,)), tmp_path)
+    failed = [t for t in trials if t.status == "failed"]
+    assert {t.genome for t in failed} == {bad}
+    assert "not finite" in failed[0].reason
+
+
+def test_an_evaluator_that_always_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    import itertools
+
+    every = tuple(itertools.product(range(4), repeat=3))
+    study = toy_study(space__genes=3, evaluator__failing=every)
+    with pytest.raises(UserError, match="in a row failed, the last with: RuntimeError: genome"):
+        run(study, tmp_path)
+
+
+def test_a_schedule_that_another_searcher_scored_is_not_run_again(tmp_path: Path) -> None:
+    log = tmp_path / "calls"
+    study = toy_study(evaluator__log=str(log), trials=40)
+    run(study, tmp_path)
+    run(study, tmp_path, "random")
+    trials = run(study, tmp_path, "uniform")
+    calls = Counter(log.read_text().splitlines())
+    assert max(calls.values()) == 1
+    shared = [t for t in trials if "scored_by" in t.origin]
+    assert shared
+    assert all(t.score is not None and t.score.spent["calls"] > 0 for t in shared)
+
+
+def test_the_baseline_ignores_the_limits_and_says_that_it_breaks_them(tmp_path: Path) -> None:
+    trials = run(toy_study(), tmp_path, "uniform")
+    full = next(t for t in trials if t.genome == (3,) * 6)
+    assert full.violations["macs_share"] == pytest.approx(0.4)
+    assert [t.status for t in trials if t.genome == (3,) * 6] == ["pruned", "complete"]
+
+
+def test_promotion_takes_the_front_and_spreads_it() -> None:
+    study = toy_study()
+    from nas.contracts import Proposal
+    from nas.testing import closed
+
+    genomes = [(i, j, 0, 0, 0, 0) for i in range(4) for j in range(4)]
+    trials = [closed(study.problem, n, Proposal(g), score(g)) for n, g in enumerate(genomes)]
+    front = promotions(trials, 1, ("fd", "macs"), 100)
+    assert {t.genome for t in front} == {(0, j, 0, 0, 0, 0) for j in range(4)}
+    ends = {t.genome for t in promotions(trials, 1, ("fd", "macs"), 2)}
+    assert ends == {(0, 0, 0, 0, 0, 0), (0, 3, 0, 0, 0, 0)}
+
+
+def score(genome: tuple[int, ...]) -> Any:
+    from nas.contracts import Score
+
+    return Score({"fd": 10.0 - genome[1] + genome[0]})
+
+
+def killed_at_random(script: str, folder: Path, kills: int, wait: tuple[float, float]) -> None:
+    """Runs the script, kills it hard at random moments, and at last lets it end."""
+    rng = random.Random(0)
+    for attempt in range(kills + 1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "RUN": str(folder)}, start_new_session=True
+        )
+        if attempt == kills:
+            assert process.wait(timeout=240) == 0
+            return
+        before, deadline = _lines(folder), time.monotonic() + 60
+        while _lines(folder) <= before + 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(*wait))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _lines(folder: Path) -> int:
+    journal = folder / "journal.log"
+    return len(journal.read_bytes().splitlines()) if journal.exists() else 0
+
+
+LOCAL = """
+import os
+from pathlib import Path
+from tests.test_runner import run
+from tests.toy import toy_study
+folder = Path(os.environ["RUN"])
+run(toy_study(evaluator__seconds=0.02, evaluator__log=str(folder / "calls"), trials=60), folder)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_local_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = run(toy_study(trials=60), tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    killed_at_random(LOCAL, tmp_path / "killed", kills=5, wait=(0.0, 0.4))
+    [(_, trials)] = read_ledgers(open_storage(tmp_path / "killed"))
+    assert facts(trials) == facts(whole)
+    calls = Counter((tmp_path / "killed" / "calls").read_text().splitlines())
+    # A candidate that was running when the process died has to be run again; a finished one never is.
+    assert sum(calls.values()) <= len(trials) + 5
