@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
+from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -143,7 +144,7 @@ class ExternalFeatures:
                 net = torch.export.load(path).module().to(device)
             else:
                 net = torch.jit.load(path, map_location=device).eval()  # type: ignore[no-untyped-call]
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, BadZipFile) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{path} is neither a TorchScript nor an exported program file ({reason})") from error
         return _Extractor(

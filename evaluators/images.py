@@ -126,7 +126,7 @@ class ImageArray:
         if labels is not None and labels.shape != images.shape[:1]:
             raise UserError(f"'labels' of {path} has shape {labels.shape}; it must be ({len(images)},), one per image")
         channels_last = images[..., None] if images.ndim == 3 else images
-        return _checked(channels_last.transpose(0, 3, 1, 2) / 127.5 - 1.0, labels, str(path))
+        return _checked(channels_last.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0, labels, str(path))
 
 
 def check_shape(images: ImageSet, shape: tuple[int, int, int]) -> None:

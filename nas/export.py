@@ -106,7 +106,9 @@ Each sampling step runs the network that `schedule.json` names for it. The netwo
 import json, numpy as np, torch
 from diffusers import DDIMScheduler, UNet2DModel
 
-plan, seed, count = json.load(open("schedule.json")), 0, 16
+seed, count = 0, 16
+with open("schedule.json") as file:
+    plan = json.load(file)
 nets = {{name: UNet2DModel.from_pretrained(name).eval() for name in {{step["model"] for step in plan["steps"]}}}}
 alphas = [*DDIMScheduler(**plan["scheduler"]).alphas_cumprod.tolist(), 1.0]
 times = [step["timestep"] for step in plan["steps"]]

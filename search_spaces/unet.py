@@ -232,7 +232,9 @@ class Anatomy:
             for j in range(2):
                 self._resnet(f"mid_block.resnets.{j}", self._level(last), self._level(last), self._positions(last))
             if config["add_attention"]:
-                self._attention("mid_block.attentions.0", self._level(last), self._positions(last))
+                # The stock middle block leaves this norm out unless one of the two asks for it.
+                norm = config["attn_norm_num_groups"] is not None or config["resnet_time_scale_shift"] == "default"
+                self._attention("mid_block.attentions.0", self._level(last), self._positions(last), norm)
 
         trunk = self._level(last)
         for i, block in enumerate(config["up_block_types"]):
@@ -284,8 +286,9 @@ class Anatomy:
         if sum(s.size for s in before) != sum(s.size for s in after):
             self._conv(f"{name}.conv_shortcut", before, after, positions, kernel=1)
 
-    def _attention(self, name: str, axis: Axis, positions: int) -> None:
-        self._norm(f"{name}.group_norm", axis)
+    def _attention(self, name: str, axis: Axis, positions: int, norm: bool = True) -> None:
+        if norm:
+            self._norm(f"{name}.group_norm", axis)
         for projection in ("to_q", "to_k", "to_v", "to_out.0"):
             self._linear(f"{name}.{projection}", axis, axis, positions)
         self.attentions.append(AttentionAnatomy(axis, positions))

@@ -42,7 +42,8 @@ RICH: dict[str, Any] = {
 }
 PLAIN = {**TINY, "mid_block_type": None, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 NO_ATTENTION = {**TINY, "add_attention": False, "norm_num_groups": 4}
-CONFIGS = {"tiny": TINY, "rich": RICH, "plain": PLAIN, "no attention": NO_ATTENTION}
+NO_MIDDLE_NORM = {**TINY, "resnet_time_scale_shift": "scale_shift"}
+CONFIGS = {"tiny": TINY, "rich": RICH, "no middle norm": NO_MIDDLE_NORM, "plain": PLAIN, "no attention": NO_ATTENTION}
 
 
 def randomised(net: ElasticUNet) -> Any:

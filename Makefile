@@ -1,0 +1,43 @@
+# make demo   install, then the digits study end to end: train, search, compare, export
+# make test   install, then ruff, mypy and pytest
+# A second call does not install again.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?= runs/digits
+
+.PHONY: demo test lint types tests clean
+
+demo: $(VENV)/.demo
+	$(BIN)/nas run studies/digits.py --out $(RUN)
+	rm -rf $(RUN)/exported
+	$(BIN)/nas export studies/digits.py --within macs_share=0.5 --to $(RUN)/exported --out $(RUN)
+	$(BIN)/nas sample studies/digits.py --within macs_share=0.5 --to $(RUN)/report/samples.png --out $(RUN)
+
+test: lint types tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+tests: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dashboard]' --constraint constraints.txt
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,66 @@
+"""How long the main job takes after the install: train, search, export, on this machine, by the README's commands."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+from benchmarks.common import Benchmark, Target
+from nas.session import open_session
+from studies.digits import study
+
+
+def prepare(folder: str) -> dict[str, Any]:
+    """Supernet and features, as `nas run` makes them."""
+    from pathlib import Path
+
+    started, seconds = time.perf_counter(), {"supernet": 0.0, "features": 0.0}
+    with open_session(study, Path(folder)) as session:
+        for tick in session.prepare():
+            now = time.perf_counter()
+            seconds[tick.what] += now - started
+            started = now
+    return {f"{name}_s": value for name, value in seconds.items()}
+
+
+def command(name: str, *arguments: str) -> dict[str, Any]:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "nas.cli", name, *arguments], check=True, stdout=subprocess.DEVNULL)
+    return {f"{name}_s": time.perf_counter() - started}
+
+
+def main() -> None:
+    bench = Benchmark("demo", __doc__ or "")
+    run, exported = str(bench.folder / "run"), str(bench.folder / "exported")
+    if not bench.has("prepare"):
+        shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(exported, ignore_errors=True) if not bench.has("export") else None
+    trials = ("--trials", "6") if bench.quick else ()
+    rows = [
+        bench.row("prepare", lambda: prepare(run)),
+        bench.row("search", lambda: command("run", "studies/digits.py", "--out", run, "--quiet", *trials)),
+        bench.row(
+            "export",
+            lambda: command(
+                "export", "studies/digits.py", "--within", "macs_share=0.6", "--to", exported, "--out", run
+            ),
+        ),
+    ]
+    seconds = sum(value for row in rows for key, value in row.items() if key.endswith("_s"))
+    bench.finish(
+        [
+            Target(
+                "demo_minutes",
+                "minutes from installed to exported model: train, search, verify, export",
+                6,
+                seconds / 60,
+            )
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

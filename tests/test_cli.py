@@ -1,0 +1,319 @@
+"""The commands as a user runs them: good input, bad input, a fresh interpreter for what is exported."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nas import cli
+from nas.ledger import lock_run, open_storage, read_ledgers
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def wide() -> Iterator[None]:
+    """Tables as on a wide terminal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "160")
+        yield
+
+
+STUDY = """
+from evaluators.frechet import Frechet
+from evaluators.images import {images}
+from nas.searchers.evolution import Evolution
+from nas.study import Study
+from search_spaces.intervals import per_step, uniform
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import ElasticUNet
+from search_spaces.training import Sandwich
+from tests.conftest import TINY
+
+images = {images_call}
+net = ElasticUNet(TINY, widths={widths})
+steps = uniform(4)
+study = Study(
+    name="tiny", space=Stepwise(net, steps, per_step(steps)), supernet=net, images=images,
+    training=Sandwich(steps={steps}, batch=16, warmup=5, checkpoint_every=10),
+    evaluator=Frechet(images, rungs=(32, 64)), searchers={{"evolution": Evolution(population=6)}},
+    limits={{"macs_share": {limit}}}, trials=10, verified=3,
+)
+"""
+
+
+def study_file(folder: Path, name: str = "study.py", **changes: object) -> Path:
+    settings = {"images": "Digits", "images_call": "Digits()", "widths": (0.25, 0.5, 1.0), "steps": 40, "limit": 0.6}
+    path = folder / name
+    path.write_text(STUDY.format(**{**settings, **changes}))
+    return path
+
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def nas(*arguments: object) -> Result:
+    """The command in this process, from `main` on; only what needs a process of its own starts one below."""
+    out, err = io.StringIO(), io.StringIO()
+    argv, sys.argv = sys.argv, ["nas", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = argv
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def refused(result: Result, message: str) -> None:
+    """One clear message, a non-zero exit, no traceback."""
+    assert result.returncode == 1, result
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().startswith("error: "), result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a study file and the run that `nas run` made of it."""
+    folder = tmp_path_factory.mktemp("workplace")
+    result = nas("run", study_file(folder), "--out", folder / "run")
+    assert result.returncode == 0, result.stderr
+    assert "best verified fd" in result.stdout
+    return folder
+
+
+def test_help_everywhere() -> None:
+    for command in ((), ("run",), ("status",), ("compare",), ("dashboard",), ("export",), ("sample",)):
+        result = nas(*command, "--help")
+        assert result.returncode == 0
+        assert "Usage" in result.stdout
+
+
+def test_the_same_command_again_evaluates_nothing(workplace: Path) -> None:
+    before = read_ledgers(open_storage(workplace / "run"))
+    result = nas("run", workplace / "study.py", "--out", workplace / "run", "--quiet")
+    assert result.returncode == 0
+    assert result.stdout == ""
+    assert read_ledgers(open_storage(workplace / "run")) == before
+
+
+def test_status_reads_the_folder_without_torch_or_ray(workplace: Path) -> None:
+    result = nas("status", workplace / "run", "--json")
+    facts = json.loads(result.stdout)
+    rows = {row["searcher"]: row for row in facts["searchers"]}
+    assert rows["evolution"]["proposed"] == rows["evolution"]["planned"] == 10
+    assert rows["evolution"]["verified"] >= 1
+    assert rows["uniform"]["verified"] == rows["uniform"]["scored"] == 3
+    script = "import sys, nas.cli\nsys.argv[1:] = ['status', sys.argv[1]]\ntry: nas.cli.main()\nexcept SystemExit: pass\nprint(sorted({'torch', 'ray', 'diffusers'} & set(sys.modules)))"
+    bare = subprocess.run([sys.executable, "-c", script, workplace / "run"], capture_output=True, text=True, check=True)
+    assert bare.stdout.strip().endswith("[]")
+    assert "evolution" in bare.stdout
+
+
+def test_compare_is_a_table_a_picture_and_json(workplace: Path) -> None:
+    result = nas("compare", workplace / "run", "--json")
+    facts = json.loads(result.stdout)
+    assert facts["label"].startswith("FD@64 (small classifier")
+    evolution = next(row for row in facts["searchers"] if row["searcher"] == "evolution")
+    assert evolution["hypervolume"] > 0
+    assert evolution["spent"]["macs"] > 0
+    best = evolution["best_within"]["0.6"]
+    assert best["macs_share"] <= 0.6
+    assert best["error"] > 0
+    with Image.open(facts["picture"]) as picture:
+        assert picture.size[0] > 800
+    table = nas("compare", workplace / "run").stdout
+    assert f"({best['trial']})" in table
+
+
+FRESH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("nas", "search_spaces", "evaluators"):
+            raise ImportError(name + " must not be needed")
+sys.meta_path.insert(0, Refuse())
+import re, pathlib
+exec(re.search(r"```python\\n(.*?)```", pathlib.Path("README.md").read_text(), re.S).group(1))
+np.save(sys.argv[1], images.numpy())
+"""
+
+
+def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_path: Path) -> None:
+    study, run = workplace / "study.py", workplace / "run"
+    result = nas("export", study, "--within", "macs_share=0.6", "--to", tmp_path / "model", "--out", run)
+    assert result.returncode == 0, result.stderr
+    trial = int(re.search(r"trial (\d+)", result.stdout).group(1))  # type: ignore[union-attr]
+    subprocess.run([sys.executable, "-c", FRESH, tmp_path / "theirs.npy"], cwd=tmp_path / "model", check=True)
+    result = nas("sample", study, "--trial", trial, "--count", 16, "--to", tmp_path / "ours.npy", "--out", run)
+    assert result.returncode == 0, result.stderr
+    theirs, ours = np.load(tmp_path / "theirs.npy"), np.load(tmp_path / "ours.npy")
+    assert ours.shape == (16, 1, 8, 8)
+    assert np.abs(theirs - ours).max() <= 1e-5
+    plan = json.loads((tmp_path / "model" / "schedule.json").read_text())
+    assert [step["timestep"] for step in plan["steps"]] == [999, 749, 499, 249]
+    assert {step["model"] for step in plan["steps"]} == {path.name for path in (tmp_path / "model").glob("unet_*")}
+    provenance = json.loads((tmp_path / "model" / "provenance.json").read_text())
+    assert max(provenance["parity"].values()) <= 1e-5
+    assert provenance["trial"] == trial
+    assert provenance["versions"]["diffusers"]
+    refused(nas("export", study, "--trial", trial, "--to", tmp_path / "model", "--out", run), "is not empty; give --to")
+    assert len(list((tmp_path / "model").iterdir())) == len({step["model"] for step in plan["steps"]}) + 3
+    picture = nas("sample", study, "--trial", trial, "--to", tmp_path / "grid.png", "--out", run)
+    assert picture.returncode == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == ((8 * 9 - 1) * 12, (8 * 9 - 1) * 12)
+
+
+def test_bad_choices_of_a_trial_are_refused(workplace: Path, tmp_path: Path) -> None:
+    common = (workplace / "study.py", "--to", tmp_path / "x", "--out", workplace / "run")
+    refused(nas("export", *common), "either --trial N or --within")
+    refused(nas("export", *common, "--trial", 999), "no scored trial 999")
+    refused(nas("export", *common, "--within", "macs_share=0.0001"), "the cheapest has macs_share=")
+    refused(nas("export", *common, "--within", "watts=3"), "'watts' is not a cost")
+    refused(nas("export", *common, "--within", "half"), "is not COST=LIMIT")
+    refused(nas("export", *common, "--trial", 0, "--searcher", "random"), "no trials of searcher random")
+    refused(
+        nas("sample", workplace / "study.py", "--trial", 0, "--to", tmp_path / "x.gif"), r"must end in \.png or \.npy"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_studies_are_refused(tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run")
+    refused(nas("run", tmp_path / "none.py", *out), r"none\.py does not exist")
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    refused(nas("run", tmp_path / "empty.py", *out), "defines no `study`")
+    (tmp_path / "broken.py").write_text("import nothing_like_this\n")
+    refused(nas("run", tmp_path / "broken.py", *out), "fails: ModuleNotFoundError")
+    refused(
+        nas("run", study_file(tmp_path, limit=0.01), *out),
+        "macs_share=0.01 cannot be met: the cheapest schedule, 0.25 everywhere, costs macs_share=0.0",
+    )
+    refused(
+        nas("run", study_file(tmp_path), "--searcher", "magic", *out),
+        "no searcher is called 'magic'; use one of evolution, random",
+    )
+    refused(nas("run", study_file(tmp_path), "--device", "cuda:7", *out), "device 'cuda:7' cannot be used")
+    (tmp_path / "pictures").mkdir()
+    for i in range(20):
+        Image.new("L", (8, 8), i).save(tmp_path / "pictures" / f"{i:02d}.png")
+    (tmp_path / "pictures" / "07.png").write_bytes(b"broken")
+    call = f'ImageFolder("{tmp_path}/pictures", (8, 8), channels=1)'
+    refused(
+        nas("run", study_file(tmp_path, images="ImageFolder", images_call=call), *out),
+        r"07\.png cannot be read as an image",
+    )
+    refused(nas("status", tmp_path), "is no run folder")
+
+
+def test_bad_run_folders_are_refused_and_the_ledger_stays(workplace: Path, tmp_path: Path) -> None:
+    study, run = workplace / "study.py", workplace / "run"
+    before = (run / "journal.log").read_bytes()
+    lock = lock_run(run)
+    refused(nas("run", study, "--out", run), f"in use by process {os.getpid()}")
+    lock.release()
+    refused(
+        nas("run", study, "--out", run, "--storage", "postgresql+psycopg://a:secret@127.0.0.1:1/x"), "cannot be opened"
+    )
+    other = study_file(tmp_path, steps=50)
+    refused(nas("run", other, "--out", run), "was trained with another network, training, seed or images")
+    limited = study_file(tmp_path, limit=0.5)
+    refused(nas("run", limited, "--out", run), "limits was macs_share<=0.6, now macs_share<=0.5")
+    weights = run / "supernet" / "weights.safetensors"
+    whole = weights.read_bytes()
+    changed = bytearray(whole)
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    refused(nas("run", study, "--out", run), "ledger tiny.uniform was written for something else: supernet was")
+    weights.write_bytes(whole)
+    assert (run / "journal.log").read_bytes() == before
+    assert nas("run", study, "--out", run, "--quiet").returncode == 0
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run" / "supernet").mkdir(parents=True)
+    checkpoint = tmp_path / "run" / "supernet" / "checkpoint.safetensors"
+    checkpoint.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    refused(nas("run", study_file(tmp_path), "--out", tmp_path / "run"), "is damaged")
+    assert checkpoint.exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
+    import signal
+
+    path = study_file(tmp_path, steps=100000)
+    command = [sys.executable, "-m", "nas.cli", "run", str(path), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "supernet" / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; nothing is lost" in errors
+    assert "Traceback" not in errors
+
+
+def test_another_seed_and_a_database_have_ledgers_of_their_own(workplace: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/ledger.db"
+    study, run = workplace / "study.py", workplace / "run"
+    result = nas(
+        "run", study, "--out", run, "--seed", 1, "--searcher", "random", "--trials", 4, "--storage", url, "--quiet"
+    )
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(nas("status", run, "--storage", url, "--json").stdout)
+    assert [row["searcher"] for row in facts["searchers"]] == ["uniform", "random (seed 1)"]
+    assert nas("run", study, "--out", run, "--quiet").returncode == 0
+    assert len(json.loads(nas("status", run, "--json").stdout)["searchers"]) == 2
+
+
+def test_the_dashboard_serves_the_run(workplace: Path) -> None:
+    port = 18923
+    command = [sys.executable, "-m", "nas.cli", "dashboard", str(workplace / "run"), "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=5) as answer:
+                    studies = json.load(answer)["study_summaries"]
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.2)
+        assert {study["study_name"] for study in studies} == {"tiny.uniform", "tiny.evolution"}
+        assert all(study["directions"] == ["minimize", "minimize"] for study in studies)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)

@@ -1,0 +1,245 @@
+"""Sampling against diffusers' schedulers, the distance against scipy, features from files."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluators.features import ExternalFeatures, SmallClassifier
+from evaluators.frechet import Frechet, Gaussian, Moments, frechet_with_replicates, read_statistics
+from evaluators.images import Digits, ImageArray
+from evaluators.sampling import DDIM, DDPM, initial_noise, sample, step_noise, trajectory
+from nas.contracts import Schedule, Step, UserError
+from nas.testing import check_evaluator
+from search_spaces.intervals import leading, quadratic, uniform
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import ElasticUNet
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def full_schedule(net: ElasticUNet, timesteps: tuple[int, ...]) -> Schedule:
+    return Schedule(tuple(Step(t, net.uniform(1.0)) for t in timesteps))
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize(("spacing", "timesteps"), [("trailing", uniform(10)), ("leading", leading(10))])
+def test_ddim_equals_diffusers_on_its_grids(tiny_net: ElasticUNet, clip: bool, spacing: str, timesteps: Any) -> None:
+    net = tiny_net.initial(0)
+    scheduler = DDIMScheduler(**net.scheduler, clip_sample=clip, timestep_spacing=spacing)
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps.tolist() == list(timesteps)
+    model: UNet2DModel = net.extract(tiny_net.uniform(1.0))
+    states = list(trajectory(net, full_schedule(tiny_net, timesteps), DDIM(clip=clip), 3, 0, 4))
+    for t, x, ours in zip(scheduler.timesteps, states, states[1:], strict=False):
+        with torch.inference_mode():
+            theirs = scheduler.step(model(x, t).sample, t, x).prev_sample
+        assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("timesteps", [uniform(1000)[-20:], quadratic(10)], ids=["every timestep", "quadratic"])
+def test_ddpm_equals_diffusers_given_the_same_noise(
+    tiny_net: ElasticUNet, variance: Any, timesteps: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = tiny_net.initial(0)
+    scheduler = DDPMScheduler(**net.scheduler, variance_type=variance, clip_sample=True)
+    scheduler.set_timesteps(timesteps=list(timesteps))
+    model: UNet2DModel = net.extract(tiny_net.uniform(1.0))
+    states = list(trajectory(net, full_schedule(tiny_net, timesteps), DDPM(variance), 3, 0, 4))
+    for number, (t, x, ours) in enumerate(zip(scheduler.timesteps, states, states[1:], strict=False)):
+        noise = step_noise(3, 0, 4, net.image_shape, number)
+        monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, n=noise, **k: n)
+        with torch.inference_mode():
+            theirs = scheduler.step(model(x, t).sample, int(t), x).prev_sample
+        # diffusers takes 1 - a_t / a_s in float32, which cancels where neighbouring timesteps are close.
+        assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 1000), st.integers(1, 20))
+def test_noise_of_a_sample_depends_on_seed_and_index_alone(seed: int, start: int, count: int) -> None:
+    block = initial_noise(seed, start, start + count, (1, 2, 2))
+    assert torch.equal(block[-1:], initial_noise(seed, start + count - 1, start + count, (1, 2, 2)))
+    first, second = (step_noise(seed, start, start + count, (1, 2, 2), step) for step in (0, 1))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, block)
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = initial_noise(0, 0, 2000, (1, 4, 4))
+    assert abs(float(noise.mean())) < 0.02
+    assert abs(float(noise.std()) - 1) < 0.02
+    assert abs(float((noise[:-1] * noise[1:]).mean())) < 0.02
+
+
+@pytest.mark.parametrize("sampler", [DDIM(), DDPM()])
+def test_the_batch_size_changes_no_sample(tiny_net: ElasticUNet, sampler: Any) -> None:
+    """Up to the rounding of convolutions, which batch sizes order differently and a chain of steps amplifies."""
+    net = tiny_net.initial(0)
+    schedule = full_schedule(tiny_net, uniform(3))
+    whole = sample(net, schedule, sampler, 0, 0, 12)
+    parts = torch.cat([sample(net, schedule, sampler, 0, i, i + 3) for i in range(0, 12, 3)])
+    assert torch.allclose(whole, parts, atol=1e-4)
+
+
+def test_a_trajectory_shows_every_state(tiny_net: ElasticUNet) -> None:
+    states = list(trajectory(tiny_net.initial(0), full_schedule(tiny_net, uniform(3)), DDIM(), 0, 0, 2))
+    assert len(states) == 4
+    assert torch.equal(states[0], initial_noise(0, 0, 2, (1, 8, 8)))
+
+
+# ------------------------------------------------------------------------------------------------------------- distance
+
+
+@given(st.integers(0, 1000), st.integers(1, 12), st.integers(2, 40))
+def test_distance_equals_scipys_matrix_root(seed: int, dimensions: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = (
+        Moments.of(
+            rng.standard_normal((count + dimensions, dimensions)) @ rng.standard_normal((dimensions,) * 2)
+        ).gaussian()
+        for _ in range(2)
+    )
+    root = scipy.linalg.sqrtm(a.covariance @ b.covariance)
+    expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * np.real(root))
+    assert a.distance(b) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    assert a.distance(a) == pytest.approx(0, abs=1e-6)
+
+
+def test_moments_add_and_subtract() -> None:
+    rows = np.random.default_rng(0).standard_normal((50, 3))
+    whole, part = Moments.of(rows), Moments.of(rows[:20])
+    rest = (whole - part).gaussian()
+    assert rest.mean == pytest.approx(rows[20:].mean(0))
+    assert rest.covariance == pytest.approx(np.cov(rows[20:].T))
+    with pytest.raises(UserError, match="at least 2 samples"):
+        Moments.of(rows[:1]).gaussian()
+
+
+def test_the_standard_error_is_the_spread_over_fresh_samples() -> None:
+    rng = np.random.default_rng(0)
+    reference = Gaussian(np.zeros(4), np.eye(4))
+    runs = [frechet_with_replicates(rng.standard_normal((400, 4)) + 0.5, reference) for _ in range(200)]
+    spread = np.std([value for value, _ in runs])
+    from nas.contracts import jackknife_error
+
+    estimated = np.mean([jackknife_error(replicates) for _, replicates in runs])
+    assert estimated == pytest.approx(spread, rel=0.2)
+
+
+def test_standard_statistics_files_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert read_statistics(tmp_path / "stats.npz").distance(Gaussian(np.ones(3), np.eye(3))) == pytest.approx(3)
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
+    with pytest.raises(UserError, match="do not fit together"):
+        read_statistics(tmp_path / "odd.npz")
+    with pytest.raises(UserError, match="cannot be read as FID statistics"):
+        read_statistics(tmp_path / "missing.npz")
+
+
+# ------------------------------------------------------------------------------------------------- features and scores
+
+
+def space_of(net: ElasticUNet) -> Stepwise:
+    return Stepwise(net, uniform(3), (1, 1, 1))
+
+
+def test_the_evaluator_keeps_the_laws(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+    for sampler in (DDIM(), DDPM()):
+        evaluator = Frechet(Digits(), rungs=(40, 80), batch=16, sampler=sampler)
+        check_evaluator(evaluator, tiny_net, space_of(tiny_net), tiny_run)
+
+
+def test_real_digits_are_nearer_to_digits_than_noise_is(tiny_run: Path) -> None:
+    digits = Digits().load()
+    features = SmallClassifier().load(tiny_run, torch.device("cpu"))
+    rows = features(torch.from_numpy(digits.pixels)).numpy()
+    reference = Moments.of(rows[::2]).gaussian()
+    real, _ = frechet_with_replicates(rows[1::2], reference)
+    noise, _ = frechet_with_replicates(features(torch.randn(500, 1, 8, 8).clamp(-1, 1)).numpy(), reference)
+    assert real < 0.05 * noise
+
+
+def test_features_without_labels_learn_rotations(tmp_path: Path) -> None:
+    digits = Digits().load()
+    features = SmallClassifier(steps=150)
+    ticks = list(features.prepare(replace(digits, labels=None), tmp_path, 0, "cpu"))
+    accuracy = np.mean([tick.values["accuracy"] for tick in ticks[-10:]])
+    assert accuracy > 0.7  # chance is 0.25
+    assert features.load(tmp_path, torch.device("cpu"))(torch.zeros(3, 1, 8, 8)).shape == (3, 64)
+
+
+class Tiny(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.float().mean((2, 3)) * 2
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", [".pt", ".pt2"])
+def test_extractors_come_from_local_files(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"extractor{kind}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if kind == ".pt":
+            torch.jit.save(torch.jit.trace(Tiny(), torch.zeros(2, 3, 8, 8)), path)
+        else:
+            batch = torch.export.Dim("batch", min=1)
+            torch.export.save(
+                torch.export.export(Tiny(), (torch.zeros(2, 3, 8, 8),), dynamic_shapes=({0: batch},)), path
+            )
+        features = ExternalFeatures(str(path), "mean colour", value_range="unit")
+        loaded = features.load(tmp_path, torch.device("cpu"))
+    assert loaded.distance == "FD"
+    assert loaded.label.startswith("mean colour ")
+    assert torch.allclose(loaded(torch.ones(5, 1, 8, 8)), torch.full((5, 3), 2.0))
+    assert replace(features, name="inception-v3").load(tmp_path, torch.device("cpu")).distance == "FID"
+
+
+def test_pixels_reach_an_extractor_as_it_expects_them(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(Tiny(), torch.zeros(2, 1, 4, 4)), path)
+        image = torch.full((1, 1, 8, 8), 0.5)
+        expected = {"signed": 1.0, "unit": 1.5, "bytes": 382.0}
+        for value_range, value in expected.items():
+            features = ExternalFeatures(str(path), "x", value_range=value_range, rgb=False, size=4)  # type: ignore[arg-type]
+            assert float(features.load(tmp_path, torch.device("cpu"))(image)) == pytest.approx(value)
+
+
+def test_bad_extractors_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        ExternalFeatures(str(tmp_path / "none.pt"), "x").load(tmp_path, torch.device("cpu"))
+    for suffix in (".pt", ".pt2"):
+        path = tmp_path / f"bad{suffix}"
+        path.write_bytes(b"nothing")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(UserError, match="neither a TorchScript nor an exported program"):
+                ExternalFeatures(str(path), "x").load(tmp_path, torch.device("cpu"))
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "classifier.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot be read"):
+        SmallClassifier().load(tmp_path, torch.device("cpu"))
+
+
+def test_images_of_another_shape_are_refused_before_sampling(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", images=np.zeros((20, 4, 4), np.uint8))
+    evaluator = Frechet(ImageArray(str(tmp_path / "x.npz")))
+    with pytest.raises(UserError, match="change one of them"):
+        evaluator.load(tiny_net.initial(0), tmp_path)
+
+
+def test_rungs_must_increase() -> None:
+    with pytest.raises(UserError, match="increasing"):
+        Frechet(Digits(), rungs=(512, 256))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nas.contracts import Schedule, Step, UserError
+from nas.export import export
+from search_spaces.supernet import ElasticUNet
+
+
+def schedule(net: ElasticUNet) -> Schedule:
+    return Schedule((Step(900, net.uniform(0.5)), Step(400, net.uniform(1.0)), Step(50, net.uniform(0.5))))
+
+
+def test_each_distinct_net_is_written_once(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    export(tiny_net.initial(0), schedule(tiny_net), {"class": "DDIM", "clip": True}, {}, tmp_path / "model")
+    names = sorted(path.name for path in (tmp_path / "model").iterdir())
+    assert names == ["README.md", "provenance.json", "schedule.json", "unet_0", "unet_1"]
+    files = sorted(path.name for path in (tmp_path / "model" / "unet_0").iterdir())
+    assert files == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_model_that_differs_from_the_supernet_is_not_exported(
+    tiny_net: ElasticUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = tiny_net.initial(0)
+    extract = loaded.extract
+
+    def wrong(arch: Any) -> Any:
+        net = extract(arch)
+        with torch.no_grad():
+            net.conv_out.bias += 1e-4
+        return net
+
+    monkeypatch.setattr(loaded, "extract", wrong)
+    with pytest.raises(RuntimeError, match="differ from the supernet"):
+        export(loaded, schedule(tiny_net), {"class": "DDIM", "clip": True}, {}, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sampler_without_a_stand_alone_loop_is_refused(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sampler Heun has no stand-alone loop"):
+        export(tiny_net.initial(0), schedule(tiny_net), {"class": "Heun"}, {}, tmp_path / "model")
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_the_stand_alone_loop_samples_as_ours_with_step_noise(
+    tiny_net: ElasticUNet, tmp_path: Path, variance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import re
+
+    from evaluators.sampling import DDPM, sample
+
+    loaded, sampler = tiny_net.initial(0), DDPM(variance)
+    export(loaded, schedule(tiny_net), sampler.describe(), {}, tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code.group(1), names)
+    assert torch.allclose(names["images"], sample(loaded, schedule(tiny_net), sampler, 0, 0, 16), atol=1e-5)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evaluators.images import Digits
+from nas.contracts import Progress, Schedule, Step, UserError
+from search_spaces.supernet import ElasticUNet
+from search_spaces.training import FineTune, Sandwich
+
+SHORT = Sandwich(steps=12, batch=8, warmup=2, checkpoint_every=4)
+
+
+def train(net: ElasticUNet, folder: Path, training: Sandwich = SHORT, seed: int = 0) -> Iterator[Progress]:
+    return training.run(net, Digits(), folder, seed, "cpu")
+
+
+def test_a_resumed_training_is_bit_identical(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    list(train(tiny_net, tmp_path / "whole"))
+    assert len(list(islice(train(tiny_net, tmp_path / "parts"), 7))) == 7  # killed between checkpoints 4 and 8
+    resumed = list(train(tiny_net, tmp_path / "parts"))
+    assert [tick.done for tick in resumed] == list(range(5, 13))
+    whole, parts = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not (tmp_path / "parts" / "checkpoint.safetensors").exists()
+    assert list(train(tiny_net, tmp_path / "parts")) == []
+
+
+def test_every_step_trains_the_largest_the_smallest_and_one_between(tmp_path: Path) -> None:
+    from tests.conftest import TINY
+
+    net = ElasticUNet({**TINY, "block_out_channels": (16, 32)}, widths=(0.25, 0.5, 0.75, 1.0))
+    ticks = list(train(net, tmp_path))
+    assert all(set(tick.values) in ({"1", "0.25", "0.5"}, {"1", "0.25", "0.75"}) for tick in ticks)
+    assert {len(tick.values) for tick in ticks} == {3}
+    assert len({frozenset(tick.values) for tick in ticks}) == 2
+
+
+def test_training_learns_at_every_width(tiny_net: ElasticUNet) -> None:
+    ticks = list(replace(SHORT, steps=150, batch=32).fit(tiny_net.initial(0), Digits().load(), 0))
+    for width in ("0.25", "0.5", "1"):
+        assert np.mean([t.values[width] for t in ticks[-20:]]) < 0.7 * np.mean([t.values[width] for t in ticks[:5]])
+
+
+def test_fine_tuning_a_schedule_trains_each_net_where_it_serves(tiny_net: ElasticUNet) -> None:
+    """Weights that only the full net has must move although it serves the clean steps alone."""
+    loaded = tiny_net.initial(0)
+    schedule = Schedule((Step(900, tiny_net.uniform(0.5)), Step(300, tiny_net.uniform(1.0))))
+    before = loaded.full.conv_in.weight.detach().clone()
+    stale, _ = loaded.denoiser(schedule.steps[0])(torch.zeros(1, 1, 8, 8), 900)
+    ticks = list(FineTune(steps=40, batch=32, warmup=2, learning_rate=5e-3).fit(loaded, schedule, Digits().load(), 0))
+    moved = (loaded.full.conv_in.weight - before).abs()
+    assert moved[:4].max() > 0
+    assert moved[4:].max() > 0
+    assert np.mean([t.values["loss"] for t in ticks[-5:]]) < np.mean([t.values["loss"] for t in ticks[:5]])
+    fresh, _ = loaded.denoiser(schedule.steps[0])(torch.zeros(1, 1, 8, 8), 900)
+    assert not torch.equal(stale, fresh)
+
+
+def test_fine_tuning_leaves_alone_what_the_schedule_does_not_use(tiny_net: ElasticUNet) -> None:
+    loaded = tiny_net.initial(0)
+    before = loaded.full.conv_in.weight.detach().clone()
+    schedule = Schedule((Step(900, tiny_net.uniform(0.5)),))
+    list(FineTune(steps=3, batch=8).fit(loaded, schedule, Digits().load(), 0))
+    assert torch.equal(loaded.full.conv_in.weight[4:], before[4:])
+
+
+def test_a_truncated_checkpoint_is_named_and_kept(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    list(islice(train(tiny_net, tmp_path), 5))
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors is damaged .* delete it"):
+        list(train(tiny_net, tmp_path))
+    assert checkpoint.exists()
+
+
+def test_truncated_or_foreign_weights_are_named(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    list(train(tiny_net, tmp_path))
+    with pytest.raises(UserError, match="trained with another network, training, seed or images"):
+        list(train(tiny_net, tmp_path, seed=1))
+    with pytest.raises(UserError, match="trained with another"):
+        list(train(tiny_net, tmp_path, replace(SHORT, batch=9)))
+    other = ElasticUNet({**tiny_net.config, "block_out_channels": (16, 16)}, widths=(0.5, 1.0))
+    with pytest.raises(UserError, match="cannot be read as weights of this supernet"):
+        other.load(tmp_path, "cpu")
+    weights = tmp_path / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        tiny_net.load(tmp_path, "cpu")
+    with pytest.raises(UserError, match="does not exist"):
+        tiny_net.load(tmp_path / "elsewhere", "cpu")
