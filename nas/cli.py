@@ -11,20 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.markup import escape
 
 from nas.contracts import UserError
+from nas.terminal import SearchBar, follow, notes, out, print_comparison, print_status, progress_bars
 
 # Read by OpenMP when torch is imported: threads that wait sleep instead of spinning, or training on all cores would
 # slow down many times over as soon as anything else wants a core.
@@ -32,7 +22,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:
     from nas.contracts import Trial
-    from nas.session import Session
     from nas.study import Study
 
 app = typer.Typer(
@@ -41,9 +30,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-notes = Console(stderr=True)
-
 StudyFile = Annotated[
     str, typer.Argument(metavar="STUDY", help="Python file that defines `study`.", show_default=False)
 ]
@@ -116,17 +102,16 @@ def run(
     try:
         with open_session(study, folder, storage, device) as session:
             started = time.monotonic()
-            with _bars(quiet) as bars:
-                _follow_training(bars, session, threads)
+            with progress_bars(quiet) as bars:
+                follow(bars, session.prepare(threads))
                 for name in dict.fromkeys((BASELINE, *names)):
-                    task = bars.add_task(name, total=None, detail="")
-                    shown = _SearchBar(bars, task, study)
+                    shown = SearchBar(bars, name, study.objectives[0])
                     conductor = session.conductor(name, 0 if name == BASELINE else seed, trials, shown)
                     shown.begin(conductor)
                     session.run(conductor, pool)
                     shown.end()
             if not quiet:
-                _show_comparison(folder, session.storage)
+                print_comparison(_comparison(folder, session.storage))
                 notes.print(
                     f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here",
                     highlight=False,
@@ -144,14 +129,8 @@ def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption =
     facts = Run.open(run_dir, storage).status()
     if as_json:
         _print_json(facts)
-        return
-    table = Table(title=f"{facts['study']} in {facts['folder']}", title_justify="left")
-    columns = ("searcher", "proposed", "planned", "running", "scored", "verified", "failed")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "searcher" else "right")
-    for row in facts["searchers"]:
-        table.add_row(*("-" if row[column] is None else str(row[column]) for column in columns))
-    out.print(table)
+    else:
+        print_status(facts)
 
 
 @app.command()
@@ -161,7 +140,7 @@ def compare(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption 
     if as_json:
         _print_json(facts)
     else:
-        _print_comparison(facts)
+        print_comparison(facts)
 
 
 @app.command()
@@ -272,7 +251,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        notes.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        notes.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -280,68 +259,6 @@ def main() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
-
-
-class _SearchBar:
-    """The progress bar of one search: closed trials, rate, best so far, time left."""
-
-    def __init__(self, bars: Progress, task: Any, study: Study) -> None:
-        self._bars = bars
-        self._task = task
-        self._objective = study.objectives[0]
-        self._best = float("inf")
-        self._started = time.monotonic()
-        self._new = 0
-
-    def begin(self, conductor: Any) -> None:
-        self._conductor = conductor
-        for trial in conductor.ledger.finished:
-            self._note(trial)
-        self._update()
-
-    def __call__(self, trial: Trial) -> None:
-        self._new += 1
-        self._note(trial)
-        self._update()
-
-    def end(self) -> None:
-        done = len(self._conductor.ledger.finished)
-        self._bars.update(self._task, completed=done, total=done)
-
-    def _note(self, trial: Trial) -> None:
-        if trial.scored and all(excess <= 0 for excess in trial.violations.values()):
-            self._best = min(self._best, trial.objectives((self._objective,))[0])
-
-    def _update(self) -> None:
-        done = len(self._conductor.ledger.finished)
-        rate = self._new / max(time.monotonic() - self._started, 1e-9)
-        detail = f"best {self._objective} {self._best:.4g}" if self._best < float("inf") else ""
-        self._bars.update(
-            self._task, completed=done, total=max(done, self._conductor.planned), detail=f"{rate:.1f}/s {detail}"
-        )
-
-
-def _bars(quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<10}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
-        console=notes,
-        disable=quiet,
-    )
-
-
-def _follow_training(bars: Progress, session: Session, threads: int) -> None:
-    tasks: dict[str, Any] = {}
-    for tick in session.prepare(threads):
-        if tick.what not in tasks:
-            tasks[tick.what] = bars.add_task(tick.what, total=tick.total, detail="")
-        values = "  ".join(f"{name} {value:.3f}" for name, value in sorted(tick.values.items()))
-        bars.update(tasks[tick.what], completed=tick.done, detail=values)
 
 
 def _choose(
@@ -394,45 +311,6 @@ def _comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
     return {**facts, "picture": str(picture)}
 
 
-def _show_comparison(run_dir: Path, storage: Any) -> None:
-    _print_comparison(_comparison(run_dir, storage))
-
-
-def _print_comparison(facts: Mapping[str, Any]) -> None:
-    rows = facts["searchers"]
-    table = Table(title=f"{facts['study']}: {facts['label']}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("searcher")
-    for column in ("trials", "failed", "front", "hypervolume", "calls", "MACs", "seconds"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        spent = [_short(row["spent"][key]) for key in ("calls", "macs", "seconds")]
-        table.add_row(
-            row["searcher"],
-            *(str(row[key]) for key in ("trials", "failed")),
-            str(len(row["front"])),
-            f"{row['hypervolume']:.4f}",
-            *spent,
-        )
-    budgets = list(rows[0]["best_within"]) if rows else []
-    best = Table(
-        title=f"best verified {facts['objective']} ± standard error (trial) within a share of the full net's MACs",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    best.add_column("searcher")
-    for budget in budgets:
-        best.add_column(f"{float(budget):.0%}", justify="right")
-    for row in rows:
-        members = [row["best_within"][budget] for budget in budgets]
-        best.add_row(
-            row["searcher"],
-            *("-" if m is None else f"{m[facts['objective']]:.3f}±{m['error']:.3f} ({m['trial']})" for m in members),
-        )
-    out.print(table, best)
-    out.print(f"front: {facts['picture']}", highlight=False, soft_wrap=True)
-
-
 def _summary(trial: Trial, study: Study) -> str:
     values = zip(study.objectives, trial.objectives(study.objectives), strict=True)
     return f"{trial.cost['macs_share']:.1%} of the MACs, " + ", ".join(f"{name} {value:.4g}" for name, value in values)
@@ -453,21 +331,8 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _short(number: float) -> str:
-    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.3g}"
-
-
 def _print_json(data: Mapping[str, Any]) -> None:
     print(json.dumps(data, indent=2))
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

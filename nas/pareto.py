@@ -62,6 +62,15 @@ def crowding(values: Array) -> Array:
     return distance
 
 
+def best_first(values: Array) -> list[int]:
+    """NSGA-II's order: by rank, within a rank the least crowded first, at last in the order given."""
+    rank = ranks(values)
+    spread = np.zeros(len(values))
+    for level in np.unique(rank):
+        spread[rank == level] = crowding(values[rank == level])
+    return sorted(range(len(values)), key=lambda i: (rank[i], -spread[i], i))
+
+
 def hypervolume(values: Sequence[Sequence[float]], reference: Sequence[float]) -> float:
     """Volume between the points and the reference that some point dominates. Exact for any number of objectives,
     by slicing along the last one; points that do not dominate the reference add nothing."""

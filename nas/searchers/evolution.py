@@ -13,7 +13,7 @@ import numpy as np
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
 from nas.genetics import cross, mutate, novel, random_genome, repair, uniform_genomes
-from nas.pareto import crowding, ranks
+from nas.pareto import best_first
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,6 @@ class EvolutionSearch:
             self._select()
 
     def _select(self) -> None:
-        """Survivors stand best first (rank, then the least crowded), so a binary tournament is the smaller of two indices."""
+        """Survivors stand best first, so a binary tournament is the smaller of two indices."""
         values = np.array([trial.objectives(self._problem.objectives) for trial in self._survivors])
-        rank = ranks(values)
-        crowd = np.zeros(len(values))
-        for level in range(int(rank.max()) + 1):
-            crowd[rank == level] = crowding(values[rank == level])
-        best = sorted(range(len(values)), key=lambda i: (rank[i], -crowd[i], self._survivors[i].number))
-        self._survivors = [self._survivors[i] for i in best[: self._settings.population]]
+        self._survivors = [self._survivors[i] for i in best_first(values)[: self._settings.population]]

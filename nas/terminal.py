@@ -1,0 +1,147 @@
+"""What people see in the terminal: progress bars and tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from nas.contracts import Progress as Tick
+
+if TYPE_CHECKING:
+    from nas.contracts import Trial
+    from nas.runner import Conductor
+
+out = Console()
+notes = Console(stderr=True)
+
+
+class SearchBar:
+    """The progress bar of one search: closed trials, rate, best so far, time left."""
+
+    def __init__(self, bars: Progress, name: str, objective: str) -> None:
+        self._bars = bars
+        self._task = bars.add_task(name, total=None, detail="")
+        self._objective = objective
+        self._best = float("inf")
+        self._started = time.monotonic()
+        self._new = 0
+
+    def begin(self, conductor: Conductor) -> None:
+        """Shows what the ledger already holds."""
+        self._conductor = conductor
+        for trial in conductor.ledger.finished:
+            self._note(trial)
+        self._update()
+
+    def __call__(self, trial: Trial) -> None:
+        self._new += 1
+        self._note(trial)
+        self._update()
+
+    def end(self) -> None:
+        done = len(self._conductor.ledger.finished)
+        self._bars.update(self._task, completed=done, total=done)
+
+    def _note(self, trial: Trial) -> None:
+        if trial.scored and all(excess <= 0 for excess in trial.violations.values()):
+            self._best = min(self._best, trial.objectives((self._objective,))[0])
+
+    def _update(self) -> None:
+        done = len(self._conductor.ledger.finished)
+        rate = self._new / max(time.monotonic() - self._started, 1e-9)
+        detail = f"best {self._objective} {self._best:.4g}" if self._best < float("inf") else ""
+        self._bars.update(
+            self._task, completed=done, total=max(done, self._conductor.planned), detail=f"{rate:.1f}/s {detail}"
+        )
+
+
+def progress_bars(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=notes,
+        disable=quiet,
+    )
+
+
+def follow(bars: Progress, ticks: Iterator[Tick]) -> None:
+    """One bar for each kind of work that the ticks name."""
+    tasks: dict[str, Any] = {}
+    for tick in ticks:
+        if tick.what not in tasks:
+            tasks[tick.what] = bars.add_task(tick.what, total=tick.total, detail="")
+        values = "  ".join(f"{name} {value:.3f}" for name, value in sorted(tick.values.items()))
+        bars.update(tasks[tick.what], completed=tick.done, detail=values)
+
+
+def print_status(facts: Mapping[str, Any]) -> None:
+    """What `Run.status` returns, as a table."""
+    table = Table(title=f"{facts['study']} in {facts['folder']}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    columns = ("searcher", "proposed", "planned", "running", "scored", "verified", "failed")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "searcher" else "right")
+    for row in facts["searchers"]:
+        table.add_row(*("-" if row[column] is None else str(row[column]) for column in columns))
+    out.print(table)
+
+
+def print_comparison(facts: Mapping[str, Any]) -> None:
+    """What `Run.compare` returns, as two tables."""
+    rows = facts["searchers"]
+    table = Table(title=f"{facts['study']}: {facts['label']}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("searcher")
+    for column in ("trials", "failed", "front", "hypervolume", "calls", "MACs", "seconds"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        spent = [_short(row["spent"][key]) for key in ("calls", "macs", "seconds")]
+        table.add_row(
+            row["searcher"],
+            *(str(row[key]) for key in ("trials", "failed")),
+            str(len(row["front"])),
+            f"{row['hypervolume']:.4f}",
+            *spent,
+        )
+    budgets = list(rows[0]["best_within"]) if rows else []
+    best = Table(
+        title=f"best verified {facts['objective']} ± standard error (trial) within a share of the full net's MACs",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    best.add_column("searcher")
+    for budget in budgets:
+        best.add_column(f"{float(budget):.0%}", justify="right")
+    for row in rows:
+        members = [row["best_within"][budget] for budget in budgets]
+        best.add_row(
+            row["searcher"],
+            *("-" if m is None else f"{m[facts['objective']]:.3f}±{m['error']:.3f} ({m['trial']})" for m in members),
+        )
+    out.print(table, best)
+    out.print(f"front: {facts['picture']}", highlight=False, soft_wrap=True)
+
+
+def _short(number: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
