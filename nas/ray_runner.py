@@ -6,6 +6,8 @@ own results are thrown away and its `restore` is not used.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -60,12 +62,15 @@ def run_on_ray(conductor: Conductor, study: Study, folder: Path, workers: Worker
     """
     with _cluster(workers), tempfile.TemporaryDirectory(prefix="nas-tune-") as scratch:
         resources = {"cpu": 1.0, "gpu": workers.gpus} if workers.gpus else {"cpu": 1.0}
-        _check_room(resources)
+        gate = _Gate.remote(min(workers.count, _room(resources)))  # type: ignore[attr-defined]
+        # Workers start side by side; the bridge never has more trials under way than workers.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers.count)
         with _sent_by_value(study):
+            device = "cuda" if workers.gpus else workers.device
             trainable = tune.with_parameters(
-                _Worker, study=study, folder=str(folder.resolve()), device="cuda" if workers.gpus else workers.device
+                _Worker, study=study, folder=str(folder.resolve()), device=device, gate=gate
             )
-            bridge = _Bridge(conductor, workers.count)
+            bridge = _Bridge(conductor, workers.count, gate)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, resources),
                 tune_config=tune.TuneConfig(
@@ -83,7 +88,7 @@ def run_on_ray(conductor: Conductor, study: Study, folder: Path, workers: Worker
 class _Worker(tune.Trainable):  # type: ignore[misc]
     """One warm process. A trial is one evaluation; between trials nothing is loaded again."""
 
-    def setup(self, config: dict[str, Any], study: Study, folder: str, device: str) -> None:
+    def setup(self, config: dict[str, Any], study: Study, folder: str, device: str, gate: Any) -> None:
         import torch
 
         torch.set_num_threads(1)
@@ -91,10 +96,13 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
             self._evaluate: LoadedEvaluator | _Broken = study.load(Path(folder), device)
         except Exception as error:  # a worker that cannot start says why in each trial that it is given
             self._evaluate = _Broken(error)
+        self._gate = gate
+        ray.get(gate.arrived.remote())
 
     def step(self) -> dict[str, Any]:
         config = self.config
         outcome = attempt(self._evaluate, Schedule.from_json(config["schedule"]), config["samples"], config["seed"])
+        ray.get(self._gate.passed.remote())
         if isinstance(outcome, str):
             return {"failure": outcome, "done": True}
         return {"score": json.dumps(outcome.to_json()), "done": True}  # as text: Tune flattens nested results
@@ -107,6 +115,42 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
         """Nothing to keep: a worker has no state of its own."""
 
     def load_checkpoint(self, checkpoint: Any) -> None: ...
+
+
+@ray.remote(num_cpus=0)
+class _Gate:
+    """Holds a finished worker back while a trial under way still waits for its worker to start.
+
+    Tune hands a free worker to any waiting trial and cancels the start of that trial's own worker. Where an evaluation
+    takes less time than a start, all but the first worker would be cancelled again and again and never run.
+    """
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._alive = 0
+        self._under_way = 0
+        self._changed = asyncio.Condition()
+
+    async def arrived(self) -> None:
+        await self._count(alive=1)
+
+    async def lost(self) -> None:
+        await self._count(alive=-1)
+
+    async def under_way(self, trials: int) -> None:
+        self._under_way = trials
+        await self._count()
+
+    async def passed(self) -> None:
+        """Returns when each trial under way has a worker, as far as the cluster has room, or after a minute."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(60), self._changed:
+                await self._changed.wait_for(lambda: self._alive >= min(self._room, self._under_way))
+
+    async def _count(self, alive: int = 0) -> None:
+        async with self._changed:
+            self._alive += alive
+            self._changed.notify_all()
 
 
 def _short_name(trial: Any) -> str:
@@ -126,10 +170,11 @@ class _Broken:
 class _Bridge(TuneSearcher):  # type: ignore[misc]
     """Ray Tune asks and tells; the conductor answers and books."""
 
-    def __init__(self, conductor: Conductor, workers: int) -> None:
+    def __init__(self, conductor: Conductor, workers: int, gate: Any) -> None:
         super().__init__()
         self._conductor = conductor
         self._workers = workers
+        self._gate = gate
         self._numbers: dict[str, int] = {}
         self.error: UserError | None = None
 
@@ -148,12 +193,16 @@ class _Bridge(TuneSearcher):  # type: ignore[misc]
         if isinstance(job, Signal):
             return str(TuneSearcher.FINISHED) if job is DONE else None
         self._numbers[trial_id] = job.trial.number
+        self._gate.under_way.remote(len(self._numbers))
         return {"schedule": job.schedule.to_json(), "samples": job.samples, "seed": job.seed}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         number = self._numbers.pop(trial_id, None)
         if number is None:
             return
+        self._gate.under_way.remote(len(self._numbers))
+        if error:
+            self._gate.lost.remote()
         if result and "score" in result and not error:
             self._conductor.settle(number, Score.from_json(json.loads(result["score"])))
         else:
@@ -179,7 +228,7 @@ def _cluster(workers: Workers) -> Iterator[None]:
         if workers.address:
             ray.init(address=workers.address, log_to_driver=False, logging_level="error")
         else:
-            ray.init(num_cpus=workers.count, num_gpus=None, object_store_memory=200 * 2**20, **quiet)
+            ray.init("local", num_cpus=workers.count, object_store_memory=200 * 2**20, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"Ray at {workers.address or 'this machine'} cannot be used ({str(error).strip().splitlines()[0]})"
@@ -190,13 +239,15 @@ def _cluster(workers: Workers) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_room(resources: dict[str, float]) -> None:
-    """A request that no node can ever meet would wait for ever."""
+def _room(resources: dict[str, float]) -> int:
+    """How many workers the cluster holds at once. A request that no node can ever meet would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(node.get(name.upper(), 0) >= amount for name, amount in resources.items()) for node in nodes):
+    room = sum(int(min(node.get(name.upper(), 0) // amount for name, amount in resources.items())) for node in nodes)
+    if not room:
         raise UserError(
             f"no node of the Ray cluster has room for a worker with {resources}; lower --gpus-per-worker or add nodes"
         )
+    return room
 
 
 @contextmanager
