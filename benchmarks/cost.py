@@ -16,6 +16,7 @@ from search_spaces.intervals import per_step, uniform
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.unet import Arch
+from studies.digits import UNET
 
 # The DDPM network of CIFAR-10 (Ho et al. 2020), which DDSM and Diff-Pruning slim.
 DDPM_CIFAR10: dict[str, Any] = {
@@ -29,16 +30,6 @@ DDPM_CIFAR10: dict[str, Any] = {
     "attention_head_dim": None,
     "norm_num_groups": 32,
     "downsample_padding": 0,
-}
-DIGITS: dict[str, Any] = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8,
 }
 ATTENTIVE: dict[str, Any] = {
     "sample_size": (16, 32),
@@ -121,7 +112,7 @@ def main() -> None:
     per_config, wanted = (2, 6) if bench.quick else (17, 50)
     nets = {
         "ddpm cifar10": ElasticUNet(DDPM_CIFAR10),
-        "digits": ElasticUNet(DIGITS),
+        "digits": ElasticUNet(UNET),
         "attentive": ElasticUNet(ATTENTIVE),
     }
     worst = 0

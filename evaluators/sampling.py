@@ -48,9 +48,7 @@ class DDIM:
     def update(
         self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None
     ) -> torch.Tensor:
-        x0 = (x - sqrt(1 - alpha) * prediction) / sqrt(alpha)
-        if self.clip:
-            x0 = x0.clamp(-1, 1)
+        x0 = _predicted_image(x, prediction, alpha, self.clip)
         return sqrt(alpha_next) * x0 + sqrt(1 - alpha_next) * prediction
 
 
@@ -71,9 +69,7 @@ class DDPM:
     def update(
         self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None
     ) -> torch.Tensor:
-        x0 = (x - sqrt(1 - alpha) * prediction) / sqrt(alpha)
-        if self.clip:
-            x0 = x0.clamp(-1, 1)
+        x0 = _predicted_image(x, prediction, alpha, self.clip)
         beta = 1 - alpha / alpha_next
         of_image = sqrt(alpha_next) * beta / (1 - alpha)
         of_state = sqrt(alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)
@@ -83,6 +79,11 @@ class DDPM:
         assert noise is not None
         variance = beta if self.variance == "fixed_large" else (1 - alpha_next) / (1 - alpha) * beta
         return mean + sqrt(variance) * noise
+
+
+def _predicted_image(x: torch.Tensor, prediction: torch.Tensor, alpha: float, clip: bool) -> torch.Tensor:
+    x0 = (x - sqrt(1 - alpha) * prediction) / sqrt(alpha)
+    return x0.clamp(-1, 1) if clip else x0
 
 
 def initial_noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> torch.Tensor:

@@ -305,9 +305,7 @@ def _comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
     facts = found.compare()
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], found.ledgers, strict=True)}
     picture = run_dir / "report" / "front.png"
-    draw_front(
-        ledgers, found.facts["objectives"], found.facts["limits"], found.facts["baseline"], facts["label"], picture
-    )
+    draw_front(ledgers, found.facts, facts["label"], picture)
     return {**facts, "picture": str(picture)}
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nas.contracts import Trial
 from nas.report import verified_front
@@ -19,54 +22,16 @@ _COLOURS = ("#1f6f8b", "#c8553d", "#5b8c5a", "#8d6a9f", "#d19c1d", "#4a4a4a")
 _BASELINE_COLOUR = "#9a9a9a"
 
 
-def draw_front(
-    ledgers: Mapping[str, Sequence[Trial]],
-    objectives: Sequence[str],
-    limits: Mapping[str, float],
-    baseline: str,
-    label: str,
-    path: Path,
-) -> None:
+def draw_front(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], label: str, path: Path) -> None:
     """The verified trials of each searcher over the share of MACs, their front with error bars, the uniform schedules,
-    and below it which option each member of the best front runs at which interval."""
-    quality = objectives[0]
+    and below it which option each member of the best front runs at which interval.
+
+    `facts` is what `study.json` holds; `label` names the measured objective.
+    """
+    objectives, limits, baseline = facts["objectives"], facts["limits"], facts["baseline"]
     figure = Figure(figsize=(7.5, 7.2), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
-    for i, (name, trials) in enumerate(ledgers.items()):
-        done = sorted((t for t in trials if t.status == "complete"), key=lambda t: t.cost["macs"])
-        if not done:
-            continue
-        if name == baseline:
-            x, y, error = _points(done, quality)
-            top.errorbar(
-                x,
-                y,
-                yerr=error,
-                fmt="s--",
-                color=_BASELINE_COLOUR,
-                capsize=3,
-                label="one width for all steps",
-                zorder=2,
-            )
-            full = done[-1]
-            top.axhline(y[-1], color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
-            top.annotate(
-                "full network",
-                (full.cost["macs_share"], y[-1]),
-                (-4, 6),
-                textcoords="offset points",
-                ha="right",
-                fontsize=9,
-            )
-            continue
-        colour = _COLOURS[i % len(_COLOURS)]
-        x, y, _ = _points(done, quality)
-        top.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
-        best = sorted(verified_front(trials, objectives), key=lambda t: t.cost["macs"])
-        x, y, error = _points(best, quality)
-        top.errorbar(
-            x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3
-        )
+    _draw_scores(top, ledgers, objectives, baseline)
     if "macs_share" in limits:
         top.axvline(limits["macs_share"], color="#000000", linewidth=0.8, linestyle="-.")
         top.annotate(
@@ -79,18 +44,13 @@ def draw_front(
         )
     top.set_xlabel("share of the full network's MACs")
     top.set_ylabel(label + "\n(lower is better; bars: ± 1 standard error)")
-    top.set_xlim(left=0)
-    top.legend(frameon=False)
-    searched = {name: trials for name, trials in ledgers.items() if name != baseline}
-    shown = next((trials for trials in searched.values() if verified_front(trials, objectives)), None)
+    fronts = {name: verified_front(trials, objectives) for name, trials in ledgers.items() if name != baseline}
+    shown = next((name for name, best in fronts.items() if best), None)
     if shown is None:
         bottom.set_axis_off()
     else:
-        _draw_schedules(figure, bottom, verified_front(shown, objectives))
-        bottom.set_title(
-            f"which option runs when, for the front of {next(n for n, t in searched.items() if t is shown)}",
-            fontsize=10,
-        )
+        _draw_schedules(figure, bottom, fronts[shown], facts["choices"])
+        bottom.set_title(f"which option runs when, for the front of {shown}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -111,14 +71,54 @@ def draw_samples(images: npt.NDArray[np.uint8], path: Path, columns: int = 8, sc
     Image.fromarray(picture[..., 0] if channels == 1 else picture).save(path)
 
 
-def _draw_schedules(figure: Figure, axes: mpl.axes.Axes, trials: Sequence[Trial]) -> None:
+def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], objectives: Sequence[str], baseline: str) -> None:
+    quality = objectives[0]
+    for i, (name, trials) in enumerate(ledgers.items()):
+        done = sorted((t for t in trials if t.status == "complete"), key=lambda t: t.cost["macs"])
+        if not done:
+            continue
+        x, y, error = _points(done, quality)
+        if name == baseline:
+            axes.errorbar(
+                x,
+                y,
+                yerr=error,
+                fmt="s--",
+                color=_BASELINE_COLOUR,
+                capsize=3,
+                label="one option for all steps",
+                zorder=2,
+            )
+            axes.axhline(y[-1], color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
+            axes.annotate("full network", (x[-1], y[-1]), (0, -14), textcoords="offset points", ha="right", fontsize=9)
+            continue
+        colour = _COLOURS[i % len(_COLOURS)]
+        axes.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
+        x, y, error = _points(sorted(verified_front(trials, objectives), key=lambda t: t.cost["macs"]), quality)
+        axes.errorbar(
+            x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3
+        )
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+
+
+def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices: Sequence[Any]) -> None:
     genes = np.array([trial.genome for trial in trials])
-    image = axes.imshow(genes, aspect="auto", cmap="YlGnBu", vmin=0, interpolation="nearest")
+    options = [option for _, option in choices]
+    image = axes.imshow(
+        genes, aspect="auto", cmap="YlGnBu", vmin=0, vmax=max(map(len, options)) - 1, interpolation="nearest"
+    )
     axes.set_yticks(range(len(trials)), [f"#{t.number}  {t.cost['macs_share']:.2f}" for t in trials])
     axes.set_ylabel("trial, share of MACs")
     axes.set_xlabel("interval, noisy to clean")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="option (0 = smallest)", ticks=range(int(genes.max()) + 1))
+    bar = figure.colorbar(image, ax=axes, ticks=range(max(map(len, options))))
+    if all(option == options[0] for option in options):
+        bar.set_ticklabels([str(option) for option in options[0]])
+        bar.set_label(choices[0][0].rpartition(".")[2])
+    else:
+        bar.set_label("option")
 
 
 def _points(trials: Sequence[Trial], quality: str) -> tuple[list[float], list[float], list[float]]:
