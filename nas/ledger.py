@@ -151,21 +151,7 @@ class Ledger:
         self.info = info
         self._problem = problem
         self._storage = storage
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._study = optuna.create_study(
-                storage=storage,
-                study_name=info.name,
-                directions=["minimize"] * len(info.objectives),
-                load_if_exists=True,
-            )
-            self._study.set_metric_names(list(info.objectives))
-        self._study_id = storage.get_study_id_from_name(info.name)
-        stored = storage.get_study_user_attrs(self._study_id).get(STUDY)
-        if stored is None:
-            storage.set_study_user_attr(self._study_id, STUDY, info.to_json())
-        else:
-            self._check_same(LedgerInfo.from_json(stored))
+        self._study_id = self._open_study()
         self._distributions: dict[str, BaseDistribution] = {
             c.name: CategoricalDistribution(c.options) for c in problem.space.choices
         }
@@ -247,6 +233,29 @@ class Ledger:
         self._trials[trial.number] = trial
         self._closed.append(trial.number)
         return trial
+
+    def _open_study(self) -> int:
+        """Creates the Optuna study, or finds it; a ledger that is refused is not written to."""
+        known = {study.study_name: study._study_id for study in self._storage.get_all_studies()}
+        study_id = known.get(self.info.name)
+        stored = None if study_id is None else self._storage.get_study_user_attrs(study_id).get(STUDY)
+        if study_id is not None and stored is not None:
+            self._check_same(LedgerInfo.from_json(stored))
+            return study_id
+        if study_id is not None and self._storage.get_n_trials(study_id):
+            raise UserError(f"the storage holds an Optuna study {self.info.name} of another program; rename the study")
+        study = optuna.create_study(
+            storage=self._storage,
+            study_name=self.info.name,
+            directions=["minimize"] * len(self.info.objectives),
+            load_if_exists=True,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(self.info.objectives))
+        study_id = self._storage.get_study_id_from_name(self.info.name)
+        self._storage.set_study_user_attr(study_id, STUDY, self.info.to_json())
+        return study_id
 
     def _load(self) -> None:
         stored = self._storage.get_all_trials(self._study_id, deepcopy=False)

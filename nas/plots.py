@@ -73,7 +73,8 @@ def draw_samples(images: npt.NDArray[np.uint8], path: Path, columns: int = 8, sc
 
 def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], objectives: Sequence[str], baseline: str) -> None:
     quality = objectives[0]
-    for i, (name, trials) in enumerate(ledgers.items()):
+    colours = iter(_COLOURS * len(ledgers))
+    for name, trials in ledgers.items():
         done = sorted((t for t in trials if t.status == "complete"), key=lambda t: t.cost["macs"])
         if not done:
             continue
@@ -89,16 +90,17 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], objectives:
                 label="one option for all steps",
                 zorder=2,
             )
-            axes.axhline(y[-1], color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
-            axes.annotate("full network", (x[-1], y[-1]), (0, -14), textcoords="offset points", ha="right", fontsize=9)
+            if x[-1] == 1:
+                axes.axhline(y[-1], color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
+                axes.annotate("full network", (1, y[-1]), (0, -14), textcoords="offset points", ha="right", fontsize=9)
             continue
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = next(colours)
         axes.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
         x, y, error = _points(sorted(verified_front(trials, objectives), key=lambda t: t.cost["macs"]), quality)
         axes.errorbar(
             x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3
         )
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.03)
     axes.legend(frameon=False)
 
 

@@ -228,7 +228,9 @@ def _cluster(workers: Workers) -> Iterator[None]:
         if workers.address:
             ray.init(address=workers.address, log_to_driver=False, logging_level="error")
         else:
-            ray.init("local", num_cpus=workers.count, object_store_memory=200 * 2**20, **quiet)
+            # On loopback, so that nothing of a local cluster can be reached from outside.
+            memory = 200 * 2**20
+            ray.init("local", num_cpus=workers.count, object_store_memory=memory, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"Ray at {workers.address or 'this machine'} cannot be used ({str(error).strip().splitlines()[0]})"

@@ -41,7 +41,9 @@ class Session:
         self.folder = folder.resolve()
         self.device = device
         self.storage = open_storage(self.folder, storage, repair=True)
-        self._write_facts(storage)
+        self._url = storage
+        if not (self.folder / RUN).exists():
+            self._write_facts()
 
     def prepare(self, threads: int = 0) -> Iterator[Progress]:
         """Trains the supernet and the features where they are missing, on `threads` CPU threads (0: all cores)."""
@@ -59,6 +61,7 @@ class Session:
         study = self.study
         info = study.ledger_info(self.folder, searcher, seed)
         ledger = Ledger(self.storage, info, study.problem)
+        self._write_facts()
         problem = study.unlimited() if searcher == BASELINE else study.problem
         search = study.searcher(searcher).start(problem, seed)
         known = known_scores(self.storage, info)
@@ -78,11 +81,12 @@ class Session:
     def evaluator(self) -> LoadedEvaluator:
         return self.study.load(self.folder, self.device)
 
-    def _write_facts(self, storage: str | None) -> None:
+    def _write_facts(self) -> None:
+        """For a new folder, and again once a ledger has accepted the study as it is now."""
         study = self.study
         facts = {
             "study": study.name,
-            "storage": url_without_password(storage) if storage else None,
+            "storage": url_without_password(self._url) if self._url else None,
             "baseline": BASELINE,
             "trials": study.trials,
             "objectives": study.objectives,

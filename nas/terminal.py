@@ -34,7 +34,7 @@ class SearchBar:
 
     def __init__(self, bars: Progress, name: str, objective: str) -> None:
         self._bars = bars
-        self._task = bars.add_task(name, total=None, detail="")
+        self._name = name
         self._objective = objective
         self._best = float("inf")
         self._started = time.monotonic()
@@ -43,6 +43,7 @@ class SearchBar:
     def begin(self, conductor: Conductor) -> None:
         """Shows what the ledger already holds."""
         self._conductor = conductor
+        self._task = self._bars.add_task(self._name, total=None, detail="")
         for trial in conductor.ledger.finished:
             self._note(trial)
         self._update()

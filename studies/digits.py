@@ -10,7 +10,7 @@ from evaluators.images import Digits
 from nas.searchers.evolution import Evolution
 from nas.searchers.random import Random
 from nas.study import Study
-from search_spaces.intervals import per_step, uniform
+from search_spaces.intervals import linspace, per_step
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.training import Sandwich
@@ -28,7 +28,7 @@ UNET = {
 
 images = Digits()
 net = ElasticUNet(UNET, widths=(0.25, 0.5, 0.75, 1.0), groups="size")
-steps = uniform(10)
+steps = linspace(10, first=999, last=20)
 
 study = Study(
     name="digits",

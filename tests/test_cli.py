@@ -231,7 +231,7 @@ def test_bad_studies_are_refused(tmp_path: Path) -> None:
 
 def test_bad_run_folders_are_refused_and_the_ledger_stays(workplace: Path, tmp_path: Path) -> None:
     study, run = workplace / "study.py", workplace / "run"
-    before = (run / "journal.log").read_bytes()
+    before, facts = (run / "journal.log").read_bytes(), (run / "study.json").read_bytes()
     lock = lock_run(run)
     refused(nas("run", study, "--out", run), f"in use by process {os.getpid()}")
     lock.release()
@@ -250,6 +250,7 @@ def test_bad_run_folders_are_refused_and_the_ledger_stays(workplace: Path, tmp_p
     refused(nas("run", study, "--out", run), "ledger tiny.uniform was written for something else: supernet was")
     weights.write_bytes(whole)
     assert (run / "journal.log").read_bytes() == before
+    assert (run / "study.json").read_bytes() == facts
     assert nas("run", study, "--out", run, "--quiet").returncode == 0
 
 

@@ -125,7 +125,7 @@ def test_a_ledger_of_something_else_is_refused(tmp_path: Path, change: dict[str,
     before = (tmp_path / "journal.log").read_bytes()
     with pytest.raises(UserError, match=named):
         ledger(tmp_path, toy_study(**change))
-    assert (tmp_path / "journal.log").read_bytes()[: len(before)] == before
+    assert (tmp_path / "journal.log").read_bytes() == before
     assert len(ledger(tmp_path).trials) == 1
 
 
@@ -147,6 +147,13 @@ def test_trials_of_others_in_the_same_storage_are_left_alone(tmp_path: Path) -> 
         optuna.trial.create_trial(value=1.0)
     )
     assert [info.name for info, _ in read_ledgers(open_storage(tmp_path))] == ["toy.evolution"]
+
+
+def test_an_optuna_study_of_the_same_name_is_not_taken_over(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path, repair=True)
+    optuna.create_study(study_name="toy.evolution", storage=storage).add_trial(optuna.trial.create_trial(value=1.0))
+    with pytest.raises(UserError, match="of another program; rename"):
+        ledger(tmp_path)
 
 
 @pytest.mark.parametrize(
