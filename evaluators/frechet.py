@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from evaluators.features import Features, LoadedFeatures, SmallClassifier
-from evaluators.images import check_shape
+from evaluators.images import check_shape, load_once
 from evaluators.sampling import DDIM, Sampler, sample
 from nas.contracts import Images, LoadedSupernet, Progress, Schedule, Score, UserError
 
@@ -120,14 +120,14 @@ class Frechet:
             "features": self.features.describe(),
             "sampler": self.sampler.describe(),
             "reference": self.reference,
-            "images": self.images.load().digest,
+            "images": load_once(self.images).digest,
         }
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
-        yield from self.features.prepare(self.images.load(), folder, seed, device)
+        yield from self.features.prepare(load_once(self.images), folder, seed, device)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedFrechet:
-        images = self.images.load()
+        images = load_once(self.images)
         check_shape(images, supernet.image_shape)
         features = self.features.load(folder, supernet.device)
         if self.reference is None:

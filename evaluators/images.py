@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nas.contracts import ImageSet, UserError
+from nas.contracts import Images, ImageSet, UserError
 
 MINIMUM = 16
 """Fewer images give neither a training batch nor a covariance."""
@@ -127,6 +128,12 @@ class ImageArray:
             raise UserError(f"'labels' of {path} has shape {labels.shape}; it must be ({len(images)},), one per image")
         channels_last = images[..., None] if images.ndim == 3 else images
         return _checked(channels_last.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0, labels, str(path))
+
+
+@lru_cache(maxsize=2)
+def load_once(images: Images) -> ImageSet:
+    """`images.load()`, kept: reading and hashing a large folder takes a while, and several parts ask for it."""
+    return images.load()
 
 
 def check_shape(images: ImageSet, shape: tuple[int, int, int]) -> None:

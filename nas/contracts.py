@@ -314,9 +314,11 @@ class Training(Protocol):
 
 
 class Images(Protocol):
-    """Recipe of a set of real images."""
+    """Recipe of a set of real images; hashable, as every frozen dataclass of plain values is."""
 
     def load(self) -> ImageSet: ...
+
+    def __hash__(self) -> int: ...
 
 
 @dataclass(frozen=True, eq=False)

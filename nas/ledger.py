@@ -8,6 +8,7 @@ trials of lower rungs close as PRUNED with their values. One Optuna study holds 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import warnings
@@ -206,8 +207,9 @@ class Ledger:
     def close(self, number: int, score: Score) -> Trial:
         """Books the score: COMPLETE on the last rung, PRUNED below it."""
         self._storage.set_trial_system_attr(self._ids[number], SCORE, {**score.to_json(), "order": len(self._closed)})
-        for name in score.values:
-            self._storage.set_trial_user_attr(self._ids[number], f"{name} error", score.error(name))
+        for name, error in ((name, score.error(name)) for name in score.values):
+            if math.isfinite(error):
+                self._storage.set_trial_user_attr(self._ids[number], f"{name} error", error)
         return self._finish(number, score)
 
     def fail(self, number: int, reason: str) -> Trial:
