@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nas.contracts import ImageSet, Progress, UserError, derive_seed
+from nas.contracts import ImageSet, Progress, UserError, derive_seed, digest_of
 
 
 class LoadedFeatures(Protocol):
@@ -34,6 +34,9 @@ class Features(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
     def prepare(self, images: ImageSet, folder: Path, seed: int, device: str) -> Iterator[Progress]: ...
+
+    def digest(self, folder: Path) -> str:
+        """Identifies the prepared extractor."""
 
     def load(self, folder: Path, device: torch.device) -> LoadedFeatures: ...
 
@@ -57,7 +60,12 @@ class SmallClassifier:
 
     def prepare(self, images: ImageSet, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         path = self._path(folder)
+        recipe = digest_of({**self.describe(), "images": images.digest, "seed": seed})
         if path.exists():
+            if self._metadata(path).get("recipe") != recipe:
+                raise UserError(
+                    f"{path} was trained on other images or with other settings; use another --out, or delete it"
+                )
             return
         pixels = torch.from_numpy(images.pixels).to(device)
         labels = None if images.labels is None else torch.from_numpy(images.labels).to(device)
@@ -85,23 +93,29 @@ class SmallClassifier:
             yield Progress("features", step + 1, self.steps, {"loss": loss.item(), "accuracy": accuracy})
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        metadata = {"in_channels": str(pixels.shape[1]), "classes": str(classes), "images": images.digest}
+        metadata = {"in_channels": str(pixels.shape[1]), "classes": str(classes), "recipe": recipe}
         save_file(net.state_dict(), partial, metadata)
         os.replace(partial, path)
 
     def load(self, folder: Path, device: torch.device) -> LoadedFeatures:
         path = self._path(folder)
+        metadata = self._metadata(path)
+        in_channels, classes = int(metadata["in_channels"]), int(metadata["classes"])
+        net = _Classifier(in_channels, self.channels, self.dimensions, classes).to(device)
+        net.load_state_dict(load_file(path, device=str(device)))
+        return _Extractor(net.eval(), f"small classifier {_digest(path)}", "FD")
+
+    def digest(self, folder: Path) -> str:
+        self._metadata(self._path(folder))
+        return _digest(self._path(folder))
+
+    def _metadata(self, path: Path) -> dict[str, str]:
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-            state = load_file(path, device=str(device))
+                metadata: dict[str, str] = file.metadata()
+                return metadata
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read ({error}); delete it, and `nas run` trains it again") from error
-        net = _Classifier(int(metadata["in_channels"]), self.channels, self.dimensions, int(metadata["classes"])).to(
-            device
-        )
-        net.load_state_dict(state)
-        return _Extractor(net.eval(), f"small classifier {_digest(path)}", "FD")
 
     def _path(self, folder: Path) -> Path:
         return folder / "features" / "classifier.safetensors"
@@ -130,11 +144,15 @@ class ExternalFeatures:
             "hash": _digest(self._file()),
             "value_range": self.value_range,
             "size": self.size,
+            "rgb": self.rgb,
         }
 
     def prepare(self, images: ImageSet, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         self._file()
         yield from ()
+
+    def digest(self, folder: Path) -> str:
+        return _digest(self._file())
 
     def load(self, folder: Path, device: torch.device) -> LoadedFeatures:
         path = self._file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ import torch
 from evaluators.features import Features, LoadedFeatures, SmallClassifier
 from evaluators.images import check_shape, load_once
 from evaluators.sampling import DDIM, Sampler, sample
-from nas.contracts import Images, LoadedSupernet, Progress, Schedule, Score, UserError
+from nas.contracts import Images, LoadedSupernet, Progress, Schedule, Score, UserError, digest_of
 
 Array = npt.NDArray[np.float64]
 
@@ -123,7 +124,13 @@ class Frechet:
             "images": load_once(self.images).digest,
         }
 
+    def digest(self, folder: Path) -> str:
+        reference = None if self.reference is None else hashlib.sha256(Path(self.reference).read_bytes()).hexdigest()
+        return digest_of({**self.describe(), "features": self.features.digest(folder), "reference": reference})
+
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        if self.reference is not None:
+            read_statistics(Path(self.reference))
         yield from self.features.prepare(load_once(self.images), folder, seed, device)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedFrechet:
@@ -179,7 +186,7 @@ def read_statistics(path: Path) -> Gaussian:
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as FID statistics with 'mu' and 'sigma' ({error})") from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{path}: mu of shape {mean.shape} and sigma of shape {covariance.shape} do not fit together")

@@ -118,7 +118,7 @@ class ImageArray:
                 if "images" not in file:
                     raise UserError(f"{path} holds {sorted(file)}, not an array named 'images'")
                 images, labels = file["images"], file.get("labels")
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} cannot be read as an .npz file ({error})") from error
         if images.dtype != np.uint8 or images.ndim not in (3, 4):
             raise UserError(

@@ -253,6 +253,9 @@ def main() -> None:
     except UserError as error:
         notes.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except (FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        notes.print(f"[bold red]error:[/] {escape(str(error))}; choose another path", highlight=False, soft_wrap=True)
+        sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -321,12 +324,12 @@ def _run_folder(study: Study, out_dir: Path | None) -> Path:
 def _check_device(device: str) -> None:
     import torch
 
+    from nas.ledger import first_line
+
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"device {device!r} cannot be used ({str(error).strip().splitlines()[0]}); use --device cpu"
-        ) from error
+        raise UserError(f"device {device!r} cannot be used ({first_line(error)}); use --device cpu") from error
 
 
 def _print_json(data: Mapping[str, Any]) -> None:

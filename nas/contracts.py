@@ -360,7 +360,10 @@ class Evaluator(Protocol):
         """Names of the values that a score carries."""
 
     def describe(self) -> Mapping[str, Any]:
-        """JSON that identifies what is measured: scores under different descriptions do not compare."""
+        """JSON of the recipe."""
+
+    def digest(self, folder: Path) -> str:
+        """Identifies what is measured, with all files that it depends on: scores under other digests do not compare."""
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         """Makes what `load` needs and the folder lacks (a feature extractor, reference statistics), once for all workers."""

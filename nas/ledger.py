@@ -80,9 +80,14 @@ def open_storage(folder: Path, url: str | None = None, repair: bool = False) -> 
     except UserError:
         raise
     except Exception as error:  # each backend has exceptions of its own, from drivers that may not even be installed
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         where = url_without_password(url) if url else str(folder / JOURNAL)
         raise UserError(f"storage {where} cannot be opened ({reason}); check --storage") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def url_without_password(url: str) -> str:
@@ -270,7 +275,8 @@ class Ledger:
             self._trials[trial.number] = trial
             self._ids[trial.number] = frozen._trial_id
             if trial.status != "running":
-                booked = frozen.system_attrs.get(SCORE) or frozen.system_attrs[REASON]
+                # A trial that was closed from outside, in the dashboard say, has no place in the order: it comes last.
+                booked = frozen.system_attrs.get(SCORE) or frozen.system_attrs.get(REASON) or {"order": len(stored)}
                 orders[trial.number] = booked["order"]
             elif SCORE in frozen.system_attrs:
                 scored.append((trial.number, Score.from_json(frozen.system_attrs[SCORE])))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.contracts import DONE, Schedule, Score, Signal, UserError
+from nas.ledger import first_line
 from nas.runner import Conductor, attempt
 from nas.study import Study
 
@@ -32,6 +33,8 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+# Ctrl-C is the caller's: Tune's own handler would end the run as if it had finished.
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 
 import ray
 from ray import tune
@@ -232,9 +235,7 @@ def _cluster(workers: Workers) -> Iterator[None]:
             memory = 200 * 2**20
             ray.init("local", num_cpus=workers.count, object_store_memory=memory, _node_ip_address="127.0.0.1", **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"Ray at {workers.address or 'this machine'} cannot be used ({str(error).strip().splitlines()[0]})"
-        ) from error
+        raise UserError(f"Ray at {workers.address or 'this machine'} cannot be used ({first_line(error)})") from error
     try:
         yield
     finally:

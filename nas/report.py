@@ -99,7 +99,7 @@ class Run:
                     "failed": sum(t.status == "failed" for t in trials),
                     "front": [_member(t, quality) for t in best],
                     "hypervolume": hypervolume(points, reference) if points else 0.0,
-                    "best_within": {f"{share:g}": self._best(best, share, quality) for share in SHARES},
+                    "best_within": {f"{share:g}": self._best(trials, share, quality) for share in SHARES},
                     "spent": _spent(done),
                 }
             )
@@ -127,8 +127,8 @@ class Run:
         return (max(worst) * 1.0001 if worst else 0.0), 1.0001
 
     @staticmethod
-    def _best(members: Sequence[Trial], share: float, quality: str) -> dict[str, Any] | None:
-        within = [t for t in members if t.cost["macs_share"] <= share]
+    def _best(trials: Sequence[Trial], share: float, quality: str) -> dict[str, Any] | None:
+        within = [t for t in trials if t.status == "complete" and t.cost["macs_share"] <= share]
         return _member(min(within, key=lambda t: t.objectives((quality,))[0]), quality) if within else None
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from nas.contracts import (
     DONE,
@@ -71,12 +72,22 @@ class Conductor:
         self._failed_in_a_row = 0
         self._retries: deque[Trial] = deque()
         self._search_done = False
-        for trial in ledger.finished:
-            self._absorb(trial)
+        self._replay(ledger.finished)
         self._running = {trial.number: trial for trial in ledger.trials if trial.status == "running"}
         self._stale = deque(self._running.values())
         reopened = {(trial.digest, trial.rung) for trial in self._running.values()}
         self._retries = deque(trial for trial in self._retries if (trial.digest, trial.rung) not in reopened)
+
+    def _replay(self, finished: Sequence[Trial]) -> None:
+        """Tells what was told before. Failures of a streak that ended a run had a cause outside of the candidates: they
+        do not count, and those of the last one are tried again."""
+        for failed, group in groupby(finished, lambda trial: trial.status == "failed"):
+            streak = list(group)
+            if not failed or len(streak) < FAILURES_IN_A_ROW:
+                for trial in streak:
+                    self._absorb(trial)
+            elif streak[-1] is finished[-1]:
+                self._retries.extend({(trial.digest, trial.rung): trial for trial in streak}.values())
 
     @property
     def proposed(self) -> int:
@@ -131,11 +142,22 @@ class Conductor:
             pending = [trial.genome for trial in self._running.values() if trial.rung == self._rungs[0]]
             answer = self._search.ask(pending)
             if isinstance(answer, Proposal):
+                self._check(answer)
                 return self._open(answer, self._rungs[0])
             if answer is WAIT:
                 return WAIT if self._running else DONE
         self._search_done = True
         return self._promote()
+
+    def _check(self, proposal: Proposal) -> None:
+        """A searcher's word is not enough: nothing over budget is evaluated."""
+        sizes = [len(choice.options) for choice in self._problem.space.choices]
+        genome = proposal.genome
+        if len(genome) != len(sizes) or not all(0 <= gene < size for gene, size in zip(genome, sizes, strict=True)):
+            raise UserError(f"searcher {self.ledger.info.searcher} proposed {genome}, which is no genome of the space")
+        if not self._problem.feasible(genome):
+            limits = dict(self._problem.limits)
+            raise UserError(f"searcher {self.ledger.info.searcher} proposed {genome}, which breaks the limits {limits}")
 
     def _promote(self) -> Trial | Signal:
         for lower, upper in zip(self._rungs, self._rungs[1:], strict=False):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.contracts import LoadedEvaluator, Progress, Trial
+from nas.genetics import uniform_genomes
 from nas.ledger import Ledger, known_scores, lock_run, open_storage, url_without_password
 from nas.report import RUN
 from nas.runner import Conductor, run_here
@@ -62,10 +63,13 @@ class Session:
         info = study.ledger_info(self.folder, searcher, seed)
         ledger = Ledger(self.storage, info, study.problem)
         self._write_facts()
-        problem = study.unlimited() if searcher == BASELINE else study.problem
+        problem, trials, verified = study.problem, trials or study.trials, study.verified
+        if searcher == BASELINE:  # all of it, at every rung, whatever the limits
+            problem, trials = study.unlimited(), len(uniform_genomes(study.space))
+            verified = trials
         search = study.searcher(searcher).start(problem, seed)
         known = known_scores(self.storage, info)
-        return Conductor(ledger, search, problem, trials or study.trials, study.verified, study.seed, known, on_settled)
+        return Conductor(ledger, search, problem, trials, verified, study.seed, known, on_settled)
 
     def run(self, conductor: Conductor, workers: Workers | None = None) -> None:
         """Runs the conductor's jobs: in this process on one CPU thread, or on Ray workers."""

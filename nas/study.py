@@ -38,7 +38,7 @@ class Study:
     """Everything a search needs, as recipes: no tensors, picklable, printable.
 
     `trials`: proposals per searcher on the first rung. `verified`: how many leaders go on to each further rung.
-    `limits`: upper limits on exact costs (`macs`, `macs_share`, `params`). `seed`: of weights, noises and searches alike.
+    `limits`: upper limits on exact costs, `macs` or `macs_share`. `seed`: of weights, noises and searches alike.
     Raises UserError where the parts do not fit together.
     """
 
@@ -64,8 +64,11 @@ class Study:
             raise UserError(f"trials={self.trials} and verified={self.verified} must be at least 1")
         known = {*self.evaluator.metrics, *self.space.cost(_first_genome(self.space))}
         unknown = [name for name in self.objectives if name not in known]
-        if unknown or not self.objectives:
-            raise UserError(f"objectives {self.objectives} must be among {', '.join(sorted(known))}")
+        if unknown or not self.objectives or self.objectives[0] not in self.evaluator.metrics:
+            raise UserError(
+                f"objectives {self.objectives} must be among {', '.join(sorted(known))}, and the first one measured: "
+                f"{' or '.join(self.evaluator.metrics)}"
+            )
         check_reachable(self.problem)
 
     @property
@@ -94,9 +97,9 @@ class Study:
         return searcher
 
     def prepare(self, folder: Path, device: str) -> Iterator[Progress]:
-        """Trains the supernet and the feature extractor where the run folder lacks them."""
-        yield from self.training.run(self.supernet, self.images, folder / "supernet", self.seed, device)
+        """Makes the feature extractor and trains the supernet where the run folder lacks them, the quick one first."""
         yield from self.evaluator.prepare(folder, self.seed, device)
+        yield from self.training.run(self.supernet, self.images, folder / "supernet", self.seed, device)
 
     def load(self, folder: Path, device: str) -> LoadedEvaluator:
         """Supernet and evaluator with their tensors; in a worker, once."""
@@ -107,7 +110,7 @@ class Study:
         provenance = {
             "supernet": self.supernet.digest(folder / "supernet"),
             "space": digest_of(self.space.describe()),
-            "evaluator": digest_of(self.evaluator.describe()),
+            "evaluator": self.evaluator.digest(folder),
             "seed": str(self.seed),
             "objectives": ", ".join(self.objectives),
             "limits": ", ".join(f"{name}<={limit:g}" for name, limit in self.limits.items()),

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from nas.contracts import Choice, Genome, Schedule, Step, UserError
-from search_spaces.intervals import Intervals, Timesteps
+from search_spaces.intervals import Intervals, Timesteps, free
 from search_spaces.supernet import ElasticUNet
 
 
@@ -24,6 +24,7 @@ class Stepwise:
     intervals: Intervals
 
     def __post_init__(self) -> None:
+        free(*self.timesteps)
         if sum(self.intervals) != len(self.timesteps) or min(self.intervals, default=0) < 1:
             raise UserError(
                 f"intervals of {self.intervals} steps do not add up to the sampler's {len(self.timesteps)} steps"

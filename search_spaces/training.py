@@ -54,6 +54,7 @@ class Sandwich:
         Raises UserError where the folder holds a damaged checkpoint or weights of another recipe.
         """
         data = images.load()
+        _check_trainable(supernet, data)
         digest = digest_of(
             {"supernet": supernet.describe(), "training": self.describe(), "seed": seed, "images": data.digest}
         )
@@ -122,7 +123,7 @@ class FineTune:
         """Trains in place; afterwards the supernet holds the averaged weights, and its materialised subnets are new."""
         state = _State(self, net, "")
         batches = _Batches(net, data, self.batch, self.flip)
-        served = torch.tensor(schedule.timesteps[1:]).flip(0)
+        served = torch.tensor(schedule.timesteps[1:], dtype=torch.long).flip(0)
         while state.step < self.steps:
             generator = torch.Generator().manual_seed(derive_seed(seed, state.step, "fine-tune"))
             t, x, noise = batches.noised(batches.images(generator), generator)
@@ -228,6 +229,26 @@ class _State:
 
     def _metadata(self) -> dict[str, str]:
         return {"recipe": self._digest, "step": json.dumps(self.step), "threads": json.dumps(torch.get_num_threads())}
+
+
+def _check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
+    config = supernet.anatomy.config
+    shape = (config["in_channels"], *supernet.anatomy.sample_size)
+    if data.pixels.shape[1:] != shape:
+        theirs, ours = ("x".join(map(str, s)) for s in (data.pixels.shape[1:], shape))
+        raise UserError(
+            f"the images are {theirs} (channels x height x width), the network takes {ours}; change one of them"
+        )
+    if config["in_channels"] != config["out_channels"]:
+        raise UserError(
+            f"out_channels={config['out_channels']} must equal in_channels={config['in_channels']}: the network predicts noise"
+        )
+    if config["class_embed_type"] is not None or config["num_class_embeds"] is not None:
+        raise UserError("training is unconditional; leave class_embed_type and num_class_embeds out of the UNet config")
+    if config["dropout"]:
+        raise UserError(
+            f"dropout={config['dropout']} would make training depend on where it was interrupted; set it to 0"
+        )
 
 
 def _check_recipe(path: Path, digest: str) -> dict[str, str]:

@@ -227,6 +227,7 @@ def test_bad_studies_are_refused(tmp_path: Path) -> None:
         r"07\.png cannot be read as an image",
     )
     refused(nas("status", tmp_path), "is no run folder")
+    refused(nas("run", study_file(tmp_path), "--out", tmp_path / "study.py"), "choose another path")
 
 
 def test_bad_run_folders_are_refused_and_the_ledger_stays(workplace: Path, tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "supernet").mkdir(parents=True)
     checkpoint = tmp_path / "run" / "supernet" / "checkpoint.safetensors"
     checkpoint.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
-    refused(nas("run", study_file(tmp_path), "--out", tmp_path / "run"), "is damaged")
+    refused(nas("run", study_file(tmp_path), "--out", tmp_path / "run", "--quiet"), "is damaged")
     assert checkpoint.exists()
 
 

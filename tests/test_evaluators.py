@@ -179,6 +179,28 @@ def test_features_without_labels_learn_rotations(tmp_path: Path) -> None:
     assert features.load(tmp_path, torch.device("cpu"))(torch.zeros(3, 1, 8, 8)).shape == (3, 64)
 
 
+def test_an_extractor_of_other_images_or_settings_is_not_used(tmp_path: Path) -> None:
+    digits, features = Digits().load(), SmallClassifier(steps=2)
+    list(features.prepare(digits, tmp_path, 0, "cpu"))
+    for other, data in ((SmallClassifier(steps=3), digits), (features, replace(digits, digest="other"))):
+        with pytest.raises(UserError, match="trained on other images or with other settings"):
+            list(other.prepare(data, tmp_path, 0, "cpu"))
+
+
+def test_scores_are_identified_by_the_content_of_what_judges(tmp_path: Path) -> None:
+    list(SmallClassifier(steps=2).prepare(Digits().load(), tmp_path, 0, "cpu"))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(64), sigma=np.eye(64))
+    evaluator = Frechet(Digits(), features=SmallClassifier(steps=2), reference=str(tmp_path / "stats.npz"))
+    before = evaluator.digest(tmp_path)
+    assert evaluator.digest(tmp_path) == before
+    np.savez(tmp_path / "stats.npz", mu=np.ones(64), sigma=np.eye(64))
+    changed = evaluator.digest(tmp_path)
+    assert changed != before
+    (tmp_path / "features" / "classifier.safetensors").unlink()
+    list(SmallClassifier(steps=2).prepare(Digits().load(), tmp_path, 1, "cpu"))
+    assert evaluator.digest(tmp_path) != changed
+
+
 class Tiny(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.float().mean((2, 3)) * 2

@@ -84,6 +84,6 @@ def test_a_new_genome_is_found_in_bounded_time_when_one_is_left() -> None:
 def test_an_unreachable_budget_names_the_cheapest() -> None:
     with pytest.raises(UserError, match=r"macs=3 cannot be met: the cheapest schedule, 0 everywhere, costs macs=4"):
         check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"macs": 3}))
-    with pytest.raises(UserError, match="'watts' is not a cost"):
+    with pytest.raises(UserError, match="'watts' is not one that a search can keep to"):
         check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"watts": 3}))
     check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"macs": math.inf}))

@@ -100,6 +100,15 @@ def test_a_trial_killed_between_score_and_close_is_closed_on_opening(tmp_path: P
     assert ledger(tmp_path).trials == again.trials
 
 
+def test_a_trial_closed_from_outside_does_not_stop_the_next_run(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    number = open_trial(book, (0,) * 6)
+    optuna.load_study(study_name="toy.evolution", storage=open_storage(tmp_path)).tell(
+        number, state=optuna.trial.TrialState.FAIL
+    )
+    assert ledger(tmp_path).trial(number).status == "failed"
+
+
 def test_a_second_run_on_a_locked_folder_is_refused(tmp_path: Path) -> None:
     import os
 

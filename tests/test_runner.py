@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nas.contracts import Trial, UserError
+from nas.contracts import Proposal, Trial, UserError
 from nas.ladder import promotions
 from nas.ledger import open_storage, read_ledgers
 from nas.session import open_session
@@ -90,6 +91,53 @@ def test_an_evaluator_that_always_fails_ends_the_run_with_its_reason(tmp_path: P
         run(study, tmp_path)
 
 
+def test_failures_with_a_cause_outside_do_not_count_once_it_is_gone(tmp_path: Path) -> None:
+    import itertools
+
+    every = tuple(itertools.product(range(4), repeat=3))
+    broken = toy_study(space__genes=3, evaluator__failing=every)
+    for _ in range(2):
+        with pytest.raises(UserError, match="in a row failed"):
+            run(broken, tmp_path, "uniform")
+    trials = run(toy_study(space__genes=3), tmp_path, "uniform")
+    assert {t.genome for t in trials if t.status == "complete"} == {(i,) * 3 for i in range(4)}
+    assert facts(run(toy_study(space__genes=3), tmp_path, "uniform")) == facts(trials)
+
+
+@dataclass(frozen=True)
+class Reckless:
+    """Proposes what it likes."""
+
+    genome: tuple[int, ...]
+
+    def start(self, problem: Any, seed: int) -> Reckless:
+        return self
+
+    def ask(self, pending: Any) -> Proposal:
+        return Proposal(self.genome)
+
+    def tell(self, trial: Trial) -> None: ...
+
+
+@pytest.mark.parametrize(("genome", "message"), [((3,) * 6, "breaks the limits"), ((0,) * 5, "no genome of the space")])
+def test_what_a_searcher_may_not_propose_is_not_evaluated(tmp_path: Path, genome: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(toy_study(searchers={"reckless": Reckless(genome)}), tmp_path, "reckless")
+    [(_, trials)] = read_ledgers(open_storage(tmp_path))
+    assert trials == []
+
+
+def test_the_baseline_is_whole_whatever_the_study_allows(tmp_path: Path) -> None:
+    trials = run(toy_study(trials=1, verified=1), tmp_path, "uniform", trials=1)
+    assert {t.genome for t in trials if t.status == "complete"} == {(i,) * 6 for i in range(4)}
+
+
+@pytest.mark.parametrize("objectives", [("macs", "fd"), ("fd", "speed"), ()])
+def test_the_first_objective_is_measured_and_all_are_known(objectives: Any) -> None:
+    with pytest.raises(UserError, match="the first one measured: fd"):
+        toy_study(objectives=objectives)
+
+
 def test_a_schedule_that_another_searcher_scored_is_not_run_again(tmp_path: Path) -> None:
     log = tmp_path / "calls"
     study = toy_study(evaluator__log=str(log), trials=40)
@@ -112,7 +160,6 @@ def test_the_baseline_ignores_the_limits_and_says_that_it_breaks_them(tmp_path: 
 
 def test_promotion_takes_the_front_first_and_spreads_it() -> None:
     study = toy_study()
-    from nas.contracts import Proposal
     from nas.testing import closed
 
     genomes = [(i, j, 0, 0, 0, 0) for i in range(4) for j in range(4)]

@@ -206,6 +206,12 @@ def test_a_vanishing_shortcut_is_refused() -> None:
         net.initial(0).extract((1.0, 0.5))
 
 
+@pytest.mark.parametrize("timesteps", [(0, 500, 999), (999, 999), (), (1000, 3)])
+def test_a_space_refuses_timesteps_that_no_sampler_can_follow(tiny_net: ElasticUNet, timesteps: Any) -> None:
+    with pytest.raises(UserError, match=r"must decrease strictly|past the supernet's last"):
+        Stepwise(tiny_net, timesteps, (1,) * len(timesteps))
+
+
 def test_timestep_makers_match_diffusers_where_it_has_them() -> None:
     from diffusers import DDIMScheduler
 

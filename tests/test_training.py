@@ -73,6 +73,26 @@ def test_fine_tuning_leaves_alone_what_the_schedule_does_not_use(tiny_net: Elast
     assert torch.equal(loaded.full.conv_in.weight[4:], before[4:])
 
 
+def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    from tests.conftest import TINY
+
+    for change, message in (
+        ({"sample_size": 16}, r"images are 1x8x8 .* takes 1x16x16"),
+        ({"in_channels": 3}, r"takes 3x8x8"),
+        ({"out_channels": 2}, "out_channels=2 must equal in_channels=1"),
+        ({"num_class_embeds": 10}, "training is unconditional"),
+        ({"dropout": 0.1}, r"dropout=0\.1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            next(train(ElasticUNet({**TINY, **change}, widths=(0.5, 1.0)), tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fine_tuning_a_single_step_works(tiny_net: ElasticUNet) -> None:
+    schedule = Schedule((Step(900, tiny_net.uniform(0.5)),))
+    assert len(list(FineTune(steps=2, batch=4).fit(tiny_net.initial(0), schedule, Digits().load(), 0))) == 2
+
+
 def test_a_truncated_checkpoint_is_named_and_kept(tiny_net: ElasticUNet, tmp_path: Path) -> None:
     list(islice(train(tiny_net, tmp_path), 5))
     checkpoint = tmp_path / "checkpoint.safetensors"

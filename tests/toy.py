@@ -97,6 +97,9 @@ class ToyEvaluator:
     def describe(self) -> dict[str, Any]:
         return {"rungs": self.rungs}
 
+    def digest(self, folder: Path) -> str:
+        return str(self.rungs)
+
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from ()
 

@@ -1,7 +1,7 @@
 """Constrained multi-objective evolution: NSGA-II's selection (Deb et al. 2002) in steady state.
 
-There are no generations to wait for: each ask selects the best `population` of all trials told so far, so workers that
-finish at different times are never idle. Mutation acts on every gene. Infeasible offspring are repaired to the budget.
+There are no generations to wait for: each told trial competes with the `population` best so far, so workers that finish at
+different times are never idle. Mutation acts on every gene. Infeasible offspring are repaired to the budget.
 """
 
 from __future__ import annotations
