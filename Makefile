@@ -20,6 +20,7 @@ test: lint types tests
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m benchmarks.table --check
 
 types: $(VENV)/.dev
 	$(BIN)/mypy

@@ -16,9 +16,9 @@ from rich.markup import escape
 from nas.contracts import UserError
 from nas.terminal import SearchBar, follow, notes, out, print_comparison, print_status, progress_bars
 
-# Read by OpenMP when torch is imported: threads that wait sleep instead of spinning, or training on all cores would
+# Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
 # slow down many times over as soon as anything else wants a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from nas.contracts import Trial

@@ -70,7 +70,7 @@ def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path
     """Largest output difference between the model as reloaded from disk and the supernet's subnet, on fixed inputs."""
     from diffusers import UNet2DModel
 
-    reloaded = UNet2DModel.from_pretrained(folder).to(net.device).eval()
+    reloaded = UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False).to(net.device).eval()
     x = torch.randn((4, *net.image_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
     worst = 0.0
     for step in schedule.steps:
@@ -109,7 +109,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 seed, count = 0, 16
 with open("schedule.json") as file:
     plan = json.load(file)
-nets = {{name: UNet2DModel.from_pretrained(name).eval() for name in {{step["model"] for step in plan["steps"]}}}}
+nets = {{name: UNet2DModel.from_pretrained(name, low_cpu_mem_usage=False).eval() for name in {{step["model"] for step in plan["steps"]}}}}
 alphas = [*DDIMScheduler(**plan["scheduler"]).alphas_cumprod.tolist(), 1.0]
 times = [step["timestep"] for step in plan["steps"]]
 

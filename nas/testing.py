@@ -268,7 +268,7 @@ def check_supernet(loaded: LoadedSupernet, space: SearchSpace, samples: int = 8)
         extracted = loaded.extract(arch)
         with tempfile.TemporaryDirectory() as folder:
             extracted.save_pretrained(folder)  # type: ignore[operator]
-            for net in (extracted, type(extracted).from_pretrained(folder).eval()):  # type: ignore[attr-defined]
+            for net in (extracted, type(extracted).from_pretrained(folder, low_cpu_mem_usage=False).eval()):  # type: ignore[attr-defined]
                 with torch.inference_mode():
                     alone = net.to(loaded.device)(x, timestep).sample
                 difference = float((alone - first[timestep, arch]).abs().max())

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Ray asks a cloud's metadata service which cloud it is in, unless its cluster file in the home folder says; the clusters
 # of these tests are in none and report to nobody.
 _home = tempfile.mkdtemp(prefix="nas-test-home-")
