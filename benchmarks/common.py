@@ -79,9 +79,9 @@ class Benchmark:
         if not self._json:
             print(text, file=sys.stderr, flush=True)
 
-    def finish(self, targets: Sequence[Target], keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
-        """Prints the JSON object; a full run's is kept in benchmarks/results. `keep` leaves bulky rows out of it."""
-        shown = [{k: v for k, v in row.items() if k != "replicates"} for row in self._rows.values() if keep(row)]
+    def finish(self, targets: Sequence[Target]) -> None:
+        """Prints the JSON object; a full run's is kept in benchmarks/results. Replicates stay in the rows alone."""
+        shown = [{k: v for k, v in row.items() if k != "replicates"} for row in self._rows.values()]
         result = {
             "name": self.name,
             "date": datetime.date.today().isoformat(),

@@ -117,7 +117,9 @@ def run(
                     highlight=False,
                 )
     except KeyboardInterrupt:
-        notes.print(f"interrupted; nothing is lost, and the same command goes on ({folder})", highlight=False)
+        notes.print(
+            f"interrupted; the same command goes on from the last trial or checkpoint ({folder})", highlight=False
+        )
         raise SystemExit(130) from None
 
 

@@ -80,14 +80,20 @@ class Conductor:
 
     def _replay(self, finished: Sequence[Trial]) -> None:
         """Tells what was told before. Failures of a streak that ended a run had a cause outside of the candidates: they
-        do not count, and those of the last one are tried again."""
+        do not count, and those of the last one are tried again. What an earlier streak left for good is told."""
+        last = {(trial.digest, trial.rung): trial for trial in finished}
         for failed, group in groupby(finished, lambda trial: trial.status == "failed"):
             streak = list(group)
             if not failed or len(streak) < FAILURES_IN_A_ROW:
                 for trial in streak:
                     self._absorb(trial)
-            elif streak[-1] is finished[-1]:
-                self._retries.extend({(trial.digest, trial.rung): trial for trial in streak}.values())
+                continue
+            left = [trial for trial in streak if last[trial.digest, trial.rung] is trial]
+            if streak[-1] is finished[-1]:
+                self._retries.extend(left)
+            else:
+                for trial in left:
+                    self._tell(trial)
 
     @property
     def proposed(self) -> int:
@@ -194,6 +200,9 @@ class Conductor:
                 return
         elif trial.score is not None:
             self._known.setdefault(key, (f"{self.ledger.info.name}#{trial.number}", trial.score))
+        self._tell(trial)
+
+    def _tell(self, trial: Trial) -> None:
         if trial.rung == self._rungs[0]:
             self._search.tell(trial)
 

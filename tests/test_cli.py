@@ -282,7 +282,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "interrupted; nothing is lost" in errors
+    assert "interrupted; the same command goes on" in errors
     assert "Traceback" not in errors
 
 

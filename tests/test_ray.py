@@ -168,5 +168,5 @@ def test_ctrl_c_stops_a_ray_run_and_says_so(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "interrupted; nothing is lost" in errors
+    assert "interrupted; the same command goes on" in errors
     assert "evolution" not in {info.searcher: 0 for info, _ in read_ledgers(open_storage(tmp_path / "run"))}

@@ -15,7 +15,9 @@ import pytest
 
 from nas.contracts import Proposal, Trial, UserError
 from nas.ladder import promotions
-from nas.ledger import open_storage, read_ledgers
+from nas.ledger import Ledger, open_storage, read_ledgers
+from nas.runner import Conductor
+from nas.searchers.random import RandomSearch
 from nas.session import open_session
 from nas.study import Study
 from tests.toy import toy_study
@@ -102,6 +104,38 @@ def test_failures_with_a_cause_outside_do_not_count_once_it_is_gone(tmp_path: Pa
     trials = run(toy_study(space__genes=3), tmp_path, "uniform")
     assert {t.genome for t in trials if t.status == "complete"} == {(i,) * 3 for i in range(4)}
     assert facts(run(toy_study(space__genes=3), tmp_path, "uniform")) == facts(trials)
+
+
+def test_a_candidate_that_still_fails_after_such_a_streak_is_not_proposed_again(tmp_path: Path) -> None:
+    import itertools
+
+    every = tuple(itertools.product(range(4), repeat=3))
+    with pytest.raises(UserError, match="in a row failed"):
+        run(toy_study(space__genes=3, evaluator__failing=every), tmp_path, "random")
+    [(_, trials)] = read_ledgers(open_storage(tmp_path))
+    bad = trials[0].genome
+    run(toy_study(space__genes=3, evaluator__failing=(bad,), trials=10), tmp_path, "random")
+    trials = run(toy_study(space__genes=3, evaluator__failing=(bad,), trials=25), tmp_path, "random")
+    first = [t.genome for t in trials if t.rung == 64 and "retry" not in t.origin]
+    assert len(first) == 25
+    assert len(set(first)) == 25
+
+
+def test_what_a_streak_left_for_good_is_told_on_replay(tmp_path: Path) -> None:
+    study = toy_study(space__genes=3)
+    ledger = Ledger(open_storage(tmp_path, repair=True), study.ledger_info(tmp_path, "random", 0), study.problem)
+    bad, good = (0, 0, 0), (1, 1, 1)
+
+    def opened(genome: tuple[int, ...]) -> int:
+        return ledger.open(Proposal(genome), study.space.decode(genome), 64).number
+
+    for genome in (bad, good, bad, good, (2, 0, 0), (2, 0, 0)):
+        ledger.fail(opened(genome), "out of memory")
+    for genome in (good, (2, 0, 0)):
+        ledger.close(opened(genome), score((0, 0)))
+    search = RandomSearch(study.problem, 0)
+    Conductor(ledger, search, study.problem, 10, 5, 0)
+    assert search._told == {bad, good, (2, 0, 0)}
 
 
 @dataclass(frozen=True)
