@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +24,17 @@ RUNS = Path("runs") / "benchmarks"
 
 @dataclass(frozen=True)
 class Target:
-    """A promise and what was measured. `met` follows from the two and the direction."""
+    """A promise and what was measured, None where that has no value. `met` follows from the two and the direction."""
 
     id: str
     what: str
     target: float
-    measured: float
+    measured: float | None
     at_most: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        met = self.measured <= self.target if self.at_most else self.measured >= self.target
+        difference = math.nan if self.measured is None else self.measured - self.target
+        met = difference <= 0 if self.at_most else difference >= 0
         return {**asdict(self), "met": met}
 
 
@@ -74,6 +78,17 @@ class Benchmark:
         """Whether an earlier run has kept this row."""
         return key in self._rows
 
+    def rows(self, jobs: Mapping[str, tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
+        """The rows of these keys; those not kept yet are measured in `processes` processes and kept as they finish. A job is
+        a function of a module and its arguments."""
+        missing = {key: job for key, job in jobs.items() if key not in self._rows}
+        if missing:
+            with ProcessPoolExecutor(self.processes, mp_context=get_context("spawn")) as pool:
+                running = {pool.submit(*job): key for key, job in missing.items()}
+                for future in as_completed(running):
+                    self.row(running[future], future.result)
+        return {key: self._rows[key] for key in jobs}
+
     def say(self, text: str) -> None:
         """Progress for people."""
         if not self._json:
@@ -90,7 +105,7 @@ class Benchmark:
             "rows": shown,
             "targets": [target.to_json() for target in targets],
         }
-        text = json.dumps(result, indent=1)
+        text = json.dumps(result, indent=1, allow_nan=False)
         if not self.quick:
             (RESULTS / f"{self.name}.json").write_text(text + "\n")
         print(text)

@@ -1,28 +1,25 @@
 """Is a found schedule better than a uniform network of the same cost, and does sharing weights cost quality?
 
-On digits (8x8, 10 DDIM steps, one interval per step). Weight sharing: supernets and nets trained alone for 5,000 steps,
-three training seeds. Schedules: a search on the supernet of the digits study (1,500 steps), and FD at 4,096 fresh samples,
-three sampling seeds, of everything that a found schedule has to be compared with, frozen and after an equal short
-fine-tune.
+On digits (8x8, 10 DDIM steps, one interval per step). For each of three training seeds: a supernet and a net trained alone
+for 5,000 steps, a search on the supernet, and FD at 4,096 fresh samples, three sampling seeds, of everything that a found
+schedule has to be compared with, frozen and after an equal short fine-tune. Losses are paired differences to the full net of
+the same training seed, and averaged over training seeds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from benchmarks.common import Benchmark, Target
-from evaluators.frechet import Frechet, LoadedFrechet
-from evaluators.sampling import DDIM
-from nas.contracts import Schedule, Score, Step, derive_seed
+from evaluators.frechet import Frechet
+from nas.contracts import Schedule, Score, Step, Trial, derive_seed, jackknife_error
 from nas.report import best_within
 from nas.session import open_session
 from nas.study import Study
@@ -36,115 +33,106 @@ BUDGETS = (0.4, 0.5, 0.51, 0.6)
 FOUND, RIVAL, FULL = "found within 51%", "uniform width 0.75", "uniform width 1"
 FEWER_STEPS = (4, 5, 6)
 
-
 Row = dict[str, Any]
+Kind = Literal["supernet", "alone"]
 
 
-def training(kind: str, quick: bool) -> Sandwich:
-    """Kinds of network: "study", the digits study's own supernet; "supernet" and "alone", trained longer."""
-    if quick:
-        return Sandwich(steps=30 if kind == "study" else 60)
-    return digits.training if kind == "study" and isinstance(digits.training, Sandwich) else Sandwich(steps=5000)
+@dataclass(frozen=True)
+class Setting:
+    """One training seed's part of the benchmark. `folder` is the run folder of its study."""
+
+    folder: Path
+    seed: int
+    quick: bool
+
+    @property
+    def study(self) -> Study:
+        """The digits study with a longer training and a deeper search."""
+        return replace(
+            digits,
+            training=Sandwich(steps=60 if self.quick else 5000),
+            evaluator=Frechet(images, rungs=(64, 128) if self.quick else (512, 2048, 4096)),
+            trials=12 if self.quick else 240,
+            verified=4 if self.quick else 20,
+            seed=self.seed,
+        )
+
+    @property
+    def samples(self) -> int:
+        return 128 if self.quick else 4096
+
+    @property
+    def sampling_seeds(self) -> tuple[int, ...]:
+        return (0, 1) if self.quick else (0, 1, 2)
+
+    @property
+    def tune(self) -> FineTune:
+        return FineTune(steps=20 if self.quick else 500)
+
+    def net(self, kind: Kind) -> ElasticUNet:
+        """A net trained alone has no smaller widths: nothing shares its weights."""
+        return net if kind == "supernet" else replace(net, widths=(1.0,))
+
+    def weights(self, kind: Kind) -> Path:
+        return self.folder / ("supernet" if kind == "supernet" else "alone")
 
 
-def searched_study(quick: bool) -> Study:
-    """The digits study with a deeper search."""
-    evaluator = Frechet(images, rungs=(64, 128) if quick else (512, 2048, 4096))
-    trials, verified = (12, 4) if quick else (240, 20)
-    return replace(digits, training=training("study", quick), evaluator=evaluator, trials=trials, verified=verified)
-
-
-def alone_net() -> ElasticUNet:
-    """The full net without smaller widths: nothing shares its weights."""
-    return replace(net, widths=(1.0,))
-
-
-def train(job: tuple[str, int, str, bool]) -> int:
-    """Trains one network in its folder, or finds it trained; returns the optimiser steps."""
-    kind, seed, folder, quick = job
+def train(setting: Setting, kind: Kind) -> Row:
+    """Trains one network in its folder, or finds it trained."""
     torch.set_num_threads(1)
-    recipe = alone_net() if kind == "alone" else net
-    for _ in training(kind, quick).run(recipe, images, Path(folder) / "supernet", seed, "cpu"):
+    training = setting.study.training
+    for _ in training.run(setting.net(kind), images, setting.weights(kind), setting.seed, "cpu"):
         pass
-    return training(kind, quick).steps
+    return dict(training.describe())
 
 
-def find(study: Study, folder: Path) -> Row:
+def find(setting: Setting) -> Row:
     """Evolution, verified; the genome of the best schedule within each budget."""
-    with open_session(study, folder) as session:
+    torch.set_num_threads(1)
+    with open_session(setting.study, setting.folder) as session:
         for _ in session.prepare(threads=1):
             pass
         conductor = session.conductor("evolution")
         session.run(conductor)
         trials = conductor.ledger.trials
-    found = {f"{budget:g}": best_within(trials, "macs_share", budget, "fd").genome for budget in BUDGETS}
-    return {"trials": len(trials), "found": found}
+    return {"trials": len(trials), "found": {f"{budget:g}": _pick(trials, budget).genome for budget in BUDGETS}}
 
 
-@dataclass(frozen=True)
-class Judge:
-    """Scores at fresh samples. One extractor judges all: the digits study's."""
-
-    bench: Benchmark
-    samples: int
-    sampling_seeds: tuple[int, ...]
-
-    def folder(self, kind: str, seed: int) -> Path:
-        return self.bench.folder / f"{kind}-{seed}"
-
-    def load(self, kind: str, seed: int) -> LoadedFrechet:
-        recipe = alone_net() if kind == "alone" else net
-        judge = Frechet(images, rungs=(self.samples,), sampler=DDIM())
-        return judge.load(recipe.load(self.folder(kind, seed) / "supernet", "cpu"), self.folder("study", 0))
-
-    def scores(self, name: str, schedule: Schedule, loaded: LoadedFrechet) -> list[Row]:
-        """One row for each sampling seed."""
-        return [
-            self.bench.row(f"{name}, sampling seed {s}", partial(self._measure, loaded, schedule, s))
-            for s in self.sampling_seeds
-        ]
-
-    def against(self, name: str, rows: Sequence[Row], full: Sequence[Row]) -> float:
-        """FD lost against the full net: mean over sampling seeds of the paired difference. Keeps it as a row."""
-        differences = [_score(a).difference(_score(b), "fd") for a, b in zip(rows, full, strict=True)]
-        loss = sum(d for d, _ in differences) / len(differences)
-        error = math.sqrt(sum(e**2 for _, e in differences)) / len(differences)
-        summary = {"fd": mean(rows), "macs_share": rows[0]["macs_share"], "difference": loss, "difference_error": error}
-        return float(self.bench.row(name, partial(dict, summary))["difference"])
-
-    def _measure(self, loaded: LoadedFrechet, schedule: Schedule, sampling_seed: int) -> Row:
-        score = loaded(schedule, self.samples, derive_seed(sampling_seed, "quality benchmark"))
-        share = score.spent["macs"] / self.samples / (10 * net.cost(net.uniform(1.0)).macs)
-        facts = {"fd": score.values["fd"], "error": score.error("fd"), "macs_share": share, "label": score.labels["fd"]}
-        return {**facts, "replicates": score.replicates["fd"]}
+def _pick(trials: Sequence[Trial], budget: float) -> Trial:
+    """Of the verified schedules within the budget that cannot be told apart from the best, the dearest: it has most to gain
+    from a fine-tune."""
+    best = best_within(trials, "macs_share", budget, "fd")
+    tied = [best]
+    for trial in trials:
+        if trial.status == "complete" and trial.score and best.score and trial.cost["macs_share"] <= budget:
+            difference, error = trial.score.difference(best.score, "fd")
+            tied += [trial] if difference <= 2 * error else []
+    return max(tied, key=lambda trial: trial.cost["macs"])
 
 
-def mean(rows: Sequence[Row]) -> float:
-    return float(sum(row["fd"] for row in rows) / len(rows))
-
-
-def _score(row: Row) -> Score:
-    return Score({"fd": row["fd"]}, {"fd": tuple(row["replicates"])})
-
-
-def weight_sharing(judge: Judge, training_seeds: Sequence[int], full: Schedule) -> float:
-    """FD of supernets at full width over FD of nets trained alone, means over training seeds."""
-    kinds = {"supernet": "supernet at full width", "alone": "net trained alone"}
-    total = {
-        kind: sum(
-            mean(judge.scores(f"{name}, training seed {seed}", full, judge.load(kind, seed))) for seed in training_seeds
-        )
-        for kind, name in kinds.items()
+def measure(setting: Setting, kind: Kind, schedule: Schedule, tuned: bool) -> Row:
+    """FD of one schedule at fresh samples, with its jackknife replicates, for each sampling seed."""
+    torch.set_num_threads(1)
+    loaded = setting.net(kind).load(setting.weights(kind), "cpu")
+    if tuned:
+        assert isinstance(loaded, LoadedElasticUNet)
+        for _ in setting.tune.fit(loaded, schedule, images.load(), seed=0):
+            pass
+    evaluate = Frechet(images, rungs=(setting.samples,)).load(loaded, setting.folder)
+    scores = [evaluate(schedule, setting.samples, derive_seed(s, "quality benchmark")) for s in setting.sampling_seeds]
+    macs = sum(net.cost(step.arch).macs for step in schedule.steps)
+    return {
+        "fd": [score.values["fd"] for score in scores],
+        "errors": [score.error("fd") for score in scores],
+        "macs_share": macs / (len(digits.space.choices) * net.cost(net.uniform(1.0)).macs),
+        "label": scores[0].labels["fd"],
+        "replicates": [score.replicates["fd"] for score in scores],
     }
-    return total["supernet"] / total["alone"]
 
 
-def candidates_of(judge: Judge) -> dict[str, Schedule]:
-    """What the search found, and what it has to be compared with."""
+def candidates(found: Mapping[str, Sequence[int]]) -> dict[str, Schedule]:
+    """What a search found, and what it has to be compared with."""
     space, genes = digits.space, len(digits.space.choices)
-    found = judge.bench.row("search", partial(find, searched_study(judge.bench.quick), judge.folder("study", 0)))[
-        "found"
-    ]
     schedules = {f"found within {float(budget):.0%}": space.decode(tuple(genome)) for budget, genome in found.items()}
     schedules |= {f"uniform width {width:g}": space.decode((i,) * genes) for i, width in enumerate(net.widths)}
     return schedules | {
@@ -153,68 +141,82 @@ def candidates_of(judge: Judge) -> dict[str, Schedule]:
     }
 
 
-def frozen_losses(judge: Judge, candidates: dict[str, Schedule]) -> dict[str, float]:
-    """FD lost against the full net, everything scored with the supernet's weights as they are."""
-    loaded = judge.load("study", 0)
-    rows = {name: judge.scores(name, schedule, loaded) for name, schedule in candidates.items()}
+def loss(row: Row, full: Row) -> tuple[float, float]:
+    """FD lost against the full net, and its standard error: mean over sampling seeds of the paired difference."""
+    differences = [
+        Score({"fd": a}, {"fd": tuple(mine)}).difference(Score({"fd": b}, {"fd": tuple(theirs)}), "fd")
+        for a, mine, b, theirs in zip(row["fd"], row["replicates"], full["fd"], full["replicates"], strict=True)
+    ]
+    return float(np.mean([d for d, _ in differences])), math.hypot(*(e for _, e in differences)) / len(differences)
+
+
+def summary(rows: Sequence[Row], full: Sequence[Row]) -> Row:
+    """Over training seeds: mean FD, mean loss with the error from sampling alone, and the loss of each seed."""
+    losses = [loss(row, whole) for row, whole in zip(rows, full, strict=True)]
+    each = [value for value, _ in losses]
     return {
-        name: judge.against(f"{name}: against the full net", rows[name], rows[FULL])
-        for name in candidates
-        if name != FULL
+        "fd": float(np.mean([row["fd"] for row in rows])),
+        "macs_share": float(np.mean([row["macs_share"] for row in rows])),
+        "loss": float(np.mean(each)),
+        "loss_error": math.hypot(*(error for _, error in losses)) / len(losses),
+        "loss_of_each_training_seed": each,
+        "spread_over_training_seeds": jackknife_error([(sum(each) - x) / (len(each) - 1) for x in each]),
     }
-
-
-def tuned_losses(judge: Judge, candidates: dict[str, Schedule], tune: FineTune) -> dict[str, float]:
-    """The same for the found schedule and its rival, after one short fine-tune each, and the full net's own."""
-    rows = {}
-    for name in (FULL, RIVAL, FOUND):
-        loaded = judge.load("study", 0)
-        if not all(judge.bench.has(f"{name} fine-tuned, sampling seed {s}") for s in judge.sampling_seeds):
-            assert isinstance(loaded.supernet, LoadedElasticUNet)
-            for _ in tune.fit(loaded.supernet, candidates[name], images.load(), seed=0):
-                pass
-        rows[name] = judge.scores(f"{name} fine-tuned", candidates[name], loaded)
-    return {
-        name: judge.against(f"{name} fine-tuned: against the full net fine-tuned", rows[name], rows[FULL])
-        for name in (RIVAL, FOUND)
-    }
-
-
-def _ratio(losses: dict[str, float]) -> float:
-    """Infinite where the rival loses nothing: then there is nothing to win."""
-    return losses[FOUND] / losses[RIVAL] if losses[RIVAL] > 0 else math.inf
 
 
 def main() -> None:
     bench = Benchmark("quality", __doc__ or "")
-    training_seeds = (0, 1) if bench.quick else (0, 1, 2)
-    judge = Judge(bench, 128 if bench.quick else 4096, (0, 1) if bench.quick else (0, 1, 2))
-    wanted = [("study", 0), *((kind, seed) for seed in training_seeds for kind in ("supernet", "alone"))]
-    jobs = [(kind, seed, str(judge.folder(kind, seed)), bench.quick) for kind, seed in wanted]
-    with ProcessPoolExecutor(bench.processes, mp_context=get_context("spawn")) as pool:
-        for job, trained in zip(jobs, pool.map(train, jobs), strict=True):
-            bench.row(f"training {job[0]} {job[1]}", partial(dict, steps=trained))
-    torch.set_num_threads(1)
+    seeds = (0, 1) if bench.quick else (0, 1, 2)
+    settings = {seed: Setting(bench.folder / f"seed-{seed}", seed, bench.quick) for seed in seeds}
+    kinds: tuple[Kind, ...] = ("supernet", "alone")
+    bench.rows({f"training of {kind} {seed}": (train, settings[seed], kind) for kind in kinds for seed in seeds})
+    searches = bench.rows({f"search {seed}": (find, settings[seed]) for seed in seeds})
+    schedules = {seed: candidates(searches[f"search {seed}"]["found"]) for seed in seeds}
 
-    candidates = candidates_of(judge)
-    frozen = frozen_losses(judge, candidates)
-    tuned = tuned_losses(judge, candidates, FineTune(steps=20 if bench.quick else 500))
-    ratios = {name: _ratio(losses) for name, losses in (("frozen", frozen), ("fine_tuned", tuned))}
-    bench.row("loss ratios", partial(dict, ratios))
-    shared = weight_sharing(judge, training_seeds, candidates[FULL])
+    def key(seed: int, schedule: Schedule, tuned: bool, kind: Kind = "supernet") -> str:
+        return f"{kind} {seed}, schedule {schedule.digest}" + (", fine-tuned" if tuned else "")
+
+    wanted: list[tuple[int, Schedule, bool, Kind]] = []
+    for seed in seeds:
+        wanted += [(seed, schedule, False, "supernet") for schedule in schedules[seed].values()]
+        wanted += [(seed, schedules[seed][name], True, "supernet") for name in (FULL, RIVAL, FOUND)]
+        wanted += [(seed, schedules[seed][FULL], False, "alone")]
+    measured = bench.rows(
+        {
+            key(seed, schedule, tuned, kind): (measure, settings[seed], kind, schedule, tuned)
+            for seed, schedule, tuned, kind in wanted
+        }
+    )
+
+    def over_seeds(name: str, tuned: bool) -> list[Row]:
+        return [measured[key(seed, schedules[seed][name], tuned)] for seed in seeds]
+
+    losses = {}
+    for tuned, names in ((False, list(schedules[0])), (True, [FULL, RIVAL, FOUND])):
+        for name in names:
+            row = bench.row(
+                f"{name}, {'fine-tuned' if tuned else 'frozen'}",
+                lambda name=name, tuned=tuned: summary(over_seeds(name, tuned), over_seeds(FULL, tuned)),  # type: ignore[misc]
+            )
+            losses[name, tuned] = row["loss"]
+    shared = np.mean([row["fd"] for row in over_seeds(FULL, False)])
+    alone = np.mean([measured[key(seed, schedules[seed][FULL], False, "alone")]["fd"] for seed in seeds])
+    # Where the rival loses nothing there is nothing to win, and no ratio.
+    worth = all(losses[RIVAL, tuned] > 0 for tuned in (False, True))
+    ratio = max(losses[FOUND, tuned] / losses[RIVAL, tuned] for tuned in (False, True)) if worth else None
     bench.finish(
         [
             Target(
                 "loss_ratio_vs_uniform",
-                "FD lost by the schedule found within 51 % of the MACs / by the uniform 0.75 net, the larger of frozen and fine-tuned",
+                "FD lost by the schedule found within 51 % of the MACs / by the uniform 0.75 net, means of 3 training seeds, the larger of frozen and fine-tuned",
                 0.33,
-                max(ratios.values()),
+                ratio,
             ),
             Target(
                 "supernet_vs_alone",
                 "FD of the supernet at full width / of a net trained alone as long, means of 3 training seeds",
                 1.10,
-                shared,
+                float(shared / alone),
             ),
         ]
     )

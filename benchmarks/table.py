@@ -17,7 +17,8 @@ def table() -> str:
         result = json.loads(path.read_text())
         for target in result["targets"]:
             relation = "≤" if target["at_most"] else "≥"
-            measured = f"{target['measured']:.3g}" + ("" if target["met"] else " (not met)")
+            value = "no value" if target["measured"] is None else f"{target['measured']:.3g}"
+            measured = value + ("" if target["met"] else " (not met)")
             command = f"`python -m benchmarks.{result['name']}`"
             lines.append(
                 f"| {target['what']} | {relation} {target['target']:g} | {measured} | {command} | {result['date']} |"

@@ -1,12 +1,12 @@
-"""Frechet distance between feature distributions, at a stated sample count and with a standard error."""
+"""Distances between feature distributions, Frechet's and the kernel distance, at a stated sample count with an error."""
 
 from __future__ import annotations
 
 import hashlib
-import time
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +16,58 @@ import torch
 
 from evaluators.features import Features, LoadedFeatures, SmallClassifier
 from evaluators.images import check_shape, load_once
-from evaluators.sampling import DDIM, Sampler, sample
-from nas.contracts import Images, LoadedSupernet, Progress, Schedule, Score, UserError, digest_of
+from evaluators.scoring import BLOCKS, Array, LoadedScore, Rows, Sampled
+from evaluators.trajectories import Trajectories, batches
+from nas.contracts import Images, LoadedSupernet, Progress, Schedule, UserError, digest_of
 
-Array = npt.NDArray[np.float64]
-
-BLOCKS = 20
-"""Blocks of samples that the jackknife leaves out in turn."""
+EXACT_DIMENSIONS = 256
+"""Up to here each jackknife replicate is a distance of its own; above, its first-order expansion about the value."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Mean (d,) and covariance (d, d) of features."""
+    """Mean (d,) and covariance (d, d) of features, float64. `device`: where eigenproblems are solved."""
 
     mean: Array
     covariance: Array
+    device: str = "cpu"
 
     def distance(self, other: Gaussian) -> float:
         """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), squared 2-Wasserstein distance of the two Gaussians.
 
         The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: real,
-        stable where a covariance is singular, and several times faster than a general matrix root.
+        stable where a covariance is singular, and several times faster than a general matrix root. S1^(1/2) is kept.
         """
-        root = self._root()
-        eigenvalues = np.linalg.eigvalsh(root @ other.covariance @ root)
-        product = np.sqrt(eigenvalues.clip(min=0)).sum()
-        shift = self.mean - other.mean
-        return float(shift @ shift + np.trace(self.covariance) + np.trace(other.covariance) - 2 * product)
+        root = self._root
+        eigenvalues = torch.linalg.eigvalsh(root @ self._here(other.covariance) @ root)
+        return self._distance(other, float(eigenvalues.clamp(min=0).sqrt().sum()))
 
-    def _root(self) -> Array:
+    def distance_and_slope(self, other: Gaussian) -> tuple[float, Array]:
+        """The distance, and the derivative (d, d) of tr (S1 S2)^(1/2) after S2: R V diag(1 / 2 sqrt(l)) V^T R, where
+        R = S1^(1/2) and V diag(l) V^T = R S2 R."""
+        root = self._root
+        values, vectors = torch.linalg.eigh(root @ self._here(other.covariance) @ root)
+        roots = values.clamp(min=0).sqrt()
+        # Directions without variance keep none when samples are left out, so they contribute no slope.
+        inverse = torch.where(values > values[-1] * len(values) * 1e-15, 0.5 / roots, 0.0)
+        turned = root @ vectors
+        slope: Array = ((turned * inverse) @ turned.T).cpu().numpy()
+        return self._distance(other, float(roots.sum())), slope
+
+    def _distance(self, other: Gaussian, trace_of_root: float) -> float:
+        shift = self.mean - other.mean
+        return float(shift @ shift + np.trace(self.covariance) + np.trace(other.covariance) - 2 * trace_of_root)
+
+    @property
+    def _root(self) -> torch.Tensor:
         if "root" not in self.__dict__:
-            values, vectors = np.linalg.eigh(self.covariance)
-            self.__dict__["root"] = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-        root: Array = self.__dict__["root"]
+            values, vectors = torch.linalg.eigh(self._here(self.covariance))
+            self.__dict__["root"] = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        root: torch.Tensor = self.__dict__["root"]
         return root
+
+    def _here(self, matrix: Array) -> torch.Tensor:
+        return torch.from_numpy(matrix).to(self.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,58 +89,144 @@ class Moments:
     def __sub__(self, other: Moments) -> Moments:
         return Moments(self.count - other.count, self.total - other.total, self.products - other.products)
 
-    def gaussian(self) -> Gaussian:
+    def gaussian(self, device: str = "cpu") -> Gaussian:
         """Unbiased covariance. Raises UserError for fewer than two samples."""
         if self.count < 2:
             raise UserError(f"a Frechet distance needs at least 2 samples, got {self.count}")
         mean = self.total / self.count
-        return Gaussian(mean, (self.products - self.count * np.outer(mean, mean)) / (self.count - 1))
+        return Gaussian(mean, (self.products - self.count * np.outer(mean, mean)) / (self.count - 1), device)
 
 
 def frechet_with_replicates(features: npt.NDArray[Any], reference: Gaussian) -> tuple[float, tuple[float, ...]]:
-    """Distance of features (n, d) to the reference, and its delete-a-block jackknife replicates.
-
-    Blocks are of neighbouring samples, so two schedules scored on the same seed share them.
-    """
+    """Distance of features (n, d) to the reference, and its delete-a-block jackknife replicates."""
     blocks = [Moments.of(part) for part in np.array_split(features, min(BLOCKS, len(features)))]
     total = sum(blocks[1:], start=blocks[0])
-    replicates = tuple(reference.distance((total - block).gaussian()) for block in blocks) if len(features) >= 4 else ()
-    return reference.distance(total.gaussian()), replicates
+    whole = total.gaussian()
+    parts = [(total - block).gaussian() for block in blocks] if len(features) >= 4 else []
+    if len(reference.mean) <= EXACT_DIMENSIONS:
+        return reference.distance(whole), tuple(reference.distance(part) for part in parts)
+    value, slope = reference.distance_and_slope(whole)
+    return value, tuple(value + _change(whole, part, reference, slope) for part in parts)
+
+
+def paired_frechet_with_replicates(
+    features: npt.NDArray[Any], reference: npt.NDArray[Any]
+) -> tuple[float, tuple[float, ...]]:
+    """Distance between two sets of features (n, d) of the same noises; each replicate leaves out a block of both, so that the
+    error is that of the paired comparison. Above 256 dimensions to first order in the features alone."""
+    count = min(BLOCKS, len(features))
+    mine, theirs = ([Moments.of(part) for part in np.array_split(rows, count)] for rows in (features, reference))
+    whole, other = (sum(blocks[1:], start=blocks[0]) for blocks in (mine, theirs))
+    if features.shape[1] > EXACT_DIMENSIONS:
+        return frechet_with_replicates(features, other.gaussian())
+    parts = zip(mine, theirs, strict=True) if len(features) >= 4 else ()
+    replicates = tuple((other - b).gaussian().distance((whole - a).gaussian()) for a, b in parts)
+    return other.gaussian().distance(whole.gaussian()), replicates
+
+
+def _change(whole: Gaussian, part: Gaussian, reference: Gaussian, slope: Array) -> float:
+    """Of the distance to the reference, to first order in the covariance and exactly in the mean."""
+    shifts = [(gaussian.mean - reference.mean) for gaussian in (whole, part)]
+    change = part.covariance - whole.covariance
+    return float(shifts[1] @ shifts[1] - shifts[0] @ shifts[0] + np.trace(change) - 2 * (slope * change).sum())
+
+
+def kernel_with_replicates(features: npt.NDArray[Any], reference: npt.NDArray[Any]) -> tuple[float, tuple[float, ...]]:
+    """Kernel distance (Binkowski et al. 2018): the unbiased squared MMD between features (n, d) and the reference's
+    (m, d) under the kernel (x.y / d + 1)^3, over all pairs; and its jackknife replicates over blocks of the features."""
+    x, y = torch.from_numpy(features).double(), torch.from_numpy(reference).double()
+    n, m = len(x), len(y)
+    sizes = np.array([len(part) for part in np.array_split(features, min(BLOCKS, n))])
+    blocks = list(pairwise(np.cumsum([0, *sizes])))
+    within, across = np.zeros((len(sizes), len(sizes))), np.zeros(len(sizes))
+    for i, (start, stop) in enumerate(blocks):
+        rows = _kernel(x[start:stop], x)
+        rows[:, start:stop].fill_diagonal_(0.0)
+        within[i] = [float(rows[:, a:b].sum()) for a, b in blocks]
+        across[i] = float(_kernel(x[start:stop], y).sum())
+    pairs = sum(float(_kernel(y[i : i + 1024], y).sum()) for i in range(0, m, 1024))
+    among_reference = (pairs - float(((y * y).sum(1) / y.shape[1] + 1).pow(3).sum())) / (m * (m - 1))
+
+    def distance(total: float, cross: float, count: int) -> float:
+        return total / (count * (count - 1)) + among_reference - 2 * cross / (count * m)
+
+    value = distance(within.sum(), across.sum(), n)
+    if n < 4:
+        return value, ()
+    left = within.sum() - 2 * within.sum(1) + np.diag(within)
+    return value, tuple(
+        distance(total, across.sum() - cross, n - size) for total, cross, size in zip(left, across, sizes, strict=True)
+    )
+
+
+def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def feature_rows(trajectories: Trajectories, features: LoadedFeatures) -> Rows:
+    """Features of a schedule's samples."""
+
+    def make(schedule: Schedule, seed: int, start: int, stop: int) -> npt.NDArray[np.float32]:
+        rows: npt.NDArray[np.float32] = features(trajectories.images(schedule, seed, start, stop)).cpu().numpy()
+        return rows
+
+    return Rows(f"features {features.label}", make)
 
 
 @dataclass(frozen=True)
-class Frechet:
+class OfFeatures(Sampled):
+    """Fields of the scores that compare features of samples with those of real images."""
+
+    images: Images
+    features: Features = field(default_factory=SmallClassifier)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "class": type(self).__name__,
+            "rungs": self.rungs,
+            "features": self.features.describe(),
+            "sampler": self.sampler.describe(),
+            "images": load_once(self.images).digest,
+        }
+
+    def digest(self, folder: Path) -> str:
+        return digest_of({**self.describe(), "features": self.features.digest(folder)})
+
+    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from self.features.prepare(load_once(self.images), folder, seed, device)
+
+    def load_features(self, supernet: LoadedSupernet, folder: Path) -> LoadedFeatures:
+        """Raises UserError where the images do not have the supernet's shape."""
+        check_shape(load_once(self.images), supernet.image_shape)
+        return self.features.load(folder, supernet.device)
+
+    def real_rows(self, features: LoadedFeatures, device: torch.device) -> list[npt.NDArray[np.float32]]:
+        """Features of the real images, in batches."""
+        pixels = load_once(self.images).pixels
+        return [
+            features(torch.from_numpy(pixels[start:stop]).to(device)).cpu().numpy()
+            for start, stop in batches(len(pixels), self.batch)
+        ]
+
+
+@dataclass(frozen=True)
+class Frechet(OfFeatures):
     """Frechet distance of a schedule's samples to the reference images. Value: "fd".
 
     It estimates how far the two feature distributions are apart, and is biased upwards by about 1 / samples: compare
     scores of the same rung only. It sees means and covariances alone: memorised images and fine detail below the
     features' notice go unpunished.
 
-    `rungs`: sample counts, increasing; the last verifies. `reference`: an `.npz` with `mu` and `sigma` (the standard
-    FID statistics) instead of the images' own features. `batch`: samples per network call, a matter of speed alone.
+    `reference`: an `.npz` with `mu` and `sigma` (the standard FID statistics) instead of the images' own features.
+    Above 256 feature dimensions the standard error is of first order, and too small where samples are fewer than
+    dimensions.
     """
 
-    images: Images
-    rungs: tuple[int, ...] = (512, 2048)
-    features: Features = field(default_factory=SmallClassifier)
-    sampler: Sampler = field(default_factory=DDIM)
     reference: str | None = None
-    batch: int = 256
     metrics = ("fd",)
 
-    def __post_init__(self) -> None:
-        if not self.rungs or min(self.rungs) < 2 or list(self.rungs) != sorted(set(self.rungs)):
-            raise UserError(f"rungs {self.rungs} must be increasing sample counts of at least 2")
-
     def describe(self) -> Mapping[str, Any]:
-        return {
-            "class": "Frechet",
-            "rungs": self.rungs,
-            "features": self.features.describe(),
-            "sampler": self.sampler.describe(),
-            "reference": self.reference,
-            "images": load_once(self.images).digest,
-        }
+        return {**super().describe(), "reference": self.reference}
 
     def digest(self, folder: Path) -> str:
         reference = None if self.reference is None else hashlib.sha256(Path(self.reference).read_bytes()).hexdigest()
@@ -131,54 +235,47 @@ class Frechet:
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         if self.reference is not None:
             read_statistics(Path(self.reference))
-        yield from self.features.prepare(load_once(self.images), folder, seed, device)
+        yield from super().prepare(folder, seed, device)
 
-    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedFrechet:
-        images = load_once(self.images)
-        check_shape(images, supernet.image_shape)
-        features = self.features.load(folder, supernet.device)
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
+        features, device = self.load_features(supernet, folder), str(supernet.device)
         if self.reference is None:
-            rows = [
-                features(torch.from_numpy(part).to(supernet.device)).cpu().numpy()
-                for part in _batches(images.pixels, self.batch)
-            ]
-            reference = sum((Moments.of(r) for r in rows[1:]), start=Moments.of(rows[0])).gaussian()
+            moments = [Moments.of(rows) for rows in self.real_rows(features, supernet.device)]
+            reference = sum(moments[1:], start=moments[0]).gaussian(device)
         else:
-            reference = read_statistics(Path(self.reference))
-        return LoadedFrechet(self, supernet, features, reference)
+            reference = replace(read_statistics(Path(self.reference)), device=device)
+        return LoadedScore(
+            self,
+            trajectories := self.trajectories(supernet),
+            "fd",
+            feature_rows(trajectories, features),
+            lambda rows: frechet_with_replicates(rows, reference),
+            lambda count: f"{features.distance}@{count} ({features.label})",
+        )
 
 
-class LoadedFrechet:
-    def __init__(
-        self, recipe: Frechet, supernet: LoadedSupernet, features: LoadedFeatures, reference: Gaussian
-    ) -> None:
-        self.recipe = recipe
-        self.supernet = supernet
-        self.sampler = recipe.sampler.describe()
-        self.features = features
-        self.reference = reference
+@dataclass(frozen=True)
+class KernelDistance(OfFeatures):
+    """Kernel distance of a schedule's samples to the images (KID where the features are Inception's). Value: "kid".
 
-    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
-        started = time.perf_counter()
-        rows = np.concatenate([self.features(images).cpu().numpy() for images in self._batches(schedule, rung, seed)])
-        if not np.isfinite(rows).all():
-            raise FloatingPointError(f"schedule {schedule.digest} gives samples that are not finite")
-        value, replicates = frechet_with_replicates(rows, self.reference)
-        spent = {
-            "calls": float(rung * len(schedule.steps)),
-            "macs": float(rung * sum(self.supernet.macs(step.arch) for step in schedule.steps)),
-            "seconds": time.perf_counter() - started,
-        }
-        label = f"{self.features.distance}@{rung} ({self.features.label})"
-        return Score({"fd": value}, {"fd": replicates}, spent, {"fd": label})
+    It estimates the squared maximum mean discrepancy without bias, so that small sample counts are right on average, and
+    may be negative. Its cubic kernel weighs outliers more than the Frechet distance does; on few samples its error is
+    larger in proportion.
+    """
 
-    def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
-        return torch.cat(list(self._batches(schedule, count, seed)))
+    metrics = ("kid",)
 
-    def _batches(self, schedule: Schedule, count: int, seed: int) -> Iterator[torch.Tensor]:
-        for start in range(0, count, self.recipe.batch):
-            stop = min(start + self.recipe.batch, count)
-            yield sample(self.supernet, schedule, self.recipe.sampler, seed, start, stop)
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
+        features = self.load_features(supernet, folder)
+        reference = np.concatenate(self.real_rows(features, supernet.device))
+        return LoadedScore(
+            self,
+            trajectories := self.trajectories(supernet),
+            "kid",
+            feature_rows(trajectories, features),
+            lambda rows: kernel_with_replicates(rows, reference),
+            lambda count: f"{'KID' if features.distance == 'FID' else 'KD'}@{count} ({features.label})",
+        )
 
 
 def read_statistics(path: Path) -> Gaussian:
@@ -191,8 +288,3 @@ def read_statistics(path: Path) -> Gaussian:
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{path}: mu of shape {mean.shape} and sigma of shape {covariance.shape} do not fit together")
     return Gaussian(mean, covariance)
-
-
-def _batches(pixels: npt.NDArray[np.float32], size: int) -> Iterator[npt.NDArray[np.float32]]:
-    for start in range(0, len(pixels), size):
-        yield pixels[start : start + size]

@@ -1,7 +1,7 @@
 """Runs a schedule: images from noise, one subnet call per step.
 
 The initial noise of sample i depends on (seed, i) alone and its step noise on (seed, i, step), so neither the batch size
-nor the number of samples changes what sample i looks like.
+nor the number of samples changes what sample i looks like, and schedules that begin alike share their first states.
 """
 
 from __future__ import annotations
@@ -96,27 +96,39 @@ def step_noise(seed: int, start: int, stop: int, shape: tuple[int, ...], step: i
     return _noise(seed, start, stop, shape, step + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """A batch between two steps: x (n, channels, height, width), and what blocks reuse from the step before."""
+
+    x: torch.Tensor
+    cache: Any = None
+
+
+def advance(
+    net: LoadedSupernet, sampler: Sampler, schedule: Schedule, number: int, state: State, seed: int, start: int
+) -> State:
+    """The state of samples start, start + 1, ... after the schedule's step `number`, counted from 0."""
+    step = schedule.steps[number]
+    following = schedule.timesteps[number + 1] if number + 1 < len(schedule.steps) else None
+    abar = net.alphas_cumprod
+    noise = None
+    if sampler.stochastic and following is not None:
+        noise = step_noise(seed, start, start + len(state.x), net.image_shape, number).to(net.device)
+    with torch.inference_mode():
+        prediction, cache = net.denoiser(step)(state.x, step.timestep, state.cache)
+        after = 1.0 if following is None else float(abar[following])
+        return State(sampler.update(state.x, prediction, float(abar[step.timestep]), after, noise), cache)
+
+
 def trajectory(
     net: LoadedSupernet, schedule: Schedule, sampler: Sampler, seed: int, start: int, stop: int
 ) -> Iterator[torch.Tensor]:
     """Yields the state before the first step and after each, for samples start..stop-1. Runs under inference mode."""
-    abar = net.alphas_cumprod
-    following = (*schedule.timesteps[1:], -1)
-    x = initial_noise(seed, start, stop, net.image_shape).to(net.device)
-    cache: Any = None
-    yield x
-    for number, (step, after) in enumerate(zip(schedule.steps, following, strict=True)):
-        noise = (
-            step_noise(seed, start, stop, net.image_shape, number).to(net.device)
-            if sampler.stochastic and after >= 0
-            else None
-        )
-        with torch.inference_mode():
-            prediction, cache = net.denoiser(step)(x, step.timestep, cache)
-            x = sampler.update(
-                x, prediction, float(abar[step.timestep]), float(abar[after]) if after >= 0 else 1.0, noise
-            )
-        yield x
+    state = State(initial_noise(seed, start, stop, net.image_shape).to(net.device))
+    yield state.x
+    for number in range(len(schedule.steps)):
+        state = advance(net, sampler, schedule, number, state, seed, start)
+        yield state.x
 
 
 def sample(net: LoadedSupernet, schedule: Schedule, sampler: Sampler, seed: int, start: int, stop: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -111,7 +111,8 @@ class Score:
 
     `replicates[name]` are delete-a-block jackknife values of `values[name]`: replicate b leaves out the b-th block of
     samples. All schedules of a rung share noises and blocks, so the standard error of one score and of the difference
-    of two scores both follow. `spent` counts network `calls` (per sample), `macs` and `seconds`.
+    of two scores both follow. `spent` counts what this evaluation took: network `calls` (per sample), `macs` and
+    `seconds`; and what kept states made unnecessary: `cached_calls`, `cached_macs`, in `cache_hits` batches.
     """
 
     values: Mapping[str, float]
@@ -128,6 +129,14 @@ class Score:
         mine, theirs = self.replicates.get(name, ()), other.replicates.get(name, ())
         paired = [a - b for a, b in zip(mine, theirs, strict=True)]
         return self.values[name] - other.values[name], jackknife_error(paired)
+
+    def charged_in_full(self) -> Score:
+        """The same score as if nothing had been kept: what somebody pays who takes it instead of measuring."""
+        spent = dict(self.spent)
+        for name in ("calls", "macs"):
+            spent[name] = spent.get(name, 0.0) + spent.pop(f"cached_{name}", 0.0)
+        spent.pop("cache_hits", None)
+        return replace(self, spent=spent)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -279,6 +288,18 @@ class LoadedSupernet(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def full_arch(self) -> Arch:
+        """The whole network."""
+
+    @property
+    def smallest_arch(self) -> Arch:
+        """The cheapest subnet."""
+
+    @property
+    def version(self) -> int:
+        """Grows whenever the weights change: what was computed under another version no longer holds."""
 
     def denoiser(self, step: Step) -> Denoiser: ...
 

@@ -125,7 +125,7 @@ class Conductor:
             known = self._known.get((opened.digest, opened.rung))
             if known is None:
                 return self._job(opened)
-            self.settle(opened.number, known[1])
+            self.settle(opened.number, known[1].charged_in_full())
 
     def settle(self, number: int, outcome: Score | str) -> Trial:
         """Books a score, or the reason of a failure, and tells the search what it should know."""

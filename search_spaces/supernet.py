@@ -142,6 +142,9 @@ class LoadedElasticUNet:
         self.alphas_cumprod = recipe.noise.alphas_cumprod
         self.scheduler = recipe.noise.scheduler
         self.image_shape = (recipe.anatomy.config["in_channels"], *recipe.anatomy.sample_size)
+        self.full_arch = recipe.uniform(recipe.widths[-1])
+        self.smallest_arch = recipe.uniform(recipe.widths[0])
+        self.version = 0
         self._cache_size = cache_size
         self._subnets: OrderedDict[Arch, UNet2DModel] = OrderedDict()
         self._skeletons: dict[Arch, UNet2DModel] = {}
@@ -181,8 +184,9 @@ class LoadedElasticUNet:
         return self.recipe.cost(arch).macs
 
     def forget(self) -> None:
-        """Drops the materialised subnets; for whoever has changed the weights."""
+        """Drops the materialised subnets and starts a new version; for whoever has changed the weights."""
         self._subnets.clear()
+        self.version += 1
 
     def _materialised(self, arch: Arch) -> UNet2DModel:
         if arch in self._subnets:

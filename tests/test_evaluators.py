@@ -14,12 +14,23 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics.pairwise import polynomial_kernel
 
 from evaluators.features import ExternalFeatures, SmallClassifier
-from evaluators.frechet import Frechet, Gaussian, Moments, frechet_with_replicates, read_statistics
+from evaluators.frechet import (
+    Frechet,
+    Gaussian,
+    KernelDistance,
+    Moments,
+    frechet_with_replicates,
+    kernel_with_replicates,
+    paired_frechet_with_replicates,
+    read_statistics,
+)
 from evaluators.images import Digits, ImageArray
+from evaluators.proxies import Additive, DenoisingLoss, TeacherDistance, TeacherFrechet, TrajectoryDistance, whole
 from evaluators.sampling import DDIM, DDPM, initial_noise, sample, step_noise, trajectory
-from nas.contracts import Schedule, Step, UserError
+from nas.contracts import Evaluator, Schedule, Step, UserError, jackknife_error
 from nas.testing import check_evaluator
 from search_spaces.intervals import leading, quadratic, uniform
 from search_spaces.stepwise import Stepwise
@@ -131,10 +142,48 @@ def test_the_standard_error_is_the_spread_over_fresh_samples() -> None:
     reference = Gaussian(np.zeros(4), np.eye(4))
     runs = [frechet_with_replicates(rng.standard_normal((400, 4)) + 0.5, reference) for _ in range(200)]
     spread = np.std([value for value, _ in runs])
-    from nas.contracts import jackknife_error
-
     estimated = np.mean([jackknife_error(replicates) for _, replicates in runs])
     assert estimated == pytest.approx(spread, rel=0.2)
+
+
+def test_replicates_of_first_order_agree_with_exact_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    reference = Moments.of(rng.standard_normal((3000, 12))).gaussian()
+    rows = rng.standard_normal((1500, 12)) @ np.diag(np.linspace(0.5, 1.5, 12)) + 0.2
+    exact = frechet_with_replicates(rows, reference)
+    monkeypatch.setattr("evaluators.frechet.EXACT_DIMENSIONS", 1)
+    expanded = frechet_with_replicates(rows, reference)
+    assert expanded[0] == pytest.approx(exact[0], rel=1e-9)
+    assert expanded[1] == pytest.approx(exact[1], abs=2e-3 * exact[0])
+    assert jackknife_error(expanded[1]) == pytest.approx(jackknife_error(exact[1]), rel=0.03)
+
+
+def test_a_paired_distance_knows_that_the_noise_is_shared() -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((400, 3))
+    value, replicates = paired_frechet_with_replicates(noise + 0.5, noise)
+    assert value == pytest.approx(0.75, abs=1e-6)
+    assert jackknife_error(replicates) < 1e-6
+    assert jackknife_error(frechet_with_replicates(noise + 0.5, Moments.of(noise).gaussian())[1]) > 0.01
+
+
+def test_kernel_distance_is_the_unbiased_squared_mmd() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((9, 2)).astype(np.float32), rng.standard_normal((7, 2)).astype(np.float32) + 0.3
+
+    def expected(x: Any) -> float:
+        k = polynomial_kernel(np.concatenate([x, y]), degree=3, gamma=0.5, coef0=1)
+        n, m = len(x), len(y)
+        xx, yy, xy = k[:n, :n], k[n:, n:], k[:n, n:]
+        return float(
+            (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1)) - 2 * xy.mean()
+        )
+
+    value, replicates = kernel_with_replicates(x, y)
+    assert value == pytest.approx(expected(x), rel=1e-5)
+    assert replicates == pytest.approx([expected(np.delete(x, i, axis=0)) for i in range(9)], rel=1e-5)
+    means = [kernel_with_replicates(rng.standard_normal((30, 2)), rng.standard_normal((40, 2)))[0] for _ in range(400)]
+    assert abs(np.mean(means)) < 4 * np.std(means) / 20
 
 
 def test_standard_statistics_files_are_read(tmp_path: Path) -> None:
@@ -154,10 +203,25 @@ def space_of(net: ElasticUNet) -> Stepwise:
     return Stepwise(net, uniform(3), (1, 1, 1))
 
 
-def test_the_evaluator_keeps_the_laws(tiny_net: ElasticUNet, tiny_run: Path) -> None:
-    for sampler in (DDIM(), DDPM()):
-        evaluator = Frechet(Digits(), rungs=(40, 80), batch=16, sampler=sampler)
-        check_evaluator(evaluator, tiny_net, space_of(tiny_net), tiny_run)
+SMALL: dict[str, Any] = {"rungs": (40, 80), "batch": 16}
+EVALUATORS: list[Evaluator] = [
+    Frechet(Digits(), **SMALL),
+    Frechet(Digits(), **SMALL, sampler=DDPM()),
+    KernelDistance(Digits(), **SMALL),
+    TeacherFrechet(Digits(), **SMALL),
+    TeacherFrechet(Digits(), **SMALL, timesteps=uniform(5)),
+    TeacherDistance(Digits(), **SMALL),
+    TrajectoryDistance(Digits(), **SMALL),
+    TrajectoryDistance(Digits(), **SMALL, sampler=DDPM()),
+    DenoisingLoss(Digits(), **SMALL),
+    Additive(Frechet(Digits(), **SMALL), (1, 2)),
+    Additive(TeacherDistance(Digits(), **SMALL), (2, 1), around="both"),
+]
+
+
+@pytest.mark.parametrize("evaluator", EVALUATORS, ids=lambda evaluator: evaluator.metrics[0])
+def test_every_evaluator_keeps_the_laws(evaluator: Evaluator, tiny_net: ElasticUNet, tiny_run: Path) -> None:
+    check_evaluator(evaluator, tiny_net, space_of(tiny_net), tiny_run)
 
 
 def test_real_digits_are_nearer_to_digits_than_noise_is(tiny_run: Path) -> None:
@@ -265,3 +329,37 @@ def test_images_of_another_shape_are_refused_before_sampling(tiny_net: ElasticUN
 def test_rungs_must_increase() -> None:
     with pytest.raises(UserError, match="increasing"):
         Frechet(Digits(), rungs=(512, 256))
+
+
+# -------------------------------------------------------------------------------------------------------------- proxies
+
+
+def test_the_full_model_is_its_own_teacher(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+    net = tiny_net.load(tiny_run / "supernet", "cpu")
+    full = full_schedule(tiny_net, uniform(3))
+    for recipe in (TeacherFrechet, TeacherDistance, TrajectoryDistance, DenoisingLoss):
+        evaluator = recipe(Digits(), **SMALL)
+        assert evaluator.load(net, tiny_run)(full, 40, 0).values[evaluator.metrics[0]] == pytest.approx(0, abs=1e-5)
+
+
+def test_teacher_distance_is_that_of_the_images(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+    net = tiny_net.load(tiny_run / "supernet", "cpu")
+    schedule = Schedule(tuple(Step(t, tiny_net.uniform(w)) for t, w in zip(uniform(3), (1.0, 0.5, 0.25), strict=True)))
+    score = TeacherDistance(Digits(), **SMALL, timesteps=uniform(6)).load(net, tiny_run)(schedule, 40, 5)
+    mine = sample(net, schedule, DDIM(), 5, 0, 40)
+    theirs = sample(net, whole(net.full_arch, schedule, uniform(6)), DDIM(), 5, 0, 40)
+    assert score.values["teacher_mse"] == pytest.approx(float(((mine - theirs) ** 2).mean()), rel=1e-4)
+
+
+def test_the_additive_table_is_exact_where_one_interval_differs(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+    net = tiny_net.load(tiny_run / "supernet", "cpu")
+    steps = full_schedule(tiny_net, uniform(3)).steps
+    schedule = Schedule((steps[0], Step(steps[1].timestep, tiny_net.uniform(0.25)), steps[2]))
+    base = Frechet(Digits(), **SMALL)
+    additive = Additive(base, (1, 1, 1)).load(net, tiny_run)
+    predicted, measured = additive(schedule, 40, 0), base.load(net, tiny_run)(schedule, 40, 0)
+    assert predicted.values["additive_fd"] == pytest.approx(measured.values["fd"])
+    assert predicted.error("additive_fd") == pytest.approx(measured.error("fd"))
+    assert additive(schedule, 40, 0).spent == {}
+    with pytest.raises(UserError, match="hold 2 steps, the schedule has 3"):
+        Additive(base, (1, 1)).load(net, tiny_run)(schedule, 40, 0)

@@ -1,0 +1,330 @@
+"""Cheaper scores, to be audited before they are trusted: distances to the full model, denoising loss, additive tables.
+
+The full model is the supernet's whole network on `timesteps`, or on the schedule's own where that is None. With the same noise it
+gives every sample a counterpart, so these scores are paired by construction and need few samples; none of them can show that
+a schedule is better than the full model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from evaluators.frechet import OfFeatures, feature_rows, paired_frechet_with_replicates
+from evaluators.images import check_shape, load_once
+from evaluators.sampling import State, step_noise
+from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
+from nas.contracts import (
+    Arch,
+    Evaluator,
+    Images,
+    LoadedEvaluator,
+    LoadedSupernet,
+    Progress,
+    Schedule,
+    Score,
+    Step,
+    UserError,
+    digest_of,
+)
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+def whole(arch: Arch, schedule: Schedule, timesteps: tuple[int, ...] | None = None) -> Schedule:
+    """One arch on the given timesteps, or on the schedule's."""
+    return Schedule(tuple(Step(t, arch) for t in timesteps or schedule.timesteps))
+
+
+@dataclass(frozen=True)
+class TeacherFrechet(OfFeatures):
+    """Frechet distance of a schedule's samples to the full model's with the same noise. Value: "fd_teacher".
+
+    It estimates how much of the full model's distribution is lost, and needs no reference images (they only train the small
+    classifier, where that is the extractor). It misleads where a schedule improves on the full model: that counts as loss.
+    """
+
+    timesteps: tuple[int, ...] | None = None
+    metrics = ("fd_teacher",)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {**super().describe(), "timesteps": self.timesteps}
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
+        features = self.load_features(supernet, folder)
+        trajectories = self.trajectories(supernet)
+        mine = feature_rows(trajectories, features)
+
+        def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
+            teacher = whole(supernet.full_arch, schedule, self.timesteps)
+            key = (mine.name, teacher.digest, seed, start, stop)
+            theirs = trajectories.kept(key, lambda: mine.make(teacher, seed, start, stop), 0, 0)
+            return np.concatenate([mine.make(schedule, seed, start, stop), theirs], axis=1)
+
+        return LoadedScore(
+            self,
+            trajectories,
+            "fd_teacher",
+            Rows(f"{mine.name} beside the full model's on {self.timesteps}", make),
+            lambda rows: paired_frechet_with_replicates(*np.split(rows, 2, axis=1)),
+            lambda count: f"{features.distance} to the full model's samples@{count} ({features.label})",
+        )
+
+
+@dataclass(frozen=True)
+class OfImages(Sampled):
+    """Fields of the scores that need no features. The images say what the study is about."""
+
+    images: Images
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "class": type(self).__name__,
+            "rungs": self.rungs,
+            "sampler": self.sampler.describe(),
+            "images": load_once(self.images).digest,
+        }
+
+    def digest(self, folder: Path) -> str:
+        return digest_of(self.describe())
+
+    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from ()
+
+
+@dataclass(frozen=True)
+class TeacherDistance(OfImages):
+    """Mean squared distance, per pixel, of the final samples to the full model's with the same noise. Value: "teacher_mse".
+
+    It estimates how far each single sample is moved. It misleads where samples change and stay as good: the distance between
+    two fine samples counts as much as that between a fine and a broken one.
+    """
+
+    timesteps: tuple[int, ...] | None = None
+    metrics = ("teacher_mse",)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {**super().describe(), "timesteps": self.timesteps}
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
+        check_shape(load_once(self.images), supernet.image_shape)
+        trajectories = self.trajectories(supernet)
+
+        def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
+            teacher = whole(supernet.full_arch, schedule, self.timesteps)
+            key = ("images", teacher.digest, seed, start, stop)
+            theirs = trajectories.kept(key, lambda: trajectories.images(teacher, seed, start, stop), 0, 0)
+            return _mean_square(trajectories.images(schedule, seed, start, stop) - theirs)
+
+        return LoadedScore(
+            self,
+            trajectories,
+            "teacher_mse",
+            Rows(f"squared distance to the full model's images on {self.timesteps}", make),
+            mean_with_replicates,
+            lambda count: f"squared distance to the full model's samples@{count}",
+        )
+
+
+@dataclass(frozen=True)
+class TrajectoryDistance(OfImages):
+    """Squared distance, per pixel, that each step alone adds along the full model's trajectory, summed over steps. Value:
+    "trajectory_mse".
+
+    Each step starts from the full model's own state, so steps are measured once for all schedules. It estimates local error; it
+    misleads where later steps repair an error, or amplify it.
+    """
+
+    metrics = ("trajectory_mse",)
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
+        check_shape(load_once(self.images), supernet.image_shape)
+        trajectories = self.trajectories(supernet)
+
+        def changed(schedule: Schedule) -> list[int]:
+            return [number for number, step in enumerate(schedule.steps) if step.arch != supernet.full_arch]
+
+        def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
+            teacher = whole(supernet.full_arch, schedule)
+            states = trajectories.states(teacher, seed, start, stop)
+            total = np.zeros(stop - start)
+            for number in changed(schedule):
+                arch = schedule.steps[number].arch
+
+                def one_step(number: int = number) -> Floats:
+                    after: State = trajectories.advance(schedule, number, states[number], seed, start)
+                    return _mean_square(after.x - states[number + 1].x)
+
+                key = ("one step", teacher.digest, number, arch, seed, start, stop)
+                total += trajectories.kept(key, one_step, stop - start, (stop - start) * supernet.macs(arch))
+            return total
+
+        return LoadedScore(
+            self,
+            trajectories,
+            "trajectory_mse",
+            Rows(
+                "squared distance of each step to the full model's",
+                make,
+                lambda schedule: len(changed(schedule)),
+                lambda schedule: sum(supernet.macs(schedule.steps[number].arch) for number in changed(schedule)),
+            ),
+            mean_with_replicates,
+            lambda count: f"squared distance along the full model's trajectory@{count}",
+        )
+
+
+@dataclass(frozen=True)
+class DenoisingLoss(OfImages):
+    """Noise-prediction loss on real images above the full net's, summed over the schedule's steps. Value: "loss_gap".
+
+    Sample i is real image i (around again after the last) with noise of its own at each timestep, the same for all archs. It
+    estimates what training minimises; it misleads where a timestep's loss and its part in image quality differ, as they do at the
+    clean end.
+    """
+
+    metrics = ("loss_gap",)
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
+        images = load_once(self.images)
+        check_shape(images, supernet.image_shape)
+        trajectories = self.trajectories(supernet)
+        abar = supernet.alphas_cumprod
+
+        def loss(step: Step, seed: int, start: int, stop: int) -> Floats:
+            chosen = np.arange(start, stop) % len(images)
+            x0 = torch.from_numpy(images.pixels[chosen]).to(supernet.device)
+            noise = step_noise(seed, start, stop, supernet.image_shape, step.timestep).to(supernet.device)
+            signal = float(abar[step.timestep])
+            trajectories.meter.calls += stop - start
+            trajectories.meter.macs += (stop - start) * supernet.macs(step.arch)
+            with torch.inference_mode():
+                x = signal**0.5 * x0 + (1 - signal) ** 0.5 * noise
+                return _mean_square(supernet.denoiser(step)(x, step.timestep)[0] - noise)
+
+        def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
+            total = np.zeros(stop - start)
+            for step in schedule.steps:
+                for arch, sign in ((step.arch, 1), (supernet.full_arch, -1)):
+                    single = Step(step.timestep, arch)
+                    made = lambda single=single: loss(single, seed, start, stop)  # noqa: E731
+                    key = ("loss", single, seed, start, stop)
+                    charged = stop - start if sign > 0 else 0
+                    total += sign * trajectories.kept(key, made, charged, charged * supernet.macs(arch))
+            return total
+
+        return LoadedScore(
+            self,
+            trajectories,
+            "loss_gap",
+            Rows("denoising loss above the full net's", make),
+            mean_with_replicates,
+            lambda count: f"denoising loss above the full net's@{count}",
+        )
+
+
+@dataclass(frozen=True)
+class Additive:
+    """The sum over intervals of what changing that interval alone does to a base score. Value: "additive_" + the base's.
+
+    Around the full net: base(full) + sum over k of (base(full with interval k as in the schedule) - base(full)); around the
+    smallest net likewise; "both" is their mean. Table entries are measured when a schedule first needs them, then kept.
+    It estimates the base score without its interactions between intervals; it misleads where errors of one interval are
+    repaired or amplified in another. `intervals`: how many steps each holds, noisy to clean.
+    """
+
+    base: Evaluator
+    intervals: tuple[int, ...]
+    around: Literal["full", "smallest", "both"] = "full"
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        return tuple(self.base.rungs)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (f"additive_{self.base.metrics[0]}",)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "class": "Additive",
+            "base": self.base.describe(),
+            "intervals": self.intervals,
+            "around": self.around,
+        }
+
+    def digest(self, folder: Path) -> str:
+        return digest_of({**self.describe(), "base": self.base.digest(folder)})
+
+    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from self.base.prepare(folder, seed, device)
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedAdditive:
+        return LoadedAdditive(self, self.base.load(supernet, folder))
+
+
+class LoadedAdditive:
+    def __init__(self, recipe: Additive, base: LoadedEvaluator) -> None:
+        self.recipe = recipe
+        self.base = base
+        self.supernet = base.supernet
+        self.sampler = base.sampler
+        self._table: dict[tuple[str, int, int, int], Score] = {}
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        """Raises UserError where the intervals do not divide the schedule's steps."""
+        if sum(self.recipe.intervals) != len(schedule.steps):
+            raise UserError(
+                f"intervals {self.recipe.intervals} hold {sum(self.recipe.intervals)} steps, the schedule has {len(schedule.steps)}"
+            )
+        anchors = {"full": self.supernet.full_arch, "smallest": self.supernet.smallest_arch}
+        spent: dict[str, float] = {}
+        sums = [
+            self._sum(schedule, arch, rung, seed, spent)
+            for name, arch in anchors.items()
+            if self.recipe.around in (name, "both")
+        ]
+        inner, name = self.recipe.base.metrics[0], self.recipe.metrics[0]
+        label = f"additive {sums[0][0].labels[inner]}, around the {self.recipe.around} net"
+        # Linear in the table's scores, so its jackknife replicates are the same sum of theirs.
+        terms = [(sign / len(sums), score) for part in sums for sign, score in part[1]]
+        value = sum(weight * score.values[inner] for weight, score in terms)
+        columns = zip(*(tuple(weight * r for r in score.replicates[inner]) for weight, score in terms), strict=True)
+        return Score({name: value}, {name: tuple(sum(column) for column in columns)}, spent, {name: label})
+
+    def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+        return self.base.sample(schedule, count, seed)
+
+    def _sum(
+        self, schedule: Schedule, arch: Arch, rung: int, seed: int, spent: dict[str, float]
+    ) -> tuple[Score, list[tuple[int, Score]]]:
+        """The anchor's score, and the (sign, score) terms of the prediction around it."""
+        anchor = whole(arch, schedule)
+        origin = self._entry(anchor, rung, seed, spent)
+        terms = [(1, origin)]
+        for start, stop in pairwise(accumulate(self.recipe.intervals, initial=0)):
+            changed = Schedule(anchor.steps[:start] + schedule.steps[start:stop] + anchor.steps[stop:])
+            if changed != anchor:
+                terms += [(1, self._entry(changed, rung, seed, spent)), (-1, origin)]
+        return origin, terms
+
+    def _entry(self, schedule: Schedule, rung: int, seed: int, spent: dict[str, float]) -> Score:
+        key = (schedule.digest, rung, seed, self.supernet.version)
+        if key not in self._table:
+            self._table[key] = self.base(schedule, rung, seed)
+            for name, amount in self._table[key].spent.items():
+                spent[name] = spent.get(name, 0.0) + amount
+        return self._table[key]
+
+
+def _mean_square(difference: torch.Tensor) -> Floats:
+    """(n, ...) to one number per sample, (n,)."""
+    values: Floats = difference.flatten(1).square().mean(1).double().cpu().numpy()
+    return values

@@ -1,0 +1,125 @@
+"""What all scores share: one row for each sample, a statistic over the rows, and its delete-a-block jackknife."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from evaluators.sampling import DDIM, Sampler
+from evaluators.trajectories import Trajectories, batches
+from nas.contracts import LoadedSupernet, Schedule, Score, UserError
+
+Array = npt.NDArray[np.float64]
+
+BLOCKS = 20
+"""Blocks of neighbouring samples that the jackknife leaves out in turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Fields of every score that looks at a schedule's samples.
+
+    `rungs`: sample counts, increasing; the last verifies. `batch`: samples per network call, a matter of speed alone (up
+    to the rounding of floats). `cache_bytes`: memory of each worker for states that schedules share.
+    """
+
+    rungs: tuple[int, ...] = (512, 2048)
+    sampler: Sampler = field(default_factory=DDIM)
+    batch: int = 256
+    cache_bytes: int = 2**29
+
+    def __post_init__(self) -> None:
+        if not self.rungs or min(self.rungs) < 2 or list(self.rungs) != sorted(set(self.rungs)):
+            raise UserError(f"rungs {self.rungs} must be increasing sample counts of at least 2")
+        if self.batch < 1 or self.cache_bytes < 0:
+            raise UserError(f"batch={self.batch} must be at least 1 and cache_bytes={self.cache_bytes} at least 0")
+
+    def trajectories(self, net: LoadedSupernet) -> Trajectories:
+        """Shared by all scores of this supernet with the same sampler and memory."""
+        return Trajectories.shared(net, self.sampler, self.cache_bytes)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One row per sample of a schedule: `make(schedule, seed, start, stop)` gives (stop - start, d).
+
+    `name` identifies what the rows are, so that scores of the same rows share them. `calls`: network calls per sample that
+    `make` takes for a schedule, where nothing is kept; `macs` likewise.
+    """
+
+    name: str
+    make: Callable[[Schedule, int, int, int], npt.NDArray[Any]]
+    calls: Callable[[Schedule], int] = lambda schedule: len(schedule.steps)
+    macs: Callable[[Schedule], int] | None = None
+
+
+class LoadedScore:
+    """A score that is a statistic of rows. A larger count extends a smaller one of the rungs: its rows are kept.
+
+    `statistic(rows)` gives the value and its jackknife replicates, which leave out blocks of neighbouring rows, so two
+    schedules scored on the same seed share their blocks.
+    """
+
+    def __init__(
+        self,
+        recipe: Sampled,
+        trajectories: Trajectories,
+        name: str,
+        rows: Rows,
+        statistic: Callable[[npt.NDArray[Any]], tuple[float, tuple[float, ...]]],
+        label: Callable[[int], str],
+    ) -> None:
+        self.recipe = recipe
+        self.trajectories = trajectories
+        self.name = name
+        self.rows = rows
+        self.statistic = statistic
+        self.label = label
+        self.supernet = trajectories.net
+        self.sampler = recipe.sampler.describe()
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        started, before = time.perf_counter(), replace(self.trajectories.meter)
+        rows = self.rows_of(schedule, rung, seed)
+        if not np.isfinite(rows).all():
+            raise FloatingPointError(f"schedule {schedule.digest} gives samples that are not finite")
+        value, replicates = self.statistic(rows)
+        spent = self.trajectories.meter.spent_since(before) | {"seconds": time.perf_counter() - started}
+        return Score({self.name: value}, {self.name: replicates}, spent, {self.name: self.label(rung)})
+
+    def rows_of(self, schedule: Schedule, count: int, seed: int) -> npt.NDArray[Any]:
+        """Rows of samples 0..count-1, (count, d)."""
+        calls = self.rows.calls(schedule)
+        macs = self._macs(schedule) if self.rows.macs is None else self.rows.macs(schedule)
+        parts = []
+        for start, stop in batches(count, self.recipe.batch, self.recipe.rungs):
+            key = (self.rows.name, schedule.digest, seed, start, stop)
+            made = lambda start=start, stop=stop: self.rows.make(schedule, seed, start, stop)  # noqa: E731
+            parts.append(self.trajectories.kept(key, made, (stop - start) * calls, (stop - start) * macs))
+        return np.concatenate(parts)
+
+    def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+        return torch.cat(
+            [
+                self.trajectories.images(schedule, seed, start, stop)
+                for start, stop in batches(count, self.recipe.batch, self.recipe.rungs)
+            ]
+        )
+
+    def _macs(self, schedule: Schedule) -> int:
+        return sum(self.supernet.macs(step.arch) for step in schedule.steps)
+
+
+def mean_with_replicates(rows: npt.NDArray[Any]) -> tuple[float, tuple[float, ...]]:
+    """Mean of one number per sample, (n,) or (n, 1), and its delete-a-block jackknife replicates."""
+    values = rows.reshape(len(rows)).astype(np.float64)
+    total = values.sum()
+    parts = np.array_split(values, min(BLOCKS, len(values)))
+    replicates = tuple(float((total - part.sum()) / (len(values) - len(part))) for part in parts)
+    return float(values.mean()), replicates if len(values) >= 2 else ()

@@ -1,0 +1,181 @@
+"""Runs schedules on one supernet, and no shared beginning twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate, pairwise
+from math import ceil
+from typing import Any, ClassVar, TypeVar, cast
+from weakref import WeakValueDictionary
+
+import torch
+from cachetools import LRUCache
+
+from evaluators.sampling import Sampler, State, advance, initial_noise
+from nas.contracts import LoadedSupernet, Schedule, Step
+
+
+@dataclass
+class Meter:
+    """What sampling took: network `calls` (per sample) and `macs` that ran, and those that a kept state made
+    unnecessary; `cache_hits` counts batches that began at a kept state or were kept whole."""
+
+    calls: float = 0.0
+    macs: float = 0.0
+    cached_calls: float = 0.0
+    cached_macs: float = 0.0
+    cache_hits: float = 0.0
+
+    def spent_since(self, earlier: Meter) -> dict[str, float]:
+        before = asdict(earlier)
+        return {name: value - before[name] for name, value in asdict(self).items()}
+
+
+STATES_KEPT = 32
+"""At most about so many states of one trajectory are kept, besides those where the subnet changes."""
+
+Kept = TypeVar("Kept")
+
+
+class Trajectories:
+    """Runs schedules on one supernet with one sampler, and no shared beginning twice.
+
+    Schedules that agree on their first steps, and on the timestep that follows (the update needs it), pass through the
+    same state for the same seed and samples. States are kept, least recently used first out, within `cache_bytes`; with
+    the same batches the result is bit-equal to an uncached run. `shared` gives all evaluators of a supernet one object.
+    """
+
+    def __init__(self, net: LoadedSupernet, sampler: Sampler, cache_bytes: int) -> None:
+        self.net = net
+        self.sampler = sampler
+        self.meter = Meter()
+        self._kept: LRUCache[Hashable, Any] = LRUCache(cache_bytes, getsizeof=_bytes)
+
+    _shared: ClassVar[WeakValueDictionary[Hashable, Trajectories]] = WeakValueDictionary()
+
+    @classmethod
+    def shared(cls, net: LoadedSupernet, sampler: Sampler, cache_bytes: int) -> Trajectories:
+        key = id(net), json.dumps(sampler.describe()), cache_bytes
+        found = cls._shared.get(key)
+        if found is None:
+            cls._shared[key] = found = cls(net, sampler, cache_bytes)
+        return found
+
+    @property
+    def bytes_kept(self) -> int:
+        return int(self._kept.currsize)
+
+    def images(self, schedule: Schedule, seed: int, start: int, stop: int) -> torch.Tensor:
+        """Final images of samples start..stop-1 in [-1, 1], as `sample`."""
+        state = self._final(schedule, seed, start, stop)
+        with torch.inference_mode():
+            return self.net.to_images(state.x).clamp(-1, 1)
+
+    def states(self, schedule: Schedule, seed: int, start: int, stop: int) -> tuple[State, ...]:
+        """The state before the first step and after each, kept together."""
+
+        def run() -> tuple[State, ...]:
+            states = [State(initial_noise(seed, start, stop, self.net.image_shape).to(self.net.device))]
+            for number in range(len(schedule.steps)):
+                states.append(self.advance(schedule, number, states[-1], seed, start))
+            return tuple(states)
+
+        calls = (stop - start) * len(schedule.steps)
+        return self.kept(
+            ("states", schedule.digest, seed, start, stop), run, calls, (stop - start) * self._macs(schedule.steps)
+        )
+
+    def advance(self, schedule: Schedule, number: int, state: State, seed: int, start: int) -> State:
+        """`advance`, counted."""
+        self.meter.calls += len(state.x)
+        self.meter.macs += len(state.x) * self.net.macs(schedule.steps[number].arch)
+        return advance(self.net, self.sampler, schedule, number, state, seed, start)
+
+    def kept(self, key: Hashable, make: Callable[[], Kept], calls: float, macs: float) -> Kept:
+        """What an earlier call made under this key for the same weights, or made now. `calls`, `macs`: what it takes."""
+        key = (self.net.version, key)
+        if key in self._kept:
+            self.meter.cache_hits += 1
+            self.meter.cached_calls += calls
+            self.meter.cached_macs += macs
+            return cast(Kept, self._kept[key])
+        made = make()
+        self._keep(key, made)
+        return made
+
+    def _final(self, schedule: Schedule, seed: int, start: int, stop: int) -> State:
+        keys = [(self.net.version, prefix, seed, start, stop) for prefix in _prefixes(schedule)]
+        done, state = 0, None
+        for number in range(len(keys), 0, -1):
+            if keys[number - 1] in self._kept:
+                done, state = number, cast(State, self._kept[keys[number - 1]])
+                break
+        if state is None:
+            state = State(initial_noise(seed, start, stop, self.net.image_shape).to(self.net.device))
+        else:
+            self.meter.cache_hits += 1
+            self.meter.cached_calls += (stop - start) * done
+            self.meter.cached_macs += (stop - start) * self._macs(schedule.steps[:done])
+        passed: dict[int, State] = {}
+        splits = _splits(schedule)
+        for number in range(done, len(schedule.steps)):
+            state = self.advance(schedule, number, state, seed, start)
+            if number + 1 in splits:
+                passed[number + 1] = state
+        for number in range(len(schedule.steps), 0, -1):
+            # The noisy end last, so that it stays longest: more schedules share it.
+            if number in passed:
+                self._keep(keys[number - 1], passed[number])
+            elif number <= done:
+                self._kept.get(keys[number - 1])
+        return state
+
+    def _keep(self, key: Hashable, value: Any) -> None:
+        if _bytes(value) <= self._kept.maxsize:
+            self._kept[key] = value
+
+    def _macs(self, steps: Sequence[Step]) -> int:
+        return sum(self.net.macs(step.arch) for step in steps)
+
+
+def batches(count: int, size: int, edges: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """Ranges of at most `size` samples that cover 0..count and never cross an edge: a larger count repeats the ranges of
+    a smaller one that is among the edges, and so extends it."""
+    marks = sorted({0, count, *(edge for edge in edges if 0 < edge < count)})
+    return [
+        (start, min(start + size, until)) for since, until in pairwise(marks) for start in range(since, until, size)
+    ]
+
+
+def _prefixes(schedule: Schedule) -> list[str]:
+    """For each number of steps 1, 2, ...: what identifies those steps and the timestep that follows them."""
+    following = (*schedule.timesteps[1:], -1)
+    parts = [
+        json.dumps([step.timestep, step.arch, step.reuse, after])
+        for step, after in zip(schedule.steps, following, strict=True)
+    ]
+    return list(
+        accumulate(parts, lambda before, part: hashlib.sha256((before + part).encode()).hexdigest()[:24], initial="")
+    )[1:]
+
+
+def _splits(schedule: Schedule) -> set[int]:
+    """After how many steps a state is worth keeping."""
+    steps = schedule.steps
+    stride = ceil(len(steps) / STATES_KEPT)
+    changes = {number for number in range(1, len(steps)) if steps[number].arch != steps[number - 1].arch}
+    return changes | {*range(stride, len(steps), stride), len(steps)}
+
+
+def _bytes(value: Any) -> int:
+    """Memory of the tensors and arrays in nested tuples, dicts and states."""
+    if isinstance(value, State):
+        return _bytes(value.x) + _bytes(value.cache)
+    if isinstance(value, tuple | list):
+        return sum(_bytes(item) for item in value)
+    if isinstance(value, dict):
+        return sum(_bytes(item) for item in value.values())
+    return int(getattr(value, "nbytes", 0))

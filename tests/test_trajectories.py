@@ -1,0 +1,119 @@
+"""Shared prefixes: nothing run twice, nothing changed by a bit, memory bounded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evaluators.frechet import Frechet
+from evaluators.images import Digits
+from evaluators.sampling import DDIM, DDPM, sample
+from evaluators.trajectories import Trajectories, batches
+from nas.contracts import Schedule, Step
+from search_spaces.intervals import uniform
+from search_spaces.supernet import ElasticUNet
+
+MEGABYTE = 2**20
+
+
+def schedule_of(net: ElasticUNet, *widths: float, timesteps: tuple[int, ...] = ()) -> Schedule:
+    return Schedule(
+        tuple(Step(t, net.uniform(w)) for t, w in zip(timesteps or uniform(len(widths)), widths, strict=True))
+    )
+
+
+@pytest.mark.parametrize("sampler", [DDIM(), DDPM()])
+def test_a_shared_beginning_is_run_once_and_changes_no_bit(tiny_net: ElasticUNet, sampler: Any) -> None:
+    net = tiny_net.initial(0)
+    trajectories = Trajectories(net, sampler, MEGABYTE)
+    for widths, expected in (((1, 0.5, 0.25, 1), 4), ((1, 0.5, 1, 1), 2), ((1, 0.5, 1, 0.25), 1), ((0.5,) * 4, 4)):
+        schedule, before = schedule_of(tiny_net, *widths), replace(trajectories.meter)
+        images = trajectories.images(schedule, 7, 0, 8)
+        assert torch.equal(images, sample(net, schedule, sampler, 7, 0, 8))
+        spent = trajectories.meter.spent_since(before)
+        assert spent["calls"] == 8 * expected
+        assert spent["calls"] + spent["cached_calls"] == 8 * 4
+        assert spent["macs"] + spent["cached_macs"] == 8 * sum(net.macs(step.arch) for step in schedule.steps)
+
+
+def test_what_differs_is_not_shared(tiny_net: ElasticUNet) -> None:
+    net = tiny_net.initial(0)
+    trajectories = Trajectories(net, DDIM(), MEGABYTE)
+    first = schedule_of(tiny_net, 1, 1, timesteps=(900, 500))
+    trajectories.images(first, 0, 0, 8)
+    others = [
+        (schedule_of(tiny_net, 1, 1, timesteps=(900, 400)), 0, 0, 8),
+        (first, 1, 0, 8),
+        (first, 0, 8, 16),
+        (first, 0, 0, 4),
+    ]
+    for schedule, seed, start, stop in others:
+        before = replace(trajectories.meter)
+        images = trajectories.images(schedule, seed, start, stop)
+        assert trajectories.meter.spent_since(before)["cache_hits"] == 0
+        assert torch.equal(images, sample(net, schedule, DDIM(), seed, start, stop))
+
+
+def test_changed_weights_are_not_mixed_with_kept_states(tiny_net: ElasticUNet) -> None:
+    net = tiny_net.initial(0)
+    trajectories = Trajectories(net, DDIM(), MEGABYTE)
+    schedule = schedule_of(tiny_net, 1, 0.5)
+    trajectories.images(schedule, 0, 0, 4)
+    with torch.no_grad():
+        net.full.conv_in.weight.add_(1.0)
+    net.forget()
+    assert torch.equal(trajectories.images(schedule, 0, 0, 4), sample(net, schedule, DDIM(), 0, 0, 4))
+
+
+@pytest.mark.parametrize("states", [0, 1, 3])
+def test_memory_is_bounded_and_the_noisy_end_stays_longest(tiny_net: ElasticUNet, states: int) -> None:
+    net = tiny_net.initial(0)
+    one = 4 * 8 * 8 * 4
+    trajectories = Trajectories(net, DDIM(), states * one)
+    schedule = schedule_of(tiny_net, 1, 0.5, 0.25, 1)
+    trajectories.images(schedule, 0, 0, 4)
+    assert trajectories.bytes_kept == states * one
+    before = replace(trajectories.meter)
+    images = trajectories.images(schedule_of(tiny_net, 1, 0.5, 0.25, 0.5), 0, 0, 4)
+    assert trajectories.meter.spent_since(before)["cached_calls"] == 4 * min(states, 3)
+    assert torch.equal(images, sample(net, schedule_of(tiny_net, 1, 0.5, 0.25, 0.5), DDIM(), 0, 0, 4))
+
+
+@given(st.integers(1, 300), st.integers(1, 64), st.lists(st.integers(1, 300), max_size=3))
+def test_batches_cover_every_sample_once_and_extend(count: int, size: int, edges: list[int]) -> None:
+    ranges = batches(count, size, edges)
+    assert [i for start, stop in ranges for i in range(start, stop)] == list(range(count))
+    assert max(stop - start for start, stop in ranges) <= size
+    for edge in edges:
+        if edge < count:
+            assert set(batches(edge, size, edges)) <= set(ranges)
+
+
+def test_a_larger_rung_runs_only_what_the_smaller_one_lacks(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+    net = tiny_net.load(tiny_run / "supernet", "cpu")
+    evaluate = Frechet(Digits(), rungs=(30, 80), batch=16).load(net, tiny_run)
+    schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
+    evaluate(schedule, 30, 3)
+    larger = evaluate(schedule, 80, 3)
+    assert larger.spent["calls"] == 50 * 3
+    assert larger.charged_in_full().spent["calls"] == 80 * 3
+    fresh = Frechet(Digits(), rungs=(30, 80), batch=16).load(tiny_net.load(tiny_run / "supernet", "cpu"), tiny_run)
+    assert fresh(schedule, 80, 3).values == larger.values
+
+
+def test_scores_of_one_supernet_share_their_samples(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+    from evaluators.frechet import KernelDistance
+
+    net = tiny_net.load(tiny_run / "supernet", "cpu")
+    frechet, kernel = (recipe(Digits(), rungs=(40,)).load(net, tiny_run) for recipe in (Frechet, KernelDistance))
+    schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
+    assert frechet(schedule, 40, 3).spent["calls"] == 40 * 3
+    second = kernel(schedule, 40, 3)
+    assert second.spent["calls"] == 0
+    assert second.spent["cached_calls"] == 40 * 3
