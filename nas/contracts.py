@@ -166,7 +166,10 @@ Status = Literal["running", "complete", "pruned", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What a searcher asks to have scored. `origin` is JSON: whatever a replay of the searcher needs to know of it."""
+    """What a searcher asks to have scored. `origin` is JSON: whatever a replay of the searcher needs to know of it.
+
+    A genome over the limits is scored only where the origin has the key "probe": to learn from, never to win.
+    """
 
     genome: Genome
     origin: Mapping[str, Any] = field(default_factory=dict)

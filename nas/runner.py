@@ -23,7 +23,7 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.ladder import promotions
+from nas.ladder import Ladder
 from nas.ledger import Ledger
 
 FAILURES_PER_GENOME = 2
@@ -53,8 +53,7 @@ class Conductor:
         ledger: Ledger,
         search: Search,
         problem: Problem,
-        trials: int,
-        verified: int,
+        ladder: Ladder,
         seed: int,
         known: Mapping[tuple[str, int], tuple[str, Score]] | None = None,
         on_settled: Callable[[Trial], None] = lambda trial: None,
@@ -62,8 +61,7 @@ class Conductor:
         self.ledger = ledger
         self._search = search
         self._problem = problem
-        self._limit = trials
-        self._verified = verified
+        self._ladder = ladder
         self._seed = seed
         self._known = dict(known or {})
         self._on_settled = on_settled
@@ -102,9 +100,9 @@ class Conductor:
 
     @property
     def planned(self) -> int:
-        """How many trials this run is expected to close in all; exact once the search is done."""
-        searched = self.proposed if self._search_done else self._limit
-        return searched + sum(min(self._verified, searched) for _ in self._rungs[1:])
+        """How many trials this run is expected to close in all."""
+        searched = self.proposed if self._search_done else self._ladder.trials
+        return searched + sum(min(self._ladder.room(level), searched) for level in range(1, len(self._rungs)))
 
     def next(self) -> Job | Signal:
         """The next evaluation, WAIT while it depends on one that is running, or DONE.
@@ -144,36 +142,34 @@ class Conductor:
         if self._retries:
             failed = self._retries.popleft()
             return self._open(Proposal(failed.genome, {**failed.origin, "retry": failed.number}), failed.rung)
-        if not self._search_done and self.proposed < self._limit:
+        searching = not self._search_done and self.proposed < self._ladder.trials
+        leader = self._ladder.next(self.ledger.trials, searching)
+        if leader is not None:
+            return self._open(Proposal(leader.genome, {"rises_from": leader.number}), self._above(leader.rung))
+        if searching:
             pending = [trial.genome for trial in self._running.values() if trial.rung == self._rungs[0]]
             answer = self._search.ask(pending)
             if isinstance(answer, Proposal):
                 self._check(answer)
                 return self._open(answer, self._rungs[0])
-            if answer is WAIT:
-                return WAIT if self._running else DONE
-        self._search_done = True
-        return self._promote()
+            if answer is WAIT and self._running:
+                return WAIT
+            self._search_done = True
+            return self._open_next()
+        return WAIT if self._running else DONE
 
     def _check(self, proposal: Proposal) -> None:
-        """A searcher's word is not enough: nothing over budget is evaluated."""
+        """A searcher's word is not enough: nothing over budget is evaluated, but for probes, which say so."""
         sizes = [len(choice.options) for choice in self._problem.space.choices]
         genome = proposal.genome
         if len(genome) != len(sizes) or not all(0 <= gene < size for gene, size in zip(genome, sizes, strict=True)):
             raise UserError(f"searcher {self.ledger.info.searcher} proposed {genome}, which is no genome of the space")
-        if not self._problem.feasible(genome):
+        if "probe" not in proposal.origin and not self._problem.feasible(genome):
             limits = dict(self._problem.limits)
             raise UserError(f"searcher {self.ledger.info.searcher} proposed {genome}, which breaks the limits {limits}")
 
-    def _promote(self) -> Trial | Signal:
-        for lower, upper in zip(self._rungs, self._rungs[1:], strict=False):
-            if any(trial.rung == lower for trial in self._running.values()):
-                return WAIT
-            tried = {trial.digest for trial in self.ledger.trials if trial.rung == upper}
-            for trial in promotions(self.ledger.trials, lower, self._problem.objectives, self._verified):
-                if trial.digest not in tried:
-                    return self._open(Proposal(trial.genome, {"verifies": trial.number}), upper)
-        return WAIT if self._running else DONE
+    def _above(self, rung: int) -> int:
+        return self._rungs[self._rungs.index(rung) + 1]
 
     def _open(self, proposal: Proposal, rung: int) -> Trial:
         schedule = self._problem.space.decode(proposal.genome)

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from nas.contracts import LoadedEvaluator, Progress, Trial
 from nas.genetics import uniform_genomes
+from nas.ladder import Ladder
 from nas.ledger import Ledger, known_scores, lock_run, open_storage, url_without_password
 from nas.report import RUN
 from nas.runner import Conductor, run_here
@@ -63,13 +65,14 @@ class Session:
         info = study.ledger_info(self.folder, searcher, seed)
         ledger = Ledger(self.storage, info, study.problem)
         self._write_facts()
-        problem, trials, verified = study.problem, trials or study.trials, study.verified
+        problem = study.problem
+        ladder = Ladder(info.rungs, study.objectives, trials or study.trials, study.verified)
         if searcher == BASELINE:  # all of it, at every rung, whatever the limits
-            problem, trials = study.unlimited(), len(uniform_genomes(study.space))
-            verified = trials
+            problem = study.unlimited()
+            ladder = replace(ladder, trials=len(uniform_genomes(study.space)), everything=True)
         search = study.searcher(searcher).start(problem, seed)
         known = known_scores(self.storage, info)
-        return Conductor(ledger, search, problem, trials, verified, study.seed, known, on_settled)
+        return Conductor(ledger, search, problem, ladder, study.seed, known, on_settled)
 
     def run(self, conductor: Conductor, workers: Workers | None = None) -> None:
         """Runs the conductor's jobs: in this process on one CPU thread, or on Ray workers."""

@@ -37,7 +37,7 @@ BASELINE = "uniform"
 class Study:
     """Everything a search needs, as recipes: no tensors, picklable, printable.
 
-    `trials`: proposals per searcher on the first rung. `verified`: how many leaders go on to each further rung.
+    `trials`: proposals per searcher on the first rung. `verified`: how many of them reach the last one.
     `limits`: upper limits on exact costs, `macs` or `macs_share`. `seed`: of weights, noises and searches alike.
     Raises UserError where the parts do not fit together.
     """

@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 
-from nas.contracts import Proposal, Trial, UserError
-from nas.ladder import promotions
+from nas.contracts import Proposal, Score, Trial, UserError
 from nas.ledger import Ledger, open_storage, read_ledgers
 from nas.runner import Conductor
 from nas.searchers.random import RandomSearch
@@ -50,7 +49,7 @@ def test_a_run_searches_then_verifies_on_other_noise(tmp_path: Path) -> None:
     assert len({t.digest for t in search}) == len(search)
     assert {t.status for t in search} == {"pruned"}
     assert {t.status for t in verified} == {"complete"}
-    assert {t.origin["verifies"] for t in verified} <= {t.number for t in search}
+    assert {t.origin["rises_from"] for t in verified} <= {t.number for t in search}
     digest = verified[0].digest
     first = next(t for t in search if t.digest == digest)
     assert first.score is not None
@@ -132,7 +131,7 @@ def test_what_a_streak_left_for_good_is_told_on_replay(tmp_path: Path) -> None:
     for genome in (bad, good, bad, good, (2, 0, 0), (2, 0, 0)):
         ledger.fail(opened(genome), "out of memory")
     for genome in (good, (2, 0, 0)):
-        ledger.close(opened(genome), score((0, 0)))
+        ledger.close(opened(genome), Score({"fd": 10.0}))
     search = RandomSearch(study.problem, 0)
     Conductor(ledger, search, study.problem, 10, 5, 0)
     assert search._told == {bad, good, (2, 0, 0)}
@@ -185,33 +184,45 @@ def test_a_schedule_that_another_searcher_scored_is_not_run_again(tmp_path: Path
     assert all(t.score is not None and t.score.spent["calls"] > 0 for t in shared)
 
 
+def test_a_probe_may_exceed_the_limits_and_never_wins(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Probing:
+        origin: str
+
+        def start(self, problem: Any, seed: int) -> Any:
+            search = RandomSearch(problem, seed)
+            ask = search.ask
+            dear = (3,) * len(problem.space.choices)
+            told: list[Trial] = []
+            search.tell = told.append  # type: ignore[method-assign]
+            search.ask = lambda pending: ask(pending) if told else Proposal(dear, {self.origin: True})  # type: ignore[method-assign]
+            return search
+
+    trials = run(toy_study(searchers={"probing": Probing("probe")}), tmp_path / "a", "probing")
+    assert trials[0].genome == (3,) * 6
+    assert [t.rung for t in trials if t.genome == (3,) * 6] == [64]
+    assert all(v <= 0 for t in trials[1:] for v in t.violations.values())
+    with pytest.raises(UserError, match="breaks the limits"):
+        run(toy_study(searchers={"probing": Probing("candidate")}), tmp_path / "b", "probing")
+
+
+def test_rungs_between_fill_while_the_search_goes_on(tmp_path: Path) -> None:
+    study = toy_study(evaluator__rungs=(16, 64, 256), trials=60, verified=5)
+    trials = run(study, tmp_path)
+    count = Counter(t.rung for t in trials)
+    assert count[16] == 60
+    assert 5 <= count[256] <= count[64] < 30
+    order = [t.rung for t in trials]
+    assert order.index(64) < 60 - 10, "leaders rise while the search still proposes"
+    assert order.index(256) > max(i for i, rung in enumerate(order) if rung == 16), "verification waits for all"
+    assert facts(run(study, tmp_path)) == facts(trials)
+
+
 def test_the_baseline_ignores_the_limits_and_says_that_it_breaks_them(tmp_path: Path) -> None:
     trials = run(toy_study(), tmp_path, "uniform")
     full = next(t for t in trials if t.genome == (3,) * 6)
     assert full.violations["macs_share"] == pytest.approx(0.4)
     assert [t.status for t in trials if t.genome == (3,) * 6] == ["pruned", "complete"]
-
-
-def test_promotion_takes_the_front_first_and_spreads_it() -> None:
-    study = toy_study()
-    from nas.testing import closed
-
-    genomes = [(i, j, 0, 0, 0, 0) for i in range(4) for j in range(4)]
-    trials = [closed(study.problem, n, Proposal(g), score(g)) for n, g in enumerate(genomes)]
-    front = promotions(trials, 1, ("fd", "macs"), 4)
-    assert {t.genome for t in front} == {(0, j, 0, 0, 0, 0) for j in range(4)}
-    ends = {t.genome for t in promotions(trials, 1, ("fd", "macs"), 2)}
-    assert ends == {(0, 0, 0, 0, 0, 0), (0, 3, 0, 0, 0, 0)}
-    behind = promotions(trials, 1, ("fd", "macs"), 5)
-    assert len({t.genome for t in behind} - {t.genome for t in front}) == 1
-    assert promotions(trials + trials, 1, ("fd", "macs"), 100) == trials
-    assert promotions(trials, 2, ("fd", "macs"), 5) == []
-
-
-def score(genome: tuple[int, ...]) -> Any:
-    from nas.contracts import Score
-
-    return Score({"fd": 10.0 - genome[1] + genome[0]})
 
 
 def killed_at_random(script: str, folder: Path, kills: int, wait: tuple[float, float]) -> None:
