@@ -168,7 +168,8 @@ Status = Literal["running", "complete", "pruned", "failed"]
 class Proposal:
     """What a searcher asks to have scored. `origin` is JSON: whatever a replay of the searcher needs to know of it.
 
-    A genome over the limits is scored only where the origin has the key "probe": to learn from, never to win.
+    A genome over the limits is scored only where the origin has the key "probe": to learn from it; it cannot win.
+    "predicted", where the searcher has one, is the first objective's value that it expects.
     """
 
     genome: Genome

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from nas.contracts import Proposal, UserError
-from nas.genetics import uniform_genomes
+from nas.contracts import Problem, Proposal, Score, UserError
+from nas.genetics import feasible_genomes, uniform_genomes
 from nas.pareto import hypervolume
 from nas.searchers.evolution import Evolution
+from nas.searchers.knapsack import Knapsack
 from nas.searchers.random import Random
 from nas.searchers.uniform import Uniform
-from nas.testing import check_searcher, closed, table_problem, toy_score
+from nas.testing import TableSpace, check_searcher, closed, table_problem, toy_score
 
 REGISTERED = {point.name: point for point in entry_points(group="nas.searchers")}
 
@@ -81,6 +83,120 @@ def test_uniform_proposes_the_full_net_first_without_limits() -> None:
     proposal = Uniform().start(problem, 0).ask([])
     assert isinstance(proposal, Proposal)
     assert proposal.genome == (3,) * 5
+
+
+def drive(searcher: Any, problem: Any, score: Any, trials: int) -> list[Any]:
+    search = searcher.start(problem, 0)
+    told = []
+    for number in range(trials):
+        proposal = search.ask([])
+        if not isinstance(proposal, Proposal):
+            break
+        told.append(closed(problem, number, proposal, score(proposal.genome)))
+        search.tell(told[-1])
+    return told
+
+
+def scored(value: float) -> Score:
+    return Score({"fd": value}, {"fd": tuple(value + 0.01 * i for i in range(20))})
+
+
+@pytest.mark.parametrize(
+    "searcher",
+    [
+        Knapsack(objective="minimax"),
+        Knapsack(objective="pairwise"),
+        Knapsack(around="full", budgets=3, top=1),
+        Knapsack(around="smallest"),
+        Knapsack(probes=5),
+        Knapsack(options=2),
+    ],
+    ids=repr,
+)
+def test_every_kind_of_knapsack_keeps_the_laws(searcher: Knapsack) -> None:
+    check_searcher(searcher)
+
+
+@pytest.mark.parametrize("around", ["full", "smallest", "both"])
+def test_the_knapsack_finds_the_optimum_of_an_additive_score_at_every_budget(around: Any) -> None:
+    problem = table_problem(genes=6, options=4, limit=0.7)
+    told = drive(Knapsack(around=around, budgets=6, top=1), problem, toy_score, 19 * (1 + (around == "both")) + 6)
+    every = list(feasible_genomes(problem))
+    solved = [trial for trial in told if "predicted" in trial.origin]
+    assert len(solved) >= 5
+    for trial in solved:
+        within = [toy_score(g).values["fd"] for g in every if problem.space.cost(g)["macs"] <= trial.origin["budget"]]
+        assert trial.score.values["fd"] == pytest.approx(min(within))
+        assert trial.origin["predicted"] == pytest.approx(min(within))
+
+
+def test_probes_are_ordinary_trials_and_say_so() -> None:
+    problem = table_problem(genes=4, options=3, limit=0.5)
+    told = drive(Knapsack(), problem, toy_score, 18)
+    probes = [trial for trial in told if "probe" in trial.origin]
+    assert len(probes) == 2 + 2 * 4 * 2
+    assert any(not problem.feasible(trial.genome) for trial in probes)
+    assert len(drive(Knapsack(probes=7), problem, toy_score, 7)) == 7
+
+
+def test_neighbours_that_interact_are_solved_in_pairs_alone() -> None:
+    """Lowering two neighbours together costs far more than each alone: the sum is misled."""
+    problem = table_problem(genes=4, options=2, limit=0.7)
+
+    def score(genome: Any) -> Score:
+        single = sum(price * (1 - gene) for price, gene in zip((0.1, 0.1, 0.2, 0.4), genome, strict=True))
+        both = sum(5.0 for a, b in pairwise(genome) if a == b == 0)
+        return scored(single + both)
+
+    def first_solution(objective: Any) -> float:
+        searcher = Knapsack(objective=objective, around="full", budgets=1, top=1)
+        told = drive(searcher, problem, score, 40)
+        return float(next(t for t in told if "predicted" in t.origin).score.values["fd"])
+
+    assert first_solution("pairwise") == pytest.approx(0.3)
+    assert first_solution("sum") == pytest.approx(5.2)
+
+
+@dataclass(frozen=True)
+class LevelSpace:
+    """Two genes for each interval: 4 x 5 = 20 options."""
+
+    intervals: int = 3
+
+    @property
+    def inner(self) -> TableSpace:
+        return TableSpace((tuple(range(1, 5)), tuple(range(2, 12, 2))) * self.intervals)
+
+    @property
+    def choices(self) -> Any:
+        return tuple(replace(choice, interval=i // 2) for i, choice in enumerate(self.inner.choices))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+
+def test_intervals_of_many_options_are_screened_gene_by_gene() -> None:
+    problem = Problem(LevelSpace(), ("fd", "macs"), {"macs_share": 0.7})  # type: ignore[arg-type]
+
+    def score(genome: Any) -> Score:
+        return scored(sum((i + 1) / (gene + 1) for i, gene in enumerate(genome)))
+
+    told = drive(Knapsack(around="full", options=8, budgets=4, top=1), problem, score, 60)
+    kinds = [trial.origin.get("probe", "") for trial in told]
+    assert sum("one gene" in kind for kind in kinds) == 3 * (3 + 4)
+    assert sum(kind.startswith("full, interval") for kind in kinds) <= 3 * 10
+    solved = [trial for trial in told if "predicted" in trial.origin]
+    every = list(feasible_genomes(problem))
+    for trial in solved[:4]:
+        within = [score(g).values["fd"] for g in every if problem.space.cost(g)["macs"] <= trial.origin["budget"]]
+        assert trial.score.values["fd"] <= min(within) * 1.15
+
+
+def test_a_knapsack_without_probes_is_refused() -> None:
+    with pytest.raises(UserError, match="probes=0"):
+        Knapsack(probes=0)
 
 
 def test_a_population_of_one_is_refused() -> None:

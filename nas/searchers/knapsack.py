@@ -1,0 +1,276 @@
+"""Exact search on an additive model: probe each interval alone, then solve the multiple-choice knapsack for every budget.
+
+A schedule's score is modelled as the full net's plus one term for each interval. Probes change one interval of the full net, or
+raise one interval of the cheapest net; a least-squares fit makes the table of terms from all that was measured, so that the
+schedules it leads to correct it. What is solved is proposed like any other schedule: only real scores count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.allocation import allocate
+from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
+from nas.genetics import cheapest, macs_budget, novel, random_genome
+from nas.pareto import front
+
+Option = tuple[int, ...]
+"""What one interval runs: an option index for each of its genes."""
+
+MOST = 64
+"""Solutions for each budget after which the search goes on at random."""
+
+
+@dataclass(frozen=True)
+class Knapsack:
+    """`objective`: least "sum" of the intervals' terms, least largest term ("minimax"), or the sum with terms for neighbouring
+    intervals, which are probed in pairs ("pairwise"). `around`: which net is probed, "full", "smallest" or "both".
+    `budgets`: how many, equally spaced up to the limit. `top`: solutions for each budget before the table is trusted further.
+    `probes`: upper limit of their number. `options`: how many an interval is probed with; where several genes make more, each
+    gene is probed alone first, and options from the front of the genes' sums are probed then.
+
+    Probes of the full net exceed most limits. They are ordinary trials, charged and shown, but cannot win.
+    """
+
+    objective: Literal["sum", "minimax", "pairwise"] = "sum"
+    around: Literal["full", "smallest", "both"] = "both"
+    budgets: int = 8
+    top: int = 3
+    probes: int = 256
+    options: int = 12
+
+    def __post_init__(self) -> None:
+        if min(self.budgets, self.top, self.probes) < 1 or self.options < 2:
+            raise UserError(
+                f"budgets={self.budgets}, top={self.top} and probes={self.probes} must be at least 1, options={self.options} at least 2"
+            )
+
+    def start(self, problem: Problem, seed: int) -> KnapsackSearch:
+        return KnapsackSearch(self, problem, seed)
+
+
+class KnapsackSearch:
+    def __init__(self, settings: Knapsack, problem: Problem, seed: int) -> None:
+        self._settings = settings
+        self._problem = problem
+        self._seed = seed
+        self._intervals = _Intervals(problem)
+        self._measured: dict[Genome, float] = {}
+        self._told: set[Genome] = set()
+        self._solved: tuple[int, list[tuple[Genome, float, float]]] | None = None
+
+    def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
+        taken = self._told | set(pending)
+        probes = self._probes()
+        for genome, kind in probes:
+            if genome not in taken:
+                return Proposal(genome, {"probe": kind})
+        if any(genome in pending for genome, _ in probes):
+            return WAIT
+        for genome, predicted, budget in self._solutions():
+            if genome not in taken:
+                return Proposal(genome, {"predicted": predicted, "budget": budget})
+        rng = np.random.default_rng(derive_seed(self._seed, len(taken), "knapsack"))
+        drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
+        return Proposal(drawn, {"operator": "random"}) if drawn is not None else DONE
+
+    def tell(self, trial: Trial) -> None:
+        self._told.add(trial.genome)
+        [value] = trial.objectives(self._problem.objectives[:1])
+        if trial.scored and np.isfinite(value):
+            self._measured[trial.genome] = value
+
+    def _probes(self) -> list[tuple[Genome, str]]:
+        """What is to be measured before anything is solved, in order: (genome, what it is a probe of)."""
+        found: dict[Genome, str] = {}
+        for genome, kind in self._all_probes():
+            if len(found) == self._settings.probes:
+                break
+            found.setdefault(genome, kind)
+        return list(found.items())
+
+    def _all_probes(self) -> Iterator[tuple[Genome, str]]:
+        around, intervals = self._settings.around, self._intervals
+        if around != "smallest":
+            yield intervals.full, "full"
+        if around != "full":
+            yield intervals.smallest, "smallest"
+        screening = {
+            intervals.changed(intervals.full, {k: genes}): f"full, one gene of interval {k}"
+            for k in intervals.wide(self._settings.options)
+            for genes in intervals.single_genes(k)
+        }
+        yield from screening.items()
+        if not self._told.issuperset(screening):
+            return
+        options = self._options()
+        for anchor, name in ((intervals.full, "full"), (intervals.smallest, "smallest")):
+            if around in (name, "both"):
+                for k, row in enumerate(options):
+                    for option in row:
+                        yield intervals.changed(anchor, {k: option}), f"{name}, interval {k}"
+        if self._settings.objective == "pairwise":
+            for k, (first, second) in enumerate(pairwise(options)):
+                for a, b in product(first, second):
+                    yield intervals.changed(intervals.full, {k: a, k + 1: b}), f"full, intervals {k} and {k + 1}"
+
+    def _options(self) -> list[list[Option]]:
+        """For each interval, the options that are probed and solved for. All of them, where they are few."""
+        intervals, most = self._intervals, self._settings.options
+        full = self._measured.get(intervals.full, 0.0)
+        screened = []
+        for k, options in enumerate(intervals.options):
+            if len(options) > most:
+                effect = {
+                    genes: self._measured.get(intervals.changed(intervals.full, {k: genes}), np.inf) - full
+                    for genes in intervals.single_genes(k)
+                }
+                top = intervals.option(intervals.full, k)
+                sums = [
+                    sum(effect.get((*top[:i], gene, *top[i + 1 :]), 0.0) for i, gene in enumerate(option))
+                    for option in options
+                ]
+                costs = intervals.costs[k]
+                best = front([(value, float(cost)) for value, cost in zip(sums, costs, strict=True)])
+                kept = {best[i] for i in np.linspace(0, len(best) - 1, min(most, len(best))).round().astype(int)}
+                ends = (top, intervals.option(intervals.smallest, k))
+                options = [option for i, option in enumerate(options) if i in kept or option in ends]
+            screened.append(options)
+        return screened
+
+    def _solutions(self) -> list[tuple[Genome, float, float]]:
+        """(genome, predicted score, budget), the best for each budget first, then the second best, and so on."""
+        if self._solved is None or self._solved[0] != len(self._told):
+            self._solved = len(self._told), list(self._solve())
+        return self._solved[1]
+
+    def _solve(self) -> Iterator[tuple[Genome, float, float]]:
+        options = self._options()
+        base, table, pairs = self._table(options)
+        costs = [[self._intervals.cost(k, option) for option in row] for k, row in enumerate(options)]
+        least = sum(min(row) for row in costs)
+        most = min(macs_budget(self._problem), sum(max(row) for row in costs))
+        budgets = [least + (most - least) * i / self._settings.budgets for i in range(1, self._settings.budgets + 1)]
+        objective: Literal["sum", "minimax"] = "minimax" if self._settings.objective == "minimax" else "sum"
+        top = self._settings.top
+        seen: set[Genome] = set()
+        while top <= MOST:
+            found = allocate(costs, table, budgets, top, objective, pairs)
+            for place in range(max(map(len, found))):
+                for budget, allocations in zip(budgets, found, strict=True):
+                    if place < len(allocations):
+                        chosen = dict(
+                            enumerate(row[i] for row, i in zip(options, allocations[place].options, strict=True))
+                        )
+                        genome = self._intervals.changed(self._intervals.full, chosen)
+                        if genome not in seen and self._problem.feasible(genome):
+                            seen.add(genome)
+                            terms = sum(row[i] for row, i in zip(table, allocations[place].options, strict=True))
+                            yield genome, base + terms, budget
+            if seen - self._told or objective == "minimax":
+                return
+            top *= 2
+
+    def _table(
+        self, options: list[list[Option]]
+    ) -> tuple[float, list[list[float]], list[npt.NDArray[np.float64]] | None]:
+        """The full net's score and each interval's terms, fitted to all that was measured; infinite for options never seen."""
+        intervals = self._intervals
+        tops = [row.index(intervals.option(intervals.full, k)) for k, row in enumerate(options)]
+        starts = np.cumsum([1, *(len(row) for row in options)])
+        design, values = [], []
+        for genome, value in self._measured.items():
+            chosen = [intervals.option(genome, k) for k in range(len(options))]
+            if all(option in row for option, row in zip(chosen, options, strict=True)):
+                line = np.zeros(starts[-1])
+                line[0] = 1.0
+                for k, option in enumerate(chosen):
+                    place = options[k].index(option)
+                    if place != tops[k]:
+                        line[starts[k] + place] = 1.0
+                design.append(line)
+                values.append(value)
+        if not design:
+            return 0.0, [[0.0] * len(row) for row in options], None
+        matrix = np.array(design)
+        fitted, *_ = np.linalg.lstsq(matrix, np.array(values), rcond=None)
+        known = np.asarray(matrix.any(0))
+        table = [
+            [
+                float(fitted[starts[k] + i]) if known[starts[k] + i] else (0.0 if i == tops[k] else np.inf)
+                for i in range(len(row))
+            ]
+            for k, row in enumerate(options)
+        ]
+        pairs = self._pairs(options, table, float(fitted[0])) if self._settings.objective == "pairwise" else None
+        return float(fitted[0]), table, pairs
+
+    def _pairs(
+        self, options: list[list[Option]], table: list[list[float]], base: float
+    ) -> list[npt.NDArray[np.float64]]:
+        """What two neighbouring intervals add together beyond their own terms; 0 where it was not measured."""
+        intervals = self._intervals
+        found = []
+        for k, (first, second) in enumerate(pairwise(options)):
+            extra = np.zeros((len(first), len(second)))
+            for (i, a), (j, b) in product(enumerate(first), enumerate(second)):
+                measured = self._measured.get(intervals.changed(intervals.full, {k: a, k + 1: b}))
+                if measured is not None and np.isfinite(table[k][i] + table[k + 1][j]):
+                    extra[i, j] = measured - base - table[k][i] - table[k + 1][j]
+            found.append(extra)
+        return found
+
+
+class _Intervals:
+    """The genes of a space, grouped by the interval that they describe."""
+
+    def __init__(self, problem: Problem) -> None:
+        space = problem.space
+        self._genes: list[list[int]] = []
+        for i, choice in enumerate(space.choices):
+            if i and choice.interval == space.choices[i - 1].interval:
+                self._genes[-1].append(i)
+            else:
+                self._genes.append([i])
+        self._table = space.interval_costs()
+        self.full = tuple(max(range(len(row)), key=row.__getitem__) for row in self._table)
+        self.smallest = cheapest(space)
+        self.options: list[list[Option]] = [
+            list(product(*(range(len(self._table[i])) for i in genes))) for genes in self._genes
+        ]
+        self.costs = [[self.cost(k, option) for option in row] for k, row in enumerate(self.options)]
+
+    def cost(self, k: int, option: Option) -> int:
+        """MACs of interval k with this option."""
+        return sum(self._table[i][gene] for i, gene in zip(self._genes[k], option, strict=True))
+
+    def option(self, genome: Genome, k: int) -> Option:
+        return tuple(genome[i] for i in self._genes[k])
+
+    def changed(self, genome: Genome, options: dict[int, Option]) -> Genome:
+        """The genome with other options at some intervals."""
+        changed = list(genome)
+        for k, option in options.items():
+            for i, gene in zip(self._genes[k], option, strict=True):
+                changed[i] = gene
+        return tuple(changed)
+
+    def wide(self, most: int) -> list[int]:
+        """Intervals with more than `most` options."""
+        return [k for k, options in enumerate(self.options) if len(options) > most]
+
+    def single_genes(self, k: int) -> list[Option]:
+        """Options of interval k that differ from the full net's in one gene."""
+        top = self.option(self.full, k)
+        return [
+            (*top[:place], gene, *top[place + 1 :])
+            for place, i in enumerate(self._genes[k])
+            for gene in range(len(self._table[i]))
+            if gene != top[place]
+        ]
