@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from nas.contracts import UserError
-from nas.terminal import SearchBar, follow, notes, out, print_comparison, print_status, progress_bars
+from nas.terminal import SearchBar, follow, notes, out, print_audit, print_comparison, print_status, progress_bars
 
 # Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
 # slow down many times over as soon as anything else wants a core.
@@ -99,28 +100,22 @@ def run(
         from nas.ray_runner import Workers
 
         pool = Workers(workers or 1, gpus_per_worker, ray_address, device)
-    try:
-        with open_session(study, folder, storage, device) as session:
-            started = time.monotonic()
-            with progress_bars(quiet) as bars:
-                follow(bars, session.prepare(threads))
-                for name in dict.fromkeys((BASELINE, *names)):
-                    shown = SearchBar(bars, name, study.objectives[0])
-                    conductor = session.conductor(name, 0 if name == BASELINE else seed, trials, shown)
-                    shown.begin(conductor)
-                    session.run(conductor, pool)
-                    shown.end()
-            if not quiet:
-                print_comparison(_comparison(folder, session.storage))
-                notes.print(
-                    f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here",
-                    highlight=False,
-                )
-    except KeyboardInterrupt:
-        notes.print(
-            f"interrupted; the same command goes on from the last trial or checkpoint ({folder})", highlight=False
-        )
-        raise SystemExit(130) from None
+    with _resumable(folder), open_session(study, folder, storage, device) as session:
+        started = time.monotonic()
+        with progress_bars(quiet) as bars:
+            follow(bars, session.prepare(threads))
+            for name in dict.fromkeys((BASELINE, *names)):
+                shown = SearchBar(bars, name, study.objectives[0])
+                conductor = session.conductor(name, 0 if name == BASELINE else seed, trials, shown)
+                shown.begin(conductor)
+                session.run(conductor, pool)
+                shown.end()
+        if not quiet:
+            print_comparison(_comparison(folder, session.storage))
+            notes.print(
+                f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here",
+                highlight=False,
+            )
 
 
 @app.command()
@@ -143,6 +138,44 @@ def compare(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption 
         _print_json(facts)
     else:
         print_comparison(facts)
+
+
+@app.command()
+def audit(
+    study_file: StudyFile,
+    schedules: Annotated[int, typer.Option(min=10, help="How many; the whole space where it is no larger.")] = 200,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
+) -> None:
+    """Compare the study's proxies with its reference score. Writes <run>/audit/; the same command goes on after a stop."""
+    from nas.audit import TABLE, measure, read_table, summary
+    from nas.plots import draw_audit
+    from nas.session import open_session
+    from nas.study import load_study
+
+    study = load_study(study_file)
+    if not study.proxies:
+        raise UserError(
+            f"study {study.name} names no proxies to audit; give it some, such as proxies={{'fd@128': ...}}"
+        )
+    folder = _run_folder(study, out_dir)
+    _check_device(device)
+    bars = progress_bars(quiet or as_json)
+    with _resumable(folder), open_session(study, folder, storage, device) as session, bars:
+        follow(bars, session.prepare())
+        follow(bars, session.on_one_thread(measure(study, folder, schedules, device)))
+    rows = read_table(folder / "audit" / TABLE)
+    facts = summary(rows)
+    (folder / "audit" / "audit.json").write_text(json.dumps(facts, indent=2) + "\n")
+    picture = folder / "audit" / "audit.png"
+    draw_audit(rows, facts, picture)
+    if as_json:
+        _print_json({**facts, "picture": str(picture)})
+    elif not quiet:
+        print_audit({**facts, "picture": str(picture)})
 
 
 @app.command()
@@ -300,6 +333,18 @@ def _choose(
     if chosen is None or chosen.score is None:
         raise UserError(f"{info.name} has no scored trial {trial}; it has numbers 0 to {len(trials) - 1}")
     return chosen, info.name
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Ctrl-C ends the work, not what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        notes.print(
+            f"interrupted; the same command goes on from the last trial or checkpoint ({folder})", highlight=False
+        )
+        raise SystemExit(130) from None
 
 
 def _comparison(run_dir: Path, storage: Any) -> dict[str, Any]:

@@ -55,6 +55,41 @@ def draw_front(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any],
     figure.savefig(path)
 
 
+def draw_audit(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
+    """Each proxy's agreement with the reference inside bands of equal MACs over its cost, and the best one's scores beside the
+    reference's."""
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, proxy in enumerate(facts["proxies"]):
+        colour = _COLOURS[place % len(_COLOURS)]
+        low, high = proxy["tau_in_band_interval"]
+        x, y = max(proxy["macs_share"], 1e-4), proxy["tau_in_band"]
+        left.errorbar([x], [y], yerr=[[y - low], [high - y]], fmt="o", color=colour, capsize=3, label=proxy["proxy"])
+    retest = facts["test_retest"]["tau_in_band"]
+    left.axhline(retest, color=_BASELINE_COLOUR, linestyle=":")
+    left.annotate(
+        "the reference again",
+        (0.02, retest),
+        (0, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=9,
+    )
+    left.set_xscale("log")
+    left.set_xlabel("MACs for each schedule, share of the reference's")
+    left.set_ylabel("Kendall's tau inside bands of equal MACs\n(bars: 95 % over schedules)")
+    left.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.0, 0.3))
+    best = facts["proxies"][0]["proxy"]
+    shares = [row["cost"]["macs_share"] for row in rows]
+    x, y = ([next(iter(row["scores"][name]["values"].values())) for row in rows] for name in (best, "reference"))
+    points = right.scatter(x, y, c=shares, cmap="viridis", s=14, alpha=0.8)
+    right.set_xlabel(f"{best}: {facts['proxies'][0]['label']}")
+    right.set_ylabel(facts["reference"])
+    figure.colorbar(points, ax=right, label="share of the full network's MACs")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def draw_samples(images: npt.NDArray[np.uint8], path: Path, columns: int = 8, scale: int = 1) -> None:
     """Writes a grid of (n, height, width, channels) images as PNG, each pixel `scale` pixels wide."""
     from PIL import Image

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from optuna.storages import BaseStorage
 
+from nas.audit import Agreement, bands_of
 from nas.contracts import Trial, UserError
+from nas.ladder import CONFIDENCE
 from nas.ledger import LedgerInfo, open_storage, read_ledgers
 from nas.pareto import front, hypervolume
 
@@ -83,7 +87,11 @@ class Run:
         return {"study": self.facts["study"], "folder": str(self.folder), "searchers": rows}
 
     def compare(self) -> dict[str, Any]:
-        """One row per searcher: trials, front, hypervolume, best within budgets, and what was spent."""
+        """One row per searcher: trials, front, hypervolume, best within budgets, what was spent, and how well it predicted.
+
+        Each front member is compared with the next cheaper one, each best within a budget with the best of all searchers, on the
+        same noise: where the paired difference is within two standard errors, `words` say that it is inconclusive.
+        """
         quality = self.facts["objectives"][0]
         reference = self._reference(quality)
         rows = []
@@ -97,12 +105,17 @@ class Run:
                     "baseline": info.searcher == self.facts["baseline"],
                     "trials": len(done),
                     "failed": sum(t.status == "failed" for t in trials),
-                    "front": [_member(t, quality) for t in best],
+                    "front": [
+                        {**_member(t, quality), "against_cheaper": _against(t, cheaper, quality)}
+                        for t, cheaper in zip(best, [None, *best], strict=False)
+                    ],
                     "hypervolume": hypervolume(points, reference) if points else 0.0,
                     "best_within": {f"{share:g}": self._best(trials, share, quality) for share in SHARES},
                     "spent": _spent(done),
+                    "prediction": _prediction(done, quality),
                 }
             )
+        self._mark_leaders(rows, quality)
         return {
             "study": self.facts["study"],
             "objective": quality,
@@ -131,6 +144,17 @@ class Run:
         within = [t for t in trials if t.status == "complete" and t.cost["macs_share"] <= share]
         return _member(min(within, key=lambda t: t.objectives((quality,))[0]), quality) if within else None
 
+    def _mark_leaders(self, rows: Sequence[dict[str, Any]], quality: str) -> None:
+        """Says for each searcher's best within each budget how it stands against the best of all searchers."""
+        ledgers = {_label(info): {t.number: t for t in trials} for info, trials in self.ledgers}
+        for share in SHARES:
+            best = [(row["searcher"], row["best_within"][f"{share:g}"]) for row in rows]
+            held = [(ledgers[name][m["trial"]], m) for name, m in best if m is not None]
+            if held:
+                leader = min(held, key=lambda pair: pair[1][quality])[0]
+                for trial, member in held:
+                    member["against_leader"] = None if trial is leader else _against(trial, leader, quality)
+
 
 def _member(trial: Trial, quality: str) -> dict[str, Any]:
     assert trial.score is not None
@@ -143,9 +167,47 @@ def _member(trial: Trial, quality: str) -> dict[str, Any]:
     }
 
 
+SPENT = ("calls", "macs", "seconds", "cached_calls", "cached_macs", "cache_hits")
+
+
 def _spent(trials: Sequence[Trial]) -> dict[str, float]:
     """Sums over trials; a score taken from another searcher is charged in full."""
-    return {key: sum(t.score.spent.get(key, 0.0) for t in trials if t.score) for key in ("calls", "macs", "seconds")}
+    return {key: sum(t.score.spent.get(key, 0.0) for t in trials if t.score) for key in SPENT}
+
+
+def _against(trial: Trial, other: Trial | None, quality: str) -> dict[str, Any] | None:
+    """`trial` minus `other`: the paired difference, its error, and whether it is outside of that error."""
+    if other is None or trial.score is None or other.score is None:
+        return None
+    difference, error = trial.score.difference(other.score, quality)
+    conclusive = abs(difference) > CONFIDENCE * error
+    words = f"at {trial.rung:,} samples: {difference:+.2g} ± {error:.1g}"
+    return {
+        "trial": other.number,
+        "difference": difference,
+        "error": error,
+        "conclusive": conclusive,
+        "words": f"told apart {words}" if conclusive else f"inconclusive {words}",
+    }
+
+
+def _prediction(trials: Sequence[Trial], quality: str) -> dict[str, float] | None:
+    """How well a searcher that predicts knows what it proposes: R^2 and Kendall's tau of predicted and measured scores, and
+    tau inside bands of equal MACs."""
+    known = [t for t in trials if "predicted" in t.origin]
+    if len(known) < 3:
+        return None
+    predicted = np.array([t.origin["predicted"] for t in known])
+    measured = np.array([t.objectives((quality,))[0] for t in known])
+    bands = bands_of(np.array([t.cost["macs"] for t in known]))
+    ones = np.ones((1, len(known)))
+    spread = float(((measured - measured.mean()) ** 2).sum())
+    return {
+        "schedules": len(known),
+        "r_squared": 1 - float(((measured - predicted) ** 2).sum()) / spread if spread else math.nan,
+        "tau": float(Agreement(predicted, measured).tau(ones)[0]),
+        "tau_in_band": float(Agreement(predicted, measured, bands).tau(ones)[0]),
+    }
 
 
 def _label(info: LedgerInfo) -> str:

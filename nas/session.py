@@ -84,6 +84,11 @@ class Session:
 
             run_on_ray(conductor, self.study, self.folder, workers)
 
+    def on_one_thread(self, ticks: Iterator[Progress]) -> Iterator[Progress]:
+        """Work that scores, on one CPU thread, as scores always are."""
+        with _torch_threads(1):
+            yield from ticks
+
     @cached_property
     def evaluator(self) -> LoadedEvaluator:
         return self.study.load(self.folder, self.device)

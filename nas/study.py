@@ -39,6 +39,7 @@ class Study:
 
     `trials`: proposals per searcher on the first rung. `verified`: how many of them reach the last one.
     `limits`: upper limits on exact costs, `macs` or `macs_share`. `seed`: of weights, noises and searches alike.
+    `proxies`: cheaper scores, each at its first rung, that `nas audit` compares with the evaluator.
     Raises UserError where the parts do not fit together.
     """
 
@@ -54,6 +55,7 @@ class Study:
     trials: int = 60
     verified: int = 12
     seed: int = 0
+    proxies: Mapping[str, Evaluator] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -98,7 +100,8 @@ class Study:
 
     def prepare(self, folder: Path, device: str) -> Iterator[Progress]:
         """Makes the feature extractor and trains the supernet where the run folder lacks them, the quick one first."""
-        yield from self.evaluator.prepare(folder, self.seed, device)
+        for evaluator in (self.evaluator, *self.proxies.values()):
+            yield from evaluator.prepare(folder, self.seed, device)
         yield from self.training.run(self.supernet, self.images, folder / "supernet", self.seed, device)
 
     def load(self, folder: Path, device: str) -> LoadedEvaluator:

@@ -110,10 +110,12 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
     rows = facts["searchers"]
     table = Table(title=f"{facts['study']}: {facts['label']}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("searcher")
-    for column in ("trials", "failed", "front", "hypervolume", "calls", "MACs", "seconds"):
+    for column in ("trials", "failed", "front", "hypervolume", "calls", "MACs", "saved", "seconds"):
         table.add_column(column, justify="right")
     for row in rows:
-        spent = [_short(row["spent"][key]) for key in ("calls", "macs", "seconds")]
+        calls, macs, seconds, kept = (row["spent"][key] for key in ("calls", "macs", "seconds", "cached_macs"))
+        saved = f"{kept / (macs + kept):.0%}" if macs + kept else "-"
+        spent = [_short(calls), _short(macs), saved, _short(seconds)]
         table.add_row(
             row["searcher"],
             *(str(row[key]) for key in ("trials", "failed")),
@@ -132,13 +134,81 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
     for budget in budgets:
         best.add_column(f"{float(budget):.0%}", justify="right")
     for row in rows:
-        members = [row["best_within"][budget] for budget in budgets]
-        best.add_row(
-            row["searcher"],
-            *("-" if m is None else f"{m[facts['objective']]:.3f}±{m['error']:.3f} ({m['trial']})" for m in members),
-        )
+        best.add_row(row["searcher"], *(_best(row["best_within"][budget], facts["objective"]) for budget in budgets))
     out.print(table, best)
+    for line in _verdicts(rows, budgets):
+        out.print(line, highlight=False, soft_wrap=True)
     out.print(f"front: {facts['picture']}", highlight=False, soft_wrap=True)
+
+
+def _best(member: Mapping[str, Any] | None, objective: str) -> str:
+    """A tilde marks what cannot be told apart from the best of all searchers."""
+    if member is None:
+        return "-"
+    against = member["against_leader"]
+    mark = "~" if against and not against["conclusive"] else ""
+    return f"{mark}{member[objective]:.3f}±{member['error']:.3f} ({member['trial']})"
+
+
+def _verdicts(rows: Any, budgets: list[str]) -> Iterator[str]:
+    """What the tables do not decide, in words."""
+    for row in rows:
+        for budget in budgets:
+            member = row["best_within"][budget]
+            against = member and member["against_leader"]
+            if against and not against["conclusive"]:
+                yield f"~ within {float(budget):.0%}, {row['searcher']} and the best: {against['words']}"
+        if row["baseline"]:
+            continue
+        for member in row["front"]:
+            against = member["against_cheaper"]
+            if against and not against["conclusive"]:
+                yield (
+                    f"{row['searcher']}: trial {member['trial']} ({member['macs_share']:.0%} of the MACs) and the cheaper "
+                    f"{against['trial']} are {against['words']}"
+                )
+        if row["prediction"]:
+            p = row["prediction"]
+            yield (
+                f"{row['searcher']}: predicted against measured scores of {p['schedules']} schedules: R² {p['r_squared']:.3f}, "
+                f"Kendall's tau {p['tau']:.2f}, inside bands of equal MACs {p['tau_in_band']:.2f}"
+            )
+
+
+def print_audit(facts: Mapping[str, Any]) -> None:
+    """What `audit.summary` returns, as a table."""
+    bands = ", ".join(map(str, facts["bands"]))
+    table = Table(
+        title=f"{facts['schedules']} schedules ({bands} in bands of equal MACs) against {facts['reference']}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("proxy")
+    for column in ("tau", "tau in band", "of retest", "top-10% recall", "regret", "MACs"):
+        table.add_column(column, justify="right")
+    retest = facts["test_retest"]
+    table.add_row(
+        "reference again", f"{retest['tau']:.2f}", _with_interval(retest, "tau_in_band"), "1.00", "-", "-", "100%"
+    )
+    for row in facts["proxies"]:
+        table.add_row(
+            row["proxy"],
+            _with_interval(row, "tau"),
+            _with_interval(row, "tau_in_band"),
+            f"{row['relative']:.2f}",
+            f"{row['recall']:.0%}",
+            f"{row['regret']:.1%}",
+            f"{row['macs_share']:.1%}",
+        )
+    out.print(table)
+    out.print("regret: how much worse the proxy's pick is than its band's best", highlight=False)
+    out.print(f"picture: {facts['picture']}", highlight=False, soft_wrap=True)
+
+
+def _with_interval(row: Mapping[str, Any], name: str) -> str:
+    low, high = row[f"{name}_interval"]
+    return f"{row[name]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _short(number: float) -> str:

@@ -5,9 +5,11 @@ Look:       nas compare runs/digits          nas dashboard runs/digits
 Hand over:  nas export studies/digits.py --within macs_share=0.5 --to exported
 """
 
-from evaluators.frechet import Frechet
+from evaluators.frechet import Frechet, KernelDistance
 from evaluators.images import Digits
+from evaluators.proxies import Additive, DenoisingLoss, TeacherDistance, TeacherFrechet, TrajectoryDistance
 from nas.searchers.evolution import Evolution
+from nas.searchers.knapsack import Knapsack
 from nas.searchers.random import Random
 from nas.study import Study
 from search_spaces.intervals import linspace, per_step
@@ -37,10 +39,22 @@ study = Study(
     images=images,
     training=Sandwich(steps=1500),
     evaluator=Frechet(images, rungs=(512, 2048)),
-    searchers={"evolution": Evolution(population=20), "random": Random()},
+    searchers={"evolution": Evolution(population=20), "random": Random(), "knapsack": Knapsack()},
     objectives=("fd", "macs"),
     limits={"macs_share": 0.6},
     trials=60,
     verified=10,
     seed=0,
+    proxies={
+        "fd@256": Frechet(images, rungs=(256,)),
+        "fd@64": Frechet(images, rungs=(64,)),
+        "kid@256": KernelDistance(images, rungs=(256,)),
+        "fd to teacher@256": TeacherFrechet(images, rungs=(256,)),
+        "fd to teacher@64": TeacherFrechet(images, rungs=(64,)),
+        "distance to teacher@64": TeacherDistance(images, rungs=(64,)),
+        "distance along trajectory@64": TrajectoryDistance(images, rungs=(64,)),
+        "denoising loss@512": DenoisingLoss(images, rungs=(512,)),
+        "additive fd@512": Additive(Frechet(images, rungs=(512,)), per_step(steps), around="both"),
+        "additive fd to teacher@256": Additive(TeacherFrechet(images, rungs=(256,)), per_step(steps), around="both"),
+    },
 )

@@ -21,6 +21,7 @@ from PIL import Image
 
 from nas import cli
 from nas.ledger import lock_run, open_storage, read_ledgers
+from nas.report import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,6 +37,7 @@ def wide() -> Iterator[None]:
 STUDY = """
 from evaluators.frechet import Frechet
 from evaluators.images import {images}
+from evaluators.proxies import TeacherDistance
 from nas.searchers.evolution import Evolution
 from nas.study import Study
 from search_spaces.intervals import per_step, uniform
@@ -52,12 +54,14 @@ study = Study(
     training=Sandwich(steps={steps}, batch=16, warmup=5, checkpoint_every=10),
     evaluator=Frechet(images, rungs=(32, 64)), searchers={{"evolution": Evolution(population=6)}},
     limits={{"macs_share": {limit}}}, trials=10, verified=3,
+    proxies={proxies},
 )
 """
 
 
 def study_file(folder: Path, name: str = "study.py", **changes: object) -> Path:
     settings = {"images": "Digits", "images_call": "Digits()", "widths": (0.25, 0.5, 1.0), "steps": 40, "limit": 0.6}
+    settings["proxies"] = '{"fd@16": Frechet(images, rungs=(16,)), "teacher": TeacherDistance(images, rungs=(16,))}'
     path = folder / name
     path.write_text(STUDY.format(**{**settings, **changes}))
     return path
@@ -105,7 +109,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_everywhere() -> None:
-    for command in ((), ("run",), ("status",), ("compare",), ("dashboard",), ("export",), ("sample",)):
+    for command in ((), ("run",), ("status",), ("compare",), ("dashboard",), ("export",), ("sample",), ("audit",)):
         result = nas(*command, "--help")
         assert result.returncode == 0
         assert "Usage" in result.stdout
@@ -146,6 +150,49 @@ def test_compare_is_a_table_a_picture_and_json(workplace: Path) -> None:
         assert picture.size[0] > 800
     table = nas("compare", workplace / "run").stdout
     assert f"({best['trial']})" in table
+
+
+def test_compare_says_in_words_what_cannot_be_told_apart(workplace: Path) -> None:
+    facts = json.loads(nas("compare", workplace / "run", "--json").stdout)
+    members = [m for row in facts["searchers"] for m in row["front"] if m["against_cheaper"]]
+    members += [m for row in facts["searchers"] for m in row["best_within"].values() if m and m.get("against_leader")]
+    compared = [member.get("against_cheaper") or member["against_leader"] for member in members]
+    assert compared
+    ledgers = {info.searcher: trials for info, trials in Run.open(workplace / "run").ledgers}
+    row, member = next((r, m) for r in facts["searchers"] for m in r["front"] if m["against_cheaper"])
+    trials = {trial.number: trial for trial in ledgers[row["searcher"]]}
+    found = member["against_cheaper"]
+    mine, theirs = trials[member["trial"]].score, trials[found["trial"]].score
+    assert mine is not None
+    assert theirs is not None
+    assert (found["difference"], found["error"]) == pytest.approx(mine.difference(theirs, "fd"))
+    for found in compared:
+        assert found["conclusive"] == (abs(found["difference"]) > 2 * found["error"])
+        assert ("inconclusive at 64 samples: " in found["words"]) == (not found["conclusive"])
+    text = nas("compare", workplace / "run").stdout
+    assert ("inconclusive at 64 samples" in text) == any(not found["conclusive"] for found in compared)
+
+
+def test_a_search_that_predicts_reports_how_well(tmp_path: Path) -> None:
+    (tmp_path / "study.py").write_text("from tests.toy import toy_study\nstudy = toy_study(trials=50)\n")
+    result = nas("run", tmp_path / "study.py", "--out", tmp_path / "run", "--searcher", "knapsack")
+    assert result.returncode == 0, result.stderr
+    assert "knapsack: predicted against measured scores of 12 schedules: R²" in result.stdout
+
+
+def test_an_audit_is_a_table_a_picture_and_json(workplace: Path) -> None:
+    arguments = ("audit", workplace / "study.py", "--out", workplace / "run", "--schedules", 12)
+    result = nas(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert "regret" in result.stdout
+    facts = json.loads(nas(*arguments, "--json").stdout)
+    assert {row["proxy"] for row in facts["proxies"]} == {"fd@16", "teacher"}
+    assert facts["schedules"] == 12
+    assert facts["proxies"][0]["macs_share"] == pytest.approx(0.25)
+    with Image.open(facts["picture"]) as picture:
+        assert picture.size[0] > 800
+    bare = study_file(workplace, "bare.py", proxies="{}")
+    refused(nas("audit", bare, "--out", workplace / "run"), "names no proxies")
 
 
 FRESH = """
@@ -214,7 +261,7 @@ def test_bad_studies_are_refused(tmp_path: Path) -> None:
     )
     refused(
         nas("run", study_file(tmp_path), "--searcher", "magic", *out),
-        "no searcher is called 'magic'; use one of evolution, random",
+        "no searcher is called 'magic'; use one of evolution, knapsack, random",
     )
     refused(nas("run", study_file(tmp_path), "--device", "cuda:7", *out), "device 'cuda:7' cannot be used")
     (tmp_path / "pictures").mkdir()

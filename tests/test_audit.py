@@ -1,0 +1,133 @@
+"""Agreement of proxies with the reference, its table, and searches on that table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nas.audit import TABLE, Agreement, Tabular, bands_of, measure, read_table, schedules_to_audit, summary
+from nas.contracts import Schedule, Score, UserError
+from nas.session import open_session
+from tests.toy import ToyEvaluator, ToySpace, toy_study
+
+
+@given(st.integers(0, 10_000), st.integers(3, 30), st.integers(1, 6))
+def test_tau_is_scipys(seed: int, count: int, levels: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.integers(levels, size=(2, count)).astype(float)
+    expected = scipy.stats.kendalltau(a, b).statistic
+    [tau] = Agreement(a, b).tau(np.ones((1, count)))
+    assert tau == pytest.approx(expected, nan_ok=True)
+    weights = rng.multinomial(count, np.full(count, 1 / count))
+    repeated = [np.repeat(values, weights) for values in (a, b)]
+    [resampled] = Agreement(a, b).tau(weights[None].astype(float))
+    assert resampled == pytest.approx(scipy.stats.kendalltau(*repeated).statistic, nan_ok=True)
+
+
+def test_tau_in_bands_ignores_what_more_macs_explain() -> None:
+    macs = np.repeat([1.0, 2.0, 3.0], 20)
+    bands = bands_of(macs, 3)
+    rng = np.random.default_rng(0)
+    quality = -10 * macs + rng.standard_normal(60)
+    ones = np.ones((1, 60))
+    assert Agreement(-macs, quality).tau(ones) > 0.7
+    assert np.isnan(Agreement(-macs, quality, bands).tau(ones))
+    assert abs(Agreement(-10 * macs + rng.standard_normal(60), quality, bands).tau(ones)[0]) < 0.3
+
+
+@given(st.integers(2, 8), st.integers(2, 4), st.integers(0, 100))
+def test_audited_schedules_are_distinct_and_spread(genes: int, options: int, seed: int) -> None:
+    space = ToySpace(genes, options)
+    chosen = schedules_to_audit(space, 30, seed)
+    assert len(chosen) == len(set(chosen)) <= max(30, options**genes if options**genes <= 30 else 30)
+    if options**genes <= 30:
+        assert len(chosen) == options**genes
+    elif options**genes > 1000:
+        shares = [space.cost(genome)["macs_share"] for genome in chosen]
+        assert min(shares) < 0.4
+        assert max(shares) > 0.8
+
+
+@dataclass(frozen=True)
+class Misleading(ToyEvaluator):
+    """Says the opposite of the toy's score."""
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        score = super().__call__(schedule, rung, seed)
+        return replace(score, values={"fd": -score.values["fd"]})
+
+
+def audited(folder: Path, count: int = 60, **changes: Any) -> list[dict[str, Any]]:
+    proxies = {"good": ToyEvaluator(rungs=(128,)), "noisy": ToyEvaluator(rungs=(2,)), "bad": Misleading(rungs=(128,))}
+    study = toy_study(proxies=proxies, **changes)
+    for _ in measure(study, folder, count, "cpu"):
+        pass
+    return read_table(folder / "audit" / TABLE)
+
+
+def test_an_audit_tells_good_proxies_from_bad(tmp_path: Path) -> None:
+    facts = summary(audited(tmp_path), resamples=200)
+    found = {row["proxy"]: row for row in facts["proxies"]}
+    assert [row["proxy"] for row in facts["proxies"]] == ["good", "noisy", "bad"]
+    assert found["good"]["tau_in_band"] > found["noisy"]["tau_in_band"] > 0 > found["bad"]["tau_in_band"]
+    for row in facts["proxies"]:
+        low, high = row["tau_in_band_interval"]
+        assert low <= row["tau_in_band"] <= high
+        assert row["relative"] == pytest.approx(row["tau_in_band"] / facts["test_retest"]["tau_in_band"])
+    assert found["good"]["regret"] < found["bad"]["regret"]
+    assert found["good"]["recall"] > 0.5 > found["bad"]["recall"]
+    assert found["good"]["macs_share"] == pytest.approx(128 / 256)
+    assert sum(facts["bands"]) == facts["schedules"] == 60
+
+
+def test_an_audit_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    whole = audited(tmp_path / "whole", 30)
+    study_log = tmp_path / "calls"
+    parts = audited(tmp_path / "parts", 30)
+    path = tmp_path / "parts" / "audit" / TABLE
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:12]) + lines[12][:40])
+    again = audited(tmp_path / "parts", 30, evaluator__log=str(study_log))
+    assert again == parts == whole
+    assert len(study_log.read_text().splitlines()) == 2 * (30 - 11)
+    with pytest.raises(UserError, match="another supernet"):
+        audited(tmp_path / "parts", 30, supernet__version="2")
+
+
+def test_searchers_run_on_the_table_of_a_small_space(tmp_path: Path) -> None:
+    rows = audited(tmp_path, 64, space__genes=3)
+    assert len(rows) == 4**3
+    table = Tabular(str(tmp_path / "audit" / TABLE), ("good", "reference"))
+    study = replace(toy_study(space__genes=3, trials=40), evaluator=table)
+    with open_session(study, tmp_path / "run") as session:
+        conductor = session.conductor("evolution")
+        session.run(conductor)
+    assert {t.status for t in conductor.ledger.trials} == {"pruned", "complete"}
+    by_digest = {row["digest"]: row["scores"]["reference"]["values"]["fd"] for row in rows}
+    for trial in conductor.ledger.trials:
+        if trial.status == "complete":
+            assert trial.score is not None
+            assert trial.score.values["fd"] == by_digest[trial.digest]
+    with pytest.raises(UserError, match="audit the whole space"):
+        table.load(None, tmp_path)(ToySpace(4).decode((0, 0, 0, 0)), 1, 0)
+
+
+def test_too_small_an_audit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least 10"):
+        summary(audited(tmp_path, 4))
+    with pytest.raises(UserError, match="`nas audit` writes it"):
+        read_table(tmp_path / "none.jsonl")
+
+
+def test_rows_are_plain_json(tmp_path: Path) -> None:
+    rows = audited(tmp_path, 12)
+    assert json.loads(json.dumps(rows)) == rows
+    assert {"genome", "digest", "cost", "scores"} == set(rows[0])
