@@ -183,9 +183,8 @@ class OfFeatures(Sampled):
     def describe(self) -> Mapping[str, Any]:
         return {
             "class": type(self).__name__,
-            "rungs": self.rungs,
+            **self.describe_sampling(),
             "features": self.features.describe(),
-            "sampler": self.sampler.describe(),
             "images": load_once(self.images).digest,
         }
 
@@ -205,7 +204,7 @@ class OfFeatures(Sampled):
         pixels = load_once(self.images).pixels
         return [
             features(torch.from_numpy(pixels[start:stop]).to(device)).cpu().numpy()
-            for start, stop in batches(len(pixels), self.batch)
+            for start, stop in batches(len(pixels), 256)
         ]
 
 
@@ -246,7 +245,7 @@ class Frechet(OfFeatures):
             reference = replace(read_statistics(Path(self.reference)), device=device)
         return LoadedScore(
             self,
-            trajectories := self.trajectories(supernet),
+            trajectories := self.trajectories(supernet, folder),
             "fd",
             feature_rows(trajectories, features),
             lambda rows: frechet_with_replicates(rows, reference),
@@ -270,7 +269,7 @@ class KernelDistance(OfFeatures):
         reference = np.concatenate(self.real_rows(features, supernet.device))
         return LoadedScore(
             self,
-            trajectories := self.trajectories(supernet),
+            trajectories := self.trajectories(supernet, folder),
             "kid",
             feature_rows(trajectories, features),
             lambda rows: kernel_with_replicates(rows, reference),

@@ -59,7 +59,7 @@ class TeacherFrechet(OfFeatures):
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         features = self.load_features(supernet, folder)
-        trajectories = self.trajectories(supernet)
+        trajectories = self.trajectories(supernet, folder)
         mine = feature_rows(trajectories, features)
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
@@ -87,8 +87,7 @@ class OfImages(Sampled):
     def describe(self) -> Mapping[str, Any]:
         return {
             "class": type(self).__name__,
-            "rungs": self.rungs,
-            "sampler": self.sampler.describe(),
+            **self.describe_sampling(),
             "images": load_once(self.images).digest,
         }
 
@@ -115,7 +114,7 @@ class TeacherDistance(OfImages):
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         check_shape(load_once(self.images), supernet.image_shape)
-        trajectories = self.trajectories(supernet)
+        trajectories = self.trajectories(supernet, folder)
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
             teacher = whole(supernet.full_arch, schedule, self.timesteps)
@@ -146,7 +145,7 @@ class TrajectoryDistance(OfImages):
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         check_shape(load_once(self.images), supernet.image_shape)
-        trajectories = self.trajectories(supernet)
+        trajectories = self.trajectories(supernet, folder)
 
         def changed(schedule: Schedule) -> list[int]:
             return [number for number, step in enumerate(schedule.steps) if step.arch != supernet.full_arch]
@@ -195,7 +194,7 @@ class DenoisingLoss(OfImages):
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         images = load_once(self.images)
         check_shape(images, supernet.image_shape)
-        trajectories = self.trajectories(supernet)
+        trajectories = self.trajectories(supernet, folder)
         abar = supernet.alphas_cumprod
 
         def loss(step: Step, seed: int, start: int, stop: int) -> Floats:

@@ -16,6 +16,8 @@ import torch
 
 from nas.contracts import LoadedSupernet, Schedule
 
+Precision = Literal["float32", "bfloat16"]
+
 
 class Sampler(Protocol):
     """One update x_t -> x_s for neighbouring timesteps t > s of any subset; s = -1 stands for the image itself."""
@@ -105,9 +107,17 @@ class State:
 
 
 def advance(
-    net: LoadedSupernet, sampler: Sampler, schedule: Schedule, number: int, state: State, seed: int, start: int
+    net: LoadedSupernet,
+    sampler: Sampler,
+    schedule: Schedule,
+    number: int,
+    state: State,
+    seed: int,
+    start: int,
+    precision: Precision = "float32",
 ) -> State:
-    """The state of samples start, start + 1, ... after the schedule's step `number`, counted from 0."""
+    """The state of samples start, start + 1, ... after the schedule's step `number`, counted from 0. States are float32
+    whatever the precision of the network's calls."""
     step = schedule.steps[number]
     following = schedule.timesteps[number + 1] if number + 1 < len(schedule.steps) else None
     abar = net.alphas_cumprod
@@ -115,7 +125,9 @@ def advance(
     if sampler.stochastic and following is not None:
         noise = step_noise(seed, start, start + len(state.x), net.image_shape, number).to(net.device)
     with torch.inference_mode():
-        prediction, cache = net.denoiser(step)(state.x, step.timestep, state.cache)
+        with torch.autocast(net.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            prediction, cache = net.denoiser(step)(state.x, step.timestep, state.cache)
+        prediction = prediction.float()
         after = 1.0 if following is None else float(abar[following])
         return State(sampler.update(state.x, prediction, float(abar[step.timestep]), after, noise), cache)
 

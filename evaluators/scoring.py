@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from evaluators.sampling import DDIM, Sampler
-from evaluators.trajectories import Trajectories, batches
+from evaluators.device import settle
+from evaluators.sampling import DDIM, Precision, Sampler
+from evaluators.trajectories import Trajectories
 from nas.contracts import LoadedSupernet, Schedule, Score, UserError
 
 Array = npt.NDArray[np.float64]
@@ -26,23 +28,34 @@ class Sampled:
     """Fields of every score that looks at a schedule's samples.
 
     `rungs`: sample counts, increasing; the last verifies. `batch`: samples per network call, a matter of speed alone (up
-    to the rounding of floats). `cache_bytes`: memory of each worker for states that schedules share.
+    to the rounding of floats); None leaves it to the device. `precision`: of the network's calls; "bfloat16" is faster on
+    some devices and gives other scores. `cache_bytes`: memory of each worker for states that schedules share.
     """
 
     rungs: tuple[int, ...] = (512, 2048)
     sampler: Sampler = field(default_factory=DDIM)
-    batch: int = 256
+    batch: int | None = None
+    precision: Precision = "float32"
     cache_bytes: int = 2**29
 
     def __post_init__(self) -> None:
         if not self.rungs or min(self.rungs) < 2 or list(self.rungs) != sorted(set(self.rungs)):
             raise UserError(f"rungs {self.rungs} must be increasing sample counts of at least 2")
-        if self.batch < 1 or self.cache_bytes < 0:
+        if (self.batch is not None and self.batch < 1) or self.cache_bytes < 0:
             raise UserError(f"batch={self.batch} must be at least 1 and cache_bytes={self.cache_bytes} at least 0")
+        if self.precision not in ("float32", "bfloat16"):
+            raise UserError(f"precision {self.precision!r} is not known; use float32 or bfloat16")
 
-    def trajectories(self, net: LoadedSupernet) -> Trajectories:
-        """Shared by all scores of this supernet with the same sampler and memory."""
-        return Trajectories.shared(net, self.sampler, self.cache_bytes)
+    def describe_sampling(self) -> dict[str, Any]:
+        """What decides how samples look."""
+        return {"rungs": self.rungs, "sampler": self.sampler.describe(), "precision": self.precision}
+
+    def trajectories(self, net: LoadedSupernet, folder: Path) -> Trajectories:
+        """Shared by all scores of this supernet with the same settings."""
+        execution = settle(net, folder)
+        net.run_as(execution.channels_last, execution.compiled)
+        batch = execution.batch if self.batch is None else self.batch
+        return Trajectories.shared(net, self.sampler, self.precision, batch, self.cache_bytes)
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ class LoadedScore:
         calls = self.rows.calls(schedule)
         macs = self._macs(schedule) if self.rows.macs is None else self.rows.macs(schedule)
         parts = []
-        for start, stop in batches(count, self.recipe.batch, self.recipe.rungs):
+        for start, stop in self.trajectories.batches(count, self.recipe.rungs):
             key = (self.rows.name, schedule.digest, seed, start, stop)
             made = lambda start=start, stop=stop: self.rows.make(schedule, seed, start, stop)  # noqa: E731
             parts.append(self.trajectories.kept(key, made, (stop - start) * calls, (stop - start) * macs))
@@ -108,7 +121,7 @@ class LoadedScore:
         return torch.cat(
             [
                 self.trajectories.images(schedule, seed, start, stop)
-                for start, stop in batches(count, self.recipe.batch, self.recipe.rungs)
+                for start, stop in self.trajectories.batches(count, self.recipe.rungs)
             ]
         )
 

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from cachetools import LRUCache
 
-from evaluators.sampling import Sampler, State, advance, initial_noise
+from evaluators.sampling import Precision, Sampler, State, advance, initial_noise
 from nas.contracts import LoadedSupernet, Schedule, Step
 
 
@@ -48,21 +48,36 @@ class Trajectories:
     the same batches the result is bit-equal to an uncached run. `shared` gives all evaluators of a supernet one object.
     """
 
-    def __init__(self, net: LoadedSupernet, sampler: Sampler, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        net: LoadedSupernet,
+        sampler: Sampler,
+        precision: Precision = "float32",
+        batch: int = 256,
+        cache_bytes: int = 2**29,
+    ) -> None:
         self.net = net
         self.sampler = sampler
+        self.precision = precision
+        self.batch = batch
         self.meter = Meter()
         self._kept: LRUCache[Hashable, Any] = LRUCache(cache_bytes, getsizeof=_bytes)
 
     _shared: ClassVar[WeakValueDictionary[Hashable, Trajectories]] = WeakValueDictionary()
 
     @classmethod
-    def shared(cls, net: LoadedSupernet, sampler: Sampler, cache_bytes: int) -> Trajectories:
-        key = id(net), json.dumps(sampler.describe()), cache_bytes
+    def shared(
+        cls, net: LoadedSupernet, sampler: Sampler, precision: Precision, batch: int, cache_bytes: int
+    ) -> Trajectories:
+        key = id(net), json.dumps(sampler.describe()), precision, batch, cache_bytes
         found = cls._shared.get(key)
         if found is None:
-            cls._shared[key] = found = cls(net, sampler, cache_bytes)
+            cls._shared[key] = found = cls(net, sampler, precision, batch, cache_bytes)
         return found
+
+    def batches(self, count: int, edges: Sequence[int] = ()) -> list[tuple[int, int]]:
+        """`batches` of this size."""
+        return batches(count, self.batch, edges)
 
     @property
     def bytes_kept(self) -> int:
@@ -92,7 +107,7 @@ class Trajectories:
         """`advance`, counted."""
         self.meter.calls += len(state.x)
         self.meter.macs += len(state.x) * self.net.macs(schedule.steps[number].arch)
-        return advance(self.net, self.sampler, schedule, number, state, seed, start)
+        return advance(self.net, self.sampler, schedule, number, state, seed, start, self.precision)
 
     def kept(self, key: Hashable, make: Callable[[], Kept], calls: float, macs: float) -> Kept:
         """What an earlier call made under this key for the same weights, or made now. `calls`, `macs`: what it takes."""

@@ -316,6 +316,9 @@ class LoadedSupernet(Protocol):
     def macs(self, arch: Arch) -> int:
         """Exact multiply-adds of one call on one sample."""
 
+    def run_as(self, channels_last: bool, compiled: bool) -> None:
+        """How denoisers run from now on: a matter of speed alone."""
+
 
 class Supernet(Protocol):
     """Recipe of a weight-sharing network."""

@@ -12,11 +12,14 @@ import json
 import os
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from nas.contracts import DONE, Schedule, Score, Signal, UserError
 from nas.ledger import first_line
@@ -65,15 +68,15 @@ def run_on_ray(conductor: Conductor, study: Study, folder: Path, workers: Worker
     """
     with _cluster(workers), tempfile.TemporaryDirectory(prefix="nas-tune-") as scratch:
         resources = {"cpu": 1.0, "gpu": workers.gpus} if workers.gpus else {"cpu": 1.0}
-        gate = _Gate.remote(min(workers.count, _room(resources)))  # type: ignore[attr-defined]
+        desk = _Desk.remote(min(workers.count, _room(resources)))  # type: ignore[attr-defined]
         # Workers start side by side; the bridge never has more trials under way than workers.
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(workers.count)
         with _sent_by_value(study):
             device = "cuda" if workers.gpus else workers.device
             trainable = tune.with_parameters(
-                _Worker, study=study, folder=str(folder.resolve()), device=device, gate=gate
+                _Worker, study=study, folder=str(folder.resolve()), device=device, desk=desk
             )
-            bridge = _Bridge(conductor, workers.count, gate)
+            bridge = _Bridge(conductor, workers.count, desk)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, resources),
                 tune_config=tune.TuneConfig(
@@ -89,9 +92,9 @@ def run_on_ray(conductor: Conductor, study: Study, folder: Path, workers: Worker
 
 
 class _Worker(tune.Trainable):  # type: ignore[misc]
-    """One warm process. A trial is one evaluation; between trials nothing is loaded again."""
+    """One warm process. A trial of Tune's is a turn to do one job from the desk; between turns nothing is loaded again."""
 
-    def setup(self, config: dict[str, Any], study: Study, folder: str, device: str, gate: Any) -> None:
+    def setup(self, config: dict[str, Any], study: Study, folder: str, device: str, desk: Any) -> None:
         import torch
 
         torch.set_num_threads(1)
@@ -99,16 +102,18 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
             self._evaluate: LoadedEvaluator | _Broken = study.load(Path(folder), device)
         except Exception as error:  # a worker that cannot start says why in each trial that it is given
             self._evaluate = _Broken(error)
-        self._gate = gate
-        ray.get(gate.arrived.remote())
+        self._desk = desk
+        self._name = uuid4().hex
+        ray.get(desk.arrived.remote())
 
     def step(self) -> dict[str, Any]:
-        config = self.config
-        outcome = attempt(self._evaluate, Schedule.from_json(config["schedule"]), config["samples"], config["seed"])
-        ray.get(self._gate.passed.remote())
+        job: _Task = ray.get(self._desk.take.remote(self._name, self.trial_id))
+        outcome = attempt(self._evaluate, Schedule.from_json(job.schedule), job.samples, job.seed)
+        ray.get(self._desk.passed.remote())
         if isinstance(outcome, str):
-            return {"failure": outcome, "done": True}
-        return {"score": json.dumps(outcome.to_json()), "done": True}  # as text: Tune flattens nested results
+            return {"number": job.number, "failure": outcome, "done": True}
+        # As text: Tune flattens nested results.
+        return {"number": job.number, "score": json.dumps(outcome.to_json()), "done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.config = new_config
@@ -120,12 +125,33 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
     def load_checkpoint(self, checkpoint: Any) -> None: ...
 
 
-@ray.remote(num_cpus=0)
-class _Gate:
-    """Holds a finished worker back while a trial under way still waits for its worker to start.
+@dataclass(frozen=True)
+class _Task:
+    """A job as it travels: no tensors."""
 
-    Tune hands a free worker to any waiting trial and cancels the start of that trial's own worker. Where an evaluation
-    takes less time than a start, all but the first worker would be cancelled again and again and never run.
+    number: int
+    schedule: str
+    samples: int
+    seed: int
+
+    def kinship(self, other: _Task) -> int:
+        """How many first steps the two have in common, for the same noise."""
+        mine, theirs = json.loads(self.schedule), json.loads(other.schedule)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False))
+        return sum(1 for _ in same) if self.seed == other.seed else 0
+
+
+REMEMBERED = 64
+"""Jobs of each worker that the desk remembers, to send their kin the same way."""
+
+
+@ray.remote(num_cpus=0)
+class _Desk:
+    """Where jobs lie until a worker takes one: the one that shares most with what that worker has run, whose states it keeps.
+
+    It also holds a finished worker back while a trial under way still waits for its worker to start. Tune hands a free
+    worker to any waiting trial and cancels the start of that trial's own worker: where an evaluation takes less time than a
+    start, all but the first worker would be cancelled again and again and never run.
     """
 
     def __init__(self, room: int) -> None:
@@ -133,12 +159,29 @@ class _Gate:
         self._alive = 0
         self._under_way = 0
         self._changed = asyncio.Condition()
+        self._waiting: list[_Task] = []
+        self._taken: dict[str, int] = {}
+        self._run: dict[str, deque[_Task]] = {}
+
+    async def put(self, task: _Task) -> None:
+        self._waiting.append(task)
+
+    async def take(self, worker: str, turn: str) -> _Task:
+        """There is a job for each turn."""
+        before = self._run.setdefault(worker, deque(maxlen=REMEMBERED))
+        chosen = max(self._waiting, key=lambda task: max((task.kinship(other) for other in before), default=0))
+        self._waiting.remove(chosen)
+        before.append(chosen)
+        self._taken[turn] = chosen.number
+        return chosen
+
+    async def lost(self, turn: str) -> int:
+        """The number of the job that a dead worker had taken, or was to take."""
+        await self._count(alive=-1)
+        return self._taken[turn] if turn in self._taken else self._waiting.pop(0).number
 
     async def arrived(self) -> None:
         await self._count(alive=1)
-
-    async def lost(self) -> None:
-        await self._count(alive=-1)
 
     async def under_way(self, trials: int) -> None:
         self._under_way = trials
@@ -171,14 +214,19 @@ class _Broken:
 
 
 class _Bridge(TuneSearcher):  # type: ignore[misc]
-    """Ray Tune asks and tells; the conductor answers and books."""
+    """Ray Tune asks and tells; the conductor answers and books.
 
-    def __init__(self, conductor: Conductor, workers: int, gate: Any) -> None:
+    All but one of the workers have a job more on the desk than they can run, so that there is a choice of kin and no waiting.
+    """
+
+    def __init__(self, conductor: Conductor, workers: int, desk: Any) -> None:
         super().__init__()
         self._conductor = conductor
         self._workers = workers
-        self._gate = gate
-        self._numbers: dict[str, int] = {}
+        self._desk = desk
+        self._turns: set[str] = set()
+        self._jobs: set[int] = set()
+        self._done = False
         self.error: UserError | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -186,32 +234,41 @@ class _Bridge(TuneSearcher):  # type: ignore[misc]
         return {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if len(self._numbers) >= self._workers:
+        if len(self._turns) >= self._workers:
             return None
         try:
-            job = self._conductor.next()
+            self._fill_desk()
         except UserError as error:
             self.error = error
             return str(TuneSearcher.FINISHED)
-        if isinstance(job, Signal):
-            return str(TuneSearcher.FINISHED) if job is DONE else None
-        self._numbers[trial_id] = job.trial.number
-        self._gate.under_way.remote(len(self._numbers))
-        return {"schedule": job.schedule.to_json(), "samples": job.samples, "seed": job.seed}
+        if len(self._turns) == len(self._jobs):
+            return str(TuneSearcher.FINISHED) if self._done else None
+        self._turns.add(trial_id)
+        self._desk.under_way.remote(len(self._turns))
+        return {"turn": trial_id}
+
+    def _fill_desk(self) -> None:
+        while len(self._jobs) < 2 * self._workers - 1:
+            job = self._conductor.next()
+            if isinstance(job, Signal):
+                self._done = job is DONE
+                return
+            task = _Task(job.trial.number, job.schedule.to_json(), job.samples, job.seed)
+            ray.get(self._desk.put.remote(task))
+            self._jobs.add(task.number)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        number = self._numbers.pop(trial_id, None)
-        if number is None:
+        if trial_id not in self._turns:
             return
-        self._gate.under_way.remote(len(self._numbers))
-        if error:
-            self._gate.lost.remote()
-        if result and "score" in result and not error:
-            self._conductor.settle(number, Score.from_json(json.loads(result["score"])))
+        self._turns.remove(trial_id)
+        self._desk.under_way.remote(len(self._turns))
+        if result and "number" in result and not error:
+            outcome = Score.from_json(json.loads(result["score"])) if "score" in result else str(result["failure"])
+            number = int(result["number"])
         else:
-            self._conductor.settle(
-                number, (result or {}).get("failure") or "the worker died before it returned a score"
-            )
+            number, outcome = ray.get(self._desk.lost.remote(trial_id)), "the worker died before it returned a score"
+        self._jobs.remove(number)
+        self._conductor.settle(number, outcome)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to keep: the ledger is the only memory."""

@@ -146,7 +146,8 @@ class LoadedElasticUNet:
         self.smallest_arch = recipe.uniform(recipe.widths[0])
         self.version = 0
         self._cache_size = cache_size
-        self._subnets: OrderedDict[Arch, UNet2DModel] = OrderedDict()
+        self._subnets: OrderedDict[Arch, Any] = OrderedDict()
+        self._form = (False, False)
         self._skeletons: dict[Arch, UNet2DModel] = {}
 
     def forward(
@@ -188,11 +189,19 @@ class LoadedElasticUNet:
         self._subnets.clear()
         self.version += 1
 
-    def _materialised(self, arch: Arch) -> UNet2DModel:
+    def run_as(self, channels_last: bool, compiled: bool) -> None:
+        if (channels_last, compiled) != self._form:
+            self._form = (channels_last, compiled)
+            self._subnets.clear()
+
+    def _materialised(self, arch: Arch) -> Any:
         if arch in self._subnets:
             self._subnets.move_to_end(arch)
         else:
-            self._subnets[arch] = self._copy(arch, self.device)
+            channels_last, compiled = self._form
+            net = self._copy(arch, self.device)
+            net = net.to(memory_format=torch.channels_last) if channels_last else net
+            self._subnets[arch] = torch.compile(net) if compiled else net
             if len(self._subnets) > self._cache_size:
                 self._subnets.popitem(last=False)
         return self._subnets[arch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evaluators.device import Execution, settle
 from evaluators.frechet import Frechet
 from evaluators.images import Digits
 from evaluators.sampling import DDIM, DDPM, sample
 from evaluators.trajectories import Trajectories, batches
-from nas.contracts import Schedule, Step
+from nas.contracts import Schedule, Step, UserError
 from search_spaces.intervals import uniform
 from search_spaces.supernet import ElasticUNet
-
-MEGABYTE = 2**20
 
 
 def schedule_of(net: ElasticUNet, *widths: float, timesteps: tuple[int, ...] = ()) -> Schedule:
@@ -31,7 +31,7 @@ def schedule_of(net: ElasticUNet, *widths: float, timesteps: tuple[int, ...] = (
 @pytest.mark.parametrize("sampler", [DDIM(), DDPM()])
 def test_a_shared_beginning_is_run_once_and_changes_no_bit(tiny_net: ElasticUNet, sampler: Any) -> None:
     net = tiny_net.initial(0)
-    trajectories = Trajectories(net, sampler, MEGABYTE)
+    trajectories = Trajectories(net, sampler)
     for widths, expected in (((1, 0.5, 0.25, 1), 4), ((1, 0.5, 1, 1), 2), ((1, 0.5, 1, 0.25), 1), ((0.5,) * 4, 4)):
         schedule, before = schedule_of(tiny_net, *widths), replace(trajectories.meter)
         images = trajectories.images(schedule, 7, 0, 8)
@@ -44,7 +44,7 @@ def test_a_shared_beginning_is_run_once_and_changes_no_bit(tiny_net: ElasticUNet
 
 def test_what_differs_is_not_shared(tiny_net: ElasticUNet) -> None:
     net = tiny_net.initial(0)
-    trajectories = Trajectories(net, DDIM(), MEGABYTE)
+    trajectories = Trajectories(net, DDIM())
     first = schedule_of(tiny_net, 1, 1, timesteps=(900, 500))
     trajectories.images(first, 0, 0, 8)
     others = [
@@ -62,7 +62,7 @@ def test_what_differs_is_not_shared(tiny_net: ElasticUNet) -> None:
 
 def test_changed_weights_are_not_mixed_with_kept_states(tiny_net: ElasticUNet) -> None:
     net = tiny_net.initial(0)
-    trajectories = Trajectories(net, DDIM(), MEGABYTE)
+    trajectories = Trajectories(net, DDIM())
     schedule = schedule_of(tiny_net, 1, 0.5)
     trajectories.images(schedule, 0, 0, 4)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_changed_weights_are_not_mixed_with_kept_states(tiny_net: ElasticUNet) -
 def test_memory_is_bounded_and_the_noisy_end_stays_longest(tiny_net: ElasticUNet, states: int) -> None:
     net = tiny_net.initial(0)
     one = 4 * 8 * 8 * 4
-    trajectories = Trajectories(net, DDIM(), states * one)
+    trajectories = Trajectories(net, DDIM(), cache_bytes=states * one)
     schedule = schedule_of(tiny_net, 1, 0.5, 0.25, 1)
     trajectories.images(schedule, 0, 0, 4)
     assert trajectories.bytes_kept == states * one
@@ -117,3 +117,39 @@ def test_scores_of_one_supernet_share_their_samples(tiny_net: ElasticUNet, tiny_
     second = kernel(schedule, 40, 3)
     assert second.spent["calls"] == 0
     assert second.spent["cached_calls"] == 40 * 3
+
+
+# --------------------------------------------------------------------------------------------------------------- device
+
+
+def test_the_fastest_setting_is_measured_once_and_kept(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    net = tiny_net.initial(0)
+    settings = [Execution(1), Execution(64), Execution(64, channels_last=True)]
+    chosen = settle(net, tmp_path, settings)
+    assert chosen.batch == 64, "64 samples in one call are faster than 64 calls"
+    [measured] = json.loads((tmp_path / "execution.json").read_text()).values()
+    assert len(measured["measured"]) == 3
+    assert settle(net, tmp_path, [Execution(2)]) == chosen
+    assert settle(net, tmp_path / "other") == Execution()
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("default")
+def test_no_form_changes_what_is_computed(tiny_net: ElasticUNet, compiled: bool) -> None:
+    net = tiny_net.initial(0)
+    schedule = schedule_of(tiny_net, 1, 0.5)
+    plain = sample(net, schedule, DDIM(), 0, 0, 8)
+    net.run_as(not compiled, compiled)
+    assert torch.allclose(sample(net, schedule, DDIM(), 0, 0, 8), plain, atol=1e-4)
+
+
+def test_lower_precision_is_a_score_of_its_own(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+    net = tiny_net.load(tiny_run / "supernet", "cpu")
+    schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
+    recipes = [Frechet(Digits(), rungs=(40,), precision=precision) for precision in ("float32", "bfloat16")]  # type: ignore[arg-type]
+    exact, rough = (recipe.load(net, tiny_run)(schedule, 40, 0).values["fd"] for recipe in recipes)
+    assert exact != rough
+    assert rough == pytest.approx(exact, rel=0.2)
+    assert recipes[0].digest(tiny_run) != recipes[1].digest(tiny_run)
+    with pytest.raises(UserError, match="float16"):
+        Frechet(Digits(), precision="float16")  # type: ignore[arg-type]

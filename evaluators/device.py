@@ -1,0 +1,100 @@
+"""How to run networks fast on this device: batch size, memory format, compilation. Decided by measuring, once per run folder.
+
+Nothing here changes what is computed beyond the rounding of floats. Lower precision does, so it is a setting of the score.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from nas.contracts import LoadedSupernet, Step
+
+FILE = "execution.json"
+WORTH = 0.95
+"""A setting is taken where it needs at most this share of the time of the plainer one."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """`batch`: samples per network call. `channels_last`: memory format. `compiled`: each subnet goes through torch.compile."""
+
+    batch: int = 256
+    channels_last: bool = False
+    compiled: bool = False
+
+
+def candidates(device: torch.device) -> list[Execution]:
+    """Settings worth timing, plain ones first. On a CPU only the plain one: there, small networks gain nothing from the
+    memory format, and compiling a subnet takes longer than a search needs it."""
+    if device.type == "cpu":
+        return [Execution()]
+    batches = (256, 512, 1024, 2048)
+    forms = [(False, False), (True, False), (False, True), (True, True)]
+    return [Execution(batch, *form) for form in forms for batch in batches]
+
+
+def settle(net: LoadedSupernet, folder: Path, settings: Sequence[Execution] | None = None) -> Execution:
+    """The setting for this device: as an earlier worker of the run measured it, or measured now and kept for the others."""
+    device, path = fingerprint(net.device), folder / FILE
+    settings = candidates(net.device) if settings is None else settings
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if device in known:
+        return Execution(**known[device]["chosen"])
+    if len(settings) == 1:
+        return settings[0]
+    timed = list(measure(net, settings))
+    chosen, best = timed[0]
+    for setting, seconds in timed[1:]:
+        if seconds < WORTH * best:
+            chosen, best = setting, seconds
+    rows = [{**asdict(setting), "seconds_per_image": seconds} for setting, seconds in timed]
+    partial = path.with_name(f"{FILE}.{os.getpid()}")
+    partial.write_text(json.dumps({**known, device: {"chosen": asdict(chosen), "measured": rows}}, indent=1) + "\n")
+    os.replace(partial, path)
+    return chosen
+
+
+def measure(net: LoadedSupernet, settings: Sequence[Execution], repeats: int = 5) -> Iterator[tuple[Execution, float]]:
+    """Seconds per image of one call of the whole network under each setting, the least of some; what does not fit into memory
+    is left out, but for the first."""
+    for number, setting in enumerate(settings):
+        net.run_as(setting.channels_last, setting.compiled)
+        try:
+            yield setting, _seconds(net, setting.batch, repeats) / setting.batch
+        except torch.OutOfMemoryError:
+            if number == 0:
+                raise
+    net.run_as(False, False)
+
+
+def fingerprint(device: torch.device) -> str:
+    """Which device this is, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{device.type}, torch {torch.__version__}"
+
+
+def _seconds(net: LoadedSupernet, batch: int, repeats: int) -> float:
+    x = torch.zeros((batch, *net.image_shape), device=net.device)
+    denoise = net.denoiser(Step(0, net.full_arch))
+    least = float("inf")
+    for _ in range(repeats + 2):  # the first calls choose kernels and compile
+        _wait(net.device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            denoise(x, 0)
+        _wait(net.device)
+        least = min(least, time.perf_counter() - started)
+    return least
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
