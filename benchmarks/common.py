@@ -11,12 +11,14 @@ import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from nas.session import package_versions
+from nas.session import open_session, package_versions
+from nas.study import Study
+from search_spaces.training import Sandwich
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "benchmarks"
@@ -109,6 +111,25 @@ class Benchmark:
         if not self.quick:
             (RESULTS / f"{self.name}.json").write_text(text + "\n")
         print(text)
+
+
+def digits_run(study: Study, quick: bool) -> tuple[Study, Path]:
+    """The digits study with its supernet and features trained, and their run folder; shared by the benchmarks."""
+    study = replace(study, training=Sandwich(steps=60)) if quick else study
+    folder = (RUNS / ("digits-quick" if quick else "digits")).resolve()
+    with open_session(study, folder) as session:
+        for _ in session.prepare():
+            pass
+    return study, folder
+
+
+def borrow(trained: Path, folder: Path) -> Path:
+    """A run folder of its own with the weights and features of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("supernet", "features"):
+        if not (folder / part).exists():
+            (folder / part).symlink_to(trained / part)
+    return folder
 
 
 def device() -> str:

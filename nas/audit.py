@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ import numpy.typing as npt
 
 from nas.contracts import (
     Genome,
-    LoadedEvaluator,
     Problem,
     Progress,
     Schedule,
@@ -33,6 +33,7 @@ from nas.contracts import (
 from nas.genetics import cheapest, feasible_genomes, repair
 
 if TYPE_CHECKING:
+    from nas.ray_runner import Workers
     from nas.study import Study
 
 Array = npt.NDArray[np.float64]
@@ -77,11 +78,10 @@ def _near(space: SearchSpace, target: float, rng: np.random.Generator) -> Genome
     return repair(Problem(space, ("macs",), {"macs": max(target, least)}), tuple(genome), rng)
 
 
-def measure(study: Study, folder: Path, count: int, device: str) -> Iterator[Progress]:
-    """Scores the schedules by every proxy and twice by the reference, into `<folder>/audit/scores.jsonl`; goes on where an
-    earlier call stopped. A file of another supernet, space or evaluator is refused."""
+def measure(study: Study, folder: Path, count: int, device: str, workers: Workers | None = None) -> Iterator[Progress]:
+    """Scores the schedules by every proxy and twice by the reference, into `<folder>/audit/scores.jsonl`, in this process or on
+    Ray workers; goes on where an earlier call stopped. A file of another supernet, space or evaluator is refused."""
     path = folder / "audit" / TABLE
-    supernet = study.supernet.load(folder / "supernet", device)
     recipes = {"reference": study.evaluator, **study.proxies}
     header = {
         "supernet": study.supernet.digest(folder / "supernet"),
@@ -90,38 +90,52 @@ def measure(study: Study, folder: Path, count: int, device: str) -> Iterator[Pro
         "seed": study.seed,
     }
     done = _resume(path, header)
-    evaluators = {name: recipe.load(supernet, folder) for name, recipe in recipes.items()}
     genomes = schedules_to_audit(study.space, count, study.seed)
     left = [genome for genome in genomes if genome not in done]
+    score = partial(Scorer, study, folder.resolve())
+    if workers is None:
+        rows: Iterator[dict[str, Any]] = map(score(device), left) if left else iter(())
+    else:
+        from nas.ray_runner import map_on_ray
+
+        rows = map_on_ray(score, left, study, workers)
     with path.open("a") as file:
-        for number, genome in enumerate(left, len(genomes) - len(left) + 1):
-            row = _row(study, evaluators, genome)
+        for number, row in enumerate(rows, len(genomes) - len(left) + 1):
             file.write(json.dumps(row) + "\n")
             file.flush()
             yield Progress("audit", number, len(genomes))
 
 
-def _row(study: Study, evaluators: Mapping[str, LoadedEvaluator], genome: Genome) -> dict[str, Any]:
-    schedule = study.space.decode(genome)
-    scores: dict[str, Any] = {}
-    for name, recipe in study.proxies.items():
-        seed = derive_seed(study.seed, "search noise")
-        scores[name] = evaluators[name](schedule, recipe.rungs[0], seed).charged_in_full().to_json()
-    for number, name in enumerate(REFERENCES):
-        seed = derive_seed(study.seed, number, "audit reference")
-        score = evaluators["reference"](schedule, study.evaluator.rungs[-1], seed)
-        scores[name] = score.charged_in_full().to_json()
-    cost = dict(study.space.cost(genome))
-    return {"genome": genome, "digest": schedule.digest, "cost": cost, "scores": scores}
+class Scorer:
+    """Every proxy and the reference, loaded; called with a genome it gives a row of the table."""
+
+    def __init__(self, study: Study, folder: Path, device: str) -> None:
+        supernet = study.supernet.load(folder / "supernet", device)
+        self._study = study
+        self._proxies = {name: recipe.load(supernet, folder) for name, recipe in study.proxies.items()}
+        self._reference = study.evaluator.load(supernet, folder)
+
+    def __call__(self, genome: Genome) -> dict[str, Any]:
+        study, schedule = self._study, self._study.space.decode(genome)
+        scores: dict[str, Any] = {}
+        for name, proxy in self._proxies.items():
+            samples, seed = study.proxies[name].rungs[0], derive_seed(study.seed, "search noise")
+            scores[name] = proxy(schedule, samples, seed).charged_in_full().to_json()
+        for number, name in enumerate(REFERENCES):
+            seed = derive_seed(study.seed, number, "audit reference")
+            score = self._reference(schedule, study.evaluator.rungs[-1], seed)
+            scores[name] = score.charged_in_full().to_json()
+        cost = dict(study.space.cost(genome))
+        return {"genome": genome, "digest": schedule.digest, "cost": cost, "scores": scores}
 
 
 def _resume(path: Path, header: Mapping[str, Any]) -> set[Genome]:
     """Genomes that are scored already. Writes the header of a new file; drops a torn last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(header) + "\n")
-        os.replace(partial, path)
+        unfinished = path.with_suffix(".partial")
+        unfinished.write_text(json.dumps(header) + "\n")
+        os.replace(unfinished, path)
         return set()
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
@@ -136,7 +150,7 @@ def _resume(path: Path, header: Mapping[str, Any]) -> set[Genome]:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of an audit. Raises UserError where there is none."""
+    """The rows of an audit, by genome. Raises UserError where there is none."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; `nas audit` writes it")
     rows: list[dict[str, Any]] = []
@@ -145,7 +159,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError:
             break
-    return rows
+    return sorted(rows, key=lambda row: tuple(row["genome"]))
 
 
 # ------------------------------------------------------------------------------------------------------------- agreement

@@ -23,6 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from nas.contracts import Trial
+    from nas.ray_runner import Workers
     from nas.study import Study
 
 app = typer.Typer(
@@ -47,6 +48,11 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 SearcherOption = Annotated[str | None, typer.Option(help="Searcher. Default: the study's first.", show_default=False)]
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search; each seed has a ledger of its own.")
+]
+WorkersOption = Annotated[int, typer.Option(min=0, help="Ray workers; 0 computes in this process.")]
+GpusOption = Annotated[float, typer.Option(min=0, help="GPUs for each Ray worker; a fraction shares one.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Ray cluster to join. Default: one on this machine.", show_default=False)
 ]
 TrialOption = Annotated[int | None, typer.Option(help="Trial of that searcher.", show_default=False)]
 WithinOption = Annotated[
@@ -76,13 +82,9 @@ def run(
     threads: Annotated[
         int, typer.Option(min=0, help="CPU threads for training; 0 takes all cores. Scores use one.")
     ] = 0,
-    workers: Annotated[int, typer.Option(min=0, help="Ray workers; 0 searches in this process.")] = 0,
-    gpus_per_worker: Annotated[
-        float, typer.Option(min=0, help="GPUs for each Ray worker; a fraction shares one.")
-    ] = 0.0,
-    ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster to join. Default: one on this machine.", show_default=False)
-    ] = None,
+    workers: WorkersOption = 0,
+    gpus_per_worker: GpusOption = 0.0,
+    ray_address: AddressOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
     """Train what is missing, search, verify. The same command again goes on where it stopped."""
@@ -95,11 +97,7 @@ def run(
         study.searcher(name)
     folder = _run_folder(study, out_dir)
     _check_device(device)
-    pool = None
-    if workers or gpus_per_worker or ray_address:
-        from nas.ray_runner import Workers
-
-        pool = Workers(workers or 1, gpus_per_worker, ray_address, device)
+    pool = _pool(workers, gpus_per_worker, ray_address, device)
     with _resumable(folder), open_session(study, folder, storage, device) as session:
         started = time.monotonic()
         with progress_bars(quiet) as bars:
@@ -147,6 +145,9 @@ def audit(
     out_dir: OutOption = None,
     storage: StorageOption = None,
     device: DeviceOption = "cpu",
+    workers: WorkersOption = 0,
+    gpus_per_worker: GpusOption = 0.0,
+    ray_address: AddressOption = None,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
@@ -166,7 +167,8 @@ def audit(
     bars = progress_bars(quiet or as_json)
     with _resumable(folder), open_session(study, folder, storage, device) as session, bars:
         follow(bars, session.prepare())
-        follow(bars, session.on_one_thread(measure(study, folder, schedules, device)))
+        pool = _pool(workers, gpus_per_worker, ray_address, device)
+        follow(bars, session.on_one_thread(measure(study, folder, schedules, device, pool)))
     rows = read_table(folder / "audit" / TABLE)
     facts = summary(rows)
     (folder / "audit" / "audit.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -333,6 +335,15 @@ def _choose(
     if chosen is None or chosen.score is None:
         raise UserError(f"{info.name} has no scored trial {trial}; it has numbers 0 to {len(trials) - 1}")
     return chosen, info.name
+
+
+def _pool(count: int, gpus: float, address: str | None, device: str) -> Workers | None:
+    """Ray workers, where any option asks for them."""
+    if not (count or gpus or address):
+        return None
+    from nas.ray_runner import Workers
+
+    return Workers(count or 1, gpus, address, device)
 
 
 @contextmanager

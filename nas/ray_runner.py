@@ -13,12 +13,12 @@ import os
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from nas.contracts import DONE, Schedule, Score, Signal, UserError
@@ -42,6 +42,10 @@ os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 import ray
 from ray import tune
 from ray.tune.search import Searcher as TuneSearcher
+from ray.util import ActorPool
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,38 @@ def run_on_ray(conductor: Conductor, study: Study, folder: Path, workers: Worker
             tuner.fit()
     if bridge.error is not None:
         raise bridge.error
+
+
+def map_on_ray(
+    make: Callable[[str], Callable[[T], R]], items: Sequence[T], study: Study, workers: Workers
+) -> Iterator[R]:
+    """`make(device)(item)` for each item, as they finish; each worker makes its function once. Neighbouring items go to the same
+    worker.
+
+    Raises UserError where the cluster cannot be reached or never has room for a worker.
+    """
+    resources = {"cpu": 1.0, "gpu": workers.gpus} if workers.gpus else {"cpu": 1.0}
+    with _cluster(workers), _sent_by_value(study):
+        count = min(workers.count, _room(resources))
+        size = max(1, min(8, len(items) // (4 * count)))
+        chunks = [items[start : start + size] for start in range(0, len(items), size)]
+        options = {"num_cpus": 1, "num_gpus": workers.gpus}
+        device = "cuda" if workers.gpus else workers.device
+        pool = ActorPool([_Mapper.options(**options).remote(make, device) for _ in range(count)])  # type: ignore[attr-defined]
+        for results in pool.map_unordered(lambda actor, chunk: actor.run.remote(chunk), chunks):
+            yield from results
+
+
+@ray.remote
+class _Mapper:
+    def __init__(self, make: Callable[[str], Callable[[Any], Any]], device: str) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        self._call = make(device)
+
+    def run(self, chunk: Sequence[Any]) -> list[Any]:
+        return [self._call(item) for item in chunk]
 
 
 class _Worker(tune.Trainable):  # type: ignore[misc]

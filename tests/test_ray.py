@@ -98,6 +98,19 @@ def test_a_real_network_scores_the_same_on_a_worker(
             assert trial.score.values["fd"] == pytest.approx(known.values["fd"], rel=1e-6)
 
 
+def test_an_audit_on_workers_has_the_rows_of_a_local_one(ray_cluster: Any, tmp_path: Path) -> None:
+    from nas.audit import TABLE, measure, read_table
+    from nas.ray_runner import Workers
+    from tests.toy import ToyEvaluator
+
+    study = toy_study(proxies={"few": ToyEvaluator(rungs=(8,))})
+    for name, workers in (("local", None), ("ray", Workers(2))):
+        ticks = list(measure(study, tmp_path / name, 20, "cpu", workers))
+        assert [tick.done for tick in ticks] == list(range(1, 21))
+    local, ray = (read_table(tmp_path / name / "audit" / TABLE) for name in ("local", "ray"))
+    assert ray == local
+
+
 def test_impossible_workers_are_refused(ray_cluster: Any, tmp_path: Path) -> None:
     from nas.ray_runner import Workers
 
