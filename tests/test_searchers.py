@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from nas.contracts import Problem, Proposal, Score, UserError
+from nas.contracts import WAIT, Problem, Proposal, Score, UserError
 from nas.genetics import feasible_genomes, uniform_genomes
 from nas.pareto import hypervolume
+from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.random import Random
@@ -192,6 +193,47 @@ def test_intervals_of_many_options_are_screened_gene_by_gene() -> None:
     for trial in solved[:4]:
         within = [score(g).values["fd"] for g in every if problem.space.cost(g)["macs"] <= trial.origin["budget"]]
         assert trial.score.values["fd"] <= min(within) * 1.15
+
+
+@pytest.mark.parametrize("searcher", [DDSM(population=5, mutation="intended"), DDSM(population=3)], ids=repr)
+def test_every_kind_of_ddsm_keeps_the_laws(searcher: DDSM) -> None:
+    check_searcher(searcher)
+
+
+def test_ddsm_proceeds_in_generations_of_the_published_operators() -> None:
+    problem = table_problem(genes=8, options=4, limit=1.0)
+    told = drive(DDSM(population=20), problem, toy_score, 60)
+    assert [trial.origin["generation"] for trial in told] == [0] * 20 + [1] * 20 + [2] * 20
+    assert {trial.genome for trial in told[:4]} == {(i,) * 8 for i in range(4)}
+
+    def value(trial: Any) -> float:
+        return float(trial.score.values["fd"] + 1.6 * trial.cost["macs_share"])
+
+    parents = [trial.genome for trial in sorted(told[:20], key=value)]
+    for child in told[20:40]:  # mutation as released changes next to nothing, so children are two pieces of parents
+        assert any(
+            child.genome in (a[:cut] + b[cut:], b[:cut] + a[cut:]) for a in parents for b in parents for cut in range(8)
+        )
+
+
+def test_ddsm_waits_for_a_generation() -> None:
+    problem = table_problem(genes=5, options=4, limit=1.0)
+    search, pending = DDSM(population=6).start(problem, 0), []
+    for _ in range(6):
+        proposal = search.ask([p.genome for p in pending])
+        assert isinstance(proposal, Proposal)
+        pending.append(proposal)
+    assert search.ask([p.genome for p in pending]) is WAIT
+    for number, proposal in enumerate(pending):
+        search.tell(closed(problem, number, proposal, toy_score(proposal.genome)))
+    assert isinstance(search.ask([]), Proposal)
+
+
+def test_wrong_settings_of_ddsm_are_refused() -> None:
+    with pytest.raises(UserError, match="population 1"):
+        DDSM(population=1)
+    with pytest.raises(UserError, match="'none'"):
+        DDSM(mutation="none")  # type: ignore[arg-type]
 
 
 def test_a_knapsack_without_probes_is_refused() -> None:
