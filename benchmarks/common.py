@@ -118,7 +118,7 @@ def digits_run(study: Study, quick: bool) -> tuple[Study, Path]:
     study = replace(study, training=Sandwich(steps=60)) if quick else study
     folder = (RUNS / ("digits-quick" if quick else "digits")).resolve()
     with open_session(study, folder) as session:
-        for _ in session.prepare():
+        for _ in session.prepare(threads=1):
             pass
     return study, folder
 

@@ -12,7 +12,6 @@ from itertools import groupby
 from nas.contracts import (
     DONE,
     WAIT,
-    LoadedEvaluator,
     Problem,
     Proposal,
     Schedule,
@@ -203,7 +202,7 @@ class Conductor:
             self._search.tell(trial)
 
 
-def run_here(conductor: Conductor, evaluate: LoadedEvaluator) -> None:
+def run_here(conductor: Conductor, evaluate: Callable[[Schedule, int, int], Score]) -> None:
     """Runs every job in this process, one after another. Deterministic: a resumed run repeats an uninterrupted one."""
     while isinstance(job := conductor.next(), Job):
         conductor.settle(job.trial.number, attempt(evaluate, job.schedule, job.samples, job.seed))

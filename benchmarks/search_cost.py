@@ -1,0 +1,370 @@
+"""What does a search cost until it is as good as the published one?
+
+On the digits study's supernet with five intervals, every schedule is sampled once and its features are kept; searches are then
+replayed on that table by the engine's own runner. The literal search is DDSM's: 500 candidates, 4,096 images each, noise of its
+own for every candidate, nothing shared. The engine's searches see shared noise, share beginnings, climb rungs, and are charged for
+probes, rungs and verification. What each returns is judged on samples that none of them saw.
+
+Then, live: the same search on the network itself, and with one interval for each of ten steps a schedule within 51 % of the MACs
+against the full net.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+import torch
+
+from benchmarks.common import Benchmark, Target, borrow, digits_run
+from evaluators.frechet import Frechet, Gaussian, Moments, frechet_with_replicates
+from evaluators.images import load_once
+from nas.allocation import allocate
+from nas.contracts import Genome, Problem, Schedule, Score, Searcher, Trial, derive_seed
+from nas.genetics import feasible_genomes
+from nas.ladder import Ladder
+from nas.ledger import Ledger, LedgerInfo
+from nas.pareto import hypervolume
+from nas.report import best_within, verified_front
+from nas.runner import Conductor, run_here
+from nas.searchers.ddsm import DDSM
+from nas.searchers.evolution import Evolution
+from nas.searchers.knapsack import Knapsack
+from nas.searchers.random import Random
+from nas.session import open_session
+from nas.study import Study
+from search_spaces.intervals import equal
+from search_spaces.stepwise import Stepwise
+from studies.digits import images, net, steps
+from studies.digits import study as digits
+
+SEED = derive_seed(0, "search cost benchmark")
+WITHIN = 0.99
+"""Share of the literal search's hypervolume at which another search is as good."""
+
+Row = dict[str, Any]
+Features = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes. Of each schedule's samples the first half is for searching: its first half for rungs, its second for
+    verification, all of it for the literal search; the second half judges."""
+
+    intervals: int
+    samples: int
+    rungs: tuple[int, ...]
+    literal: int
+    trials: tuple[int, ...]
+    seeds: int
+
+    @property
+    def half(self) -> int:
+        return self.samples // 2
+
+    @property
+    def space(self) -> Stepwise:
+        return Stepwise(net, steps, equal(steps, self.intervals))
+
+
+FULL = Scale(5, 8192, (256, 1024, 2048), 500, (20, 36, 40, 44, 48, 56, 64, 80, 100, 150, 200, 300, 500), 5)
+QUICK = Scale(3, 256, (16, 32, 64), 40, (10, 22, 30), 2)
+
+
+def sample_part(folder: Path, scale: Scale, first: int, into: Path) -> Row:
+    """Features of every schedule whose first gene is `first`, (schedules, samples, d), into an .npy file."""
+    torch.set_num_threads(1)
+    space = scale.space
+    evaluate = replace(digits, evaluator=Frechet(images, rungs=(scale.samples,))).load(folder, "cpu")
+    started = time.perf_counter()
+    genomes = [genome for genome in sorted(feasible_genomes(Problem(space, ("macs",)))) if genome[0] == first]
+    rows = [evaluate.rows_of(space.decode(genome), scale.samples, SEED) for genome in genomes]  # type: ignore[attr-defined]
+    np.save(into, np.stack(rows))
+    meter = evaluate.trajectories.meter  # type: ignore[attr-defined]
+    saved = meter.cached_macs / (meter.cached_macs + meter.macs)
+    return {"schedules": len(genomes), "seconds": time.perf_counter() - started, "saved": saved}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Features of all schedules, and distances of any of their samples to the reference."""
+
+    scale: Scale
+    files: tuple[Path, ...]
+    reference: Gaussian
+
+    @cached_property
+    def features(self) -> dict[Genome, Features]:
+        genomes = sorted(feasible_genomes(Problem(self.scale.space, ("macs",))))
+        rows = (row for file in self.files for row in np.load(file, mmap_mode="r"))
+        return dict(zip(genomes, rows, strict=True))
+
+    @cached_property
+    def _known(self) -> dict[Any, tuple[float, tuple[float, ...]]]:
+        return {}
+
+    def distance(self, genome: Genome, start: int, stop: int) -> tuple[float, tuple[float, ...]]:
+        key = genome, start, stop
+        if key not in self._known:
+            self._known[key] = frechet_with_replicates(self.features[genome][start:stop], self.reference)
+        return self._known[key]
+
+    def fresh(self, genome: Genome, rng: np.random.Generator) -> tuple[float, tuple[float, ...]]:
+        """With noise of its own: as many samples drawn with replacement as a half holds."""
+        half = self.scale.half
+        return frechet_with_replicates(self.features[genome][rng.integers(half, size=half)], self.reference)
+
+    def judge(self, genome: Genome) -> float:
+        return self.distance(genome, self.scale.half, self.scale.samples)[0]
+
+
+class Replay:
+    """An evaluator that looks up features instead of sampling, and charges what sampling would have taken.
+
+    `shared`: shared noise and beginnings, each interval charged for the samples that no schedule with the same beginning has
+    run; else fresh noise for every candidate, all of it charged.
+    """
+
+    def __init__(self, table: Table, rungs: Sequence[int], shared: bool, seed: int) -> None:
+        self._table = table
+        self._rungs = rungs
+        self._shared = shared
+        self._seed = seed
+        self._calls = 0
+        self._run: dict[Any, int] = {}
+        self._costs = table.scale.space.interval_costs()
+        self._by_digest = {table.scale.space.decode(genome).digest: genome for genome in table.features}
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        genome = self._by_digest[schedule.digest]
+        self._calls += 1
+        if not self._shared:
+            rng = np.random.default_rng(derive_seed(self._seed, self._calls, "fresh noise"))
+            value, replicates = self._table.fresh(genome, rng)
+            macs = rung * sum(row[gene] for row, gene in zip(self._costs, genome, strict=True))
+        else:
+            verifying = rung == self._rungs[-1] and len(self._rungs) > 1
+            start = self._table.scale.half - rung if verifying else 0
+            value, replicates = self._table.distance(genome, start, start + rung)
+            macs = sum(self._interval(genome, k, rung, verifying) for k in range(len(genome)))
+        return Score({"fd": value}, {"fd": replicates}, {"macs": float(macs)}, {"fd": f"fd@{rung}"})
+
+    def _interval(self, genome: Genome, k: int, rung: int, verifying: bool) -> int:
+        key = verifying, genome[: k + 1]
+        new = max(0, rung - self._run.get(key, 0))
+        self._run[key] = max(rung, self._run.get(key, 0))
+        return new * self._costs[k][genome[k]]
+
+
+def search(table: Table, searcher: Searcher, rungs: tuple[int, ...], trials: int, shared: bool, seed: int) -> Row:
+    """One whole search by the engine's runner; MACs charged, hypervolume of what it returns as the judge sees it."""
+    problem = Problem(table.scale.space, ("fd", "macs"), {})
+    info = LedgerInfo("search-cost", "searcher", seed, ("fd", "macs"), rungs, {}, {})
+    ledger = Ledger(optuna.storages.InMemoryStorage(), info, problem)
+    verified = max(4, min(24, trials // 3))
+    ladder = Ladder(rungs, ("fd", "macs"), trials, verified)
+    run_here(
+        Conductor(ledger, searcher.start(problem, seed), problem, ladder, seed), Replay(table, rungs, shared, seed)
+    )
+    charged = sum(trial.score.spent["macs"] for trial in ledger.trials if trial.score)
+    front = verified_front(ledger.trials, ("fd", "macs"))
+    return {"trials": trials, "macs": charged, "hypervolume": judged_volume(table, front), "front": len(front)}
+
+
+def judged_volume(table: Table, front: Sequence[Trial]) -> float:
+    """Of the returned schedules, by the judge's scores; against the cheapest net's distance and all MACs."""
+    space = table.scale.space
+    worst = table.judge((0,) * table.scale.intervals)
+    return hypervolume([(table.judge(t.genome), space.cost(t.genome)["macs_share"]) for t in front], (worst, 1.0001))
+
+
+def until(table: Table, name: str, scale: Scale, goal: float, seed: int, budget: float) -> Row:
+    """The cheapest of the trial budgets at which the search reaches the goal."""
+    half = scale.half
+    kinds: dict[str, tuple[Searcher, tuple[int, ...]]] = {
+        "knapsack + rungs": (Knapsack(), scale.rungs),
+        "evolution + rungs": (Evolution(), scale.rungs),
+        "evolution": (Evolution(), scale.rungs[-2:]),
+        "random": (Random(), scale.rungs[-2:]),
+        "knapsack, as many images as the literal": (Knapsack(), (half,)),
+        "evolution, as many images as the literal": (Evolution(), (half,)),
+    }
+    searcher, rungs = kinds[name]
+    tried = []
+    for trials in scale.trials:
+        tried.append(search(table, searcher, rungs, trials, True, seed))
+        if tried[-1]["hypervolume"] >= goal:
+            return {**tried[-1], "reached": True, "ratio": tried[-1]["macs"] / budget}
+    return {**tried[-1], "reached": False, "ratio": tried[-1]["macs"] / budget}
+
+
+SEARCHES = (
+    "knapsack + rungs",
+    "evolution + rungs",
+    "evolution",
+    "random",
+    "knapsack, as many images as the literal",
+    "evolution, as many images as the literal",
+)
+
+
+def regret(table: Table, seed: int) -> Row:
+    """At ten budgets, how much worse the judge finds what a search picks than the best of all, as a share of that."""
+    scale, space = table.scale, table.scale.space
+    every = {genome: (table.judge(genome), space.cost(genome)["macs_share"]) for genome in table.features}
+    found: Row = {}
+    for name, searcher, trials in (
+        ("knapsack", Knapsack(), scale.trials[4 % len(scale.trials)]),
+        ("evolution 50", Evolution(), 50),
+        ("evolution 200", Evolution(), min(200, len(every))),
+    ):
+        problem = Problem(space, ("fd", "macs"), {})
+        info = LedgerInfo("regret", name, seed, ("fd", "macs"), scale.rungs, {}, {})
+        ledger = Ledger(optuna.storages.InMemoryStorage(), info, problem)
+        ladder = Ladder(scale.rungs, ("fd", "macs"), trials, max(4, min(24, trials // 3)))
+        replay = Replay(table, scale.rungs, True, seed)
+        run_here(Conductor(ledger, searcher.start(problem, seed), problem, ladder, seed), replay)
+        lost = []
+        for budget in np.linspace(0.15, 0.9, 10):
+            best = min(fd for fd, share in every.values() if share <= budget)
+            lost.append(table.judge(best_within(ledger.trials, "macs_share", budget, "fd").genome) / best - 1)
+        found[name] = {"evaluations": len(ledger.trials), "regret": float(np.mean(lost))}
+    return found
+
+
+def knapsack_seconds(instances: int) -> Row:
+    """Sixteen intervals of 64 architectures, eight budgets, three solutions each: the longest of some instances."""
+    longest = 0.0
+    for seed in range(instances):
+        rng = np.random.default_rng(seed)
+        costs = np.sort(rng.integers(10**6, 10**9, size=(16, 64)), axis=1)
+        errors = -np.sort(-rng.exponential(size=(16, 64)), axis=1)
+        budgets = np.linspace(costs.min(1).sum(), costs.max(1).sum(), 9)[1:].tolist()
+        started = time.perf_counter()
+        allocate(costs.tolist(), errors.tolist(), budgets, top=3)
+        longest = max(longest, time.perf_counter() - started)
+    return {"instances": instances, "longest_s": longest}
+
+
+def half_of_the_macs(study: Study, folder: Path, samples: int) -> Row:
+    """Live, one interval for each step: the best verified schedule within 51 % against the full net, three fresh seeds."""
+    with open_session(study, folder) as session:
+        conductor = session.conductor("knapsack")
+        session.run(conductor)
+        chosen = best_within(conductor.ledger.trials, "macs_share", 0.51, "fd")
+    evaluate = replace(study, evaluator=Frechet(images, rungs=(samples,))).load(folder, "cpu")
+    full = study.space.decode((len(net.widths) - 1,) * len(study.space.choices))
+    pairs = [
+        [
+            evaluate(schedule, samples, derive_seed(seed, "no loss"))
+            for schedule in (study.space.decode(chosen.genome), full)
+        ]
+        for seed in range(3)
+    ]
+    differences = [found.difference(whole, "fd") for found, whole in pairs]
+    loss, error = np.mean([d for d, _ in differences]), math.hypot(*(e for _, e in differences)) / 3
+    whole = np.mean([score.values["fd"] for _, score in pairs])
+    return {
+        "genome": chosen.genome,
+        "macs_share": chosen.cost["macs_share"],
+        "fd": float(np.mean([score.values["fd"] for score, _ in pairs])),
+        "full_fd": float(whole),
+        "loss": float(loss),
+        "loss_error": error,
+        "upper_bound_share": float((loss + 1.96 * error) / whole),
+    }
+
+
+def build_table(bench: Benchmark, scale: Scale, trained: Path) -> Table:
+    files = tuple(bench.folder / f"features-{first}.npy" for first in range(len(net.widths)))
+    bench.rows(
+        {
+            f"samples of schedules {first}...": (sample_part, trained, scale, first, file)
+            for first, file in enumerate(files)
+        }
+    )
+    features = digits.evaluator.features.load(trained, torch.device("cpu"))  # type: ignore[attr-defined]
+    real = features(torch.from_numpy(load_once(images).pixels)).numpy()
+    return Table(scale, files, Moments.of(real).gaussian())
+
+
+def compare(bench: Benchmark, table: Table) -> Mapping[str, float]:
+    """Every search against the literal one, per seed and mutation; mean ratio of MACs for each."""
+    scale = table.scale
+    full = table.judge((len(net.widths) - 1,) * scale.intervals)
+    ratios: dict[str, list[float]] = {name: [] for name in SEARCHES}
+    for mutation in ("released", "intended"):
+        for seed in range(scale.seeds):
+            searcher = DDSM(macs_weight=1.6 * full, mutation=mutation, population=scale.literal // 10)
+            literal = bench.row(
+                f"literal search, mutation as {mutation}, seed {seed}",
+                lambda searcher=searcher, seed=seed: search(table, searcher, (scale.half,), scale.literal, False, seed),  # type: ignore[misc]
+            )
+            goal = WITHIN * literal["hypervolume"]
+            for name in SEARCHES:
+                row = bench.row(
+                    f"{name}, until the literal search as {mutation}, seed {seed}",
+                    lambda name=name, goal=goal, seed=seed, literal=literal: until(  # type: ignore[misc]
+                        table, name, scale, goal, seed, literal["macs"]
+                    ),
+                )
+                ratios[name].append(row["ratio"] if row["reached"] else math.inf)
+    return {name: float(np.mean(values)) for name, values in ratios.items()}
+
+
+def main() -> None:
+    bench = Benchmark("search_cost", __doc__ or "")
+    torch.set_num_threads(1)
+    base, trained = digits_run(digits, bench.quick)
+    scale = QUICK if bench.quick else FULL
+    table = build_table(bench, scale, trained)
+    ratios = compare(bench, table)
+    for seed in range(scale.seeds):
+        bench.row(f"regret, seed {seed}", lambda seed=seed: regret(table, seed))  # type: ignore[misc]
+    solver = bench.row("knapsack solver", lambda: knapsack_seconds(2 if bench.quick else 20))
+    study = replace(
+        base,
+        evaluator=Frechet(images, rungs=(16, 32, 64) if bench.quick else (512, 2048, 4096)),
+        trials=70 if bench.quick else 140,
+        verified=4 if bench.quick else 16,
+    )
+    half = bench.row(
+        "live, one interval for each step, within 51%",
+        lambda: half_of_the_macs(study, borrow(trained, bench.folder / "run"), 64 if bench.quick else 4096),
+    )
+    bench.row("ratios", lambda: {name: value if math.isfinite(value) else None for name, value in ratios.items()})
+    best = ratios["knapsack + rungs"]
+    bench.finish(
+        [
+            Target(
+                "macs_ratio_to_literal",
+                "MACs of knapsack + rungs + shared beginnings until the literal DDSM search's hypervolume / that search's MACs, mean of 5 seeds and 2 mutations",
+                0.05,
+                best if math.isfinite(best) else None,
+            ),
+            Target(
+                "fd_loss_at_half",
+                "upper 95 % bound of the FD lost within 51 % of the MACs, as a share of the full net's, no fine-tuning",
+                0.05,
+                half["upper_bound_share"],
+            ),
+            Target(
+                "knapsack_seconds",
+                "longest exact solution of 16 intervals x 64 architectures for 8 budgets, seconds",
+                1,
+                solver["longest_s"],
+            ),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the benchmarks build on: the port of the published loop, and the replay of searches on a table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import ddsm_loop, search_cost
+from evaluators.features import SmallClassifier
+from evaluators.frechet import Frechet, Moments
+from evaluators.images import Digits
+from evaluators.sampling import DDIM, sample
+from nas.contracts import Schedule, Step
+from search_spaces.intervals import uniform
+from search_spaces.supernet import ElasticUNet
+
+
+def test_the_published_loop_at_full_width_draws_what_the_stock_model_draws(
+    tiny_net: ElasticUNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = tiny_net.initial(0)
+    model = ddsm_loop.slimmable(net.extract(net.full_arch))
+    noise = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "randn", lambda *shape: noise)
+    monkeypatch.setattr("evaluators.sampling.initial_noise", lambda *a: noise)
+    timesteps = uniform(4)
+    drawn = ddsm_loop.sample(model, (1.0,) * 4, timesteps, 6, net.alphas_cumprod)
+    schedule = Schedule(tuple(Step(t, net.full_arch) for t in timesteps))
+    assert torch.allclose(drawn, sample(net, schedule, DDIM(), 0, 0, 6), atol=1e-4)
+    narrow = ddsm_loop.sample(model, (0.5, 1.0, 0.5, 0.5), timesteps, 6, net.alphas_cumprod)
+    assert narrow.shape == drawn.shape
+    assert not torch.allclose(narrow, drawn)
+    again = ddsm_loop.sample(model, (1.0,) * 4, timesteps, 6, net.alphas_cumprod)
+    assert torch.equal(again, drawn)
+
+
+def test_the_published_loops_distance_is_the_frechet_distance(tiny_run: Path, tmp_path: Path) -> None:
+    images = torch.from_numpy(Digits().load().pixels[:300])
+    rows = SmallClassifier().load(tiny_run, torch.device("cpu"))(images).numpy()
+    reference = Moments.of(rows[:200]).gaussian()
+    np.savez(tmp_path / "statistics.npz", mu=reference.mean, sigma=reference.covariance)
+    found = ddsm_loop.distance(images[100:], SmallClassifier(), tiny_run, tmp_path / "statistics.npz")
+    assert found == pytest.approx(reference.distance(Moments.of(rows[100:]).gaussian()), rel=1e-3)
+
+
+def test_a_replay_scores_and_charges_as_sampling_does(
+    tiny_net: ElasticUNet, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from search_spaces.stepwise import Stepwise
+
+    steps = uniform(4)
+    space = Stepwise(tiny_net, steps, (2, 2))
+    scale = search_cost.Scale(2, 64, (8, 16), 9, (6,), 1)
+    monkeypatch.setattr(search_cost.Scale, "space", space)
+    net = tiny_net.load(tiny_run / "supernet", "cpu")
+    recipe = Frechet(Digits(), rungs=(8, 16), batch=8)
+    evaluate = recipe.load(net, tiny_run)
+    files = []
+    for first in range(3):
+        genomes: Any = [(first, second) for second in range(3)]
+        rows = [evaluate.rows_of(space.decode(genome), 64, 5) for genome in genomes]
+        np.save(tmp_path / f"{first}.npy", np.stack(rows))
+        files.append(tmp_path / f"{first}.npy")
+    real = SmallClassifier().load(tiny_run, torch.device("cpu"))(torch.from_numpy(Digits().load().pixels)).numpy()
+    table = search_cost.Table(scale, tuple(files), Moments.of(real).gaussian())
+    live = replace(recipe, cache_bytes=2**29).load(tiny_net.load(tiny_run / "supernet", "cpu"), tiny_run)
+    replay = search_cost.Replay(table, (8, 16, 32), shared=True, seed=0)
+    for genome, samples in (((0, 1), 8), ((0, 2), 8), ((1, 2), 8), ((0, 1), 16), ((0, 0), 16)):
+        schedule = space.decode(genome)
+        measured, replayed = live(schedule, samples, 5), replay(schedule, samples, 5)
+        assert replayed.values["fd"] == pytest.approx(measured.values["fd"], rel=1e-4)
+        assert replayed.spent["macs"] == measured.spent["macs"]
+    verified = replay(space.decode((0, 1)), 32, 5)
+    assert verified.spent["macs"] == 32 * space.cost((0, 1))["macs"], "verification shares nothing with the search"
