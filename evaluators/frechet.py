@@ -237,7 +237,8 @@ class Frechet(OfFeatures):
         yield from super().prepare(folder, seed, device)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
-        features, device = self.load_features(supernet, folder), str(supernet.device)
+        features = self.load_features(supernet, folder)
+        device = str(supernet.device) if supernet.device.type == "cuda" else "cpu"  # others may lack float64
         if self.reference is None:
             moments = [Moments.of(rows) for rows in self.real_rows(features, supernet.device)]
             reference = sum(moments[1:], start=moments[0]).gaussian(device)

@@ -212,6 +212,7 @@ class Ledger:
     def close(self, number: int, score: Score) -> Trial:
         """Books the score: COMPLETE on the last rung, PRUNED below it."""
         self._storage.set_trial_system_attr(self._ids[number], SCORE, {**score.to_json(), "order": len(self._closed)})
+        self._storage.set_trial_user_attr(self._ids[number], "spent", dict(score.spent))
         for name, error in ((name, score.error(name)) for name in score.values):
             if math.isfinite(error):
                 self._storage.set_trial_user_attr(self._ids[number], f"{name} error", error)

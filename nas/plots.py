@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nas.contracts import Trial
-from nas.report import verified_front
+from nas.report import against, verified_front
 
 mpl.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150})
 
@@ -43,7 +44,9 @@ def draw_front(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any],
             fontsize=9,
         )
     top.set_xlabel("share of the full network's MACs")
-    top.set_ylabel(label + "\n(lower is better; bars: ± 1 standard error)")
+    top.set_ylabel(
+        label + "\n(lower is better; bars: ± 1 standard error;\nhollow: not told apart from the next cheaper)"
+    )
     fronts = {name: verified_front(trials, objectives) for name, trials in ledgers.items() if name != baseline}
     shown = next((name for name, best in fronts.items() if best), None)
     if shown is None:
@@ -131,10 +134,14 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], objectives:
             continue
         colour = next(colours)
         axes.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
-        x, y, error = _points(sorted(verified_front(trials, objectives), key=lambda t: t.cost["macs"]), quality)
+        front = sorted(verified_front(trials, objectives), key=lambda t: t.cost["macs"])
+        x, y, error = _points(front, quality)
         axes.errorbar(
             x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3
         )
+        compared = [against(trial, cheaper, quality) for cheaper, trial in pairwise(front)]
+        ties = [i for i, found in enumerate(compared, 1) if found and not found["conclusive"]]
+        axes.plot([x[i] for i in ties], [y[i] for i in ties], "o", color="white", markersize=3, zorder=4)
     axes.set_xlim(0, 1.03)
     axes.legend(frameon=False)
 

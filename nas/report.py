@@ -106,7 +106,7 @@ class Run:
                     "trials": len(done),
                     "failed": sum(t.status == "failed" for t in trials),
                     "front": [
-                        {**_member(t, quality), "against_cheaper": _against(t, cheaper, quality)}
+                        {**_member(t, quality), "against_cheaper": against(t, cheaper, quality)}
                         for t, cheaper in zip(best, [None, *best], strict=False)
                     ],
                     "hypervolume": hypervolume(points, reference) if points else 0.0,
@@ -153,7 +153,7 @@ class Run:
             if held:
                 leader = min(held, key=lambda pair: pair[1][quality])[0]
                 for trial, member in held:
-                    member["against_leader"] = None if trial is leader else _against(trial, leader, quality)
+                    member["against_leader"] = None if trial is leader else against(trial, leader, quality)
 
 
 def _member(trial: Trial, quality: str) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _spent(trials: Sequence[Trial]) -> dict[str, float]:
     return {key: sum(t.score.spent.get(key, 0.0) for t in trials if t.score) for key in SPENT}
 
 
-def _against(trial: Trial, other: Trial | None, quality: str) -> dict[str, Any] | None:
+def against(trial: Trial, other: Trial | None, quality: str) -> dict[str, Any] | None:
     """`trial` minus `other`: the paired difference, its error, and whether it is outside of that error."""
     if other is None or trial.score is None or other.score is None:
         return None
