@@ -12,8 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import filelock
 import torch
 
+from evaluators.sampling import Precision, predict
 from nas.contracts import LoadedSupernet, Step
 
 FILE = "execution.json"
@@ -31,8 +33,8 @@ class Execution:
 
 
 def candidates(device: torch.device) -> list[Execution]:
-    """Settings worth timing, plain ones first. On a CPU only the plain one: there, small networks gain nothing from the
-    memory format, and compiling a subnet takes longer than a search needs it."""
+    """Settings worth timing, plain ones first. On a CPU only the plain one: there, a small network gains less than a tenth from
+    the memory format, and compiling a subnet takes longer than a search needs it."""
     if device.type == "cpu":
         return [Execution()]
     batches = (256, 512, 1024, 2048)
@@ -40,35 +42,40 @@ def candidates(device: torch.device) -> list[Execution]:
     return [Execution(batch, *form) for form in forms for batch in batches]
 
 
-def settle(net: LoadedSupernet, folder: Path, settings: Sequence[Execution] | None = None) -> Execution:
-    """The setting for this device: as an earlier worker of the run measured it, or measured now and kept for the others."""
-    device, path = fingerprint(net.device), folder / FILE
+def settle(
+    net: LoadedSupernet, folder: Path, precision: Precision = "float32", settings: Sequence[Execution] | None = None
+) -> Execution:
+    """The setting for this device and precision: as the first worker of the run measures it, while the others wait."""
     settings = candidates(net.device) if settings is None else settings
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if device in known:
-        return Execution(**known[device]["chosen"])
     if len(settings) == 1:
         return settings[0]
-    timed = list(measure(net, settings))
-    chosen, best = timed[0]
-    for setting, seconds in timed[1:]:
-        if seconds < WORTH * best:
-            chosen, best = setting, seconds
-    rows = [{**asdict(setting), "seconds_per_image": seconds} for setting, seconds in timed]
-    partial = path.with_name(f"{FILE}.{os.getpid()}")
-    partial.write_text(json.dumps({**known, device: {"chosen": asdict(chosen), "measured": rows}}, indent=1) + "\n")
-    os.replace(partial, path)
-    return chosen
+    device, path = f"{fingerprint(net.device)}, {precision}", folder / FILE
+    with filelock.FileLock(path.with_suffix(".lock")):
+        known = json.loads(path.read_text()) if path.exists() else {}
+        if device not in known:
+            timed = list(measure(net, settings, precision))
+            chosen, best = timed[0]
+            for setting, seconds in timed[1:]:
+                if seconds < WORTH * best:
+                    chosen, best = setting, seconds
+            rows = [{**asdict(setting), "seconds_per_image": seconds} for setting, seconds in timed]
+            known[device] = {"chosen": asdict(chosen), "measured": rows}
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(known, indent=1) + "\n")
+            os.replace(partial, path)
+        return Execution(**known[device]["chosen"])
 
 
-def measure(net: LoadedSupernet, settings: Sequence[Execution], repeats: int = 5) -> Iterator[tuple[Execution, float]]:
-    """Seconds per image of one call of the whole network under each setting, the least of some; what does not fit into memory
-    is left out, but for the first."""
+def measure(
+    net: LoadedSupernet, settings: Sequence[Execution], precision: Precision = "float32", repeats: int = 5
+) -> Iterator[tuple[Execution, float]]:
+    """Seconds per image of one call of the whole network under each setting, the least of some. What does not run here, for
+    want of memory or of a compiler, is left out, but for the first."""
     for number, setting in enumerate(settings):
         net.run_as(setting.channels_last, setting.compiled)
         try:
-            yield setting, _seconds(net, setting.batch, repeats) / setting.batch
-        except torch.OutOfMemoryError:
+            yield setting, _seconds(net, setting.batch, precision, repeats) / setting.batch
+        except Exception:  # compilers fail in ways of their own
             if number == 0:
                 raise
     net.run_as(False, False)
@@ -81,15 +88,13 @@ def fingerprint(device: torch.device) -> str:
     return f"{device.type}, torch {torch.__version__}"
 
 
-def _seconds(net: LoadedSupernet, batch: int, repeats: int) -> float:
+def _seconds(net: LoadedSupernet, batch: int, precision: Precision, repeats: int) -> float:
     x = torch.zeros((batch, *net.image_shape), device=net.device)
-    denoise = net.denoiser(Step(0, net.full_arch))
     least = float("inf")
     for _ in range(repeats + 2):  # the first calls choose kernels and compile
         _wait(net.device)
         started = time.perf_counter()
-        with torch.inference_mode():
-            denoise(x, 0)
+        predict(net, Step(0, net.full_arch), x, None, precision)
         _wait(net.device)
         least = min(least, time.perf_counter() - started)
     return least

@@ -163,14 +163,14 @@ def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def feature_rows(trajectories: Trajectories, features: LoadedFeatures) -> Rows:
-    """Features of a schedule's samples."""
+def feature_rows(trajectories: Trajectories, features: LoadedFeatures, identity: str) -> Rows:
+    """Features of a schedule's samples. `identity`: of the extractor and its settings."""
 
     def make(schedule: Schedule, seed: int, start: int, stop: int) -> npt.NDArray[np.float32]:
         rows: npt.NDArray[np.float32] = features(trajectories.images(schedule, seed, start, stop)).cpu().numpy()
         return rows
 
-    return Rows(f"features {features.label}", make)
+    return Rows(f"features {identity}", make)
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,9 @@ class OfFeatures(Sampled):
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from self.features.prepare(load_once(self.images), folder, seed, device)
+
+    def features_identity(self, folder: Path) -> str:
+        return digest_of({"recipe": self.features.describe(), "prepared": self.features.digest(folder)})
 
     def load_features(self, supernet: LoadedSupernet, folder: Path) -> LoadedFeatures:
         """Raises UserError where the images do not have the supernet's shape."""
@@ -248,7 +251,7 @@ class Frechet(OfFeatures):
             self,
             trajectories := self.trajectories(supernet, folder),
             "fd",
-            feature_rows(trajectories, features),
+            feature_rows(trajectories, features, self.features_identity(folder)),
             lambda rows: frechet_with_replicates(rows, reference),
             lambda count: f"{features.distance}@{count} ({features.label})",
         )
@@ -272,7 +275,7 @@ class KernelDistance(OfFeatures):
             self,
             trajectories := self.trajectories(supernet, folder),
             "kid",
-            feature_rows(trajectories, features),
+            feature_rows(trajectories, features, self.features_identity(folder)),
             lambda rows: kernel_with_replicates(rows, reference),
             lambda count: f"{'KID' if features.distance == 'FID' else 'KD'}@{count} ({features.label})",
         )

@@ -19,7 +19,7 @@ import torch
 
 from evaluators.frechet import OfFeatures, feature_rows, paired_frechet_with_replicates
 from evaluators.images import check_shape, load_once
-from evaluators.sampling import State, step_noise
+from evaluators.sampling import State, predict, step_noise
 from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
 from nas.contracts import (
     Arch,
@@ -60,7 +60,7 @@ class TeacherFrechet(OfFeatures):
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         features = self.load_features(supernet, folder)
         trajectories = self.trajectories(supernet, folder)
-        mine = feature_rows(trajectories, features)
+        mine = feature_rows(trajectories, features, self.features_identity(folder))
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
             teacher = whole(supernet.full_arch, schedule, self.timesteps)
@@ -204,9 +204,8 @@ class DenoisingLoss(OfImages):
             signal = float(abar[step.timestep])
             trajectories.meter.calls += stop - start
             trajectories.meter.macs += (stop - start) * supernet.macs(step.arch)
-            with torch.inference_mode():
-                x = signal**0.5 * x0 + (1 - signal) ** 0.5 * noise
-                return _mean_square(supernet.denoiser(step)(x, step.timestep)[0] - noise)
+            x = signal**0.5 * x0 + (1 - signal) ** 0.5 * noise
+            return _mean_square(predict(supernet, step, x, None, self.precision)[0] - noise)
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
             total = np.zeros(stop - start)
@@ -214,7 +213,7 @@ class DenoisingLoss(OfImages):
                 for arch, sign in ((step.arch, 1), (supernet.full_arch, -1)):
                     single = Step(step.timestep, arch)
                     made = lambda single=single: loss(single, seed, start, stop)  # noqa: E731
-                    key = ("loss", single, seed, start, stop)
+                    key = ("loss", images.digest, single, seed, start, stop)
                     charged = stop - start if sign > 0 else 0
                     total += sign * trajectories.kept(key, made, charged, charged * supernet.macs(arch))
             return total
@@ -223,7 +222,7 @@ class DenoisingLoss(OfImages):
             self,
             trajectories,
             "loss_gap",
-            Rows("denoising loss above the full net's", make),
+            Rows(f"denoising loss above the full net's on {images.digest}", make),
             mean_with_replicates,
             lambda count: f"denoising loss above the full net's@{count}",
         )

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from nas.contracts import LoadedSupernet, Schedule
+from nas.contracts import LoadedSupernet, Schedule, Step
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -106,6 +106,15 @@ class State:
     cache: Any = None
 
 
+def predict(
+    net: LoadedSupernet, step: Step, x: torch.Tensor, cache: Any, precision: Precision
+) -> tuple[torch.Tensor, Any]:
+    """The network's call at a step: its prediction, float32 whatever the precision of the call, and the blocks' cache."""
+    with torch.inference_mode(), torch.autocast(net.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        prediction, cache = net.denoiser(step)(x, step.timestep, cache)
+    return prediction.float(), cache
+
+
 def advance(
     net: LoadedSupernet,
     sampler: Sampler,
@@ -116,18 +125,15 @@ def advance(
     start: int,
     precision: Precision = "float32",
 ) -> State:
-    """The state of samples start, start + 1, ... after the schedule's step `number`, counted from 0. States are float32
-    whatever the precision of the network's calls."""
+    """The state of samples start, start + 1, ... after the schedule's step `number`, counted from 0."""
     step = schedule.steps[number]
     following = schedule.timesteps[number + 1] if number + 1 < len(schedule.steps) else None
     abar = net.alphas_cumprod
     noise = None
     if sampler.stochastic and following is not None:
         noise = step_noise(seed, start, start + len(state.x), net.image_shape, number).to(net.device)
+    prediction, cache = predict(net, step, state.x, state.cache, precision)
     with torch.inference_mode():
-        with torch.autocast(net.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            prediction, cache = net.denoiser(step)(state.x, step.timestep, state.cache)
-        prediction = prediction.float()
         after = 1.0 if following is None else float(abar[following])
         return State(sampler.update(state.x, prediction, float(abar[step.timestep]), after, noise), cache)
 

@@ -52,7 +52,7 @@ class Sampled:
 
     def trajectories(self, net: LoadedSupernet, folder: Path) -> Trajectories:
         """Shared by all scores of this supernet with the same settings."""
-        execution = settle(net, folder)
+        execution = settle(net, folder, self.precision)
         net.run_as(execution.channels_last, execution.compiled)
         batch = execution.batch if self.batch is None else self.batch
         return Trajectories.shared(net, self.sampler, self.precision, batch, self.cache_bytes)

@@ -90,18 +90,15 @@ class Trajectories:
             return self.net.to_images(state.x).clamp(-1, 1)
 
     def states(self, schedule: Schedule, seed: int, start: int, stop: int) -> tuple[State, ...]:
-        """The state before the first step and after each, kept together."""
+        """The state before the first step and after each, kept together; charged to whoever asks first."""
 
         def run() -> tuple[State, ...]:
-            states = [State(initial_noise(seed, start, stop, self.net.image_shape).to(self.net.device))]
+            states = [self._start(seed, start, stop)]
             for number in range(len(schedule.steps)):
                 states.append(self.advance(schedule, number, states[-1], seed, start))
             return tuple(states)
 
-        calls = (stop - start) * len(schedule.steps)
-        return self.kept(
-            ("states", schedule.digest, seed, start, stop), run, calls, (stop - start) * self._macs(schedule.steps)
-        )
+        return self.kept(("states", schedule.digest, seed, start, stop), run, 0, 0)
 
     def advance(self, schedule: Schedule, number: int, state: State, seed: int, start: int) -> State:
         """`advance`, counted."""
@@ -129,7 +126,7 @@ class Trajectories:
                 done, state = number, cast(State, self._kept[keys[number - 1]])
                 break
         if state is None:
-            state = State(initial_noise(seed, start, stop, self.net.image_shape).to(self.net.device))
+            state = self._start(seed, start, stop)
         else:
             self.meter.cache_hits += 1
             self.meter.cached_calls += (stop - start) * done
@@ -147,6 +144,13 @@ class Trajectories:
             elif number <= done:
                 self._kept.get(keys[number - 1])
         return state
+
+    def _start(self, seed: int, start: int, stop: int) -> State:
+        key = ("noise", seed, start, stop)
+        if key not in self._kept:
+            self._keep(key, noise := State(initial_noise(seed, start, stop, self.net.image_shape).to(self.net.device)))
+            return noise
+        return cast(State, self._kept[key])
 
     def _keep(self, key: Hashable, value: Any) -> None:
         if _bytes(value) <= self._kept.maxsize:

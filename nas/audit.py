@@ -7,10 +7,11 @@ bands of equal MACs too.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ Array = npt.NDArray[np.float64]
 TABLE = "scores.jsonl"
 REFERENCES = ("reference", "reference again")
 RESAMPLES = 1000
+FEWEST = 10
 
 
 def schedules_to_audit(space: SearchSpace, count: int, seed: int) -> list[Genome]:
@@ -91,6 +93,8 @@ def measure(study: Study, folder: Path, count: int, device: str, workers: Worker
     }
     done = _resume(path, header)
     genomes = schedules_to_audit(study.space, count, study.seed)
+    if len(genomes) < FEWEST:
+        raise UserError(f"{len(genomes)} schedules are too few to compare orders; at least {FEWEST} are needed")
     left = [genome for genome in genomes if genome not in done]
     score = partial(Scorer, study, folder.resolve())
     if workers is None:
@@ -107,7 +111,8 @@ def measure(study: Study, folder: Path, count: int, device: str, workers: Worker
 
 
 class Scorer:
-    """Every proxy and the reference, loaded; called with a genome it gives a row of the table."""
+    """Every proxy and the reference, loaded; called with a genome it gives a row of the table. A schedule that cannot be scored
+    has no scores in it, but the reason."""
 
     def __init__(self, study: Study, folder: Path, device: str) -> None:
         supernet = study.supernet.load(folder / "supernet", device)
@@ -116,7 +121,15 @@ class Scorer:
         self._reference = study.evaluator.load(supernet, folder)
 
     def __call__(self, genome: Genome) -> dict[str, Any]:
-        study, schedule = self._study, self._study.space.decode(genome)
+        schedule = self._study.space.decode(genome)
+        row = {"genome": genome, "digest": schedule.digest, "cost": dict(self._study.space.cost(genome))}
+        try:
+            return {**row, "scores": self._scores(schedule)}
+        except (ArithmeticError, ValueError, RuntimeError) as error:
+            return {**row, "scores": {}, "failure": f"{type(error).__name__}: {error}"}
+
+    def _scores(self, schedule: Schedule) -> dict[str, Any]:
+        study = self._study
         scores: dict[str, Any] = {}
         for name, proxy in self._proxies.items():
             samples, seed = study.proxies[name].rungs[0], derive_seed(study.seed, "search noise")
@@ -125,8 +138,7 @@ class Scorer:
             seed = derive_seed(study.seed, number, "audit reference")
             score = self._reference(schedule, study.evaluator.rungs[-1], seed)
             scores[name] = score.charged_in_full().to_json()
-        cost = dict(study.space.cost(genome))
-        return {"genome": genome, "digest": schedule.digest, "cost": cost, "scores": scores}
+        return scores
 
 
 def _resume(path: Path, header: Mapping[str, Any]) -> set[Genome]:
@@ -149,8 +161,8 @@ def _resume(path: Path, header: Mapping[str, Any]) -> set[Genome]:
     return {tuple(json.loads(line)["genome"]) for line in lines[1:]}
 
 
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of an audit, by genome. Raises UserError where there is none."""
+def read_table(path: Path, genomes: Collection[Genome] | None = None) -> list[dict[str, Any]]:
+    """The rows of an audit, by genome; of these genomes alone, where given. Raises UserError where there is none."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; `nas audit` writes it")
     rows: list[dict[str, Any]] = []
@@ -159,7 +171,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError:
             break
-    return sorted(rows, key=lambda row: tuple(row["genome"]))
+    chosen = rows if genomes is None else [row for row in rows if tuple(row["genome"]) in genomes]
+    return sorted(chosen, key=lambda row: tuple(row["genome"]))
 
 
 # ------------------------------------------------------------------------------------------------------------- agreement
@@ -204,8 +217,10 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
     worse than the band's best the proxy's pick is, judged by the mean of both references, as a share of that best; mean
     over bands. `macs_share`: MACs for each schedule as a share of the reference's.
     """
-    if len(rows) < 10:
-        raise UserError(f"the audit holds {len(rows)} schedules; at least 10 are needed to compare orders")
+    failed = sum(not row["scores"] for row in rows)
+    rows = [row for row in rows if row["scores"]]
+    if len(rows) < FEWEST:
+        raise UserError(f"{len(rows)} scored schedules are too few to compare orders; at least {FEWEST} are needed")
     names = [name for name in rows[0]["scores"] if name not in REFERENCES]
     macs = np.array([row["cost"]["macs"] for row in rows], dtype=np.float64)
     bands = bands_of(macs)
@@ -226,7 +241,7 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
                 "tau_interval": tau_interval,
                 "tau_in_band": in_band,
                 "tau_in_band_interval": in_band_interval,
-                "relative": in_band / retest,
+                "relative": in_band / retest if retest else math.nan,
                 "recall": (_recall(values, first) + _recall(values, second)) / 2,
                 "regret": _regret(values, (first + second) / 2, bands),
                 "macs_share": spent[name] / spent[REFERENCES[0]],
@@ -234,6 +249,7 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
         )
     return {
         "schedules": len(rows),
+        "failed": failed,
         "bands": [int((bands == band).sum()) for band in np.unique(bands)],
         "reference": next(iter(rows[0]["scores"][REFERENCES[0]]["labels"].values())),
         "test_retest": {
@@ -292,7 +308,7 @@ class Tabular:
         return {"class": "Tabular", "columns": self.columns}
 
     def digest(self, folder: Path) -> str:
-        return digest_of({**self.describe(), "rows": len(read_table(Path(self.path)))})
+        return digest_of({**self.describe(), "table": hashlib.sha256(Path(self.path).read_bytes()).hexdigest()})
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from ()
@@ -306,7 +322,7 @@ class _LoadedTabular:
         self.supernet = supernet
         self.sampler: Mapping[str, Any] = {}
         self._recipe = recipe
-        self._rows = {row["digest"]: row for row in read_table(Path(recipe.path))}
+        self._rows = {row["digest"]: row for row in read_table(Path(recipe.path)) if row["scores"]}
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
         """Raises UserError for a schedule that the table does not hold."""

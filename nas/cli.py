@@ -152,7 +152,7 @@ def audit(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
     """Compare the study's proxies with its reference score. Writes <run>/audit/; the same command goes on after a stop."""
-    from nas.audit import TABLE, measure, read_table, summary
+    from nas.audit import TABLE, measure, read_table, schedules_to_audit, summary
     from nas.plots import draw_audit
     from nas.session import open_session
     from nas.study import load_study
@@ -169,7 +169,7 @@ def audit(
         follow(bars, session.prepare())
         pool = _pool(workers, gpus_per_worker, ray_address, device)
         follow(bars, session.on_one_thread(measure(study, folder, schedules, device, pool)))
-    rows = read_table(folder / "audit" / TABLE)
+    rows = read_table(folder / "audit" / TABLE, set(schedules_to_audit(study.space, schedules, study.seed)))
     facts = summary(rows)
     (folder / "audit" / "audit.json").write_text(json.dumps(facts, indent=2) + "\n")
     picture = folder / "audit" / "audit.png"

@@ -61,6 +61,7 @@ def draw_front(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any],
 def draw_audit(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
     """Each proxy's agreement with the reference inside bands of equal MACs over its cost, and the best one's scores beside the
     reference's."""
+    rows = [row for row in rows if row["scores"]]
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for place, proxy in enumerate(facts["proxies"]):

@@ -7,7 +7,6 @@ own results are thrown away and its `restore` is not used.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -111,19 +111,27 @@ def map_on_ray(
         options = {"num_cpus": 1, "num_gpus": workers.gpus}
         device = "cuda" if workers.gpus else workers.device
         pool = ActorPool([_Mapper.options(**options).remote(make, device) for _ in range(count)])  # type: ignore[attr-defined]
-        for results in pool.map_unordered(lambda actor, chunk: actor.run.remote(chunk), chunks):
-            yield from results
+        try:
+            for results in pool.map_unordered(lambda actor, chunk: actor.run.remote(chunk), chunks):
+                yield from results
+        except ray.exceptions.RayError as error:
+            cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+            raise UserError(f"a Ray worker failed ({first_line(cause)}); the same command goes on") from error
 
 
 @ray.remote
 class _Mapper:
+    """Makes its function when it is first needed, so that what goes wrong there is told like what goes wrong later."""
+
     def __init__(self, make: Callable[[str], Callable[[Any], Any]], device: str) -> None:
         import torch
 
         torch.set_num_threads(1)
-        self._call = make(device)
+        self._make = partial(make, device)
+        self._call: Callable[[Any], Any] | None = None
 
     def run(self, chunk: Sequence[Any]) -> list[Any]:
+        self._call = self._call or self._make()
         return [self._call(item) for item in chunk]
 
 
@@ -140,7 +148,7 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
             self._evaluate = _Broken(error)
         self._desk = desk
         self._name = uuid4().hex
-        ray.get(desk.arrived.remote())
+        ray.get(desk.arrived.remote(self._name))
 
     def step(self) -> dict[str, Any]:
         job: _Task = ray.get(self._desk.take.remote(self._name, self.trial_id))
@@ -192,11 +200,11 @@ class _Desk:
 
     def __init__(self, room: int) -> None:
         self._room = room
-        self._alive = 0
+        self._alive: set[str] = set()
         self._under_way = 0
         self._changed = asyncio.Condition()
         self._waiting: list[_Task] = []
-        self._taken: dict[str, int] = {}
+        self._taken: dict[str, tuple[str, int]] = {}
         self._run: dict[str, deque[_Task]] = {}
 
     async def put(self, task: _Task) -> None:
@@ -208,30 +216,36 @@ class _Desk:
         chosen = max(self._waiting, key=lambda task: max((task.kinship(other) for other in before), default=0))
         self._waiting.remove(chosen)
         before.append(chosen)
-        self._taken[turn] = chosen.number
+        self._taken[turn] = worker, chosen.number
         return chosen
 
     async def lost(self, turn: str) -> int:
         """The number of the job that a dead worker had taken, or was to take."""
-        await self._count(alive=-1)
-        return self._taken[turn] if turn in self._taken else self._waiting.pop(0).number
+        if turn not in self._taken:
+            return self._waiting.pop(0).number
+        worker, number = self._taken[turn]
+        self._alive.discard(worker)
+        return number
 
-    async def arrived(self) -> None:
-        await self._count(alive=1)
+    async def arrived(self, worker: str) -> None:
+        self._alive.add(worker)
+        await self._notify()
 
     async def under_way(self, trials: int) -> None:
         self._under_way = trials
-        await self._count()
+        await self._notify()
 
     async def passed(self) -> None:
-        """Returns when each trial under way has a worker, as far as the cluster has room, or after a minute."""
-        with contextlib.suppress(TimeoutError):
+        """Returns when each trial under way has a worker, as far as the cluster has room. What does not come within a minute
+        is not waited for again: others may use the cluster too."""
+        try:
             async with asyncio.timeout(60), self._changed:
-                await self._changed.wait_for(lambda: self._alive >= min(self._room, self._under_way))
+                await self._changed.wait_for(lambda: len(self._alive) >= min(self._room, self._under_way))
+        except TimeoutError:
+            self._room = min(self._room, len(self._alive))
 
-    async def _count(self, alive: int = 0) -> None:
+    async def _notify(self) -> None:
         async with self._changed:
-            self._alive += alive
             self._changed.notify_all()
 
 

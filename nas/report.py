@@ -176,12 +176,14 @@ def _spent(trials: Sequence[Trial]) -> dict[str, float]:
 
 
 def against(trial: Trial, other: Trial | None, quality: str) -> dict[str, Any] | None:
-    """`trial` minus `other`: the paired difference, its error, and whether it is outside of that error."""
-    if other is None or trial.score is None or other.score is None:
+    """`trial` minus `other`: the paired difference, its error, and whether it is outside of that error. None where the two
+    are one schedule. An evaluator without replicates has no error, as for the ladder."""
+    if other is None or trial.score is None or other.score is None or trial.digest == other.digest:
         return None
     difference, error = trial.score.difference(other.score, quality)
-    conclusive = abs(difference) > CONFIDENCE * error
-    words = f"at {trial.rung:,} samples: {difference:+.2g} ± {error:.1g}"
+    known = math.isfinite(error)
+    conclusive = abs(difference) > CONFIDENCE * (error if known else 0.0)
+    words = f"at {trial.rung:,} samples: {difference:+.2g} ± {f'{error:.1g}' if known else 'an unknown error'}"
     return {
         "trial": other.number,
         "difference": difference,

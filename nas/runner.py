@@ -122,7 +122,10 @@ class Conductor:
             known = self._known.get((opened.digest, opened.rung))
             if known is None:
                 return self._job(opened)
-            self.settle(opened.number, known[1].charged_in_full())
+            mine = known[0].startswith(
+                f"{self.ledger.info.name}#"
+            )  # another genome of the same schedule: paid for already
+            self.settle(opened.number, replace(known[1], spent={}) if mine else known[1].charged_in_full())
 
     def settle(self, number: int, outcome: Score | str) -> Trial:
         """Books a score, or the reason of a failure, and tells the search what it should know."""

@@ -14,12 +14,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.contracts import LoadedEvaluator, Progress, Trial
+from nas.contracts import Progress, Trial
 from nas.genetics import uniform_genomes
 from nas.ladder import Ladder
 from nas.ledger import Ledger, known_scores, lock_run, open_storage, url_without_password
@@ -78,7 +77,8 @@ class Session:
         """Runs the conductor's jobs: in this process on one CPU thread, or on Ray workers."""
         if workers is None:
             with _torch_threads(1):
-                run_here(conductor, self.evaluator)
+                # Loaded anew, so that no searcher profits from states that another one paid for.
+                run_here(conductor, self.study.load(self.folder, self.device))
         else:
             from nas.ray_runner import run_on_ray
 
@@ -88,10 +88,6 @@ class Session:
         """Work that scores, on one CPU thread, as scores always are."""
         with _torch_threads(1):
             yield from ticks
-
-    @cached_property
-    def evaluator(self) -> LoadedEvaluator:
-        return self.study.load(self.folder, self.device)
 
     def _write_facts(self) -> None:
         """For a new folder, and again once a ledger has accepted the study as it is now."""

@@ -193,6 +193,9 @@ class LoadedElasticUNet:
         if (channels_last, compiled) != self._form:
             self._form = (channels_last, compiled)
             self._subnets.clear()
+        if compiled:
+            # All subnets are of one class, and torch counts what it compiles for it in one place.
+            torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
 
     def _materialised(self, arch: Arch) -> Any:
         if arch in self._subnets:

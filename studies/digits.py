@@ -39,7 +39,7 @@ study = Study(
     images=images,
     training=Sandwich(steps=1500),
     evaluator=Frechet(images, rungs=(512, 2048)),
-    searchers={"evolution": Evolution(population=20), "random": Random(), "knapsack": Knapsack()},
+    searchers={"evolution": Evolution(population=20), "random": Random(), "knapsack": Knapsack(around="full")},
     objectives=("fd", "macs"),
     limits={"macs_share": 0.6},
     trials=60,

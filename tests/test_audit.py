@@ -120,6 +120,32 @@ def test_searchers_run_on_the_table_of_a_small_space(tmp_path: Path) -> None:
         table.load(None, tmp_path)(ToySpace(4).decode((0, 0, 0, 0)), 1, 0)
 
 
+def test_a_table_is_identified_by_what_it_holds(tmp_path: Path) -> None:
+    audited(tmp_path, 12)
+    path = tmp_path / "audit" / TABLE
+    table = Tabular(str(path))
+    before = table.digest(tmp_path)
+    path.write_text(path.read_text().replace('"genome": [0', '"genome":  [0'))
+    assert table.digest(tmp_path) != before
+
+
+def test_a_schedule_that_cannot_be_scored_is_left_out_and_counted(tmp_path: Path) -> None:
+    genomes = schedules_to_audit(ToySpace(), 30, 0)
+    rows = audited(tmp_path, 30, evaluator__failing=(genomes[3], genomes[7]))
+    assert len(rows) == 30
+    facts = summary(rows)
+    assert facts["schedules"] == 28
+    assert facts["failed"] == 2
+    assert "was told to fail" in rows[3]["failure"]
+
+
+def test_a_smaller_audit_of_a_larger_table_is_a_smaller_audit(tmp_path: Path) -> None:
+    audited(tmp_path, 30)
+    fewer = set(schedules_to_audit(ToySpace(), 15, 0))
+    audited(tmp_path, 15)
+    assert len(read_table(tmp_path / "audit" / TABLE, fewer)) == 15
+
+
 def test_too_small_an_audit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least 10"):
         summary(audited(tmp_path, 4))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from nas.runner import Conductor
 from nas.searchers.random import RandomSearch
 from nas.session import open_session
 from nas.study import Study
-from tests.toy import toy_study
+from tests.toy import ToySpace, toy_study
 
 ROOT = Path(__file__).parent.parent
 
@@ -218,6 +218,26 @@ def test_rungs_between_fill_while_the_search_goes_on(tmp_path: Path) -> None:
     assert facts(run(study, tmp_path)) == facts(trials)
 
 
+def test_a_schedule_is_paid_for_once(tmp_path: Path) -> None:
+    """Two genomes of one schedule: the second takes the first one's score and is charged nothing."""
+
+    @dataclass(frozen=True)
+    class Folded(ToySpace):
+        def decode(self, genome: Any) -> Any:
+            return super().decode((min(genome[0], 1), *genome[1:]))
+
+    trials = run(replace(toy_study(trials=40), space=Folded(genes=3)), tmp_path, "random")
+    by_digest: dict[tuple[str, int], list[Trial]] = {}
+    for trial in trials:
+        by_digest.setdefault((trial.digest, trial.rung), []).append(trial)
+    twice = [found for found in by_digest.values() if len(found) > 1]
+    assert twice
+    for first, *others in twice:
+        assert first.score is not None
+        assert first.score.spent["macs"] > 0
+        assert all(t.score is not None and not t.score.spent for t in others)
+
+
 def test_the_baseline_ignores_the_limits_and_says_that_it_breaks_them(tmp_path: Path) -> None:
     trials = run(toy_study(), tmp_path, "uniform")
     full = next(t for t in trials if t.genome == (3,) * 6)
@@ -253,7 +273,7 @@ LOCAL = """
 import os
 from pathlib import Path
 from tests.test_runner import run
-from tests.toy import toy_study
+from tests.toy import ToySpace, toy_study
 folder = Path(os.environ["RUN"])
 run(toy_study(evaluator__seconds=0.02, evaluator__log=str(folder / "calls"), trials=60), folder)
 """

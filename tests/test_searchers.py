@@ -149,13 +149,14 @@ def test_neighbours_that_interact_are_solved_in_pairs_alone() -> None:
         both = sum(5.0 for a, b in pairwise(genome) if a == b == 0)
         return scored(single + both)
 
-    def first_solution(objective: Any) -> float:
+    def first_solution(objective: Any) -> Any:
         searcher = Knapsack(objective=objective, around="full", budgets=1, top=1)
-        told = drive(searcher, problem, score, 40)
-        return float(next(t for t in told if "predicted" in t.origin).score.values["fd"])
+        return next(t for t in drive(searcher, problem, score, 40) if "predicted" in t.origin)
 
-    assert first_solution("pairwise") == pytest.approx(0.3)
-    assert first_solution("sum") == pytest.approx(5.2)
+    paired, summed = first_solution("pairwise"), first_solution("sum")
+    assert paired.score.values["fd"] == pytest.approx(0.3) == paired.origin["predicted"]
+    assert summed.score.values["fd"] == pytest.approx(5.2)
+    assert summed.origin["predicted"] == pytest.approx(0.2)
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,21 @@ def test_wrong_settings_of_ddsm_are_refused() -> None:
         DDSM(population=1)
     with pytest.raises(UserError, match="'none'"):
         DDSM(mutation="none")  # type: ignore[arg-type]
+
+
+def test_screening_needs_the_full_net_whatever_is_probed_later() -> None:
+    problem = Problem(LevelSpace(), ("fd", "macs"), {"macs_share": 0.7})  # type: ignore[arg-type]
+
+    def score(genome: Any) -> Score:
+        return scored(100.0 + sum((i + 1) / (gene + 1) for i, gene in enumerate(genome)))
+
+    probed = {}
+    for around in ("full", "smallest"):
+        told = drive(Knapsack(around=around, options=8), problem, score, 60)  # type: ignore[arg-type]
+        kind = f"{around}, interval 0"
+        probed[around] = {t.genome[:2] for t in told if t.origin.get("probe") == kind}
+    ends = {(0, 0), *((i, 4) for i in range(4)), *((3, i) for i in range(5))}  # probed for other reasons too
+    assert probed["full"] - ends == probed["smallest"] - ends != set()
 
 
 def test_a_knapsack_without_probes_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluators.device import Execution, settle
+from evaluators.features import ExternalFeatures
 from evaluators.frechet import Frechet
-from evaluators.images import Digits
+from evaluators.images import Digits, ImageArray
+from evaluators.proxies import DenoisingLoss
 from evaluators.sampling import DDIM, DDPM, sample
 from evaluators.trajectories import Trajectories, batches
 from nas.contracts import Schedule, Step, UserError
@@ -119,17 +122,41 @@ def test_scores_of_one_supernet_share_their_samples(tiny_net: ElasticUNet, tiny_
     assert second.spent["cached_calls"] == 40 * 3
 
 
+def test_what_judges_otherwise_shares_nothing(tiny_net: ElasticUNet, tiny_run: Path, tmp_path: Path) -> None:
+    """The same extractor file under other settings, and other images, give other rows."""
+    import numpy as np
+
+    np.savez(tmp_path / "images.npz", images=np.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype=np.uint8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(2, 1, 8, 8)), tmp_path / "pixels.pt")
+        external = ExternalFeatures(str(tmp_path / "pixels.pt"), "pixels", rgb=False)
+        pairs = [
+            [Frechet(Digits(), rungs=(40,), features=replace(external, value_range=r)) for r in ("signed", "unit")],  # type: ignore[arg-type]
+            [DenoisingLoss(images, rungs=(40,)) for images in (Digits(), ImageArray(str(tmp_path / "images.npz")))],
+            [DenoisingLoss(Digits(), rungs=(40,), precision=p) for p in ("float32", "bfloat16")],  # type: ignore[arg-type]
+        ]
+        schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
+        for pair in pairs:
+            net = tiny_net.load(tiny_run / "supernet", "cpu")
+            together = [recipe.load(net, tiny_run)(schedule, 40, 0).values for recipe in pair]
+            fresh = tiny_net.load(tiny_run / "supernet", "cpu")
+            assert together[1] == pair[1].load(fresh, tiny_run)(schedule, 40, 0).values
+            assert together[0] != together[1]
+
+
 # --------------------------------------------------------------------------------------------------------------- device
 
 
 def test_the_fastest_setting_is_measured_once_and_kept(tiny_net: ElasticUNet, tmp_path: Path) -> None:
     net = tiny_net.initial(0)
     settings = [Execution(1), Execution(64), Execution(64, channels_last=True)]
-    chosen = settle(net, tmp_path, settings)
+    chosen = settle(net, tmp_path, "float32", settings)
     assert chosen.batch == 64, "64 samples in one call are faster than 64 calls"
     [measured] = json.loads((tmp_path / "execution.json").read_text()).values()
     assert len(measured["measured"]) == 3
-    assert settle(net, tmp_path, [Execution(2)]) == chosen
+    assert settle(net, tmp_path, "float32", [Execution(2), Execution(3)]) == chosen
+    assert settle(net, tmp_path, "bfloat16", [Execution(2), Execution(3)]).batch in (2, 3)
     assert settle(net, tmp_path / "other") == Execution()
 
 

@@ -35,7 +35,8 @@ class Knapsack:
     `probes`: upper limit of their number. `options`: how many an interval is probed with; where several genes make more, each
     gene is probed alone first, and options from the front of the genes' sums are probed then.
 
-    Probes of the full net exceed most limits. They are ordinary trials, charged and shown, but cannot win.
+    Around one net there is a probe for each option of each interval but one, around both twice as many; the study's trials
+    should be a good many more. Probes of the full net exceed most limits. They are ordinary trials, charged and shown, but cannot win.
     """
 
     objective: Literal["sum", "minimax", "pairwise"] = "sum"
@@ -97,13 +98,14 @@ class KnapsackSearch:
 
     def _all_probes(self) -> Iterator[tuple[Genome, str]]:
         around, intervals = self._settings.around, self._intervals
-        if around != "smallest":
+        wide = intervals.wide(self._settings.options)
+        if around != "smallest" or wide:
             yield intervals.full, "full"
         if around != "full":
             yield intervals.smallest, "smallest"
         screening = {
             intervals.changed(intervals.full, {k: genes}): f"full, one gene of interval {k}"
-            for k in intervals.wide(self._settings.options)
+            for k in wide
             for genes in intervals.single_genes(k)
         }
         yield from screening.items()
@@ -123,14 +125,16 @@ class KnapsackSearch:
     def _options(self) -> list[list[Option]]:
         """For each interval, the options that are probed and solved for. All of them, where they are few."""
         intervals, most = self._intervals, self._settings.options
-        full = self._measured.get(intervals.full, 0.0)
         screened = []
         for k, options in enumerate(intervals.options):
             if len(options) > most:
-                effect = {
-                    genes: self._measured.get(intervals.changed(intervals.full, {k: genes}), np.inf) - full
+                single = {
+                    genes: self._measured.get(intervals.changed(intervals.full, {k: genes}), np.inf)
                     for genes in intervals.single_genes(k)
                 }
+                finite = [value for value in single.values() if np.isfinite(value)]
+                full = self._measured.get(intervals.full, float(np.mean(finite)) if finite else 0.0)
+                effect = {genes: value - full for genes, value in single.items()}
                 top = intervals.option(intervals.full, k)
                 sums = [
                     sum(effect.get((*top[:i], gene, *top[i + 1 :]), 0.0) for i, gene in enumerate(option))
@@ -171,7 +175,9 @@ class KnapsackSearch:
                         genome = self._intervals.changed(self._intervals.full, chosen)
                         if genome not in seen and self._problem.feasible(genome):
                             seen.add(genome)
-                            terms = sum(row[i] for row, i in zip(table, allocations[place].options, strict=True))
+                            terms = allocations[place].error
+                            if objective == "minimax":
+                                terms = sum(row[i] for row, i in zip(table, allocations[place].options, strict=True))
                             yield genome, base + terms, budget
             if seen - self._told or objective == "minimax":
                 return
@@ -180,22 +186,32 @@ class KnapsackSearch:
     def _table(
         self, options: list[list[Option]]
     ) -> tuple[float, list[list[float]], list[npt.NDArray[np.float64]] | None]:
-        """The full net's score and each interval's terms, fitted to all that was measured; infinite for options never seen."""
+        """The full net's score, each interval's terms, and where neighbours count those of their pairs: fitted to all that was
+        measured. Infinite for options never seen, 0 for pairs never seen."""
         intervals = self._intervals
         tops = [row.index(intervals.option(intervals.full, k)) for k, row in enumerate(options)]
+        # A column for each term: the full net's score, then one for each option of each interval, then one for each pair of
+        # options of neighbours.
         starts = np.cumsum([1, *(len(row) for row in options)])
+        paired = self._settings.objective == "pairwise"
+        sizes = [len(first) * len(second) for first, second in pairwise(options)] if paired else []
+        pair_starts = np.cumsum([starts[-1], *sizes])
         design, values = [], []
         for genome, value in self._measured.items():
             chosen = [intervals.option(genome, k) for k in range(len(options))]
-            if all(option in row for option, row in zip(chosen, options, strict=True)):
-                line = np.zeros(starts[-1])
-                line[0] = 1.0
-                for k, option in enumerate(chosen):
-                    place = options[k].index(option)
-                    if place != tops[k]:
-                        line[starts[k] + place] = 1.0
-                design.append(line)
-                values.append(value)
+            if not all(option in row for option, row in zip(chosen, options, strict=True)):
+                continue
+            places = [row.index(option) for option, row in zip(chosen, options, strict=True)]
+            line = np.zeros(pair_starts[-1])
+            line[0] = 1.0
+            for k, place in enumerate(places):
+                if place != tops[k]:
+                    line[starts[k] + place] = 1.0
+            for k in range(len(sizes)):
+                if places[k] != tops[k] and places[k + 1] != tops[k + 1]:
+                    line[pair_starts[k] + places[k] * len(options[k + 1]) + places[k + 1]] = 1.0
+            design.append(line)
+            values.append(value)
         if not design:
             return 0.0, [[0.0] * len(row) for row in options], None
         matrix = np.array(design)
@@ -208,23 +224,14 @@ class KnapsackSearch:
             ]
             for k, row in enumerate(options)
         ]
-        pairs = self._pairs(options, table, float(fitted[0])) if self._settings.objective == "pairwise" else None
+        if not paired:
+            return float(fitted[0]), table, None
+        shapes = [(len(first), len(second)) for first, second in pairwise(options)]
+        pairs = [
+            fitted[start:stop].reshape(shape)
+            for (start, stop), shape in zip(pairwise(pair_starts), shapes, strict=True)
+        ]
         return float(fitted[0]), table, pairs
-
-    def _pairs(
-        self, options: list[list[Option]], table: list[list[float]], base: float
-    ) -> list[npt.NDArray[np.float64]]:
-        """What two neighbouring intervals add together beyond their own terms; 0 where it was not measured."""
-        intervals = self._intervals
-        found = []
-        for k, (first, second) in enumerate(pairwise(options)):
-            extra = np.zeros((len(first), len(second)))
-            for (i, a), (j, b) in product(enumerate(first), enumerate(second)):
-                measured = self._measured.get(intervals.changed(intervals.full, {k: a, k + 1: b}))
-                if measured is not None and np.isfinite(table[k][i] + table[k + 1][j]):
-                    extra[i, j] = measured - base - table[k][i] - table[k + 1][j]
-            found.append(extra)
-        return found
 
 
 class _Intervals:
