@@ -70,14 +70,19 @@ _FORWARD: dict[type, Any] = {torch.nn.Conv2d: _conv, torch.nn.Linear: _linear, t
 
 
 def sample(
-    model: Any, widths: Sequence[float], timesteps: Sequence[int], count: int, abar: npt.NDArray[np.float64]
+    model: Any,
+    widths: Sequence[float],
+    timesteps: Sequence[int],
+    count: int,
+    abar: npt.NDArray[np.float64],
+    batch: int = SAMPLING_BATCH,
 ) -> torch.Tensor:
     """Deterministic DDIM, one width for each step, fresh noise; coefficients gathered from float64 buffers at every step."""
     shape = (model.config["in_channels"], model.config["sample_size"], model.config["sample_size"])
     buffer = torch.from_numpy(np.append(abar, 1.0))
     parts = []
-    for start in range(0, count, SAMPLING_BATCH):
-        size = min(SAMPLING_BATCH, count - start)
+    for start in range(0, count, batch):
+        size = min(batch, count - start)
         x = torch.randn(size, *shape)
         for t, after, width in zip(timesteps, [*timesteps[1:], -1], widths, strict=True):
             set_width(model, width)
