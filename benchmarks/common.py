@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -52,7 +53,7 @@ class Benchmark:
             "--quick", action="store_true", help="small sizes, to see that it runs; nothing is kept as a result"
         )
         parser.add_argument("--json", action="store_true", help="print the JSON object alone")
-        parser.add_argument("--fresh", action="store_true", help="forget the rows of an earlier run")
+        parser.add_argument("--fresh", action="store_true", help="forget all of an earlier run")
         parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes for independent work")
         options = parser.parse_args()
         self.name = name
@@ -60,10 +61,10 @@ class Benchmark:
         self.processes: int = options.processes
         self._json: bool = options.json
         self.folder = (RUNS / (name + ("-quick" if self.quick else ""))).resolve()
+        if options.fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / "rows.json"
-        if options.fresh:
-            self._path.unlink(missing_ok=True)
         self._rows: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
 
     def row(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
