@@ -59,35 +59,27 @@ def draw_front(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any],
 
 
 def draw_audit(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
-    """Each proxy's agreement with the reference inside bands of equal MACs over its cost, and the best one's scores beside the
+    """Each proxy's agreement with the reference inside bands of equal MACs, with its cost, and the best one's scores beside the
     reference's."""
-    rows = [row for row in rows if row["scores"]]
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for place, proxy in enumerate(facts["proxies"]):
-        colour = _COLOURS[place % len(_COLOURS)]
-        low, high = proxy["tau_in_band_interval"]
-        x, y = max(proxy["macs_share"], 1e-4), proxy["tau_in_band"]
-        left.errorbar([x], [y], yerr=[[y - low], [high - y]], fmt="o", color=colour, capsize=3, label=proxy["proxy"])
-    retest = facts["test_retest"]["tau_in_band"]
-    left.axhline(retest, color=_BASELINE_COLOUR, linestyle=":")
-    left.annotate(
-        "the reference again",
-        (0.02, retest),
-        (0, 3),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        fontsize=9,
-    )
-    left.set_xscale("log")
-    left.set_xlabel("MACs for each schedule, share of the reference's")
-    left.set_ylabel("Kendall's tau inside bands of equal MACs\n(bars: 95 % over schedules)")
-    left.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0.0, 0.3))
-    best = facts["proxies"][0]["proxy"]
+    rows, proxies = [row for row in rows if row["scores"]], facts["proxies"]
+    figure = Figure(figsize=(11, 2.2 + max(2.4, 0.27 * len(proxies))), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
+    places = list(range(len(proxies)))[::-1]
+    taus = [proxy["tau_in_band"] for proxy in proxies]
+    lows, highs = zip(*(proxy["tau_in_band_interval"] for proxy in proxies), strict=True)
+    errors = [[t - low for t, low in zip(taus, lows, strict=True)], [h - t for t, h in zip(taus, highs, strict=True)]]
+    left.errorbar(taus, places, xerr=errors, fmt="o", color=_COLOURS[0], capsize=3)
+    left.set_yticks(places, [f"{proxy['proxy']}  ({proxy['macs_share']:.1%})" for proxy in proxies])
+    left.axvline(0, color=_BASELINE_COLOUR, linewidth=0.8)
+    left.axvline(facts["test_retest"]["tau_in_band"], color=_BASELINE_COLOUR, linestyle=":")
+    left.set_xlim(min(-0.05, *lows), 1)
+    left.set_title("dotted: the reference with itself; in brackets: MACs, of the reference's", fontsize=9, loc="right")
+    left.set_xlabel("Kendall's tau inside bands of equal MACs (bars: 95 % over schedules)")
+    best = proxies[0]["proxy"]
     shares = [row["cost"]["macs_share"] for row in rows]
     x, y = ([next(iter(row["scores"][name]["values"].values())) for row in rows] for name in (best, "reference"))
     points = right.scatter(x, y, c=shares, cmap="viridis", s=14, alpha=0.8)
-    right.set_xlabel(f"{best}: {facts['proxies'][0]['label']}")
+    right.set_xlabel(best)
     right.set_ylabel(facts["reference"])
     figure.colorbar(points, ax=right, label="share of the full network's MACs")
     path.parent.mkdir(parents=True, exist_ok=True)

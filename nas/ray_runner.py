@@ -185,6 +185,9 @@ class _Task:
         return sum(1 for _ in same) if self.seed == other.seed else 0
 
 
+PATIENCE = 60.0
+"""Seconds that a finished worker waits for others to start."""
+
 REMEMBERED = 64
 """Jobs of each worker that the desk remembers, to send their kin the same way."""
 
@@ -236,10 +239,10 @@ class _Desk:
         await self._notify()
 
     async def passed(self) -> None:
-        """Returns when each trial under way has a worker, as far as the cluster has room. What does not come within a minute
-        is not waited for again: others may use the cluster too."""
+        """Returns when each trial under way has a worker, as far as the cluster has room. Whoever does not come in time is not
+        waited for again: others may use the cluster too."""
         try:
-            async with asyncio.timeout(60), self._changed:
+            async with asyncio.timeout(PATIENCE), self._changed:
                 await self._changed.wait_for(lambda: len(self._alive) >= min(self._room, self._under_way))
         except TimeoutError:
             self._room = min(self._room, len(self._alive))

@@ -185,8 +185,8 @@ def print_audit(facts: Mapping[str, Any]) -> None:
         pad_edge=False,
     )
     table.add_column("proxy")
-    for column in ("tau", "tau in band", "of retest", "top-10% recall", "regret", "MACs"):
-        table.add_column(column, justify="right")
+    for column in ("tau", "in bands [95%]", "of retest", "recall", "regret", "MACs"):
+        table.add_column(column, justify="right", no_wrap=True)
     retest = facts["test_retest"]
     table.add_row(
         "reference again", f"{retest['tau']:.2f}", _with_interval(retest, "tau_in_band"), "1.00", "-", "-", "100%"
@@ -194,7 +194,7 @@ def print_audit(facts: Mapping[str, Any]) -> None:
     for row in facts["proxies"]:
         table.add_row(
             row["proxy"],
-            _with_interval(row, "tau"),
+            f"{row['tau']:.2f}",
             _with_interval(row, "tau_in_band"),
             f"{row['relative']:.2f}",
             f"{row['recall']:.0%}",
@@ -202,13 +202,16 @@ def print_audit(facts: Mapping[str, Any]) -> None:
             f"{row['macs_share']:.1%}",
         )
     out.print(table)
-    out.print("regret: how much worse the proxy's pick is than its band's best", highlight=False)
+    out.print(
+        "Kendall's tau with the reference; recall of its best tenth; regret: how much worse the proxy's pick is than its band's best",
+        highlight=False,
+    )
     out.print(f"picture: {facts['picture']}", highlight=False, soft_wrap=True)
 
 
 def _with_interval(row: Mapping[str, Any], name: str) -> str:
     low, high = row[f"{name}_interval"]
-    return f"{row[name]:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{row[name]:.2f} [{low:.2f} {high:.2f}]"
 
 
 def _short(number: float) -> str:

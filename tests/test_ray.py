@@ -111,6 +111,43 @@ def test_an_audit_on_workers_has_the_rows_of_a_local_one(ray_cluster: Any, tmp_p
     assert ray == local
 
 
+def test_the_desk_sends_kin_the_same_way_and_waits_for_nobody_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+    import time
+
+    from nas import ray_runner
+    from tests.toy import ToySpace
+
+    monkeypatch.setattr(ray_runner, "PATIENCE", 0.2)
+    space = ToySpace(4)
+
+    def task(number: int, genome: tuple[int, ...], seed: int = 0) -> Any:
+        return ray_runner._Task(number, space.decode(genome).to_json(), 8, seed)
+
+    async def play() -> None:
+        desk = ray_runner._Desk.__ray_metadata__.modified_class(2)
+        await desk.arrived("a")
+        await desk.under_way(1)
+        for number, genome in enumerate([(0, 0, 0, 0), (3, 3, 3, 3), (0, 0, 1, 1)]):
+            await desk.put(task(number, genome))
+        assert (await desk.take("a", "turn 1")).number == 0
+        assert (await desk.take("a", "turn 2")).number == 2, "it has run the same first two steps"
+        await desk.put(task(3, (0, 0, 0, 1), seed=1))
+        assert (await desk.take("a", "turn 3")).number == 1, "other noise is no kin; the oldest job comes first"
+        assert await desk.lost("turn 3") == 1
+        assert await desk.lost("a turn that no worker took") == 3
+        await desk.arrived("b")
+        await desk.under_way(2)
+        started = time.monotonic()
+        await desk.passed()
+        assert time.monotonic() - started > 0.15, "one of two trials still waits for a worker"
+        started = time.monotonic()
+        await desk.passed()
+        assert time.monotonic() - started < 0.1, "whoever has not come is not waited for again"
+
+    asyncio.run(play())
+
+
 def test_impossible_workers_are_refused(ray_cluster: Any, tmp_path: Path) -> None:
     from nas.ray_runner import Workers
 
