@@ -23,6 +23,7 @@ from evaluators.features import Features
 
 SAMPLING_BATCH = 2048
 FEATURE_BATCH = 50
+CPU = torch.device("cpu")
 
 
 def slimmable(model: Any) -> Any:
@@ -79,17 +80,18 @@ def sample(
 ) -> torch.Tensor:
     """Deterministic DDIM, one width for each step, fresh noise; coefficients gathered from float64 buffers at every step."""
     shape = (model.config["in_channels"], model.config["sample_size"], model.config["sample_size"])
-    buffer = torch.from_numpy(np.append(abar, 1.0))
+    device = next(model.parameters()).device
+    buffer = torch.from_numpy(np.append(abar, 1.0)).to(device)
     parts = []
     for start in range(0, count, batch):
         size = min(batch, count - start)
-        x = torch.randn(size, *shape)
+        x = torch.randn(size, *shape, device=device)
         for t, after, width in zip(timesteps, [*timesteps[1:], -1], widths, strict=True):
             set_width(model, width)
             with torch.inference_mode():
-                noise = model(x, torch.full((size,), t)).sample
+                noise = model(x, torch.full((size,), t, device=device)).sample
             now, later = (
-                buffer.gather(0, torch.full((size,), index % len(buffer)))[:, None, None, None].float()
+                buffer.gather(0, torch.full((size,), index % len(buffer), device=device))[:, None, None, None].float()
                 for index in (t, after)
             )
             image = ((x - (1 - now).sqrt() * noise) / now.sqrt()).clamp(-1, 1)
@@ -98,13 +100,15 @@ def sample(
     return torch.cat(parts)
 
 
-def distance(images: torch.Tensor, features: Features, folder: Path, statistics: Path) -> float:
+def distance(
+    images: torch.Tensor, features: Features, folder: Path, statistics: Path, device: torch.device = CPU
+) -> float:
     """Frechet distance of the images' features to the statistics in an `.npz` file, everything made anew."""
-    extractor = features.load(folder, torch.device("cpu"))
+    extractor = features.load(folder, device)
     rows = []
     for start in range(0, len(images), FEATURE_BATCH):
         one_by_one = [images[i] for i in range(start, min(start + FEATURE_BATCH, len(images)))]
-        rows.append(extractor(torch.stack(one_by_one)).numpy())
+        rows.append(extractor(torch.stack(one_by_one).to(device)).cpu().numpy())
     found = np.concatenate(rows)
     mean, covariance = found.mean(0), np.cov(found, rowvar=False)
     with np.load(statistics) as file:

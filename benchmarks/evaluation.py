@@ -2,13 +2,14 @@
 
 On the digits study's supernet, one CPU thread. The candidates of a real evolution run with five intervals are scored by the
 engine and by a port of DDSM's evaluation loop (benchmarks/ddsm_loop.py): same network, timesteps, extractor and sample count.
+Where a GPU is at hand, the same there for 32x32 RGB images and the DDPM CIFAR-10 architecture, with untrained weights.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,21 +19,25 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 import torch
+from safetensors.torch import save_file
 
 from benchmarks import ddsm_loop
 from benchmarks.common import Benchmark, Target, borrow, digits_run
+from benchmarks.cost import DDPM_CIFAR10
 from evaluators.device import Execution
 from evaluators.frechet import Frechet, Moments
-from evaluators.images import load_once
+from evaluators.images import PhotoPatches, load_once
 from evaluators.sampling import Precision
 from nas.audit import Agreement
-from nas.contracts import Genome, LoadedEvaluator, Schedule, Score, derive_seed
+from nas.contracts import Genome, Images, LoadedEvaluator, Progress, Schedule, Score, derive_seed
 from nas.genetics import feasible_genomes
 from nas.ray_runner import Workers
+from nas.searchers.evolution import Evolution
 from nas.session import open_session
 from nas.study import Study
 from search_spaces.intervals import equal, per_step
 from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import WEIGHTS, ElasticUNet
 from studies.digits import images, net, steps
 from studies.digits import study as digits
 
@@ -58,16 +63,27 @@ class Place:
     """The trained run folder that every measurement here loads from."""
 
     folder: Path
+    device: str = "cpu"
 
     def load(self, study: Study) -> LoadedEvaluator:
-        return study.load(self.folder, "cpu")
+        return study.load(self.folder, self.device)
 
     def evolve(self, study: Study, into: Path, workers: Workers | None) -> list[Any]:
         """Trials of an evolution run, in order of completion, in a run folder of their own that borrows the weights."""
-        with open_session(study, borrow(self.folder, into)) as session:
+        with open_session(study, borrow(self.folder, into), device=self.device) as session:
             conductor = session.conductor("evolution")
             session.run(conductor, workers)
             return conductor.ledger.finished
+
+
+def ratios(timed: Row, precision: Precision, batch: int) -> Row:
+    """Seconds of the published loop over those of the engine, all candidates."""
+    loop = f"published loop, batches of {batch}"
+    sampling = timed[f"{loop}, sampling_s"]
+    return {
+        "candidates_per_second": (sampling + timed[f"{loop}, distance_s"]) / timed[f"{precision}_s"],
+        "sampling_alone": sampling / timed[f"{precision}, sampling_s"],
+    }
 
 
 def share_saved(trials: Sequence[Any]) -> Row:
@@ -124,9 +140,16 @@ def score_all(place: Place, study: Study, genomes: Sequence[Genome], samples: in
 
 @contextmanager
 def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    _finish_device_work()
     started = time.perf_counter()
     yield
+    _finish_device_work()
     seconds[name] += time.perf_counter() - started
+
+
+def _finish_device_work() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _with_precision(study: Study, precision: Precision) -> Study:
@@ -138,21 +161,62 @@ class Literal:
 
     def __init__(self, place: Place, study: Study, samples: int) -> None:
         supernet = place.load(study).supernet
-        self._model = ddsm_loop.slimmable(supernet.extract(supernet.full_arch))
+        self._device = supernet.device
+        self._model = ddsm_loop.slimmable(supernet.extract(supernet.full_arch).to(self._device))
         self._abar = supernet.alphas_cumprod
         self._samples = samples
         self._folder = place.folder
         self._statistics = place.folder / "statistics.npz"
-        self._features = digits.evaluator.features  # type: ignore[attr-defined]
-        extractor = self._features.load(place.folder, torch.device("cpu"))
-        reference = Moments.of(extractor(torch.from_numpy(load_once(images).pixels)).numpy()).gaussian()
+        self._features = study.evaluator.features  # type: ignore[attr-defined]
+        extractor = self._features.load(place.folder, self._device)
+        pixels = torch.from_numpy(load_once(study.images).pixels).to(self._device)
+        reference = Moments.of(extractor(pixels).cpu().numpy()).gaussian()
         np.savez(self._statistics, mu=reference.mean, sigma=reference.covariance)
 
     def sample(self, schedule: Schedule, batch: int) -> torch.Tensor:
         return ddsm_loop.sample(self._model, _widths(schedule), schedule.timesteps, self._samples, self._abar, batch)
 
     def distance(self, drawn: torch.Tensor) -> float:
-        return ddsm_loop.distance(drawn, self._features, self._folder, self._statistics)
+        return ddsm_loop.distance(drawn, self._features, self._folder, self._statistics, self._device)
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """Initial weights: enough where only speed is measured."""
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"class": "Untrained"}
+
+    def run(self, supernet: Any, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / WEIGHTS).exists():
+            save_file(supernet.initial(seed).full.state_dict(), folder / WEIGHTS)
+        yield from ()
+
+
+def elsewhere(
+    bench: Benchmark, device: str, config: Mapping[str, Any], pictures: Images, samples: int, trials: int
+) -> Row:
+    """The comparison for another network on another device."""
+    big = ElasticUNet(config)
+    study = Study(
+        name="elsewhere",
+        space=Stepwise(big, steps, equal(steps, 5)),
+        supernet=big,
+        images=pictures,
+        training=Untrained(),
+        evaluator=Frechet(pictures, rungs=(64,)),
+        searchers={"evolution": Evolution()},
+        trials=trials,
+        verified=1,
+    )
+    place = Place(bench.folder / "elsewhere", device)
+    with open_session(study, place.folder, device=device) as session:
+        for _ in session.prepare():
+            pass
+    genomes = [trial.genome for trial in place.evolve(study, bench.folder / "searches" / "elsewhere", None)]
+    larger = replace(study, evaluator=Frechet(pictures, rungs=(samples,)))
+    return score_all(place, larger, genomes, samples, every=8)
 
 
 def _widths(schedule: Schedule) -> list[float]:
@@ -233,19 +297,10 @@ def main() -> None:
     genomes = [tuple(genome) for genome in search["genomes"]]
     timed = bench.row("candidates of that run", lambda: score_all(place, five, genomes, samples, 4 if quick else 8))
 
-    def ratios(precision: Precision, batch: int) -> Row:
-        """Seconds of the published loop over those of the engine, all candidates."""
-        loop = f"published loop, batches of {batch}"
-        sampling = timed[f"{loop}, sampling_s"]
-        return {
-            "candidates_per_second": (sampling + timed[f"{loop}, distance_s"]) / timed[f"{precision}_s"],
-            "sampling_alone": sampling / timed[f"{precision}, sampling_s"],
-        }
-
     best = {}
     for precision in PRECISIONS:
         for batch in (ddsm_loop.SAMPLING_BATCH, ENGINE_BATCH):
-            row = bench.row(f"ratios, {precision} against batches of {batch}", partial(ratios, precision, batch))
+            row = bench.row(f"ratios, {precision} against batches of {batch}", partial(ratios, timed, precision, batch))
             best[precision, batch] = row["candidates_per_second"]
     bench.row(
         "evolution, 5 intervals, 2 workers",
@@ -255,8 +310,15 @@ def main() -> None:
     whole = bench.row("whole space, 5 intervals", lambda: enumeration(place, few_of(five), few))
     equal_bits = bench.row("with and without the cache", lambda: bit_equal(place, few_of(five), genomes[:40], few))
     distance = bench.row("Frechet distance", lambda: frechet(256 if quick else 2048))
+    on_gpu = []
+    if torch.cuda.is_available():
+        there = bench.row("on the GPU", lambda: elsewhere(bench, "cuda", DDPM_CIFAR10, PhotoPatches(), 2048, 200))
+        ratio = ratios(there, "bfloat16", ddsm_loop.SAMPLING_BATCH)["candidates_per_second"]
+        what = "the same on this GPU, 32x32 RGB and the DDPM CIFAR-10 architecture"
+        on_gpu.append(Target("candidates_per_second_ratio_gpu", what, 8, ratio, at_most=False))
     bench.finish(
         [
+            *on_gpu,
             Target(
                 "candidates_per_second_ratio",
                 "candidates per second / those of DDSM's published loop, same network, images and core; bfloat16 here, float32 there",

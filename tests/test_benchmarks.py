@@ -26,7 +26,7 @@ def test_the_published_loop_at_full_width_draws_what_the_stock_model_draws(
     net = tiny_net.initial(0)
     model = ddsm_loop.slimmable(net.extract(net.full_arch))
     noise = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(torch, "randn", lambda *shape: noise)
+    monkeypatch.setattr(torch, "randn", lambda *shape, device: noise)
     monkeypatch.setattr("evaluators.sampling.initial_noise", lambda *a: noise)
     timesteps = uniform(4)
     drawn = ddsm_loop.sample(model, (1.0,) * 4, timesteps, 6, net.alphas_cumprod)
