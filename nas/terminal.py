@@ -96,7 +96,13 @@ def follow(bars: Progress, ticks: Iterator[Tick]) -> None:
 
 def print_status(facts: Mapping[str, Any]) -> None:
     """What `Run.status` returns, as a table."""
-    table = Table(title=f"{facts['study']} in {facts['folder']}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=f"{facts['study']} in {facts['folder']}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     columns = ("searcher", "proposed", "planned", "running", "scored", "verified", "failed")
     for column in columns:
         table.add_column(column, justify="left" if column == "searcher" else "right")
@@ -108,8 +114,14 @@ def print_status(facts: Mapping[str, Any]) -> None:
 def print_comparison(facts: Mapping[str, Any]) -> None:
     """What `Run.compare` returns, as two tables."""
     rows = facts["searchers"]
-    table = Table(title=f"{facts['study']}: {facts['label']}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("searcher")
+    table = Table(
+        title=f"{facts['study']}: {facts['label']}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("searcher", no_wrap=True)
     for column in ("trials", "failed", "front", "hypervolume", "calls", "MACs", "saved", "seconds"):
         table.add_column(column, justify="right")
     for row in rows:
@@ -129,10 +141,11 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
-    best.add_column("searcher")
+    best.add_column("searcher", no_wrap=True)
     for budget in budgets:
-        best.add_column(f"{float(budget):.0%}", justify="right")
+        best.add_column(f"{float(budget):.0%}", justify="right", no_wrap=True)
     for row in rows:
         best.add_row(row["searcher"], *(_best(row["best_within"][budget], facts["objective"]) for budget in budgets))
     out.print(table, best)
@@ -147,7 +160,7 @@ def _best(member: Mapping[str, Any] | None, objective: str) -> str:
         return "-"
     against = member["against_leader"]
     mark = "~" if against and not against["conclusive"] else ""
-    return f"{mark}{member[objective]:.3f}±{member['error']:.3f} ({member['trial']})"
+    return f"{mark}{member[objective]:.3g}±{member['error']:.1g} ({member['trial']})"
 
 
 def _verdicts(rows: Any, budgets: list[str]) -> Iterator[str]:
@@ -183,6 +196,7 @@ def print_audit(facts: Mapping[str, Any]) -> None:
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("proxy")
     for column in ("tau", "in bands [95%]", "of retest", "recall", "regret", "MACs"):
