@@ -104,6 +104,7 @@ class Run:
                     "searcher": _label(info),
                     "baseline": info.searcher == self.facts["baseline"],
                     "trials": len(done),
+                    "probes": sum("probe" in t.origin for t in done),
                     "failed": sum(t.status == "failed" for t in trials),
                     "front": [
                         {**_member(t, quality), "against_cheaper": against(t, cheaper, quality)}

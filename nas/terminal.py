@@ -180,6 +180,10 @@ def _verdicts(rows: Any, budgets: list[str]) -> Iterator[str]:
                     f"{row['searcher']}: trial {member['trial']} ({member['macs_share']:.0%} of the MACs) and the cheaper "
                     f"{against['trial']} are {against['words']}"
                 )
+        if row["probes"] and not row["prediction"]:
+            yield (
+                f"{row['searcher']}: {row['probes']} trials were probes and next to none made use of them; raise --trials, or probe less"
+            )
         if row["prediction"]:
             p = row["prediction"]
             yield (

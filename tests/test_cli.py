@@ -178,6 +178,8 @@ def test_a_search_that_predicts_reports_how_well(tmp_path: Path) -> None:
     result = nas("run", tmp_path / "study.py", "--out", tmp_path / "run", "--searcher", "knapsack")
     assert result.returncode == 0, result.stderr
     assert "knapsack: predicted against measured scores of 12 schedules: R²" in result.stdout
+    few = nas("run", tmp_path / "study.py", "--out", tmp_path / "few", "--searcher", "knapsack", "--trials", 20)
+    assert "knapsack: 20 trials were probes and next to none made use of them; raise --trials" in few.stdout
 
 
 def test_an_audit_is_a_table_a_picture_and_json(workplace: Path) -> None:
