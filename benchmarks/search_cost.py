@@ -359,6 +359,7 @@ def main() -> None:
     solver = bench.row("knapsack solver", lambda: knapsack_seconds(2 if bench.quick else 20))
     study = replace(
         base,
+        searchers={"knapsack": Knapsack()},
         evaluator=Frechet(images, rungs=(16, 32, 64) if bench.quick else (512, 2048, 4096)),
         trials=70 if bench.quick else 140,
         verified=4 if bench.quick else 16,
