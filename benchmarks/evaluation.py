@@ -35,7 +35,7 @@ from nas.ray_runner import Workers
 from nas.searchers.evolution import Evolution
 from nas.session import open_session
 from nas.study import Study
-from search_spaces.intervals import equal, per_step
+from search_spaces.intervals import equal
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import WEIGHTS, ElasticUNet
 from studies.digits import images, net, steps
@@ -49,10 +49,9 @@ Row = dict[str, Any]
 
 def study_with(study: Study, intervals: int, samples: int, quick: bool) -> Study:
     """The digits study without verification, so that everything that runs is a candidate of the search."""
-    partition = per_step(steps) if intervals == len(steps) else equal(steps, intervals)
     return replace(
         study,
-        space=Stepwise(net, steps, partition),
+        space=Stepwise(net, steps, equal(steps, intervals)),
         evaluator=Frechet(images, rungs=(samples,)),
         trials=20 if quick else 200,
     )
@@ -174,7 +173,8 @@ class Literal:
         np.savez(self._statistics, mu=reference.mean, sigma=reference.covariance)
 
     def sample(self, schedule: Schedule, batch: int) -> torch.Tensor:
-        return ddsm_loop.sample(self._model, _widths(schedule), schedule.timesteps, self._samples, self._abar, batch)
+        widths = [step.arch[0] for step in schedule.steps]
+        return ddsm_loop.sample(self._model, widths, schedule.timesteps, self._samples, self._abar, batch)
 
     def distance(self, drawn: torch.Tensor) -> float:
         return ddsm_loop.distance(drawn, self._features, self._folder, self._statistics, self._device)
@@ -217,10 +217,6 @@ def elsewhere(
     genomes = [trial.genome for trial in place.evolve(study, bench.folder / "searches" / "elsewhere", None)]
     larger = replace(study, evaluator=Frechet(pictures, rungs=(samples,)))
     return score_all(place, larger, genomes, samples, every=8)
-
-
-def _widths(schedule: Schedule) -> list[float]:
-    return [step.arch[0] for step in schedule.steps]
 
 
 def bit_equal(place: Place, study: Study, genomes: Sequence[Genome], samples: int) -> Row:

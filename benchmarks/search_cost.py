@@ -164,30 +164,35 @@ class Replay:
         return new * self._costs[k][genome[k]]
 
 
+def replayed(
+    table: Table, searcher: Searcher, rungs: tuple[int, ...], trials: int, seed: int, shared: bool = True
+) -> list[Trial]:
+    """Trials of one whole search by the engine's runner."""
+    problem = Problem(table.scale.space, ("fd", "macs"), {})
+    info = LedgerInfo("search-cost", "searcher", seed, problem.objectives, rungs, {}, {})
+    ledger = Ledger(optuna.storages.InMemoryStorage(), info, problem)
+    ladder = Ladder(rungs, problem.objectives, trials, max(4, min(24, trials // 3)))
+    run_here(
+        Conductor(ledger, searcher.start(problem, seed), problem, ladder, seed), Replay(table, rungs, shared, seed)
+    )
+    return ledger.trials
+
+
 def search(table: Table, searcher: Searcher, rungs: tuple[int, ...], trials: int, seed: int) -> Row:
     """One whole search of the engine's; MACs charged, hypervolume of what it returns as the judge sees it."""
-    problem = Problem(table.scale.space, ("fd", "macs"), {})
-    info = LedgerInfo("search-cost", "searcher", seed, ("fd", "macs"), rungs, {}, {})
-    ledger = Ledger(optuna.storages.InMemoryStorage(), info, problem)
-    verified = max(4, min(24, trials // 3))
-    ladder = Ladder(rungs, ("fd", "macs"), trials, verified)
-    run_here(Conductor(ledger, searcher.start(problem, seed), problem, ladder, seed), Replay(table, rungs, True, seed))
-    charged = sum(trial.score.spent["macs"] for trial in ledger.trials if trial.score)
-    front = verified_front(ledger.trials, ("fd", "macs"))
+    found = replayed(table, searcher, rungs, trials, seed)
+    charged = sum(trial.score.spent["macs"] for trial in found if trial.score)
+    front = verified_front(found, ("fd", "macs"))
     return {"trials": trials, "macs": charged, "hypervolume": judged_volume(table, front), "front": len(front)}
 
 
 def literal_search(table: Table, searcher: DDSM, seed: int) -> Row:
     """The published search, and when it had reached the goal itself, looked at after each generation."""
-    scale, problem = table.scale, Problem(table.scale.space, ("fd", "macs"), {})
-    info = LedgerInfo("search-cost", "literal", seed, ("fd", "macs"), (scale.half,), {}, {})
-    ledger = Ledger(optuna.storages.InMemoryStorage(), info, problem)
-    ladder = Ladder(info.rungs, info.objectives, scale.literal, scale.literal)
-    search = searcher.start(problem, seed)
-    run_here(Conductor(ledger, search, problem, ladder, seed), Replay(table, info.rungs, False, seed))
-    charged = np.cumsum([trial.score.spent["macs"] for trial in ledger.trials if trial.score])
+    scale = table.scale
+    found = replayed(table, searcher, (scale.half,), scale.literal, seed, shared=False)
+    charged = np.cumsum([trial.score.spent["macs"] for trial in found if trial.score])
     ends = range(searcher.population, len(charged) + 1, searcher.population)
-    volumes = {end: judged_volume(table, verified_front(ledger.trials[:end], info.objectives)) for end in ends}
+    volumes = {end: judged_volume(table, verified_front(found[:end], ("fd", "macs"))) for end in ends}
     final = volumes[max(volumes)]
     reached = next(end for end, volume in volumes.items() if volume >= WITHIN * final)
     return {
@@ -206,19 +211,22 @@ def judged_volume(table: Table, front: Sequence[Trial]) -> float:
     return hypervolume([(table.judge(t.genome), space.cost(t.genome)["macs_share"]) for t in front], (worst, 1.0001))
 
 
-def until(table: Table, name: str, scale: Scale, goal: float, seed: int, literal: Row) -> Row:
-    """The smallest of the trial budgets with which the search reaches the goal, verification included. `ratio`: its MACs over those
-    of the whole literal search; `ratio_to_its_goal`: over those until the literal search had reached the goal itself."""
-    half = scale.half
-    kinds: dict[str, tuple[Searcher, tuple[int, ...]]] = {
+def searches(scale: Scale) -> dict[str, tuple[Searcher, tuple[int, ...]]]:
+    """What is compared with the literal search: a searcher and its rungs."""
+    return {
         "knapsack + rungs": (Knapsack(), scale.rungs),
         "evolution + rungs": (Evolution(), scale.rungs),
         "evolution": (Evolution(), scale.rungs[-2:]),
         "random": (Random(), scale.rungs[-2:]),
-        "knapsack, as many images as the literal": (Knapsack(), (half,)),
-        "evolution, as many images as the literal": (Evolution(), (half,)),
+        "knapsack, as many images as the literal": (Knapsack(), (scale.half,)),
+        "evolution, as many images as the literal": (Evolution(), (scale.half,)),
     }
-    searcher, rungs = kinds[name]
+
+
+def until(table: Table, name: str, scale: Scale, goal: float, seed: int, literal: Row) -> Row:
+    """The smallest of the trial budgets with which the search reaches the goal, verification included. `ratio`: its MACs over those
+    of the whole literal search; `ratio_to_its_goal`: over those until the literal search had reached the goal itself."""
+    searcher, rungs = searches(scale)[name]
     tried = []
     for trials in scale.trials:
         tried.append(search(table, searcher, rungs, trials, seed))
@@ -233,16 +241,6 @@ def until(table: Table, name: str, scale: Scale, goal: float, seed: int, literal
     }
 
 
-SEARCHES = (
-    "knapsack + rungs",
-    "evolution + rungs",
-    "evolution",
-    "random",
-    "knapsack, as many images as the literal",
-    "evolution, as many images as the literal",
-)
-
-
 def regret(table: Table, seed: int) -> Row:
     """At ten budgets, how much worse the judge finds what a search picks than the best of all, as a share of that."""
     scale, space = table.scale, table.scale.space
@@ -253,17 +251,12 @@ def regret(table: Table, seed: int) -> Row:
         ("evolution 50", Evolution(), 50),
         ("evolution 200", Evolution(), min(200, len(every))),
     ):
-        problem = Problem(space, ("fd", "macs"), {})
-        info = LedgerInfo("regret", name, seed, ("fd", "macs"), scale.rungs, {}, {})
-        ledger = Ledger(optuna.storages.InMemoryStorage(), info, problem)
-        ladder = Ladder(scale.rungs, ("fd", "macs"), trials, max(4, min(24, trials // 3)))
-        replay = Replay(table, scale.rungs, True, seed)
-        run_here(Conductor(ledger, searcher.start(problem, seed), problem, ladder, seed), replay)
+        scored = replayed(table, searcher, scale.rungs, trials, seed)
         lost = []
         for budget in np.linspace(0.15, 0.9, 10):
             best = min(fd for fd, share in every.values() if share <= budget)
-            lost.append(table.judge(best_within(ledger.trials, "macs_share", budget, "fd").genome) / best - 1)
-        found[name] = {"evaluations": len(ledger.trials), "regret": float(np.mean(lost))}
+            lost.append(table.judge(best_within(scored, "macs_share", budget, "fd").genome) / best - 1)
+        found[name] = {"evaluations": len(scored), "regret": float(np.mean(lost))}
     return found
 
 
@@ -327,7 +320,7 @@ def compare(bench: Benchmark, table: Table) -> Mapping[str, float]:
     """Every search against the literal one, per seed and mutation; mean ratio of MACs for each."""
     scale = table.scale
     full = table.judge((len(net.widths) - 1,) * scale.intervals)
-    ratios: dict[str, list[float]] = {name: [] for name in SEARCHES}
+    ratios: dict[str, list[float]] = {name: [] for name in searches(scale)}
     for mutation in ("released", "intended"):
         for seed in range(scale.seeds):
             searcher = DDSM(macs_weight=1.6 * full, mutation=mutation, population=scale.literal // 10)
@@ -336,7 +329,7 @@ def compare(bench: Benchmark, table: Table) -> Mapping[str, float]:
                 lambda searcher=searcher, seed=seed: literal_search(table, searcher, seed),  # type: ignore[misc]
             )
             goal = WITHIN * literal["hypervolume"]
-            for name in SEARCHES:
+            for name in ratios:
                 row = bench.row(
                     f"{name}, until the literal search as {mutation}, seed {seed}",
                     lambda name=name, goal=goal, seed=seed, literal=literal: until(  # type: ignore[misc]

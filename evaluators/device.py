@@ -33,8 +33,8 @@ class Execution:
 
 
 def candidates(device: torch.device) -> list[Execution]:
-    """Settings worth timing, plain ones first. On a CPU only the plain one: there, a small network gains less than a tenth from
-    the memory format, and compiling a subnet takes longer than a search needs it."""
+    """Settings worth timing, plain ones first. On a CPU only the plain one: compiling takes long there, and what a loaded machine
+    happens to measure must not decide the last bits of a score."""
     if device.type == "cpu":
         return [Execution()]
     batches = (256, 512, 1024, 2048)

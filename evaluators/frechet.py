@@ -131,9 +131,19 @@ def _change(whole: Gaussian, part: Gaussian, reference: Gaussian, slope: Array) 
     return float(shifts[1] @ shifts[1] - shifts[0] @ shifts[0] + np.trace(change) - 2 * (slope * change).sum())
 
 
-def kernel_with_replicates(features: npt.NDArray[Any], reference: npt.NDArray[Any]) -> tuple[float, tuple[float, ...]]:
+def mean_kernel(features: npt.NDArray[Any]) -> float:
+    """Mean of the kernel (x.y / d + 1)^3 over all pairs of different rows (n, d)."""
+    x = torch.from_numpy(features).double()
+    total = sum(float(_kernel(x[i : i + 1024], x).sum()) for i in range(0, len(x), 1024))
+    return (total - float(((x * x).sum(1) / x.shape[1] + 1).pow(3).sum())) / (len(x) * (len(x) - 1))
+
+
+def kernel_with_replicates(
+    features: npt.NDArray[Any], reference: npt.NDArray[Any], among_reference: float
+) -> tuple[float, tuple[float, ...]]:
     """Kernel distance (Binkowski et al. 2018): the unbiased squared MMD between features (n, d) and the reference's
-    (m, d) under the kernel (x.y / d + 1)^3, over all pairs; and its jackknife replicates over blocks of the features."""
+    (m, d) under the kernel (x.y / d + 1)^3, over all pairs; and its jackknife replicates over blocks of the features.
+    `among_reference`: the reference's `mean_kernel`, which is the same for every schedule."""
     x, y = torch.from_numpy(features).double(), torch.from_numpy(reference).double()
     n, m = len(x), len(y)
     sizes = np.array([len(part) for part in np.array_split(features, min(BLOCKS, n))])
@@ -144,8 +154,6 @@ def kernel_with_replicates(features: npt.NDArray[Any], reference: npt.NDArray[An
         rows[:, start:stop].fill_diagonal_(0.0)
         within[i] = [float(rows[:, a:b].sum()) for a, b in blocks]
         across[i] = float(_kernel(x[start:stop], y).sum())
-    pairs = sum(float(_kernel(y[i : i + 1024], y).sum()) for i in range(0, m, 1024))
-    among_reference = (pairs - float(((y * y).sum(1) / y.shape[1] + 1).pow(3).sum())) / (m * (m - 1))
 
     def distance(total: float, cross: float, count: int) -> float:
         return total / (count * (count - 1)) + among_reference - 2 * cross / (count * m)
@@ -271,12 +279,13 @@ class KernelDistance(OfFeatures):
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         features = self.load_features(supernet, folder)
         reference = np.concatenate(self.real_rows(features, supernet.device))
+        among_reference = mean_kernel(reference)
         return LoadedScore(
             self,
             trajectories := self.trajectories(supernet, folder),
             "kid",
             feature_rows(trajectories, features, self.features_identity(folder)),
-            lambda rows: kernel_with_replicates(rows, reference),
+            lambda rows: kernel_with_replicates(rows, reference, among_reference),
             lambda count: f"{'KID' if features.distance == 'FID' else 'KD'}@{count} ({features.label})",
         )
 

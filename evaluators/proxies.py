@@ -172,8 +172,7 @@ class TrajectoryDistance(OfImages):
             Rows(
                 "squared distance of each step to the full model's",
                 make,
-                lambda schedule: len(changed(schedule)),
-                lambda schedule: sum(supernet.macs(schedule.steps[number].arch) for number in changed(schedule)),
+                lambda schedule: [schedule.steps[number] for number in changed(schedule)],
             ),
             mean_with_replicates,
             lambda count: f"squared distance along the full model's trajectory@{count}",
@@ -290,9 +289,9 @@ class LoadedAdditive:
             if self.recipe.around in (name, "both")
         ]
         inner, name = self.recipe.base.metrics[0], self.recipe.metrics[0]
-        label = f"additive {sums[0][0].labels[inner]}, around the {self.recipe.around} net"
         # Linear in the table's scores, so its jackknife replicates are the same sum of theirs.
-        terms = [(sign / len(sums), score) for part in sums for sign, score in part[1]]
+        terms = [(sign / len(sums), score) for part in sums for sign, score in part]
+        label = f"additive {terms[0][1].labels[inner]}, around the {self.recipe.around} net"
         value = sum(weight * score.values[inner] for weight, score in terms)
         columns = zip(*(tuple(weight * r for r in score.replicates[inner]) for weight, score in terms), strict=True)
         return Score({name: value}, {name: tuple(sum(column) for column in columns)}, spent, {name: label})
@@ -302,8 +301,8 @@ class LoadedAdditive:
 
     def _sum(
         self, schedule: Schedule, arch: Arch, rung: int, seed: int, spent: dict[str, float]
-    ) -> tuple[Score, list[tuple[int, Score]]]:
-        """The anchor's score, and the (sign, score) terms of the prediction around it."""
+    ) -> list[tuple[int, Score]]:
+        """The (sign, score) terms of the prediction around an anchor, its own score first."""
         anchor = whole(arch, schedule)
         origin = self._entry(anchor, rung, seed, spent)
         terms = [(1, origin)]
@@ -311,7 +310,7 @@ class LoadedAdditive:
             changed = Schedule(anchor.steps[:start] + schedule.steps[start:stop] + anchor.steps[stop:])
             if changed != anchor:
                 terms += [(1, self._entry(changed, rung, seed, spent)), (-1, origin)]
-        return origin, terms
+        return terms
 
     def _entry(self, schedule: Schedule, rung: int, seed: int, spent: dict[str, float]) -> Score:
         key = (schedule.digest, rung, seed, self.supernet.version)

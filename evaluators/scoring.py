@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from evaluators.device import settle
 from evaluators.sampling import DDIM, Precision, Sampler
 from evaluators.trajectories import Trajectories
-from nas.contracts import LoadedSupernet, Schedule, Score, UserError
+from nas.contracts import LoadedSupernet, Schedule, Score, Step, UserError
 
 Array = npt.NDArray[np.float64]
 
@@ -62,14 +62,13 @@ class Sampled:
 class Rows:
     """One row per sample of a schedule: `make(schedule, seed, start, stop)` gives (stop - start, d).
 
-    `name` identifies what the rows are, so that scores of the same rows share them. `calls`: network calls per sample that
-    `make` takes for a schedule, where nothing is kept; `macs` likewise.
+    `name` identifies what the rows are, so that scores of the same rows share them. `steps`: those that `make` runs for a
+    schedule, where nothing is kept.
     """
 
     name: str
     make: Callable[[Schedule, int, int, int], npt.NDArray[Any]]
-    calls: Callable[[Schedule], int] = lambda schedule: len(schedule.steps)
-    macs: Callable[[Schedule], int] | None = None
+    steps: Callable[[Schedule], Sequence[Step]] = lambda schedule: schedule.steps
 
 
 class LoadedScore:
@@ -108,13 +107,13 @@ class LoadedScore:
 
     def rows_of(self, schedule: Schedule, count: int, seed: int) -> npt.NDArray[Any]:
         """Rows of samples 0..count-1, (count, d)."""
-        calls = self.rows.calls(schedule)
-        macs = self._macs(schedule) if self.rows.macs is None else self.rows.macs(schedule)
+        steps = self.rows.steps(schedule)
+        macs = sum(self.supernet.macs(step.arch) for step in steps)
         parts = []
         for start, stop in self.trajectories.batches(count, self.recipe.rungs):
             key = (self.rows.name, schedule.digest, seed, start, stop)
             made = lambda start=start, stop=stop: self.rows.make(schedule, seed, start, stop)  # noqa: E731
-            parts.append(self.trajectories.kept(key, made, (stop - start) * calls, (stop - start) * macs))
+            parts.append(self.trajectories.kept(key, made, (stop - start) * len(steps), (stop - start) * macs))
         return np.concatenate(parts)
 
     def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
@@ -124,9 +123,6 @@ class LoadedScore:
                 for start, stop in self.trajectories.batches(count, self.recipe.rungs)
             ]
         )
-
-    def _macs(self, schedule: Schedule) -> int:
-        return sum(self.supernet.macs(step.arch) for step in schedule.steps)
 
 
 def mean_with_replicates(rows: npt.NDArray[Any]) -> tuple[float, tuple[float, ...]]:

@@ -150,27 +150,32 @@ def _resume(path: Path, header: Mapping[str, Any]) -> set[Genome]:
         os.replace(unfinished, path)
         return set()
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    lines = whole.splitlines()
-    if not lines or json.loads(lines[0]) != header:
+    path.write_bytes(content[: content.rfind(b"\n") + 1])
+    stored, *rows = _lines(path)
+    if stored != header:
         raise UserError(
             f"{path} was written for another supernet, space, evaluator or seed; move it away, or use another --out"
         )
-    return {tuple(json.loads(line)["genome"]) for line in lines[1:]}
+    return {tuple(row["genome"]) for row in rows}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The header and the rows. Raises UserError where there is no such file, or it is damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; `nas audit` writes it")
+    try:
+        parsed = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and `nas audit` writes it again") from error
+    if not parsed:
+        raise UserError(f"{path} is empty; delete it, and `nas audit` writes it again")
+    return parsed
 
 
 def read_table(path: Path, genomes: Collection[Genome] | None = None) -> list[dict[str, Any]]:
-    """The rows of an audit, by genome; of these genomes alone, where given. Raises UserError where there is none."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; `nas audit` writes it")
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines()[1:]:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    """The rows of an audit, by genome; of these genomes alone, where given. Raises UserError where the file is missing or
+    damaged."""
+    rows = _lines(path)[1:]
     chosen = rows if genomes is None else [row for row in rows if tuple(row["genome"]) in genomes]
     return sorted(chosen, key=lambda row: tuple(row["genome"]))
 

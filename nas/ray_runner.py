@@ -15,13 +15,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
-from nas.contracts import DONE, Schedule, Score, Signal, UserError
+from nas.contracts import DONE, Schedule, Score, Signal, Step, UserError
 from nas.ledger import first_line
 from nas.runner import Conductor, attempt
 from nas.study import Study
@@ -178,10 +178,13 @@ class _Task:
     samples: int
     seed: int
 
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        return Schedule.from_json(self.schedule).steps
+
     def kinship(self, other: _Task) -> int:
         """How many first steps the two have in common, for the same noise."""
-        mine, theirs = json.loads(self.schedule), json.loads(other.schedule)
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(mine, theirs, strict=False))
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(self.steps, other.steps, strict=False))
         return sum(1 for _ in same) if self.seed == other.seed else 0
 
 

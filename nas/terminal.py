@@ -94,15 +94,13 @@ def follow(bars: Progress, ticks: Iterator[Tick]) -> None:
         bars.update(tasks[tick.what], completed=tick.done, detail=values)
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+
+
 def print_status(facts: Mapping[str, Any]) -> None:
     """What `Run.status` returns, as a table."""
-    table = Table(
-        title=f"{facts['study']} in {facts['folder']}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = _table(f"{facts['study']} in {facts['folder']}")
     columns = ("searcher", "proposed", "planned", "running", "scored", "verified", "failed")
     for column in columns:
         table.add_column(column, justify="left" if column == "searcher" else "right")
@@ -114,13 +112,7 @@ def print_status(facts: Mapping[str, Any]) -> None:
 def print_comparison(facts: Mapping[str, Any]) -> None:
     """What `Run.compare` returns, as two tables."""
     rows = facts["searchers"]
-    table = Table(
-        title=f"{facts['study']}: {facts['label']}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = _table(f"{facts['study']}: {facts['label']}")
     table.add_column("searcher", no_wrap=True)
     for column in ("trials", "failed", "front", "hypervolume", "calls", "MACs", "saved", "seconds"):
         table.add_column(column, justify="right")
@@ -136,13 +128,7 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
             *spent,
         )
     budgets = list(rows[0]["best_within"]) if rows else []
-    best = Table(
-        title=f"best verified {facts['objective']} ± standard error (trial) within a share of the full net's MACs",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    best = _table(f"best verified {facts['objective']} ± standard error (trial) within a share of the full net's MACs")
     best.add_column("searcher", no_wrap=True)
     for budget in budgets:
         best.add_column(f"{float(budget):.0%}", justify="right", no_wrap=True)
@@ -195,13 +181,7 @@ def _verdicts(rows: Any, budgets: list[str]) -> Iterator[str]:
 def print_audit(facts: Mapping[str, Any]) -> None:
     """What `audit.summary` returns, as a table."""
     bands = ", ".join(map(str, facts["bands"]))
-    table = Table(
-        title=f"{facts['schedules']} schedules ({bands} in bands of equal MACs) against {facts['reference']}",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
+    table = _table(f"{facts['schedules']} schedules ({bands} in bands of equal MACs) against {facts['reference']}")
     table.add_column("proxy")
     for column in ("tau", "in bands [95%]", "of retest", "recall", "regret", "MACs"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -24,6 +24,7 @@ from evaluators.frechet import (
     Moments,
     frechet_with_replicates,
     kernel_with_replicates,
+    mean_kernel,
     paired_frechet_with_replicates,
     read_statistics,
 )
@@ -179,10 +180,11 @@ def test_kernel_distance_is_the_unbiased_squared_mmd() -> None:
             (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1)) - 2 * xy.mean()
         )
 
-    value, replicates = kernel_with_replicates(x, y)
+    value, replicates = kernel_with_replicates(x, y, mean_kernel(y))
     assert value == pytest.approx(expected(x), rel=1e-5)
     assert replicates == pytest.approx([expected(np.delete(x, i, axis=0)) for i in range(9)], rel=1e-5)
-    means = [kernel_with_replicates(rng.standard_normal((30, 2)), rng.standard_normal((40, 2)))[0] for _ in range(400)]
+    draws = [(rng.standard_normal((30, 2)), rng.standard_normal((40, 2))) for _ in range(400)]
+    means = [kernel_with_replicates(x, y, mean_kernel(y))[0] for x, y in draws]
     assert abs(np.mean(means)) < 4 * np.std(means) / 20
 
 

@@ -12,7 +12,8 @@ from nas.contracts import Trial, UserError
 from nas.ledger import open_storage, read_ledgers
 from nas.session import open_session
 from nas.study import Study, load_study
-from tests.test_runner import ROOT, facts, killed_at_random, run
+from tests.test_cli import interrupted
+from tests.test_runner import facts, killed_at_random, run
 from tests.toy import toy_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -180,43 +181,16 @@ def test_a_killed_ray_run_loses_nothing_and_doubles_nothing(tmp_path: Path) -> N
 
 
 def test_ctrl_c_stops_a_ray_run_and_says_so(tmp_path: Path) -> None:
-    import os
-    import signal
-    import subprocess
-    import sys
-    import time
-
     (tmp_path / "study.py").write_text(
         "from tests.toy import toy_study\nstudy = toy_study(trials=500, evaluator__seconds=0.2)\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "nas.cli",
-        "run",
-        str(tmp_path / "study.py"),
-        "--workers",
-        "2",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        if (tmp_path / "run" / "journal.log").exists():
-            ledgers = {info.searcher: trials for info, trials in read_ledgers(open_storage(tmp_path / "run"))}
-            if sum(t.scored for t in ledgers.get("uniform", ())) >= 2:
-                break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "interrupted; the same command goes on" in errors
-    assert "evolution" not in {info.searcher: 0 for info, _ in read_ledgers(open_storage(tmp_path / "run"))}
+    run_folder = tmp_path / "run"
+
+    def under_way() -> bool:
+        if not (run_folder / "journal.log").exists():
+            return False
+        ledgers = {info.searcher: trials for info, trials in read_ledgers(open_storage(run_folder))}
+        return sum(t.scored for t in ledgers.get("uniform", ())) >= 2
+
+    interrupted(["run", str(tmp_path / "study.py"), "--workers", "2", "--out", str(run_folder)], under_way)
+    assert "evolution" not in {info.searcher for info, _ in read_ledgers(open_storage(run_folder))}

@@ -25,7 +25,7 @@ to the individual and to the gene."""
 @dataclass(frozen=True)
 class DDSM:
     """F = first objective + `macs_weight` x share of the full net's MACs. The published weight, 0.001 per MMAC of a net of 6,070 MMACs
-    whose FID is 3.7, makes all MACs together 1.6 times the full net's distance.
+    whose FID is 3.7, makes all MACs together 1.6 times the full net's distance; the default is that for a distance of 1.
 
     `population`: candidates of a generation; the paper has ten generations of 50. `mutation`: as released or as intended.
     """
