@@ -81,6 +81,10 @@ class Benchmark:
         """Whether an earlier run has kept this row."""
         return key in self._rows
 
+    def kept(self, key: str) -> dict[str, Any]:
+        """A row that was measured before."""
+        return self._rows[key]
+
     def rows(self, jobs: Mapping[str, tuple[Any, ...]]) -> dict[str, dict[str, Any]]:
         """The rows of these keys; those not kept yet are measured in `processes` processes and kept as they finish. A job is
         a function of a module and its arguments."""

@@ -5,8 +5,8 @@ replayed on that table by the engine's own runner. The literal search is DDSM's:
 own for every candidate, nothing shared. The engine's searches see shared noise, share beginnings, climb rungs, and are charged for
 probes, rungs and verification. What each returns is judged on samples that none of them saw.
 
-Then, live: the same search on the network itself, and with one interval for each of ten steps a schedule within 51 % of the MACs
-against the full net.
+Then, live: one seed of each of these searches on the network itself, the literal one with fresh noise for every candidate; and with
+one interval for each of ten steps a schedule within 51 % of the MACs against the full net.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +73,10 @@ class Scale:
     @property
     def space(self) -> Stepwise:
         return Stepwise(net, steps, equal(steps, self.intervals))
+
+    def verified(self, trials: int) -> int:
+        """How many of a search's trials reach its last rung."""
+        return max(4, min(24, trials // 3))
 
 
 FULL = Scale(5, 8192, (256, 1024, 2048), 500, (20, 36, 40, 44, 48, 56, 64, 80, 100, 150, 200, 300, 500), 5)
@@ -171,7 +175,7 @@ def replayed(
     problem = Problem(table.scale.space, ("fd", "macs"), {})
     info = LedgerInfo("search-cost", "searcher", seed, problem.objectives, rungs, {}, {})
     ledger = Ledger(optuna.storages.InMemoryStorage(), info, problem)
-    ladder = Ladder(rungs, problem.objectives, trials, max(4, min(24, trials // 3)))
+    ladder = Ladder(rungs, problem.objectives, trials, table.scale.verified(trials))
     run_here(
         Conductor(ledger, searcher.start(problem, seed), problem, ladder, seed), Replay(table, rungs, shared, seed)
     )
@@ -183,7 +187,12 @@ def search(table: Table, searcher: Searcher, rungs: tuple[int, ...], trials: int
     found = replayed(table, searcher, rungs, trials, seed)
     charged = sum(trial.score.spent["macs"] for trial in found if trial.score)
     front = verified_front(found, ("fd", "macs"))
-    return {"trials": trials, "macs": charged, "hypervolume": judged_volume(table, front), "front": len(front)}
+    return {
+        "trials": trials,
+        "macs": charged,
+        "hypervolume": judged_volume(table, front),
+        "front": [t.genome for t in front],
+    }
 
 
 def literal_search(table: Table, searcher: DDSM, seed: int) -> Row:
@@ -205,10 +214,15 @@ def literal_search(table: Table, searcher: DDSM, seed: int) -> Row:
 
 
 def judged_volume(table: Table, front: Sequence[Trial]) -> float:
-    """Of the returned schedules, by the judge's scores; against the cheapest net's distance and all MACs."""
+    """Of the returned schedules, by the judge's scores."""
+    return genomes_volume(table, [trial.genome for trial in front])
+
+
+def genomes_volume(table: Table, front: Sequence[Genome]) -> float:
+    """Hypervolume by the judge's scores, against the cheapest net's distance and all MACs."""
     space = table.scale.space
     worst = table.judge((0,) * table.scale.intervals)
-    return hypervolume([(table.judge(t.genome), space.cost(t.genome)["macs_share"]) for t in front], (worst, 1.0001))
+    return hypervolume([(table.judge(g), space.cost(g)["macs_share"]) for g in front], (worst, 1.0001))
 
 
 def searches(scale: Scale) -> dict[str, tuple[Searcher, tuple[int, ...]]]:
@@ -221,6 +235,10 @@ def searches(scale: Scale) -> dict[str, tuple[Searcher, tuple[int, ...]]]:
         "knapsack, as many images as the literal": (Knapsack(), (scale.half,)),
         "evolution, as many images as the literal": (Evolution(), (scale.half,)),
     }
+
+
+def until_key(name: str, mutation: str, seed: int) -> str:
+    return f"{name}, until the literal search as {mutation}, seed {seed}"
 
 
 def until(table: Table, name: str, scale: Scale, goal: float, seed: int, literal: Row) -> Row:
@@ -238,6 +256,36 @@ def until(table: Table, name: str, scale: Scale, goal: float, seed: int, literal
         "reached": found["hypervolume"] >= goal,
         "ratio": found["macs"] / literal["macs"],
         "ratio_to_its_goal": found["macs"] / literal["macs_until_its_own_goal"],
+    }
+
+
+def live(
+    base: Study, folder: Path, scale: Scale, searcher: Searcher, rungs: tuple[int, ...], trials: int, shared: bool
+) -> Row:
+    """One whole search on the network itself, its MACs as metered; `shared` as for `Replay`. Its ledger goes on after a stop."""
+    study = replace(
+        base,
+        space=scale.space,
+        searchers={"search": searcher},
+        evaluator=Frechet(images, rungs=rungs),
+        proxies={},
+        limits={},
+        trials=trials,
+        verified=scale.verified(trials),
+    )
+    torch.set_num_threads(1)
+    with open_session(study, folder) as session:
+        conductor = session.conductor("search")
+        evaluate = study.load(folder, "cpu")
+        fresh = lambda schedule, rung, seed: evaluate(schedule, rung, derive_seed(seed, schedule.digest))  # noqa: E731
+        run_here(conductor, evaluate if shared else fresh)
+        found = conductor.ledger.trials
+    spent = [trial.score.spent for trial in found if trial.score]
+    return {
+        "trials": trials,
+        "macs": sum(s["macs"] for s in spent),
+        "seconds": sum(s["seconds"] for s in spent),
+        "front": [trial.genome for trial in verified_front(found, ("fd", "macs"))],
     }
 
 
@@ -316,14 +364,20 @@ def build_table(bench: Benchmark, scale: Scale, trained: Path) -> Table:
     return Table(scale, files, Moments.of(real).gaussian())
 
 
+def literal_searcher(table: Table, mutation: Literal["released", "intended"]) -> DDSM:
+    """Its MACs weigh against the distance as published: those of the full net 1.6 times as much as its distance."""
+    full = table.judge((len(net.widths) - 1,) * table.scale.intervals)
+    return DDSM(macs_weight=round(1.6 * full, 3), mutation=mutation, population=table.scale.literal // 10)
+
+
 def compare(bench: Benchmark, table: Table) -> Mapping[str, float]:
     """Every search against the literal one, per seed and mutation; mean ratio of MACs for each."""
     scale = table.scale
-    full = table.judge((len(net.widths) - 1,) * scale.intervals)
     ratios: dict[str, list[float]] = {name: [] for name in searches(scale)}
-    for mutation in ("released", "intended"):
+    mutations: tuple[Literal["released", "intended"], ...] = ("released", "intended")
+    for mutation in mutations:
+        searcher = literal_searcher(table, mutation)
         for seed in range(scale.seeds):
-            searcher = DDSM(macs_weight=1.6 * full, mutation=mutation, population=scale.literal // 10)
             literal = bench.row(
                 f"literal search, mutation as {mutation}, seed {seed}",
                 lambda searcher=searcher, seed=seed: literal_search(table, searcher, seed),  # type: ignore[misc]
@@ -331,13 +385,34 @@ def compare(bench: Benchmark, table: Table) -> Mapping[str, float]:
             goal = WITHIN * literal["hypervolume"]
             for name in ratios:
                 row = bench.row(
-                    f"{name}, until the literal search as {mutation}, seed {seed}",
+                    until_key(name, mutation, seed),
                     lambda name=name, goal=goal, seed=seed, literal=literal: until(  # type: ignore[misc]
                         table, name, scale, goal, seed, literal
                     ),
                 )
                 ratios[name].append(row["ratio"] if row["reached"] else math.inf)
     return {name: float(np.mean(values)) for name, values in ratios.items()}
+
+
+def compare_live(bench: Benchmark, table: Table, base: Study, trained: Path) -> None:
+    """The searches of seed 0 again on the network itself, as long as they took on the table."""
+    scale = table.scale
+    literal = literal_searcher(table, "released")
+    jobs: dict[str, tuple[Any, ...]] = {"literal search": (literal, (scale.half,), scale.literal, False)}
+    for name, (searcher, rungs) in searches(scale).items():
+        if rungs != (scale.half,):
+            jobs[name] = searcher, rungs, bench.kept(until_key(name, "released", 0))["trials"], True
+    calls: dict[str, tuple[Any, ...]] = {}
+    for name, job in jobs.items():
+        folder = borrow(trained, bench.folder / f"live-{name.replace(' ', '')}")
+        calls[f"live: {name}, seed 0"] = live, base, folder, scale, *job
+    found = bench.rows(calls)
+    rows = {name: found[f"live: {name}, seed 0"] for name in jobs}
+    goal = genomes_volume(table, [tuple(g) for g in rows["literal search"]["front"]])
+    for name, row in list(rows.items())[1:]:
+        volume = genomes_volume(table, [tuple(g) for g in row["front"]])
+        part = {"hypervolume_ratio": volume / goal, "macs_ratio": row["macs"] / rows["literal search"]["macs"]}
+        bench.row(f"live: {name} against the literal search, seed 0", lambda part=part: part)  # type: ignore[misc]
 
 
 def main() -> None:
@@ -347,6 +422,7 @@ def main() -> None:
     scale = QUICK if bench.quick else FULL
     table = build_table(bench, scale, trained)
     ratios = compare(bench, table)
+    compare_live(bench, table, base, trained)
     for seed in range(scale.seeds):
         bench.row(f"regret, seed {seed}", lambda seed=seed: regret(table, seed))  # type: ignore[misc]
     solver = bench.row("knapsack solver", lambda: knapsack_seconds(2 if bench.quick else 20))
