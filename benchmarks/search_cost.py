@@ -153,7 +153,7 @@ class Replay:
         if not self._shared:
             rng = np.random.default_rng(derive_seed(self._seed, self._calls, "fresh noise"))
             value, replicates = self._table.fresh(genome, rng)
-            macs = rung * sum(row[gene] for row, gene in zip(self._costs, genome, strict=True))
+            macs = rung * sum(int(row[gene]) for row, gene in zip(self._costs, genome, strict=True))
         else:
             verifying = rung == self._rungs[-1] and len(self._rungs) > 1
             start = self._table.scale.half - rung if verifying else 0
@@ -165,7 +165,7 @@ class Replay:
         key = verifying, genome[: k + 1]
         new = max(0, rung - self._run.get(key, 0))
         self._run[key] = max(rung, self._run.get(key, 0))
-        return new * self._costs[k][genome[k]]
+        return new * int(self._costs[k][genome[k]])
 
 
 def replayed(

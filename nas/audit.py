@@ -31,7 +31,7 @@ from nas.contracts import (
     derive_seed,
     digest_of,
 )
-from nas.genetics import cheapest, feasible_genomes, repair
+from nas.genetics import IntervalCosts, cheapest, dearest, feasible_genomes, repair
 
 if TYPE_CHECKING:
     from nas.ray_runner import Workers
@@ -54,8 +54,7 @@ def schedules_to_audit(space: SearchSpace, count: int, seed: int) -> list[Genome
     sizes = [len(choice.options) for choice in space.choices]
     if math.prod(sizes) <= count:
         return sorted(feasible_genomes(free))
-    table = space.interval_costs()
-    least, most = (sum(pick(row) for row in table) for pick in (min, max))
+    least, most = (space.cost(end(space))["macs"] for end in (cheapest, dearest))
     found: set[Genome] = set()
     number = 0
     while len(found) < count and number < 20 * count:
@@ -67,14 +66,15 @@ def schedules_to_audit(space: SearchSpace, count: int, seed: int) -> list[Genome
 
 def _near(space: SearchSpace, target: float, rng: np.random.Generator) -> Genome:
     """A random genome of at most, and about, so many MACs."""
-    table = space.interval_costs()
-    genome = [int(rng.integers(len(row))) for row in table]
-    macs = sum(row[gene] for row, gene in zip(table, genome, strict=True))
-    for i in rng.permutation(len(genome)):
-        dearer = [option for option, price in enumerate(table[i]) if price > table[i][genome[i]]]
+    costs = IntervalCosts(space)
+    genome = [int(rng.integers(len(choice.options))) for choice in space.choices]
+    macs = costs.macs(tuple(genome))
+    for i in rng.permutation(len(genome)).tolist():
+        row = costs.by_option(genome, i)
+        dearer = [option for option, price in enumerate(row) if price > row[genome[i]]]
         if macs < target and dearer:
             option = int(rng.choice(dearer))
-            macs += table[i][option] - table[i][genome[i]]
+            macs += row[option] - row[genome[i]]
             genome[i] = option
     least = space.cost(cheapest(space))["macs"]
     return repair(Problem(space, ("macs",), {"macs": max(target, least)}), tuple(genome), rng)

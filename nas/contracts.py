@@ -262,9 +262,9 @@ class SearchSpace(Protocol):
         """Exact cost of the decoded schedule, per sample: `macs`, `macs_share` (of the full net on all timesteps), and
         `params` (stored weights of the distinct subnets)."""
 
-    def interval_costs(self) -> tuple[tuple[int, ...], ...]:
-        """MACs of each option of each choice, `table[choice][option]`, additive: summed over a genome's options it
-        equals `cost(genome)["macs"]`."""
+    def interval_costs(self) -> Sequence[npt.NDArray[np.int64]]:
+        """MACs of each interval, in order, by its options: an array with one axis for each choice of the interval. Additive: summed
+        over the intervals, at a genome's options, they equal `cost(genome)["macs"]`."""
 
 
 class Denoiser(Protocol):

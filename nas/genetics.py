@@ -1,10 +1,11 @@
-"""Pure functions on genomes: enumerate, sample, mutate, cross, repair. MACs are additive over genes, so a budget is a
+"""Pure functions on genomes: enumerate, sample, mutate, cross, repair. MACs are additive over intervals, so a budget is a
 number to subtract from, and what is feasible can be enumerated without visiting what is not."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,9 +15,52 @@ TRIES = 32
 """Random attempts at a new genome before the exhaustive order takes over."""
 
 
+class IntervalCosts:
+    """MACs of genomes by interval. `genes[k]` are the places of interval k's genes, `tables[k]` has an axis for each of them."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        intervals = [choice.interval for choice in space.choices]
+        starts = [i for i, interval in enumerate(intervals) if i == 0 or interval != intervals[i - 1]]
+        self.genes = [slice(start, stop) for start, stop in pairwise([*starts, len(intervals)])]
+        self.tables = space.interval_costs()
+        self._home = [k for k, genes in enumerate(self.genes) for _ in range(genes.start, genes.stop)]
+
+    def of(self, k: int, option: Genome) -> int:
+        """MACs of interval k, its genes given."""
+        return int(self.tables[k][option])
+
+    def macs(self, genome: Genome) -> int:
+        return sum(self.of(k, genome[genes]) for k, genes in enumerate(self.genes))
+
+    def by_option(self, genome: Sequence[int], gene: int) -> list[int]:
+        """MACs of the gene's interval for each option of that gene, the interval's other genes as they are."""
+        k = self._home[gene]
+        genes = self.genes[k]
+        place: list[int | slice] = list(genome[genes])
+        place[gene - genes.start] = slice(None)
+        row: list[int] = self.tables[k][tuple(place)].tolist()
+        return row
+
+    def cheapest(self) -> Genome:
+        return self._join([int(table.argmin()) for table in self.tables])
+
+    def dearest(self) -> Genome:
+        return self._join([int(table.argmax()) for table in self.tables])
+
+    def _join(self, flat: Sequence[int]) -> Genome:
+        """The genome of one flat option index for each interval."""
+        options = (np.unravel_index(i, table.shape) for i, table in zip(flat, self.tables, strict=True))
+        return tuple(int(gene) for option in options for gene in option)
+
+
 def cheapest(space: SearchSpace) -> Genome:
     """The genome with the fewest MACs."""
-    return tuple(int(np.argmin(row)) for row in space.interval_costs())
+    return IntervalCosts(space).cheapest()
+
+
+def dearest(space: SearchSpace) -> Genome:
+    """The genome with the most MACs."""
+    return IntervalCosts(space).dearest()
 
 
 def uniform_genomes(space: SearchSpace) -> list[Genome]:
@@ -76,31 +120,39 @@ def cross(first: Genome, second: Genome, rng: np.random.Generator) -> Genome:
 
 def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
     """Moves random genes to cheaper options until the MACs budget holds. Unchanged where it already does."""
-    table = problem.space.interval_costs()
-    excess = sum(row[gene] for row, gene in zip(table, genome, strict=True)) - macs_budget(problem)
+    costs = IntervalCosts(problem.space)
+    excess = costs.macs(genome) - macs_budget(problem)
     if excess <= 0:
         return genome
     repaired = list(genome)
     order = rng.permutation(len(genome)).tolist()
     while excess > 0 and order:
         i = order[0]
-        cheaper = [option for option, macs in enumerate(table[i]) if macs < table[i][repaired[i]]]
+        row = costs.by_option(repaired, i)
+        cheaper = [option for option, macs in enumerate(row) if macs < row[repaired[i]]]
         if not cheaper:
             order.pop(0)
             continue
         option = int(rng.choice(cheaper))
-        excess -= table[i][repaired[i]] - table[i][option]
+        excess -= row[repaired[i]] - row[option]
         repaired[i] = option
         order.append(order.pop(0))
+    if excess > 0:  # no single gene can save more, but several of an interval together may
+        least = costs.cheapest()
+        for k in rng.permutation(len(costs.genes)).tolist():
+            repaired[costs.genes[k]] = least[costs.genes[k]]
+            if costs.macs(tuple(repaired)) <= macs_budget(problem):
+                break
     return tuple(repaired)
 
 
 def feasible_genomes(problem: Problem) -> Iterator[Genome]:
-    """Every feasible genome once, in lexicographic order of the options sorted by cost. Branches whose cheapest
+    """Every feasible genome once, in lexicographic order of the intervals' options sorted by cost. Branches whose cheapest
     completion breaks the MACs budget are never entered, so the first k come in time proportional to k."""
-    table = problem.space.interval_costs()
+    tables = problem.space.interval_costs()
+    table: list[list[int]] = [each.ravel().tolist() for each in tables]
     budget = macs_budget(problem)
-    orders = [sorted(range(len(row)), key=row.__getitem__) for row in table]
+    orders: list[list[int]] = [np.argsort(row, kind="stable").tolist() for row in table]
     cheapest_after = np.append(np.cumsum([min(row) for row in table][::-1])[::-1], 0).tolist()
     chosen: list[int] = []  # positions in `orders`
     spent: list[int] = [0]
@@ -108,18 +160,19 @@ def feasible_genomes(problem: Problem) -> Iterator[Genome]:
     while True:
         depth = len(chosen)
         if depth < len(table):
-            options = orders[depth]
+            order = orders[depth]
             fits = (
-                position < len(options)
-                and spent[-1] + table[depth][options[position]] + cheapest_after[depth + 1] <= budget
+                position < len(order)
+                and spent[-1] + table[depth][order[position]] + cheapest_after[depth + 1] <= budget
             )
             if fits:
                 chosen.append(position)
-                spent.append(spent[-1] + table[depth][options[position]])
+                spent.append(spent[-1] + table[depth][order[position]])
                 position = 0
                 continue
         else:
-            genome = tuple(orders[i][p] for i, p in enumerate(chosen))
+            options = [np.unravel_index(orders[k][p], tables[k].shape) for k, p in enumerate(chosen)]
+            genome = tuple(int(gene) for option in options for gene in option)
             if problem.feasible(genome):
                 yield genome
         if not chosen:

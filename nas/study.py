@@ -24,7 +24,7 @@ from nas.contracts import (
     UserError,
     digest_of,
 )
-from nas.genetics import check_reachable
+from nas.genetics import check_reachable, dearest
 from nas.ledger import LedgerInfo
 from nas.searchers.uniform import Uniform
 
@@ -80,9 +80,7 @@ class Study:
     @property
     def full(self) -> dict[str, float]:
         """Cost of the dearest schedule: the full net at every timestep."""
-        return dict(
-            self.space.cost(tuple(max(range(len(row)), key=row.__getitem__) for row in self.space.interval_costs()))
-        )
+        return dict(self.space.cost(dearest(self.space)))
 
     def searcher(self, name: str) -> Searcher:
         """From the study, else a class registered in the entry-point group `nas.searchers`, with its default settings."""

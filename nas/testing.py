@@ -15,10 +15,12 @@ import pickle
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nas.contracts import (
     DONE,
@@ -38,7 +40,7 @@ from nas.contracts import (
     Trial,
     frozen,
 )
-from nas.genetics import cheapest, check_reachable, feasible_genomes
+from nas.genetics import IntervalCosts, cheapest, check_reachable, feasible_genomes
 
 SECONDS_PER_ASK = 10.0
 """An ask that takes longer on the tiny problems below is not bounded."""
@@ -46,30 +48,41 @@ SECONDS_PER_ASK = 10.0
 
 @dataclass(frozen=True)
 class TableSpace:
-    """A space given by its cost table `[choice][option]`, for tests of searchers without any network."""
+    """A space given by the MACs of each interval's options, for tests of searchers without any network.
 
-    table: tuple[tuple[int, ...], ...]
+    `table[k]` is a tuple for an interval of one choice, nested once more for each further choice.
+    """
 
-    @property
+    table: tuple[tuple[Any, ...], ...]
+
+    @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        return tuple(Choice(f"choice{i:04d}", tuple(range(len(row))), i) for i, row in enumerate(self.table))
+        return tuple(
+            Choice(f"interval{k:04d}.choice{i}", tuple(range(size)), k)
+            for k, costs in enumerate(self.interval_costs())
+            for i, size in enumerate(costs.shape)
+        )
 
     def describe(self) -> dict[str, Any]:
         return {"class": "TableSpace", "table": self.table}
 
     def decode(self, genome: Genome) -> Schedule:
-        if len(genome) != len(self.table) or not all(
-            0 <= g < len(row) for g, row in zip(genome, self.table, strict=True)
-        ):
+        sizes = [len(choice.options) for choice in self.choices]
+        if len(genome) != len(sizes) or not all(0 <= g < size for g, size in zip(genome, sizes, strict=True)):
             raise ValueError(f"genome {genome} does not fit the table")
-        return Schedule(tuple(Step(len(genome) - 1 - i, gene) for i, gene in enumerate(genome)))
+        options = [genome[genes] for genes in IntervalCosts(self).genes]
+        return Schedule(tuple(Step(len(options) - 1 - k, option) for k, option in enumerate(options)))
 
     def cost(self, genome: Genome) -> dict[str, float]:
-        macs = sum(row[gene] for row, gene in zip(self.table, genome, strict=True))
-        return {"macs": macs, "macs_share": macs / sum(max(row) for row in self.table)}
+        macs = IntervalCosts(self).macs(genome)
+        return {"macs": macs, "macs_share": macs / sum(int(costs.max()) for costs in self.interval_costs())}
 
-    def interval_costs(self) -> tuple[tuple[int, ...], ...]:
-        return self.table
+    def interval_costs(self) -> tuple[npt.NDArray[np.int64], ...]:
+        return self._arrays
+
+    @cached_property
+    def _arrays(self) -> tuple[npt.NDArray[np.int64], ...]:
+        return tuple(np.array(costs, dtype=np.int64) for costs in self.table)
 
 
 def table_problem(genes: int = 5, options: int = 4, limit: float = 0.6) -> Problem:
@@ -223,9 +236,13 @@ def check_space(space: SearchSpace, samples: int = 50) -> None:
     assert len({choice.name for choice in space.choices}) == len(sizes), "choice names must differ"
     intervals = [choice.interval for choice in space.choices]
     assert intervals == sorted(intervals), "genes must stand in sampling order"
-    table = space.interval_costs()
-    assert [len(row) for row in table] == sizes, "interval_costs must have a cost for each option of each choice"
-    assert all(isinstance(macs, int) for row in table for macs in row), "MACs are integers"
+    tables = space.interval_costs()
+    assert [size for table in tables for size in table.shape] == sizes, (
+        "interval_costs must have an array for each interval and an axis for each of its choices"
+    )
+    assert all(table.dtype == np.int64 for table in tables), "MACs are integers"
+    costs = IntervalCosts(space)
+    assert [tables[k].ndim for k in range(len(tables))] == [genes.stop - genes.start for genes in costs.genes]
     json.dumps(space.describe(), default=list)
     digests: dict[str, Schedule] = {}
     for _ in range(samples):
@@ -234,9 +251,7 @@ def check_space(space: SearchSpace, samples: int = 50) -> None:
         assert Schedule.from_json(schedule.to_json()) == schedule, "a schedule must survive JSON"
         assert digests.setdefault(schedule.digest, schedule) == schedule, "one digest, one schedule"
         cost = space.cost(genome)
-        assert cost["macs"] == sum(row[gene] for row, gene in zip(table, genome, strict=True)), (
-            "interval_costs must add up to macs"
-        )
+        assert cost["macs"] == costs.macs(genome), "interval_costs must add up to macs"
         assert 0 < cost["macs_share"] <= 1 + 1e-12, "macs_share is a share of the full net on all timesteps"
     for wrong in ((0,) * (len(sizes) + 1), (sizes[0], *(0,) * (len(sizes) - 1)), (-1, *(0,) * (len(sizes) - 1))):
         try:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from nas.contracts import Choice, Genome, Schedule, Step, UserError
 from search_spaces.intervals import Intervals, Timesteps, free
 from search_spaces.supernet import ElasticUNet
@@ -47,11 +50,11 @@ class Stepwise:
 
     def cost(self, genome: Genome) -> dict[str, float]:
         self._check(genome)
-        macs = sum(row[gene] for row, gene in zip(self.interval_costs(), genome, strict=True))
+        macs = sum(int(row[gene]) for row, gene in zip(self._table, genome, strict=True))
         params = sum(self._params[gene] for gene in set(genome))
         return {"macs": macs, "macs_share": macs / self._full_macs, "params": params}
 
-    def interval_costs(self) -> tuple[tuple[int, ...], ...]:
+    def interval_costs(self) -> tuple[npt.NDArray[np.int64], ...]:
         return self._table
 
     def describe(self) -> dict[str, Any]:
@@ -69,9 +72,9 @@ class Stepwise:
             )
 
     @cached_property
-    def _table(self) -> tuple[tuple[int, ...], ...]:
-        per_call = [self.net.cost(self.net.uniform(share)).macs for share in self.net.widths]
-        return tuple(tuple(steps * macs for macs in per_call) for steps in self.intervals)
+    def _table(self) -> tuple[npt.NDArray[np.int64], ...]:
+        per_call = np.array([self.net.cost(self.net.uniform(share)).macs for share in self.net.widths])
+        return tuple(steps * per_call for steps in self.intervals)
 
     @cached_property
     def _params(self) -> tuple[int, ...]:

@@ -8,20 +8,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from nas.contracts import Problem, UserError
+from nas.contracts import Problem, UserError, frozen
 from nas.genetics import check_reachable, cross, feasible_genomes, mutate, novel, random_genome, repair, uniform_genomes
 from nas.testing import TableSpace, table_problem
-
-TABLES = st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=4), min_size=1, max_size=5)
 
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Any cost table with any reachable budget."""
-    table = tuple(tuple(row) for row in draw(TABLES))
-    least, most = sum(map(min, table)), sum(map(max, table))
-    return Problem(TableSpace(table), ("fd", "macs"), {"macs": draw(st.integers(least, most))})
+    """Any cost tables, of one or two choices for each interval, with any reachable budget."""
+    tables = []
+    for _ in range(draw(st.integers(1, 4))):
+        shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
+        tables.append(draw(arrays(np.int64, shape, elements=st.integers(1, 50))))
+    least, most = (sum(int(end(table)) for table in tables) for end in (np.min, np.max))
+    space = TableSpace(tuple(frozen(table.tolist()) for table in tables))
+    return Problem(space, ("fd", "macs"), {"macs": draw(st.integers(least, most))})
 
 
 @given(problems())

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from itertools import pairwise
 from typing import Any
@@ -159,28 +159,14 @@ def test_neighbours_that_interact_are_solved_in_pairs_alone() -> None:
     assert summed.origin["predicted"] == pytest.approx(0.2)
 
 
-@dataclass(frozen=True)
-class LevelSpace:
-    """Two genes for each interval: 4 x 5 = 20 options."""
-
-    intervals: int = 3
-
-    @property
-    def inner(self) -> TableSpace:
-        return TableSpace((tuple(range(1, 5)), tuple(range(2, 12, 2))) * self.intervals)
-
-    @property
-    def choices(self) -> Any:
-        return tuple(replace(choice, interval=i // 2) for i, choice in enumerate(self.inner.choices))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.inner, name)
+def two_choices_for_each_of_three_intervals() -> Problem:
+    """4 x 5 = 20 options."""
+    options = tuple(tuple(first + second for second in range(2, 12, 2)) for first in range(1, 5))
+    return Problem(TableSpace((options,) * 3), ("fd", "macs"), {"macs_share": 0.7})
 
 
 def test_intervals_of_many_options_are_screened_gene_by_gene() -> None:
-    problem = Problem(LevelSpace(), ("fd", "macs"), {"macs_share": 0.7})  # type: ignore[arg-type]
+    problem = two_choices_for_each_of_three_intervals()
 
     def score(genome: Any) -> Score:
         return scored(sum((i + 1) / (gene + 1) for i, gene in enumerate(genome)))
@@ -238,7 +224,7 @@ def test_wrong_settings_of_ddsm_are_refused() -> None:
 
 
 def test_screening_needs_the_full_net_whatever_is_probed_later() -> None:
-    problem = Problem(LevelSpace(), ("fd", "macs"), {"macs_share": 0.7})  # type: ignore[arg-type]
+    problem = two_choices_for_each_of_three_intervals()
 
     def score(genome: Any) -> Score:
         return scored(100.0 + sum((i + 1) / (gene + 1) for i, gene in enumerate(genome)))

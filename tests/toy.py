@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from nas.contracts import Choice, Genome, ImageSet, Progress, Schedule, Score, Step
 from nas.searchers.evolution import Evolution
@@ -42,8 +43,8 @@ class ToySpace:
             "params": sum({gene + 1 for gene in genome}),
         }
 
-    def interval_costs(self) -> tuple[tuple[int, ...], ...]:
-        return (tuple((j + 1) ** 2 for j in range(self.options)),) * self.genes
+    def interval_costs(self) -> tuple[npt.NDArray[np.int64], ...]:
+        return (np.arange(1, self.options + 1) ** 2,) * self.genes
 
     def describe(self) -> dict[str, Any]:
         return {"class": "ToySpace", "genes": self.genes, "options": self.options}

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from nas.allocation import allocate
 from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import cheapest, macs_budget, novel, random_genome
+from nas.genetics import IntervalCosts, macs_budget, novel, random_genome
 from nas.pareto import front
 
 Option = tuple[int, ...]
@@ -238,34 +238,23 @@ class _Intervals:
     """The genes of a space, grouped by the interval that they describe."""
 
     def __init__(self, problem: Problem) -> None:
-        space = problem.space
-        self._genes: list[list[int]] = []
-        for i, choice in enumerate(space.choices):
-            if i and choice.interval == space.choices[i - 1].interval:
-                self._genes[-1].append(i)
-            else:
-                self._genes.append([i])
-        self._table = space.interval_costs()
-        self.full = tuple(max(range(len(row)), key=row.__getitem__) for row in self._table)
-        self.smallest = cheapest(space)
-        self.options: list[list[Option]] = [
-            list(product(*(range(len(self._table[i])) for i in genes))) for genes in self._genes
-        ]
-        self.costs = [[self.cost(k, option) for option in row] for k, row in enumerate(self.options)]
-
-    def cost(self, k: int, option: Option) -> int:
-        """MACs of interval k with this option."""
-        return sum(self._table[i][gene] for i, gene in zip(self._genes[k], option, strict=True))
+        costs = IntervalCosts(problem.space)
+        self._genes = costs.genes
+        self._shapes = [table.shape for table in costs.tables]
+        self.cost = costs.of
+        self.full = costs.dearest()
+        self.smallest = costs.cheapest()
+        self.options: list[list[Option]] = [list(product(*map(range, table.shape))) for table in costs.tables]
+        self.costs: list[list[int]] = [table.ravel().tolist() for table in costs.tables]
 
     def option(self, genome: Genome, k: int) -> Option:
-        return tuple(genome[i] for i in self._genes[k])
+        return genome[self._genes[k]]
 
     def changed(self, genome: Genome, options: dict[int, Option]) -> Genome:
         """The genome with other options at some intervals."""
         changed = list(genome)
         for k, option in options.items():
-            for i, gene in zip(self._genes[k], option, strict=True):
-                changed[i] = gene
+            changed[self._genes[k]] = option
         return tuple(changed)
 
     def wide(self, most: int) -> list[int]:
@@ -277,7 +266,7 @@ class _Intervals:
         top = self.option(self.full, k)
         return [
             (*top[:place], gene, *top[place + 1 :])
-            for place, i in enumerate(self._genes[k])
-            for gene in range(len(self._table[i]))
+            for place, size in enumerate(self._shapes[k])
+            for gene in range(size)
             if gene != top[place]
         ]
