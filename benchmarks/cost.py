@@ -15,7 +15,7 @@ from benchmarks.common import Benchmark, Target
 from search_spaces.intervals import per_step, uniform
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.unet import Arch
+from search_spaces.unet import Arch, arguments
 from studies.digits import UNET
 
 # The DDPM network of CIFAR-10 (Ho et al. 2020), which DDSM and Diff-Pruning slim.
@@ -65,12 +65,11 @@ def count_with_fvcore(net: ElasticUNet, arch: Arch) -> tuple[int, int, int]:
     model = net.initial(0).extract(arch)
     config = net.anatomy.config
     x = torch.zeros(1, config["in_channels"], *net.anatomy.sample_size)
-    arguments: tuple[Any, ...] = (x, torch.tensor([5]))
-    if config["num_class_embeds"]:
-        arguments += (torch.tensor([1]),)
+    classes = torch.tensor([1]) if config["num_class_embeds"] else None
+    inputs = arguments(model, x, torch.tensor([5]), classes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        analysis = FlopCountAnalysis(model, arguments)
+        analysis = FlopCountAnalysis(model, inputs)
         analysis.unsupported_ops_warnings(False)
         analysis.uncalled_modules_warnings(False)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
@@ -96,7 +95,8 @@ def legal_archs(net: ElasticUNet, count: int) -> list[Arch]:
     from nas.contracts import UserError
 
     found = []
-    for arch in itertools.product(net.widths, repeat=net.anatomy.levels):
+    for widths in itertools.product(net.widths, repeat=net.anatomy.levels):
+        arch = Arch(widths)
         try:
             net.anatomy.subconfig(arch)
             net.anatomy.segments(arch)
@@ -190,7 +190,7 @@ def small_cost(net: ElasticUNet) -> dict[str, float]:
     space = Stepwise(net, timesteps, per_step(timesteps))
     return {
         "cost_10_genes_us": microseconds(lambda: space.cost((0, 1, 2, 3, 0, 1, 2, 3, 0, 1))),
-        "cost_of_an_arch_us": microseconds(lambda: net.cost((0.5, 0.5))),
+        "cost_of_an_arch_us": microseconds(lambda: net.cost(net.uniform(0.5))),
     }
 
 

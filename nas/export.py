@@ -68,16 +68,17 @@ def export(
 
 def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path) -> float:
     """Largest output difference between the model as reloaded from disk and the supernet's subnet, on fixed inputs."""
-    from diffusers import UNet2DModel
+    import diffusers
 
-    reloaded = UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False).to(net.device).eval()
+    kind = json.loads((folder / "config.json").read_text())["_class_name"]
+    reloaded = getattr(diffusers, kind).from_pretrained(folder, low_cpu_mem_usage=False).to(net.device).eval()
     x = torch.randn((4, *net.image_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
     worst = 0.0
     for step in schedule.steps:
         if step.arch == arch:
             with torch.inference_mode():
                 ours, _ = net.denoiser(step)(x, step.timestep)
-                theirs = reloaded(x, step.timestep).sample
+                theirs = reloaded(x, step.timestep, None).sample
             worst = max(worst, float((ours - theirs).abs().max()))
     return worst
 
@@ -100,17 +101,20 @@ _UPDATES = {
 _README = """# A step-aware diffusion model
 
 Each sampling step runs the network that `schedule.json` names for it. The networks are ordinary
-`diffusers.UNet2DModel` folders; `provenance.json` says where they come from. To sample, in this folder:
+diffusers UNet folders; `provenance.json` says where they come from. To sample, in this folder:
 
 ```python
-import json, numpy as np, torch
-from diffusers import DDIMScheduler, UNet2DModel
+import diffusers, json, numpy as np, torch
 
 seed, count = 0, 16
 with open("schedule.json") as file:
     plan = json.load(file)
-nets = {{name: UNet2DModel.from_pretrained(name, low_cpu_mem_usage=False).eval() for name in {{step["model"] for step in plan["steps"]}}}}
-alphas = [*DDIMScheduler(**plan["scheduler"]).alphas_cumprod.tolist(), 1.0]
+nets = {{}}
+for name in {{step["model"] for step in plan["steps"]}}:
+    with open(f"{{name}}/config.json") as file:
+        kind = json.load(file)["_class_name"]
+    nets[name] = getattr(diffusers, kind).from_pretrained(name, low_cpu_mem_usage=False).eval()
+alphas = [*diffusers.DDIMScheduler(**plan["scheduler"]).alphas_cumprod.tolist(), 1.0]
 times = [step["timestep"] for step in plan["steps"]]
 
 def normal(purpose):  # the noise of image i depends on the seed and i alone
@@ -121,7 +125,7 @@ x = normal(0)
 for number, (step, after) in enumerate(zip(plan["steps"], [*times[1:], -1])):
     a, b = alphas[step["timestep"]], alphas[after]
     with torch.inference_mode():
-        noise = nets[step["model"]](x, step["timestep"]).sample
+        noise = nets[step["model"]](x, step["timestep"], None).sample
     image = (x - (1 - a) ** 0.5 * noise) / a**0.5
     image = image.clamp(-1, 1) if plan["sampler"]["clip"] else image
 {update}images = x.clamp(-1, 1)  # (count, channels, height, width), the same as `nas sample` makes of this seed

@@ -265,7 +265,7 @@ def check_space(space: SearchSpace, samples: int = 50) -> None:
 
 def check_supernet(loaded: LoadedSupernet, space: SearchSpace, samples: int = 8) -> None:
     """All laws of a supernet: the subnet of an arch does not depend on what ran before, equals its extraction, and a
-    saved and reloaded extraction."""
+    saved and reloaded extraction, a stock model called with (x, t, None)."""
     import tempfile
 
     import torch
@@ -289,7 +289,7 @@ def check_supernet(loaded: LoadedSupernet, space: SearchSpace, samples: int = 8)
             extracted.save_pretrained(folder)  # type: ignore[operator]
             for net in (extracted, type(extracted).from_pretrained(folder, low_cpu_mem_usage=False).eval()):  # type: ignore[attr-defined]
                 with torch.inference_mode():
-                    alone = net.to(loaded.device)(x, timestep).sample
+                    alone = net.to(loaded.device)(x, timestep, None).sample
                 difference = float((alone - first[timestep, arch]).abs().max())
                 assert difference <= 1e-5, f"extracted {arch} differs from the supernet by {difference}"
         assert loaded.macs(frozen(json.loads(json.dumps(arch)))) == loaded.macs(arch) > 0, "an arch must survive JSON"

@@ -1,4 +1,4 @@
-"""The elastic UNet: one set of weights whose slices are ordinary `diffusers.UNet2DModel`s of smaller widths.
+"""The elastic UNet: one set of weights whose slices are ordinary diffusers UNets, narrower, shallower, with less attention.
 
 The architecture is an argument of every call. In training a subnet is `functional_call` on a weightless skeleton with
 slices of the shared weights, so gradients reach them; in evaluation it is a materialised copy kept in a small cache.
@@ -7,24 +7,29 @@ slices of the shared weights, so gradients reach them; in evaluation it is a mat
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.func import functional_call
 
 from nas.contracts import Denoiser, Step, UserError
 from search_spaces.cost import CostModel
-from search_spaces.unet import Anatomy, Arch, Groups, skeleton, take
+from search_spaces.options import Options, Subnets
+from search_spaces.unet import Anatomy, Arch, Groups, StockUNet, arguments, predict, skeleton, take
 
 WEIGHTS = "weights.safetensors"
 
@@ -64,22 +69,54 @@ class ElasticUNet:
     """Recipe of the supernet.
 
     `config`: arguments of `diffusers.UNet2DModel`, block types Down/Up/AttnDown/AttnUpBlock2D.
-    `widths`: shares of each level's channels that the study may use, 1.0 among them.
+    `widths`, `depths`, `per_level`, `attention`: what its subnets may differ in, see `Options`; the full network is among them.
     `groups`: GroupNorm keeps its group *count* at every width (any widths), or its group *size* (one share for the
-    whole net; trains a little better). Raises UserError where a width does not give a stock model.
+    whole net; trains a little better). `experts`: training timesteps at which another copy of the weights takes over.
+    `pretrained`: a diffusers UNet2DModel folder whose weights it starts from.
+    Raises UserError where an option does not give a stock model.
     """
 
     config: Mapping[str, Any]
     widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     groups: Groups = "count"
     noise: NoiseSchedule = field(default_factory=NoiseSchedule)
+    depths: tuple[int, ...] = ()
+    per_level: tuple[Literal["width", "depth"], ...] = ()
+    attention: bool = False
+    experts: tuple[int, ...] = ()
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "widths", tuple(sorted(float(width) for width in self.widths)))
-        if self.widths[-1] != 1.0 or len(set(self.widths)) != len(self.widths):
-            raise UserError(f"widths {self.widths} must be distinct and include 1.0, the full network")
-        for width in self.widths:
-            self.anatomy.subconfig(self.uniform(width))
+        options = Options(self.widths, self.depths, self.per_level, self.attention)
+        for name in ("widths", "depths", "per_level"):
+            object.__setattr__(self, name, getattr(options, name))
+        if options.widths[-1] != 1.0:
+            raise UserError(f"widths {options.widths} must include 1.0, the full network")
+        if options.depths and options.depths[-1] != self.anatomy.depth:
+            raise UserError(f"depths {options.depths} must include {self.anatomy.depth}, the full network")
+        if list(self.experts) != sorted({t for t in self.experts if 0 < t < self.noise.timesteps}):
+            raise UserError(
+                f"experts {self.experts} must be increasing timesteps between 1 and {self.noise.timesteps - 1}"
+            )
+        self.subnets(options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **settings: Any) -> ElasticUNet:
+        """The elastic network of a trained diffusers UNet2DModel folder; `settings` as for the class. Reads the folder alone, no hub.
+
+        Raises UserError where the folder holds no such model.
+        """
+        folder = Path(path).resolve()
+        try:
+            config = UNet2DModel.load_config(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{folder} holds no diffusers model ({_first_line(error)}); give a UNet2DModel folder"
+            ) from error
+        if config.get("_class_name") != "UNet2DModel":
+            raise UserError(f"{folder} holds a {config.get('_class_name')}, not a UNet2DModel")
+        known = {name: value for name, value in config.items() if not name.startswith("_")}
+        return cls(known, pretrained=str(folder), **settings)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -91,8 +128,33 @@ class ElasticUNet:
         return CostModel(self.anatomy)
 
     def uniform(self, width: float) -> Arch:
-        """The same share at every level."""
-        return (width,) * self.anatomy.levels
+        """The same share at every level, as deep as the full network."""
+        return Arch((float(width),) * self.anatomy.levels)
+
+    @property
+    def options(self) -> Options:
+        """What its subnets may differ in."""
+        return Options(self.widths, self.depths, self.per_level, self.attention)
+
+    def subnets(self, options: Options) -> Subnets:
+        """The subnets of these options."""
+        if options not in self._subnets:
+            self._subnets[options] = Subnets(self.anatomy, self.cost, options)
+        return self._subnets[options]
+
+    @cached_property
+    def _subnets(self) -> dict[Options, Subnets]:
+        return {}
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Of the copies of the weights, by the timesteps that they serve, clean to noisy; none without experts."""
+        bounds = [0, *self.experts, self.noise.timesteps]
+        return tuple(f"{start}-{stop - 1}" for start, stop in pairwise(bounds)) if self.experts else ()
+
+    def expert_at(self, timestep: int) -> str:
+        """Name of the weights that serve the timestep."""
+        return self.expert_names[bisect_right(self.experts, timestep)] if self.experts else ""
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -101,28 +163,49 @@ class ElasticUNet:
             "widths": self.widths,
             "groups": self.groups,
             "noise": self.noise.scheduler,
+            "depths": self.depths,
+            "per_level": self.per_level,
+            "attention": self.attention,
+            "experts": self.experts,
+            "pretrained": None if self.pretrained is None else _file_digest(_pretrained_weights(Path(self.pretrained))),
         }
 
     def initial(self, seed: int, device: str = "cpu") -> LoadedElasticUNet:
-        """Freshly initialised weights, as the stock class draws them."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            full = UNet2DModel(**self.anatomy.config)
+        """Freshly initialised weights, as the stock class draws them, or the pretrained ones."""
+        if self.pretrained is not None:
+            _pretrained_weights(Path(self.pretrained))
+            full = UNet2DModel.from_pretrained(
+                self.pretrained, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            ).train()
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                full = UNet2DModel(**self.anatomy.config)
         return LoadedElasticUNet(self, full.to(device))
 
     def digest(self, folder: Path) -> str:
-        return hashlib.sha256(_weights(folder).read_bytes()).hexdigest()[:16]
+        return _file_digest(_weights(folder))
 
     def load(self, folder: Path, device: str) -> LoadedElasticUNet:
         path = _weights(folder)
-        full = skeleton(self.anatomy, self.anatomy.full).to_empty(device=device)
         try:
-            full.load_state_dict(load_file(path, device=device))
+            tensors = load_file(path, device=device)
+            full, *copies = (
+                self._full({k.removeprefix(prefix): v for k, v in tensors.items() if _expert_of(k) == name}, device)
+                for name in ("", *self.expert_names)
+                for prefix in [f"{name}/" if name else ""]
+            )
         except (SafetensorError, RuntimeError) as error:
             raise UserError(
                 f"{path} cannot be read as weights of this supernet ({_first_line(error)}); delete it to train again"
             ) from error
-        return LoadedElasticUNet(self, full)
+        return LoadedElasticUNet(self, full, dict(zip(self.expert_names, copies, strict=True)))
+
+    def _full(self, tensors: Mapping[str, torch.Tensor], device: str) -> UNet2DModel:
+        full = skeleton(self.anatomy, self.anatomy.full).to_empty(device=device)
+        full.load_state_dict(tensors)
+        assert isinstance(full, UNet2DModel)
+        return full
 
     def __getstate__(self) -> dict[str, Any]:
         """Fields alone: what is derived from them is derived again where the recipe lands."""
@@ -130,35 +213,47 @@ class ElasticUNet:
 
 
 class LoadedElasticUNet:
-    """The supernet with its weights. `full` is a stock model and holds all of them.
+    """The supernet with its weights. `full` is a stock model and holds all of them, `experts` further copies by name.
 
     `cache_size` materialised subnets are kept, least recently used first out.
     """
 
-    def __init__(self, recipe: ElasticUNet, full: UNet2DModel, cache_size: int = 16) -> None:
+    def __init__(
+        self,
+        recipe: ElasticUNet,
+        full: UNet2DModel,
+        experts: Mapping[str, UNet2DModel] = MappingProxyType({}),
+        cache_size: int = 32,
+    ) -> None:
         self.recipe = recipe
         self.full = full
+        self.experts = dict(experts)
         self.device = next(full.parameters()).device
         self.alphas_cumprod = recipe.noise.alphas_cumprod
         self.scheduler = recipe.noise.scheduler
         self.image_shape = (recipe.anatomy.config["in_channels"], *recipe.anatomy.sample_size)
-        self.full_arch = recipe.uniform(recipe.widths[-1])
-        self.smallest_arch = recipe.uniform(recipe.widths[0])
+        self.full_arch = recipe.anatomy.full
+        self.smallest_arch = recipe.subnets(recipe.options).flat(0)
         self.version = 0
         self._cache_size = cache_size
         self._subnets: OrderedDict[Arch, Any] = OrderedDict()
         self._form = (False, False)
-        self._skeletons: dict[Arch, UNet2DModel] = {}
+        self._skeletons: OrderedDict[Arch, Any] = OrderedDict()
 
     def forward(
         self, arch: Arch, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The subnet's prediction, differentiable in the shared weights. x: (batch, channels, h, w); t: (batch,)."""
-        if arch not in self._skeletons:
-            self._skeletons[arch] = skeleton(self.recipe.anatomy, arch)
-        net = self._skeletons[arch].train(self.full.training)
-        prediction: torch.Tensor = functional_call(net, self._slices(arch), (x, t, condition, False))[0]
+        net = self._skeleton(arch).train(self.full.training)
+        inputs = arguments(net, x, t, condition)
+        prediction: torch.Tensor = functional_call(net, self._slices(arch), inputs, {"return_dict": False})[0]
         return prediction
+
+    def weights(self, expert: str) -> UNet2DModel:
+        """The full network of an expert, or the shared one where the name is empty. Raises UserError for a name it lacks."""
+        if expert and expert not in self.experts:
+            raise UserError(f"no expert is called {expert!r}; there are {', '.join(self.experts) or 'none'}")
+        return self.experts[expert] if expert else self.full
 
     def denoiser(self, step: Step) -> Denoiser:
         """Inference with a materialised copy of the step's subnet, as the weights were at its first use."""
@@ -166,23 +261,23 @@ class LoadedElasticUNet:
             raise UserError(
                 f"this supernet reuses no blocks, but the step at timestep {step.timestep} asks for {step.reuse}"
             )
-        net = self._materialised(step.arch)
+        net = self._materialised(Arch(*step.arch))
 
         def call(
             x: torch.Tensor, t: int, cache: Any = None, condition: torch.Tensor | None = None
         ) -> tuple[torch.Tensor, Any]:
-            return net(x, t, condition, return_dict=False)[0], cache
+            return predict(net, x, t, condition), cache
 
         return call
 
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def extract(self, arch: Arch) -> UNet2DModel:
-        return self._copy(arch, torch.device("cpu"))
+    def extract(self, arch: Arch) -> StockUNet:
+        return self._copy(Arch(*arch), torch.device("cpu"))
 
     def macs(self, arch: Arch) -> int:
-        return self.recipe.cost(arch).macs
+        return self.recipe.cost(Arch(*arch)).macs
 
     def forget(self) -> None:
         """Drops the materialised subnets and starts a new version; for whoever has changed the weights."""
@@ -197,6 +292,14 @@ class LoadedElasticUNet:
             # All subnets are of one class, and torch counts what it compiles for it in one place.
             torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
 
+    def _skeleton(self, arch: Arch) -> Any:
+        key = arch._replace(expert="")
+        if key not in self._skeletons:
+            self._skeletons[key] = skeleton(self.recipe.anatomy, key)
+            if len(self._skeletons) > 4 * self._cache_size:
+                self._skeletons.popitem(last=False)
+        return self._skeletons[key]
+
     def _materialised(self, arch: Arch) -> Any:
         if arch in self._subnets:
             self._subnets.move_to_end(arch)
@@ -209,7 +312,7 @@ class LoadedElasticUNet:
                 self._subnets.popitem(last=False)
         return self._subnets[arch]
 
-    def _copy(self, arch: Arch, device: torch.device) -> UNet2DModel:
+    def _copy(self, arch: Arch, device: torch.device) -> StockUNet:
         net = skeleton(self.recipe.anatomy, arch).to_empty(device=device)
         with torch.no_grad():
             slices = self._slices(arch)
@@ -218,8 +321,8 @@ class LoadedElasticUNet:
         return net.requires_grad_(False)
 
     def _slices(self, arch: Arch) -> dict[str, torch.Tensor]:
-        segments = self.recipe.anatomy.segments(arch)
-        return {name: take(tensor, segments[name]) for name, tensor in self.full.named_parameters()}
+        full = dict(self.weights(arch.expert).named_parameters())
+        return {name: take(full, source) for name, source in self.recipe.anatomy.segments(arch).items()}
 
 
 def _weights(folder: Path) -> Path:
@@ -227,6 +330,22 @@ def _weights(folder: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist; `nas run` trains it")
     return path
+
+
+def _pretrained_weights(folder: Path) -> Path:
+    path = folder / str(SAFETENSORS_WEIGHTS_NAME)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; save the model with safetensors, in one file")
+    return path
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _expert_of(name: str) -> str:
+    """Which copy of the weights a tensor in the file belongs to."""
+    return name.rpartition("/")[0]
 
 
 def _first_line(error: Exception) -> str:

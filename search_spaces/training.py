@@ -24,9 +24,9 @@ CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Sandwich:
-    """Each step trains the largest, the smallest and `between` random widths on one batch (Yu & Huang 2019).
+    """Each step trains the largest, the smallest and `between` random subnets on one batch (Yu & Huang 2019).
 
-    Every width draws its own timesteps and noises and minimises the plain noise-prediction error; the gradients are
+    Every subnet draws its own timesteps and noises and minimises the plain noise-prediction error; the gradients are
     added with weight `full_weight` for the full net and 1 for the others, clipped to norm `clip`, and applied by one
     Adam step. Learning rate: linear warm-up, then cosine to zero. The weights that are kept are their exponential
     moving average with decay min(`ema`, (1 + step) / (10 + step)).
@@ -94,10 +94,10 @@ class Sandwich:
             yield Progress("supernet", state.step, self.steps, losses)
 
     def _members(self, recipe: ElasticUNet, generator: torch.Generator) -> list[Arch]:
-        widths = recipe.widths
-        middle = widths[1:-1]
-        drawn = torch.randperm(len(middle), generator=generator)[: self.between].tolist()
-        return [recipe.uniform(w) for w in dict.fromkeys((widths[-1], widths[0], *(middle[i] for i in drawn)))]
+        subnets = recipe.subnets(recipe.options)
+        last = len(subnets) - 1
+        drawn = torch.randperm(max(last - 1, 0), generator=generator)[: self.between].tolist()
+        return list(dict.fromkeys(subnets.flat(i) for i in (last, 0, *(i + 1 for i in drawn))))
 
     def _learning_rate(self, step: int) -> float:
         return _warm_cosine(step, self.steps, self.warmup) * self.learning_rate
@@ -274,4 +274,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]
 
 def _name(arch: Arch) -> str:
     """Short label for progress bars: one share where all levels have the same."""
-    return f"{arch[0]:g}" if len(set(arch)) == 1 else "/".join(f"{share:g}" for share in arch)
+    shares = arch.widths[:1] if len(set(arch.widths)) == 1 else arch.widths
+    depths = f" depth {'/'.join(map(str, arch.depths))}" if arch.depths else ""
+    without = sum(not kept for kept in arch.attention)
+    return "/".join(f"{share:g}" for share in shares) + depths + (f" less {without} attention" if without else "")

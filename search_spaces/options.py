@@ -1,0 +1,191 @@
+"""What subnets may differ in, and the legal ones among them: genes for the space, draws for the training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.contracts import UserError
+from search_spaces.cost import Cost, CostModel
+from search_spaces.unet import Anatomy, Arch
+
+MOST = 2**16
+"""Options of one interval whose costs are still tabulated."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """`widths`: shares of a level's channels. `depths`: residual blocks of a level; empty for as many as the full net has.
+    `per_level`: what each level chooses on its own, else all alike. `attention`: whether a place that has attention may go
+    without it."""
+
+    widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    depths: tuple[int, ...] = ()
+    per_level: tuple[Literal["width", "depth"], ...] = ()
+    attention: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(sorted(map(float, self.widths))))
+        object.__setattr__(self, "depths", tuple(sorted(self.depths)))
+        object.__setattr__(self, "per_level", tuple(sorted(self.per_level)))
+        for name, values in (("widths", self.widths), ("depths", self.depths), ("per_level", self.per_level)):
+            if len(set(values)) != len(values):
+                raise UserError(f"{name} {values} must be distinct")
+        if not self.widths or not {"width", "depth"}.issuperset(self.per_level):
+            raise UserError(
+                f"widths {self.widths} must name a share, and per_level {self.per_level} 'width' or 'depth'"
+            )
+
+    def within(self, other: Options) -> bool:
+        """Whether each of these subnets is among the other's."""
+        return (
+            {*self.widths} <= {*other.widths}
+            and {*self.depths} <= {*other.depths}
+            and {*self.per_level} <= {*other.per_level}
+            and (other.attention or not self.attention)
+        )
+
+
+@dataclass(frozen=True)
+class Gene:
+    """One decision, its options from the cheapest to the dearest."""
+
+    name: str
+    options: tuple[float | int | str, ...]
+
+
+class Subnets:
+    """The subnets of these options, as one index for each gene. Every combination is legal: where a stock model cannot be so,
+    `arch` gives the nearest one that can.
+
+    Raises UserError, naming the level and its legal values, for an option that no stock model has.
+    """
+
+    def __init__(self, anatomy: Anatomy, cost: CostModel, options: Options) -> None:
+        self.options = options
+        self._anatomy = anatomy
+        self._cost = cost
+        levels = range(anatomy.levels)
+        self._own_width = "width" in options.per_level
+        self._own_depth = "depth" in options.per_level and len(options.depths) > 1
+        self._check()
+        widths = [Gene(f"width{level}", options.widths) for level in levels]
+        self.genes: list[Gene] = widths if self._own_width else [replace(widths[0], name="width")]
+        if len(options.depths) > 1:
+            depths = [Gene(f"depth{level}", options.depths) for level in levels]
+            self.genes += depths if self._own_depth else [replace(depths[0], name="depth")]
+        if options.attention:
+            places = anatomy.attention_places
+            self.genes += [
+                Gene(f"attention_{'middle' if p is None else f'level{p}'}", ("without", "with")) for p in places
+            ]
+        self.shape = tuple(len(gene.options) for gene in self.genes)
+        if math.prod(self.shape) > MOST:
+            raise UserError(
+                f"{math.prod(self.shape)} subnets for one interval are more than {MOST}; give fewer widths or depths, or let "
+                "levels share them"
+            )
+
+    def arch(self, indices: Sequence[int]) -> Arch:
+        """The subnet of one option index for each gene, in canonical form."""
+        anatomy, options = self._anatomy, self.options
+        values = iter([gene.options[index] for gene, index in zip(self.genes, indices, strict=True)])
+        levels = anatomy.levels
+        widths = [float(next(values)) for _ in range(levels)] if self._own_width else [float(next(values))] * levels
+        depths = [options.depths[0] if options.depths else anatomy.depth] * levels
+        if len(options.depths) > 1:
+            depths = [int(next(values)) for _ in range(levels)] if self._own_depth else [int(next(values))] * levels
+        kept = [True] * (levels + 1)
+        if options.attention:
+            for place in anatomy.attention_places:
+                kept[levels if place is None else place] = next(values) == "with"
+        if len(set(depths)) > 1:
+            kept[levels] = True  # that class has no attention in the middle, so there is nothing to choose
+        return Arch(
+            self._with_shortcuts(widths),
+            () if set(depths) == {anatomy.depth} else tuple(depths),
+            () if all(kept) else tuple(kept),
+        )
+
+    def flat(self, index: int) -> Arch:
+        """The subnet at this place of all, 0 the smallest, `len(self) - 1` the largest."""
+        return self.arch([int(i) for i in np.unravel_index(index, self.shape)])
+
+    def __len__(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def macs(self) -> npt.NDArray[np.int64]:
+        """Of one network call, an axis for each gene."""
+        table = np.empty(self.shape, dtype=np.int64)
+        for indices in np.ndindex(*self.shape):
+            table[indices] = self._cost(self.arch(indices)).macs
+        return table
+
+    def cost(self, indices: Sequence[int]) -> Cost:
+        return self._cost(self.arch(indices))
+
+    def _with_shortcuts(self, widths: Sequence[float]) -> tuple[float, ...]:
+        """The deeper of two levels that a subnet would make equally wide, and the full net does not, takes its next wider option,
+        or else the next narrower one: their shortcut convolution must not vanish."""
+        legal = [widths[0]]
+        for level, share in enumerate(widths[1:], 1):
+            wider = [w for w in self.options.widths if w >= share]
+            narrower = [w for w in self.options.widths if w < share][::-1]
+            fits = (w for w in (*wider, *narrower) if not self._anatomy.shortcut_vanishes((*legal, w), level))
+            legal.append(next(fits, share))
+        return tuple(legal)
+
+    # ------------------------------------------------------------------------------------------------------ checks
+
+    def _check(self) -> None:
+        anatomy, options = self._anatomy, self.options
+        for level in range(anatomy.levels) if self._own_width else (None,):
+            for share in options.widths:
+                try:
+                    self._check_width(level, share)
+                except UserError as error:
+                    where = "all levels" if level is None else f"level {level}"
+                    raise UserError(f"{error}; legal for {where}: {self._legal(level)}") from error
+        if any(not 1 <= depth <= anatomy.depth for depth in options.depths):
+            raise UserError(
+                f"depths {options.depths} of every level must be from 1 to layers_per_block={anatomy.depth}"
+            )
+        if self._own_depth:
+            anatomy.check_depths()
+        if options.attention and not anatomy.attention_places:
+            raise UserError("attention=True, but the network has no attention to leave out")
+
+    def _check_width(self, level: int | None, share: float) -> None:
+        widths = [share if level in (None, i) else 1.0 for i in range(self._anatomy.levels)]
+        if level is None:
+            self._anatomy.subconfig(Arch(tuple(widths)))
+            self._anatomy.check_shortcuts(Arch(tuple(widths)))
+            return
+        self._anatomy.subconfig(Arch(tuple(widths)))
+        alone = all(
+            self._anatomy.shortcut_vanishes((*widths[: level - 1], other, share), level)
+            for other in self.options.widths
+            if level
+        )
+        if level and alone:
+            raise UserError(f"width {share} makes level {level} as wide as level {level - 1} whatever that chooses")
+
+    def _legal(self, level: int | None) -> str:
+        """Shares that a stock model can have, as many as its norm groups distinguish."""
+        anatomy = self._anatomy
+        channels = anatomy.channels[0 if level is None else level]
+        found = []
+        for count in range(1, channels + 1):
+            try:
+                self._check_width(level, count / channels)
+            except UserError:
+                continue
+            found.append(f"{count / channels:g}")
+        return ", ".join(found) if len(found) <= 12 else f"{', '.join(found[:6])} ... {', '.join(found[-3:])}"

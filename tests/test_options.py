@@ -1,0 +1,227 @@
+"""Depth, width of each level and attention: the subnets of every combination against stock models and against the full net."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.cost import count_with_fvcore
+from nas.contracts import UserError
+from nas.testing import check_space, check_supernet
+from search_spaces.intervals import equal, uniform
+from search_spaces.options import Options
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
+from search_spaces.unet import Arch, predict
+from tests.conftest import TINY
+
+DOWN, UP, ATTENTION_DOWN, ATTENTION_UP = "DownBlock2D", "UpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D"
+CONFIGS: dict[str, dict[str, Any]] = {
+    "two levels, attention": {
+        **TINY,
+        "layers_per_block": 2,
+        "down_block_types": (DOWN, ATTENTION_DOWN),
+        "up_block_types": (ATTENTION_UP, UP),
+    },
+    "three levels, three blocks, no attention": {
+        **TINY,
+        "block_out_channels": (8, 8, 16),
+        "layers_per_block": 3,
+        "down_block_types": (DOWN,) * 3,
+        "up_block_types": (UP,) * 3,
+        "add_attention": False,
+    },
+    "four levels, equal ones, scale shift": {
+        **TINY,
+        "sample_size": 16,
+        "block_out_channels": (8, 16, 16, 16),
+        "layers_per_block": 2,
+        "down_block_types": (DOWN, ATTENTION_DOWN, DOWN, DOWN),
+        "up_block_types": (UP, UP, ATTENTION_UP, UP),
+        "resnet_time_scale_shift": "scale_shift",
+    },
+    "one block, no middle": {
+        **TINY,
+        "layers_per_block": 1,
+        "mid_block_type": None,
+        "down_block_types": (ATTENTION_DOWN, ATTENTION_DOWN),
+        "up_block_types": (ATTENTION_UP, ATTENTION_UP),
+    },
+}
+
+
+def elastic(config: dict[str, Any]) -> ElasticUNet:
+    """Everything elastic that this config allows."""
+    depth = config["layers_per_block"]
+    attends = any(block.startswith("Attn") for block in config["down_block_types"])
+    return ElasticUNet(
+        {**config, "norm_num_groups": 2, "attention_head_dim": 4},
+        widths=(0.5, 1.0),
+        depths=tuple(range(1, depth + 1)),
+        per_level=("width", "depth"),
+        attention=attends,
+    )
+
+
+def randomised(net: ElasticUNet) -> LoadedElasticUNet:
+    loaded = net.initial(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in loaded.full.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    loaded.full.eval().requires_grad_(False)
+    return loaded
+
+
+NETS = {name: elastic(config) for name, config in CONFIGS.items()}
+LOADED = {name: randomised(net) for name, net in NETS.items()}
+
+
+def inputs(net: ElasticUNet) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (2, net.anatomy.config["in_channels"], *net.anatomy.sample_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2)), torch.tensor([3, 700])
+
+
+@pytest.mark.parametrize("name", NETS)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_arch_is_a_stock_model_that_equals_the_supernet(name: str, data: st.DataObject, tmp_path: Path) -> None:
+    net, loaded = NETS[name], LOADED[name]
+    subnets = net.subnets(net.options)
+    arch = subnets.flat(data.draw(st.integers(0, len(subnets) - 1)))
+    x, t = inputs(net)
+    expected = loaded.forward(arch, x, t)
+    extracted = loaded.extract(arch)
+    assert type(extracted) is (UNet2DConditionModel if len(set(arch.depths)) > 1 else UNet2DModel)
+    extracted.save_pretrained(tmp_path)
+    reloaded = type(extracted).from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
+    assert torch.allclose(reloaded(x, t, None).sample, expected, atol=1e-5)
+    assert sum(p.numel() for p in reloaded.parameters()) == net.cost(arch).params
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_costs_of_random_archs_equal_fvcore(name: str) -> None:
+    net = NETS[name]
+    subnets = net.subnets(net.options)
+    for index in torch.randperm(len(subnets), generator=torch.Generator().manual_seed(0))[:6].tolist():
+        arch = subnets.flat(index)
+        cost = net.cost(arch)
+        assert (cost.macs, cost.attention_macs, cost.params) == count_with_fvcore(net, arch)
+
+
+@pytest.mark.parametrize("name", ["two levels, attention", "three levels, three blocks, no attention"])
+def test_a_shallow_subnet_equals_the_full_net_with_its_other_blocks_made_identities(name: str) -> None:
+    """A residual block whose branch is zero hands on its input; going up, whose shortcut hands on the trunk."""
+    net = NETS[name]
+    anatomy = net.anatomy
+    for depths in {(1, 2, 3)[: anatomy.levels], (2, 1, 1)[: anatomy.levels], (1,) * anatomy.levels}:
+        arch = Arch(anatomy.full.widths, depths)
+        loaded = randomised(net)
+        with torch.no_grad():
+            for key, tensor in loaded.full.named_parameters():
+                unit = anatomy.tensors[key].unit
+                if unit is None or anatomy.place(unit, arch) is not None:
+                    continue
+                if ".conv2." in key or ".to_out." in key:
+                    tensor.zero_()
+                elif ".conv_shortcut." in key:
+                    tensor.zero_()
+                    if key.endswith("weight"):
+                        tensor[:, : len(tensor), 0, 0] = torch.eye(len(tensor))
+        x, t = inputs(net)
+        assert torch.allclose(loaded.full(x, t).sample, loaded.forward(arch, x, t), atol=1e-4)
+
+
+def test_a_subnet_without_attention_equals_the_full_net_with_silent_attention() -> None:
+    net = NETS["two levels, attention"]
+    loaded = randomised(net)
+    arch = Arch((1.0, 1.0), attention=(True, False, False))
+    with torch.no_grad():
+        for key, tensor in loaded.full.named_parameters():
+            if ".to_out." in key:
+                tensor.zero_()
+    x, t = inputs(net)
+    assert torch.allclose(loaded.full(x, t).sample, predict(loaded.extract(arch), x, t), atol=1e-5)
+    assert not any("attentions" in key for key, _ in loaded.extract(arch).named_parameters())
+
+
+def test_between_levels_made_different_an_identity_stands() -> None:
+    net = NETS["four levels, equal ones, scale shift"]
+    extracted = LOADED["four levels, equal ones, scale shift"].extract(Arch((1.0, 1.0, 0.5, 1.0)))
+    weight = extracted.down_blocks[2].resnets[0].conv_shortcut.weight[:, :, 0, 0]
+    assert weight.shape == (8, 16)
+    assert weight.sum(1).tolist() == [1.0] * 8
+    wider = extracted.down_blocks[3].resnets[0].conv_shortcut.weight[:, :, 0, 0]
+    assert torch.equal(wider, weight.T)
+    assert net.cost(Arch((1.0, 1.0, 0.5, 1.0))).params == sum(p.numel() for p in extracted.parameters())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_spaces_and_supernets_of_every_option_keep_the_laws(name: str) -> None:
+    steps = uniform(4)
+    space = Stepwise(NETS[name], steps, equal(steps, 2))
+    check_space(space)
+    check_supernet(LOADED[name], space, samples=3)
+
+
+def test_two_intervals_may_choose_among_different_subnets() -> None:
+    net = NETS["two levels, attention"]
+    steps = uniform(4)
+    narrow = Options(widths=(0.5,), depths=(1, 2))
+    space = Stepwise(net, steps, (1, 3), (narrow, net.options))
+    check_space(space)
+    assert [c.name for c in space.choices if c.interval == 0] == ["interval00.width", "interval00.depth"]
+    assert [c.name for c in space.choices if c.interval == 1] == [
+        *("interval01.width0", "interval01.width1", "interval01.depth0", "interval01.depth1"),
+        *("interval01.attention_level1", "interval01.attention_middle"),
+    ]
+    assert space.decode((0, 1, 1, 1, 1, 1, 1, 1)).archs == (Arch((0.5, 0.5)), Arch((1.0, 1.0)))
+
+
+def test_levels_that_a_subnet_would_make_equal_are_kept_apart() -> None:
+    net = ElasticUNet(
+        {**CONFIGS["three levels, three blocks, no attention"], "norm_num_groups": 2},
+        widths=(0.25, 0.5, 1.0),
+        per_level=("width",),
+    )
+    subnets = net.subnets(net.options)
+    assert subnets.arch((2, 2, 1)).widths == (1.0, 1.0, 1.0)
+    assert subnets.arch((1, 1, 0)).widths == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"widths": (0.3, 1.0)}, r"width 0\.3 of 8 channels of level 0 .* legal for level 0: 0\.25, 0\.5, 0\.75, 1"),
+        ({"widths": (0.125, 1.0)}, r"legal for level 0"),
+        ({"depths": (0, 2)}, r"depths \(0, 2\) of every level must be from 1 to layers_per_block=2"),
+        ({"depths": (1,)}, r"must include 2, the full network"),
+        ({"groups": "size"}, r"needs groups='count'"),
+        ({"attention": True, "config": {"add_attention": False}}, r"no attention to leave out"),
+        ({"depths": (1, 2), "config": {"act_fn": "gelu"}}, r"levels of different depth need act_fn='silu' or 'swish'"),
+        ({"widths": (0.5, 0.5, 1.0)}, "must be distinct"),
+    ],
+)
+def test_illegal_options_are_refused_by_level_and_legal_values(settings: dict[str, Any], message: str) -> None:
+    config = {
+        **CONFIGS["two levels, attention"],
+        "down_block_types": (DOWN,) * 2,
+        "up_block_types": (UP,) * 2,
+        **settings.pop("config", {}),
+    }
+    with pytest.raises(UserError, match=message):
+        ElasticUNet(config, **{"widths": (0.5, 1.0), "per_level": ("width", "depth"), **settings})
+
+
+def test_an_interval_may_not_ask_for_what_the_supernet_lacks() -> None:
+    net = ElasticUNet(TINY, widths=(0.5, 1.0))
+    with pytest.raises(UserError, match="interval 1 asks for"):
+        Stepwise(net, uniform(2), (1, 1), (Options((0.5, 1.0)), Options((0.25, 1.0))))
+    with pytest.raises(UserError, match="1 options for 2 intervals"):
+        Stepwise(net, uniform(2), (1, 1), (Options((0.5, 1.0)),))
