@@ -152,6 +152,12 @@ class ElasticUNet:
         bounds = [0, *self.experts, self.noise.timesteps]
         return tuple(f"{start}-{stop - 1}" for start, stop in pairwise(bounds)) if self.experts else ()
 
+    def served_by(self, expert: str) -> tuple[int, int]:
+        """Timesteps start..stop-1 that the expert serves; all of them for the shared weights."""
+        bounds = [0, *self.experts, self.noise.timesteps]
+        served: dict[str, tuple[int, int]] = dict(zip(self.expert_names, pairwise(bounds), strict=False))
+        return served.get(expert, (0, self.noise.timesteps))
+
     def expert_at(self, timestep: int) -> str:
         """Name of the weights that serve the timestep."""
         return self.expert_names[bisect_right(self.experts, timestep)] if self.experts else ""
@@ -187,19 +193,28 @@ class ElasticUNet:
         return _file_digest(_weights(folder))
 
     def load(self, folder: Path, device: str) -> LoadedElasticUNet:
-        path = _weights(folder)
-        try:
-            tensors = load_file(path, device=device)
-            full, *copies = (
-                self._full({k.removeprefix(prefix): v for k, v in tensors.items() if _expert_of(k) == name}, device)
-                for name in ("", *self.expert_names)
-                for prefix in [f"{name}/" if name else ""]
+        loaded = self.read(_weights(folder), device)
+        if tuple(loaded.experts) != self.expert_names:
+            raise UserError(
+                f"{_weights(folder)} holds the experts {tuple(loaded.experts)}, the supernet has {self.expert_names}; train it with "
+                "`Experts` among its stages"
             )
+        return loaded
+
+    def read(self, path: Path, device: str) -> LoadedElasticUNet:
+        """Weights of a file, with whatever experts are in it. Raises UserError where it cannot be read as such."""
+        try:
+            copies: dict[str, dict[str, torch.Tensor]] = {}
+            for name, tensor in load_file(path, device=device).items():
+                expert, _, parameter = name.rpartition("/")
+                copies.setdefault(expert, {})[parameter] = tensor
+            full = self._full(copies.get("", {}), device)
+            experts = {name: self._full(copies[name], device) for name in self.expert_names if name in copies}
         except (SafetensorError, RuntimeError) as error:
             raise UserError(
                 f"{path} cannot be read as weights of this supernet ({_first_line(error)}); delete it to train again"
             ) from error
-        return LoadedElasticUNet(self, full, dict(zip(self.expert_names, copies, strict=True)))
+        return LoadedElasticUNet(self, full, experts)
 
     def _full(self, tensors: Mapping[str, torch.Tensor], device: str) -> UNet2DModel:
         full = skeleton(self.anatomy, self.anatomy.full).to_empty(device=device)
@@ -215,6 +230,7 @@ class ElasticUNet:
 class LoadedElasticUNet:
     """The supernet with its weights. `full` is a stock model and holds all of them, `experts` further copies by name.
 
+    `trained_macs` counts the multiply-adds of `forward`, thrice where gradients are wanted: forward and backward.
     `cache_size` materialised subnets are kept, least recently used first out.
     """
 
@@ -235,6 +251,7 @@ class LoadedElasticUNet:
         self.full_arch = recipe.anatomy.full
         self.smallest_arch = recipe.subnets(recipe.options).flat(0)
         self.version = 0
+        self.trained_macs = 0
         self._cache_size = cache_size
         self._subnets: OrderedDict[Arch, Any] = OrderedDict()
         self._form = (False, False)
@@ -246,6 +263,7 @@ class LoadedElasticUNet:
         """The subnet's prediction, differentiable in the shared weights. x: (batch, channels, h, w); t: (batch,)."""
         net = self._skeleton(arch).train(self.full.training)
         inputs = arguments(net, x, t, condition)
+        self.trained_macs += (3 if torch.is_grad_enabled() else 1) * len(x) * self.macs(arch)
         prediction: torch.Tensor = functional_call(net, self._slices(arch), inputs, {"return_dict": False})[0]
         return prediction
 
@@ -341,11 +359,6 @@ def _pretrained_weights(folder: Path) -> Path:
 
 def _file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _expert_of(name: str) -> str:
-    """Which copy of the weights a tensor in the file belongs to."""
-    return name.rpartition("/")[0]
 
 
 def _first_line(error: Exception) -> str:

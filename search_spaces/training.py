@@ -1,35 +1,134 @@
-"""Training of the supernet by the sandwich rule, resumable with the same call and bit-identical at one thread count."""
+"""Training of the supernet in stages, resumable with the same call and bit-identical at one thread count."""
 
 from __future__ import annotations
 
+import copy
 import json
-import math
-import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from nas.contracts import Images, ImageSet, Progress, Schedule, UserError, derive_seed, digest_of
+from search_spaces.optimiser import Batches, Optimiser, Teacher, check_recipe, gather, write_tensors
 from search_spaces.supernet import WEIGHTS, ElasticUNet, LoadedElasticUNet
 from search_spaces.unet import Arch
 
 CHECKPOINT = "checkpoint.safetensors"
+STAGE = "stage.safetensors"
+
+
+class Stage(Protocol):
+    """One part of a training. Changes a loaded supernet in place, a tick at a time."""
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def fit(
+        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+    ) -> Iterator[Progress]:
+        """`files`: where to keep checkpoints and go on from; none for a training that is not interrupted."""
+
+    def parts(self, supernet: ElasticUNet) -> Sequence[Stage]:
+        """What it consists of, itself where it is one piece."""
 
 
 @dataclass(frozen=True)
-class Sandwich:
+class Checkpoints:
+    """Where a stage keeps its state, and what identifies it."""
+
+    path: Path
+    digest: str
+    every: int
+
+    def restore(self, optimiser: Optimiser) -> None:
+        if self.path.exists():
+            optimiser.restore(self.path)
+
+    def keep(self, optimiser: Optimiser, last: int) -> None:
+        if optimiser.step % self.every == 0 or optimiser.step == last:
+            optimiser.save(self.path)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """One stage after another, on one set of weights."""
+
+    stages: tuple[Stage, ...]
+    checkpoint_every: int = 250
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "Stages", "stages": [stage.describe() for stage in self.stages]}
+
+    def parts(self, supernet: ElasticUNet) -> list[Stage]:
+        return [part for stage in self.stages for part in stage.parts(supernet)]
+
+    def fit(
+        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+    ) -> Iterator[Progress]:
+        """Trains a loaded supernet in place, without files; afterwards it holds the averaged weights."""
+        for number, part in enumerate(self.parts(net.recipe)):
+            yield from part.fit(net, data, _stage_seed(seed, number), files)
+
+    def run(self, supernet: ElasticUNet, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        """Trains what is missing in `folder` and leaves `weights.safetensors` there, and in `training.json` what each stage took.
+        Yields after every step.
+
+        Raises UserError where the folder holds a damaged checkpoint or weights of another recipe.
+        """
+        data = images.load()
+        _check_trainable(supernet, data)
+        digest = digest_of(
+            {"supernet": supernet.describe(), "training": self.describe(), "seed": seed, "images": data.digest}
+        )
+        if (folder / WEIGHTS).exists():
+            check_recipe(folder / WEIGHTS, digest)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        spent: list[dict[str, Any]] = []
+        if (folder / STAGE).exists():
+            spent = json.loads(check_recipe(folder / STAGE, digest)["spent"])
+            net = supernet.read(folder / STAGE, device)
+        else:
+            net = supernet.initial(derive_seed(seed, "supernet", "weights"), device)
+        parts = self.parts(supernet)
+        for number, part in enumerate(parts[len(spent) :], len(spent)):
+            net.trained_macs = 0
+            files = Checkpoints(folder / CHECKPOINT, digest_of([digest, number]), self.checkpoint_every)
+            yield from part.fit(net, data, _stage_seed(seed, number), files)
+            spent.append({**part.describe(), "macs": net.trained_macs})
+            write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": json.dumps(spent)})
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+        (folder / "training.json").write_text(json.dumps(spent, indent=1, default=list) + "\n")
+        (folder / STAGE).replace(folder / WEIGHTS)
+
+
+class OneStage:
+    """What a stage needs in order to be a whole training too."""
+
+    checkpoint_every = 250
+
+    def parts(self, supernet: ElasticUNet) -> Sequence[Any]:
+        return (self,)
+
+    def run(self, supernet: ElasticUNet, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        """As `Stages.run`, this stage alone."""
+        return Stages((self,), self.checkpoint_every).run(supernet, images, folder, seed, device)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Sandwich(OneStage):
     """Each step trains the largest, the smallest and `between` random subnets on one batch (Yu & Huang 2019).
 
     Every subnet draws its own timesteps and noises and minimises the plain noise-prediction error; the gradients are
     added with weight `full_weight` for the full net and 1 for the others, clipped to norm `clip`, and applied by one
     Adam step. Learning rate: linear warm-up, then cosine to zero. The weights that are kept are their exponential
     moving average with decay min(`ema`, (1 + step) / (10 + step)).
+
+    `full_only`: trains the full net alone. `distillation`: share of the target that is the prediction of the full net as it was
+    before this stage, instead of the noise. `expert`: trains that copy of the weights, made of the shared ones, on the timesteps
+    that it serves.
     """
 
     steps: int
@@ -42,65 +141,74 @@ class Sandwich:
     clip: float = 1.0
     flip: bool = False
     checkpoint_every: int = 250
+    full_only: bool = False
+    distillation: float = 0.0
+    expert: str = ""
 
     def describe(self) -> dict[str, Any]:
         settings = asdict(self)
         del settings["checkpoint_every"]
         return {"class": "Sandwich", **settings}
 
-    def run(self, supernet: ElasticUNet, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
-        """Trains what is missing in `folder` and leaves `weights.safetensors` there. Yields after every step.
-
-        Raises UserError where the folder holds a damaged checkpoint or weights of another recipe.
-        """
-        data = images.load()
-        _check_trainable(supernet, data)
-        digest = digest_of(
-            {"supernet": supernet.describe(), "training": self.describe(), "seed": seed, "images": data.digest}
-        )
-        if (folder / WEIGHTS).exists():
-            _check_recipe(folder / WEIGHTS, digest)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        state = _State(self, supernet.initial(derive_seed(seed, "supernet", "weights"), device), digest)
-        if (folder / CHECKPOINT).exists():
-            state.restore(folder / CHECKPOINT)
-        yield from self._steps(state, data, folder, seed)
-        state.save_average(folder / WEIGHTS)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-
-    def fit(self, net: LoadedElasticUNet, data: ImageSet, seed: int) -> Iterator[Progress]:
-        """Trains a loaded supernet in place, without files; afterwards it holds the averaged weights."""
-        state = _State(self, net, "")
-        yield from self._steps(state, data, None, seed)
-        state.adopt_average()
-
-    def _steps(self, state: _State, data: ImageSet, folder: Path | None, seed: int) -> Iterator[Progress]:
-        net = state.net
-        batches = _Batches(net, data, self.batch, self.flip)
-        while state.step < self.steps:
-            generator = torch.Generator().manual_seed(derive_seed(seed, state.step, "sandwich"))
+    def fit(
+        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+    ) -> Iterator[Progress]:
+        """Trains a loaded supernet in place; afterwards it holds the averaged weights."""
+        if self.expert:
+            net.experts[self.expert] = copy.deepcopy(net.full)
+        teacher = Teacher(net, self.distillation)
+        optimiser = Optimiser(self, net, files.digest if files else "", [self.expert])
+        if files:
+            files.restore(optimiser)
+        batches = Batches(net, data, self.batch, self.flip)
+        name = f"expert {self.expert}" if self.expert else "full network" if self.full_only else "supernet"
+        served = net.recipe.served_by(self.expert)
+        while optimiser.step < self.steps:
+            generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "sandwich"))
             x0 = batches.images(generator)
             losses: dict[str, float] = {}
             for arch in self._members(net.recipe, generator):
-                t, x, noise = batches.noised(x0, generator)
-                loss = torch.nn.functional.mse_loss(net.forward(arch, x, t), noise)
-                weight = self.full_weight if arch == net.recipe.anatomy.full else 1.0
+                t, x, noise = batches.noised(x0, generator, served)
+                target = teacher.target(x, t, noise)
+                loss = torch.nn.functional.mse_loss(net.forward(arch._replace(expert=self.expert), x, t), target)
+                weight = self.full_weight if arch == net.full_arch else 1.0
                 torch.autograd.backward(weight * loss)
                 losses[_name(arch)] = loss.item()
-            state.update(self._learning_rate(state.step))
-            if folder and (state.step % self.checkpoint_every == 0 or state.step == self.steps):
-                state.save(folder / CHECKPOINT)
-            yield Progress("supernet", state.step, self.steps, losses)
+            optimiser.update()
+            if files:
+                files.keep(optimiser, self.steps)
+            yield Progress(name, optimiser.step, self.steps, losses)
+        optimiser.adopt_average()
 
     def _members(self, recipe: ElasticUNet, generator: torch.Generator) -> list[Arch]:
+        if self.full_only:
+            return [recipe.anatomy.full]
         subnets = recipe.subnets(recipe.options)
         last = len(subnets) - 1
         drawn = torch.randperm(max(last - 1, 0), generator=generator)[: self.between].tolist()
         return list(dict.fromkeys(subnets.flat(i) for i in (last, 0, *(i + 1 for i in drawn))))
 
-    def _learning_rate(self, step: int) -> float:
-        return _warm_cosine(step, self.steps, self.warmup) * self.learning_rate
+
+@dataclass(frozen=True)
+class Experts(OneStage):
+    """Elastic fine-tuning of one copy of the weights for each interval of timesteps (DiffPruning; TDC): the sandwich rule on
+    that interval's timesteps alone, distilling from the full net of the stage before. `each`: the settings of every expert."""
+
+    each: Sandwich
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "Experts", "each": self.each.describe()}
+
+    def parts(self, supernet: ElasticUNet) -> list[Sandwich]:
+        """One stage for each expert. Raises UserError where the supernet has none."""
+        if not supernet.experts:
+            raise UserError("a training of experts needs a supernet with experts=(timesteps where another takes over)")
+        return [replace(self.each, expert=name) for name in supernet.expert_names]
+
+    def fit(
+        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+    ) -> Iterator[Progress]:
+        return Stages((self,)).fit(net, data, seed, files)
 
 
 @dataclass(frozen=True)
@@ -118,117 +226,35 @@ class FineTune:
     ema: float = 0.995
     clip: float = 1.0
     flip: bool = False
+    distillation: float = 0.0
 
     def fit(self, net: LoadedElasticUNet, schedule: Schedule, data: ImageSet, seed: int) -> Iterator[Progress]:
         """Trains in place; afterwards the supernet holds the averaged weights, and its materialised subnets are new."""
-        state = _State(self, net, "")
-        batches = _Batches(net, data, self.batch, self.flip)
+        archs = [Arch(*arch) for arch in schedule.archs]
+        teacher = Teacher(net, self.distillation)
+        optimiser = Optimiser(self, net, experts=list(dict.fromkeys(arch.expert for arch in archs)))
+        batches = Batches(net, data, self.batch, self.flip)
         served = torch.tensor(schedule.timesteps[1:], dtype=torch.long).flip(0)
-        while state.step < self.steps:
-            generator = torch.Generator().manual_seed(derive_seed(seed, state.step, "fine-tune"))
+        while optimiser.step < self.steps:
+            generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "fine-tune"))
             t, x, noise = batches.noised(batches.images(generator), generator)
+            target = teacher.target(x, t, noise)
             position = len(schedule.steps) - 1 - torch.bucketize(t.cpu(), served)
             total = 0.0
-            for arch in schedule.archs:
+            for arch in archs:
                 mine = torch.tensor([schedule.steps[p].arch == arch for p in position.tolist()], device=net.device)
                 if mine.any():
-                    loss = (net.forward(arch, x[mine], t[mine]) - noise[mine]).square().mean() * mine.float().mean()
+                    error = (net.forward(arch, x[mine], t[mine]) - target[mine]).square().mean()
+                    loss = error * mine.float().mean()
                     torch.autograd.backward(loss)
                     total += loss.item()
-            state.update(_warm_cosine(state.step, self.steps, self.warmup) * self.learning_rate)
-            yield Progress("fine-tune", state.step, self.steps, {"loss": total})
-        state.adopt_average()
+            optimiser.update()
+            yield Progress("fine-tune", optimiser.step, self.steps, {"loss": total})
+        optimiser.adopt_average()
 
 
-class _Batches:
-    """Images of a batch and their noised versions, drawn from the generator of the step."""
-
-    def __init__(self, net: LoadedElasticUNet, data: ImageSet, size: int, flip: bool) -> None:
-        self._device = net.device
-        self._size = size
-        self._flip = flip
-        self._pixels = torch.from_numpy(data.pixels).to(net.device)
-        self._signal = torch.from_numpy(np.sqrt(net.alphas_cumprod)).float().to(net.device)
-        self._noise = torch.from_numpy(np.sqrt(1 - net.alphas_cumprod)).float().to(net.device)
-
-    def images(self, generator: torch.Generator) -> torch.Tensor:
-        """x_0, (batch, channels, height, width)."""
-        x0 = self._pixels[torch.randint(len(self._pixels), (self._size,), generator=generator).to(self._device)]
-        if self._flip:
-            mirrored = torch.rand(self._size, generator=generator).to(self._device) < 0.5
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-        return x0
-
-    def noised(self, x0: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Uniform timesteps (batch,), x_t and the noise in it."""
-        t = torch.randint(len(self._signal), (len(x0),), generator=generator).to(self._device)
-        noise = torch.randn(x0.shape, generator=generator).to(self._device)
-        return t, self._signal[t, None, None, None] * x0 + self._noise[t, None, None, None] * noise, noise
-
-
-def _warm_cosine(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, cosine to zero."""
-    return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-class _State:
-    """Weights, their average, Adam's moments and the step: all that a checkpoint keeps."""
-
-    def __init__(self, settings: Sandwich | FineTune, net: LoadedElasticUNet, digest: str) -> None:
-        self.net = net
-        self.step = 0
-        self._settings = settings
-        self._digest = digest
-        self._named = dict(net.full.train().requires_grad_(True).named_parameters())
-        self._average = {name: p.detach().clone() for name, p in self._named.items()}
-        self._adam = torch.optim.Adam(self._named.values(), lr=settings.learning_rate)
-
-    def update(self, learning_rate: float) -> None:
-        torch.nn.utils.clip_grad_norm_(self._named.values(), self._settings.clip)
-        self._adam.param_groups[0]["lr"] = learning_rate
-        self._adam.step()
-        self._adam.zero_grad()
-        decay = min(self._settings.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for name, parameter in self._named.items():
-                self._average[name].lerp_(parameter, 1 - decay)
-        self.step += 1
-
-    def adopt_average(self) -> None:
-        self.net.full.load_state_dict(self._average)
-        self.net.full.requires_grad_(False).eval()
-        self.net.forget()
-
-    def save(self, path: Path) -> None:
-        tensors: dict[str, torch.Tensor] = {}
-        for name, parameter in self._named.items():
-            moments = self._adam.state[parameter]
-            tensors |= {
-                f"weight/{name}": parameter.detach(),
-                f"average/{name}": self._average[name],
-                f"first/{name}": moments["exp_avg"],
-                f"second/{name}": moments["exp_avg_sq"],
-            }
-        _save(tensors, path, self._metadata())
-
-    def save_average(self, path: Path) -> None:
-        _save(self._average, path, self._metadata())
-
-    def restore(self, path: Path) -> None:
-        metadata = _check_recipe(path, self._digest)
-        with safe_open(path, "pt", device=str(self.net.device)) as file, torch.no_grad():
-            for name, parameter in self._named.items():
-                parameter.copy_(file.get_tensor(f"weight/{name}"))
-                self._average[name].copy_(file.get_tensor(f"average/{name}"))
-                self._adam.state[parameter] = {
-                    "step": torch.tensor(float(metadata["step"])),
-                    "exp_avg": file.get_tensor(f"first/{name}"),
-                    "exp_avg_sq": file.get_tensor(f"second/{name}"),
-                }
-        self.step = int(metadata["step"])
-
-    def _metadata(self) -> dict[str, str]:
-        return {"recipe": self._digest, "step": json.dumps(self.step), "threads": json.dumps(torch.get_num_threads())}
+def _stage_seed(seed: int, number: int) -> int:
+    return derive_seed(seed, number, "stage") if number else seed
 
 
 def _check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
@@ -249,27 +275,6 @@ def _check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
         raise UserError(
             f"dropout={config['dropout']} would make training depend on where it was interrupted; set it to 0"
         )
-
-
-def _check_recipe(path: Path, digest: str) -> dict[str, str]:
-    """Metadata of a weights or checkpoint file. Raises UserError where it is damaged or of another recipe."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and the same command trains again") from error
-    if metadata.get("recipe") != digest:
-        raise UserError(
-            f"{path} was trained with another network, training, seed or images; use another --out, or delete it to train again"
-        )
-    return metadata
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Whole or not at all: a crash leaves the old file."""
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    os.replace(partial, path)
 
 
 def _name(arch: Arch) -> str:

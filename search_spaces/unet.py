@@ -111,7 +111,8 @@ class Source:
 class Anatomy:
     """Every tensor of a stock UNet2DModel config, taken apart.
 
-    `cells[name]` are the bounds of the stretches of channels that no GroupNorm of the full net splits. Raises UserError, naming
+    `cells[name]` are the first channels of the stretches that no GroupNorm of the full net splits, `head_sizes[name]` the channels
+    of one head, for those inside an attention. Raises UserError, naming
     the value, for a config that this elastic network does not cover.
     """
 
@@ -136,7 +137,9 @@ class Anatomy:
         self.tensors: dict[str, TensorAnatomy] = {}
         self.attentions: list[AttentionAnatomy] = []
         self.identities: dict[str, TensorAnatomy] = {}
+        self.head_sizes: dict[str, int] = {}
         self._bounds: dict[str, set[int]] = {}
+        self._partitions: dict[str, set[tuple[int, ...]]] = {}
         self._take_apart()
         self.cells = {name: tuple(sorted(bounds)) for name, bounds in self._bounds.items()}
         self._runs: dict[tuple[Axis, tuple[float, ...]], tuple[Run, ...]] = {}
@@ -292,6 +295,13 @@ class Anatomy:
                 for first, stop in self.kept(stretch, share):
                     yield start + first, start + stop
             start += stretch.size
+
+    def group_size(self, channels: str, total: int) -> int | None:
+        """Channels of a norm group, where all norms that these `total` channels meet divide them alike; else None."""
+        bounds = self.cells[channels]
+        size = total // len(bounds)
+        alike = bounds == tuple(range(0, total, size)) and len(self._partitions[channels]) == 1
+        return size if alike else None
 
     def kept(self, stretch: Stretch, share: float) -> Iterator[Run]:
         """Channels of a stretch that a subnet of this width takes. With a constant group count, the leading share of each
@@ -465,7 +475,9 @@ class Anatomy:
         start = 0
         for stretch in axis:
             first = -start % size
-            self._bounds.setdefault(stretch.channels, set()).update(range(first, stretch.size, size))
+            bounds = tuple(range(first, stretch.size, size))
+            self._bounds.setdefault(stretch.channels, set()).update(bounds)
+            self._partitions.setdefault(stretch.channels, set()).add(bounds)
             start += stretch.size
 
     def _time_mlp(self, name: str, before: Axis) -> None:
@@ -499,6 +511,8 @@ class Anatomy:
         name = unit.name(unit.index)[:-1]
         [outer] = axis
         inner = (Stretch(outer.size, outer.level, f"{name}.inner"),)
+        if self.config["attention_head_dim"] is not None:
+            self.head_sizes[inner[0].channels] = self.config["attention_head_dim"]
         if groups is not None:
             self._norm(f"{name}.group_norm", axis, unit, groups)
         for projection in ("to_q", "to_k", "to_v"):

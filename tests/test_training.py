@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
 from evaluators.images import Digits
 from nas.contracts import Progress, Schedule, Step, UserError
+from nas.testing import check_supernet
+from search_spaces.importance import Order
+from search_spaces.optimiser import Teacher
+from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.training import FineTune, Sandwich
+from search_spaces.training import Experts, FineTune, Sandwich, Stages
 
 SHORT = Sandwich(steps=12, batch=8, warmup=2, checkpoint_every=4)
 
@@ -122,3 +128,119 @@ def test_truncated_or_foreign_weights_are_named(tiny_net: ElasticUNet, tmp_path:
         tiny_net.load(tmp_path, "cpu")
     with pytest.raises(UserError, match="does not exist"):
         tiny_net.load(tmp_path / "elsewhere", "cpu")
+
+
+STAGES = Stages(
+    (
+        replace(SHORT, steps=6, full_only=True),
+        Order("magnitude"),
+        replace(SHORT, steps=6, distillation=0.5),
+        Experts(replace(SHORT, steps=5, distillation=0.5)),
+    ),
+    checkpoint_every=4,
+)
+
+
+def run_stages(net: ElasticUNet, folder: Path) -> Iterator[Progress]:
+    return STAGES.run(net, Digits(), folder, 0, "cpu")
+
+
+def with_experts(net: ElasticUNet) -> ElasticUNet:
+    return replace(net, experts=(300, 700))
+
+
+def test_stages_killed_anywhere_resume_bit_identically(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    net = with_experts(tiny_net)
+    whole = [tick.what for tick in run_stages(net, tmp_path / "whole")]
+    assert list(dict.fromkeys(whole)) == [
+        *("full network", "order", "supernet", "expert 0-299", "expert 300-699", "expert 700-999")
+    ]
+    for _ in range(40):
+        if (tmp_path / "parts" / "weights.safetensors").exists():
+            break
+        list(islice(run_stages(net, tmp_path / "parts"), 5))  # killed after at most five ticks
+    expected, found = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert list(run_stages(net, tmp_path / "parts")) == []
+
+
+def test_training_says_what_each_stage_took(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    net = with_experts(tiny_net)
+    list(run_stages(net, tmp_path))
+    spent = json.loads((tmp_path / "training.json").read_text())
+    assert [stage["class"] for stage in spent] == ["Sandwich", "Order", *["Sandwich"] * 4]
+    full = net.cost(net.anatomy.full).macs
+    assert spent[0]["macs"] == 3 * 6 * 8 * full
+    assert spent[1]["macs"] == 0
+    assert spent[2]["macs"] > 6 * 8 * 3 * full  # the full net, smaller ones, and the teacher for each of them
+
+
+def test_experts_train_their_own_weights_on_their_own_timesteps(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    net = with_experts(tiny_net)
+    list(run_stages(net, tmp_path))
+    loaded = net.load(tmp_path, "cpu")
+    assert tuple(loaded.experts) == ("0-299", "300-699", "700-999")
+    x = torch.randn(2, 1, 8, 8)
+    space = Stepwise(net, (900, 500, 100), (1, 1, 1))
+    steps = space.decode((2, 2, 2)).steps
+    assert [step.arch.expert for step in steps] == ["700-999", "300-699", "0-299"]
+    shared = loaded.denoiser(replace(steps[0], arch=net.uniform(1.0)))(x, 900)[0]
+    predictions = [loaded.denoiser(step)(x, 900)[0] for step in steps]
+    assert all(not torch.allclose(a, b) for a, b in pairwise([shared, *predictions]))
+    assert torch.equal(loaded.extract(steps[0].arch)(x, 900).sample, predictions[0])
+    one = Stepwise(tiny_net, (900, 500, 100), (1, 1, 1))
+    assert space.cost((2, 2, 2))["params"] == 3 * one.cost((2, 2, 2))["params"]
+    check_supernet(loaded, space, samples=2)
+
+
+def test_weights_without_experts_are_refused_where_some_are_wanted(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    list(train(tiny_net, tmp_path))
+    with pytest.raises(UserError, match="holds the experts"):
+        with_experts(tiny_net).load(tmp_path, "cpu")
+    with pytest.raises(UserError, match="needs a supernet with experts"):
+        next(Experts(SHORT).run(tiny_net, Digits(), tmp_path / "new", 0, "cpu"))
+    with pytest.raises(UserError, match=r"experts \(700, 300\) must be increasing"):
+        replace(tiny_net, experts=(700, 300))
+
+
+def test_a_teacher_is_the_full_net_before_the_stage(tiny_net: ElasticUNet) -> None:
+    loaded = tiny_net.initial(0)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    noise = torch.randn_like(x)
+    with torch.no_grad():
+        before = loaded.full(x, t).sample
+    teacher = Teacher(loaded, 0.25)
+    list(SHORT.fit(loaded, Digits().load(), 0))
+    assert torch.allclose(teacher.target(x, t, noise), 0.75 * noise + 0.25 * before, atol=1e-6)
+    assert torch.equal(Teacher(loaded, 0.0).target(x, t, noise), noise)
+
+
+def test_a_pretrained_folder_becomes_elastic(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    """The full net starts as the saved model, also after the reordering; the shortest elastic training then keeps near it."""
+    stock = tiny_net.initial(3).full.eval()
+    stock.save_pretrained(tmp_path / "model")
+    net = ElasticUNet.from_pretrained(tmp_path / "model", widths=(0.5, 1.0))
+    assert net.describe() != tiny_net.describe()
+    x = torch.randn(2, 1, 8, 8)
+    training = Stages((Order(batch=8, stride=200), replace(SHORT, steps=2, learning_rate=1e-5, distillation=1.0)))
+    list(training.run(net, Digits(), tmp_path / "supernet", 0, "cpu"))
+    with torch.no_grad():
+        expected = stock(x, 5).sample
+        found, _ = net.load(tmp_path / "supernet", "cpu").denoiser(Step(5, net.uniform(1.0)))(x, 5)
+    assert torch.allclose(found, expected, atol=1e-2)
+    assert not torch.equal(
+        load_file(tmp_path / "supernet" / "weights.safetensors")["conv_in.weight"], stock.conv_in.weight
+    )
+
+
+def test_folders_without_a_unet_are_refused(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no diffusers model"):
+        ElasticUNet.from_pretrained(tmp_path)
+    tiny_net.initial(0).extract(tiny_net.uniform(0.5)).save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    net = ElasticUNet.from_pretrained(tmp_path / "pickled", widths=(1.0,))
+    with pytest.raises(UserError, match="save the model with safetensors"):
+        net.initial(0)
+    DDIMScheduler().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(UserError, match="scheduler holds"):
+        ElasticUNet.from_pretrained(tmp_path / "scheduler")
