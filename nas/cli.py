@@ -15,7 +15,17 @@ import typer
 from rich.markup import escape
 
 from nas.contracts import UserError
-from nas.terminal import SearchBar, follow, notes, out, print_audit, print_comparison, print_status, progress_bars
+from nas.terminal import (
+    SearchBar,
+    follow,
+    notes,
+    out,
+    print_audit,
+    print_comparison,
+    print_intervals,
+    print_status,
+    progress_bars,
+)
 
 # Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
 # slow down many times over as soon as anything else wants a core.
@@ -178,6 +188,56 @@ def audit(
         _print_json({**facts, "picture": str(picture)})
     elif not quiet:
         print_audit({**facts, "picture": str(picture)})
+
+
+@app.command()
+def intervals(
+    study_file: StudyFile,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="Intervals. Default: the elbow of the gradients' similarity.", show_default=False),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Budget, of the full net's MACs. Default: the study's, else 0.5.", show_default=False
+        ),
+    ] = None,
+    grid: Annotated[int, typer.Option(min=3, help="Training timesteps whose gradients are compared.")] = 32,
+    out_dir: OutOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
+) -> None:
+    """Divide the timesteps: by gradients, sensitivity, SNR, evenly; and say how well each does. Writes <run>/intervals/."""
+    from nas.plots import draw_intervals
+    from nas.session import open_session
+    from nas.study import load_study
+    from search_spaces.partitions import Partitions
+    from search_spaces.stepwise import Stepwise
+
+    study = load_study(study_file)
+    if not isinstance(study.space, Stepwise):
+        raise UserError(
+            f"study {study.name} searches a {type(study.space).__name__}; `nas intervals` divides a Stepwise space"
+        )
+    folder = _run_folder(study, out_dir)
+    _check_device(device)
+    bars = progress_bars(quiet or as_json)
+    with _resumable(folder), open_session(study, folder, device=device) as session, bars:
+        follow(bars, session.prepare())
+        loaded = study.load(folder, device)
+        limit = share or study.limits.get("macs_share", 0.5)
+        found = Partitions(study.space, loaded, study.images, study.evaluator, folder, study.seed, grid, count, limit)
+        follow(bars, session.on_one_thread(found.measure()))
+    facts = found.facts()
+    (folder / "intervals" / "intervals.json").write_text(json.dumps(facts, indent=2) + "\n")
+    picture = folder / "intervals" / "intervals.png"
+    draw_intervals(facts, picture)
+    if as_json:
+        _print_json({**facts, "picture": str(picture)})
+    elif not quiet:
+        print_intervals({**facts, "picture": str(picture)})
 
 
 @app.command()

@@ -86,6 +86,60 @@ def draw_audit(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path
     figure.savefig(path)
 
 
+def draw_intervals(facts: Mapping[str, Any], path: Path) -> None:
+    """The affinity of gradients over the training timesteps with the boundaries that follow from it, what a smaller net changes at each
+    step, and how each maker divides the timesteps."""
+    total = facts["points"][-1]
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.05])
+    image = left.imshow(
+        facts["affinity"],
+        origin="lower",
+        extent=(0, total, 0, total),
+        cmap="magma",
+        vmin=min(0, np.min(facts["affinity"])),
+        vmax=1,
+    )
+    for boundary in facts["boundaries"]["gradients"]:
+        for line in (left.axvline, left.axhline):
+            line(boundary, color="#ffffff", linewidth=1.2)
+    left.set_xlabel("training timestep (0: clean)")
+    left.set_ylabel("training timestep")
+    left.set_title("cosine of the full network's gradients", fontsize=10)
+    figure.colorbar(image, ax=left, shrink=0.75)
+    right.set_axis_off()
+    top, bottom = right.inset_axes((0.18, 0.55, 0.82, 0.42)), right.inset_axes((0.18, 0.02, 0.82, 0.36))
+    effects, errors = np.array(facts["effects"]), np.array(facts["effect_errors"])
+    for option in range(effects.shape[1] - 1):
+        top.errorbar(
+            facts["timesteps"],
+            effects[:, option],
+            yerr=errors[:, option],
+            fmt="o-",
+            markersize=3,
+            capsize=2,
+            color=_COLOURS[option % len(_COLOURS)],
+            label=f"option {option}",
+        )
+    top.axhline(0, color=_BASELINE_COLOUR, linewidth=0.8)
+    top.set_xlim(-10, total + 10)
+    top.legend(frameon=False, fontsize=8)
+    top.set_title(f"change in {facts['metric']} where one step alone runs a smaller net", fontsize=10)
+    names = list(facts["boundaries"])
+    for place, name in enumerate(names):
+        ends = [0, *facts["boundaries"][name], total]
+        for number, (start, stop) in enumerate(pairwise(ends)):
+            bottom.barh(place, stop - start, left=start, height=0.7, color=_COLOURS[number % len(_COLOURS)], alpha=0.55)
+    for timestep in facts["timesteps"]:
+        bottom.axvline(timestep, color="#000000", linewidth=0.5, linestyle=":")
+    bottom.set_yticks(range(len(names)), names)
+    bottom.invert_yaxis()
+    bottom.set_xlim(-10, total + 10)
+    bottom.set_xlabel("training timestep (dotted: the sampler's steps)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def draw_samples(images: npt.NDArray[np.uint8], path: Path, columns: int = 8, scale: int = 1) -> None:
     """Writes a grid of (n, height, width, channels) images as PNG, each pixel `scale` pixels wide."""
     from PIL import Image
@@ -140,22 +194,21 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], objectives:
 
 
 def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices: Sequence[Any]) -> None:
-    genes = np.array([trial.genome for trial in trials])
     options = [option for _, option in choices]
-    image = axes.imshow(
-        genes, aspect="auto", cmap="YlGnBu", vmin=0, vmax=max(map(len, options)) - 1, interpolation="nearest"
-    )
+    alike = all(option == options[0] for option in options)
+    genes = np.array([trial.genome for trial in trials], dtype=float)
+    if not alike:
+        genes /= np.maximum([len(option) - 1 for option in options], 1)
+    highest = max(map(len, options)) - 1 if alike else 1
+    image = axes.imshow(genes, aspect="auto", cmap="YlGnBu", vmin=0, vmax=highest, interpolation="nearest")
     axes.set_yticks(range(len(trials)), [f"#{t.number}  {t.cost['macs_share']:.2f}" for t in trials])
     axes.set_ylabel("trial, share of MACs")
-    axes.set_xlabel("interval, noisy to clean")
+    axes.set_xlabel("interval, noisy to clean" if alike else "choices of each interval, noisy to clean")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, ticks=range(max(map(len, options))))
-    if all(option == options[0] for option in options):
-        bar.set_ticklabels([str(option) for option in options[0]])
-        bar.set_label(choices[0][0].rpartition(".")[2])
-    else:
-        bar.set_label("option")
+    bar = figure.colorbar(image, ax=axes, ticks=range(len(options[0])) if alike else [0, 1])
+    bar.set_ticklabels([str(option) for option in options[0]] if alike else ["least", "most"])
+    bar.set_label(choices[0][0].rpartition(".")[2] if alike else "option")
 
 
 def _points(trials: Sequence[Trial], quality: str) -> tuple[list[float], list[float], list[float]]:

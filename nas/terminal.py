@@ -207,6 +207,28 @@ def print_audit(facts: Mapping[str, Any]) -> None:
     out.print(f"picture: {facts['picture']}", highlight=False, soft_wrap=True)
 
 
+def print_intervals(facts: Mapping[str, Any]) -> None:
+    """What `Partitions.facts` returns, as a table."""
+    metric = facts["metric"]
+    table = _table(
+        f"best schedule of each partition within {facts['share']:.0%} of the MACs, one width per interval; {metric} on 3 fresh seeds "
+        f"of {facts['samples']} samples"
+    )
+    table.add_column("partition", no_wrap=True)
+    for column in ("steps in each", "MACs", metric, "against the first"):
+        table.add_column(column, justify="right")
+    for number, row in enumerate(facts["rows"]):
+        paired = f"{row['difference']:+.3f} ± {row['difference_error']:.3f}" if number else "-"
+        steps = (
+            " ".join(map(str, row["intervals"])) if len(set(row["intervals"])) > 1 else f"{row['intervals'][0]} each"
+        )
+        table.add_row(row["partition"], steps, f"{row['macs_share']:.0%}", f"{row[metric]:.3f}", paired)
+    out.print(table)
+    for name, found in facts["boundaries"].items():
+        out.print(f"{name}: intervals=bounded(timesteps, {tuple(found)})", highlight=False, soft_wrap=True)
+    out.print(f"affinity and boundaries: {facts['picture']}", highlight=False, soft_wrap=True)
+
+
 def _with_interval(row: Mapping[str, Any], name: str) -> str:
     low, high = row[f"{name}_interval"]
     return f"{row[name]:.2f} [{low:.2f} {high:.2f}]"

@@ -62,15 +62,17 @@ class Gene:
 
 class Subnets:
     """The subnets of these options, as one index for each gene. Every combination is legal: where a stock model cannot be so,
-    `arch` gives the nearest one that can.
+    or one would cost more than `most` MACs a call, `arch` gives a near one that can.
 
-    Raises UserError, naming the level and its legal values, for an option that no stock model has.
+    Raises UserError, naming the level and its legal values, for an option that no stock model has, and for a `most` that not even
+    the smallest keeps.
     """
 
-    def __init__(self, anatomy: Anatomy, cost: CostModel, options: Options) -> None:
+    def __init__(self, anatomy: Anatomy, cost: CostModel, options: Options, most: float = math.inf) -> None:
         self.options = options
         self._anatomy = anatomy
         self._cost = cost
+        self._most = most
         levels = range(anatomy.levels)
         self._own_width = "width" in options.per_level
         self._own_depth = "depth" in options.per_level and len(options.depths) > 1
@@ -91,9 +93,23 @@ class Subnets:
                 f"{math.prod(self.shape)} subnets for one interval are more than {MOST}; give fewer widths or depths, or let "
                 "levels share them"
             )
+        least = cost(self._arch((0,) * len(self.shape))).macs
+        if least > most:
+            raise UserError(
+                f"a budget of {most:.4g} MACs a call cannot be met: the smallest subnet takes {least}; raise it"
+            )
 
     def arch(self, indices: Sequence[int]) -> Arch:
-        """The subnet of one option index for each gene, in canonical form."""
+        """The subnet of one option index for each gene, in canonical form. Over `most`, one gene after another goes to its next
+        cheaper option, the one that saves least first."""
+        arch = self._arch(indices)
+        while self._cost(arch).macs > self._most:
+            lower = [(*indices[:i], gene - 1, *indices[i + 1 :]) for i, gene in enumerate(indices) if gene]
+            indices = max(lower, key=lambda one: self._cost(self._arch(one)).macs)
+            arch = self._arch(indices)
+        return arch
+
+    def _arch(self, indices: Sequence[int]) -> Arch:
         anatomy, options = self._anatomy, self.options
         values = iter([gene.options[index] for gene, index in zip(self.genes, indices, strict=True)])
         levels = anatomy.levels

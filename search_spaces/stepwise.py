@@ -21,14 +21,16 @@ class Stepwise:
     """For each interval, noisy to clean, one gene for each decision: width, and what else the options leave open.
 
     `intervals[k]` is how many of the `timesteps` interval k holds. `options`: what interval k may choose, one for each, or one
-    for all; by default whatever the supernet was made for. Raises UserError where they do not add up, leave the supernet's range,
-    or ask for subnets that it is not trained for.
+    for all; by default whatever the supernet was made for. `budgets`: upper limits of what interval k's subnet costs, as shares of
+    the full net's MACs, such as `linear_budgets`; none by default. Raises UserError where they do not add up, leave the supernet's
+    range, or ask for subnets that it is not trained for.
     """
 
     net: ElasticUNet
     timesteps: Timesteps
     intervals: Intervals
     options: Options | tuple[Options, ...] | None = None
+    budgets: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         free(*self.timesteps)
@@ -38,10 +40,11 @@ class Stepwise:
             )
         if self.timesteps[0] >= self.net.noise.timesteps:
             raise UserError(f"timestep {self.timesteps[0]} is past the supernet's last, {self.net.noise.timesteps - 1}")
-        if len(self.subnets) != len(self.intervals):
-            raise UserError(
-                f"{len(self.subnets)} options for {len(self.intervals)} intervals; give one for each or one for all"
-            )
+        for name, given in (("options", self.options), ("budgets", self.budgets or None)):
+            if isinstance(given, tuple) and len(given) != len(self.intervals):
+                raise UserError(
+                    f"{len(given)} {name} for {len(self.intervals)} intervals; give one for each, or one for all"
+                )
         for k, subnets in enumerate(self.subnets):
             if not subnets.options.within(self.net.options):
                 raise UserError(
@@ -53,7 +56,8 @@ class Stepwise:
         """What each interval may run."""
         options = self.options or self.net.options
         each = (options,) * len(self.intervals) if isinstance(options, Options) else options
-        return tuple(self.net.subnets(one) for one in each)
+        budgets = self.budgets or (1.0,) * len(self.intervals)
+        return tuple(self.net.subnets(one, share) for one, share in zip(each, budgets, strict=True))
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
@@ -94,6 +98,7 @@ class Stepwise:
             "timesteps": self.timesteps,
             "intervals": self.intervals,
             "options": [asdict(subnets.options) for subnets in self.subnets],
+            "budgets": self.budgets,
             "experts": self.net.experts,
         }
 

@@ -7,6 +7,7 @@ slices of the shared weights, so gradients reach them; in evaluation it is a mat
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -136,14 +137,16 @@ class ElasticUNet:
         """What its subnets may differ in."""
         return Options(self.widths, self.depths, self.per_level, self.attention)
 
-    def subnets(self, options: Options) -> Subnets:
-        """The subnets of these options."""
-        if options not in self._subnets:
-            self._subnets[options] = Subnets(self.anatomy, self.cost, options)
-        return self._subnets[options]
+    def subnets(self, options: Options, share: float = 1.0) -> Subnets:
+        """The subnets of these options that cost no more than a share of the full network's MACs."""
+        key = options, share
+        if key not in self._subnets:
+            most = math.inf if share >= 1 else share * self.cost(self.anatomy.full).macs
+            self._subnets[key] = Subnets(self.anatomy, self.cost, options, most)
+        return self._subnets[key]
 
     @cached_property
-    def _subnets(self) -> dict[Options, Subnets]:
+    def _subnets(self) -> dict[tuple[Options, float], Subnets]:
         return {}
 
     @property

@@ -110,7 +110,17 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_everywhere() -> None:
-    for command in ((), ("run",), ("status",), ("compare",), ("dashboard",), ("export",), ("sample",), ("audit",)):
+    for command in (
+        (),
+        ("run",),
+        ("status",),
+        ("compare",),
+        ("dashboard",),
+        ("export",),
+        ("sample",),
+        ("audit",),
+        ("intervals",),
+    ):
         result = nas(*command, "--help")
         assert result.returncode == 0
         assert "Usage" in result.stdout
@@ -372,3 +382,23 @@ def test_the_dashboard_serves_the_run(workplace: Path) -> None:
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def test_intervals_divide_the_timesteps_and_say_how_well(workplace: Path) -> None:
+    command = ("intervals", workplace / "study.py", "--out", workplace / "run", "--grid", 6, "--count", 2)
+    result = nas(*command)
+    assert result.returncode == 0, result.stderr
+    assert "gradients: intervals=bounded(timesteps, (" in result.stdout
+    folder = workplace / "run" / "intervals"
+    kept = {path: path.read_bytes() for path in folder.glob("*.json")}
+    with Image.open(folder / "intervals.png") as picture:
+        assert picture.size[0] > 1000
+    again = nas(*command, "--json")
+    facts = json.loads(again.stdout)
+    assert {path: path.read_bytes() for path in folder.glob("*.json")} == kept
+    assert [row["partition"] for row in facts["rows"]] == [
+        *("equal steps", "even timesteps", "equal SNR", "gradients", "sensitivity", "one for each step")
+    ]
+    assert all(row["macs_share"] <= 0.6 for row in facts["rows"])
+    assert facts["rows"][0]["difference"] == 0.0
+    assert len(facts["affinity"]) == 6

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.cost import count_with_fvcore
 from nas.contracts import UserError
 from nas.testing import check_space, check_supernet
-from search_spaces.intervals import equal, uniform
+from search_spaces.intervals import equal, linear_budgets, uniform
 from search_spaces.options import Options
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
@@ -225,3 +225,16 @@ def test_an_interval_may_not_ask_for_what_the_supernet_lacks() -> None:
         Stepwise(net, uniform(2), (1, 1), (Options((0.5, 1.0)), Options((0.25, 1.0))))
     with pytest.raises(UserError, match="1 options for 2 intervals"):
         Stepwise(net, uniform(2), (1, 1), (Options((0.5, 1.0)),))
+
+
+def test_budgets_of_intervals_are_kept_by_every_genome() -> None:
+    net = NETS["two levels, attention"]
+    steps = uniform(4)
+    space = Stepwise(net, steps, equal(steps, 2), budgets=linear_budgets(2, 0.4))
+    check_space(space)
+    full = net.cost(net.anatomy.full).macs
+    for costs, share in zip(space.interval_costs(), (0.7, 1.0), strict=True):
+        assert costs.max() <= 2 * share * full
+        assert costs.max() > 2 * (share - 0.2) * full
+    with pytest.raises(UserError, match="cannot be met: the smallest subnet"):
+        Stepwise(net, steps, equal(steps, 2), budgets=(0.01, 1.0))

@@ -1,0 +1,135 @@
+"""Partitions of the timesteps: exact segmentation against brute force, published formulas, measured similarity."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise, product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from evaluators.images import Digits
+from nas.contracts import UserError
+from nas.testing import TableSpace
+from search_spaces.intervals import (
+    bounded,
+    dissimilarity,
+    elbow,
+    equal,
+    equal_snr,
+    even,
+    linear_budgets,
+    linspace,
+    merged,
+    scatter,
+    segments,
+    starts,
+    uniform,
+)
+from search_spaces.partitions import best_schedule
+from search_spaces.similarity import GradientSimilarity
+from search_spaces.supernet import ElasticUNet, NoiseSchedule
+from search_spaces.training import Sandwich
+
+VALUES = arrays(np.float64, st.tuples(st.integers(2, 7), st.just(2)), elements=st.integers(-9, 9).map(float))
+
+
+@given(VALUES)
+def test_segmentation_equals_brute_force(effects: np.ndarray) -> None:
+    size, cost = len(effects), scatter(effects)
+    for count, (places, found) in enumerate(segments(cost, size), 1):
+        every = []
+        for inner in combinations(range(1, size), count - 1):
+            ends = (0, *inner, size)
+            every.append(sum(cost[start, stop - 1] for start, stop in pairwise(ends)))
+        assert found == pytest.approx(min(every), abs=1e-9)
+        assert len(places) == count - 1
+        ends = (0, *places, size)
+        assert sum(cost[start, stop - 1] for start, stop in pairwise(ends)) == pytest.approx(found, abs=1e-9)
+
+
+def test_blocks_of_similar_timesteps_are_found_and_counted() -> None:
+    affinity = np.kron(np.eye(3), np.ones((4, 4)))
+    found = segments(dissimilarity(affinity), 8)
+    assert found[2] == ((4, 8), pytest.approx(0.0))
+    assert elbow([cost for _, cost in found]) == 3
+    assert dissimilarity(affinity)[2, 5] == pytest.approx(8 / 4)  # two pairs of halves differ, both ways
+
+
+def test_intervals_and_boundaries_are_each_others_inverse() -> None:
+    for steps, count in product((uniform(10), linspace(10, 999, 20), uniform(7)), (1, 3, 5)):
+        intervals = equal(steps, count)
+        assert bounded(steps, starts(steps, intervals)) == intervals
+    assert bounded((900, 500, 100), (200, 700)) == (1, 1, 1)
+    assert bounded((900, 500, 100), (501,)) == (1, 2)
+    with pytest.raises(UserError, match="leave a step"):
+        bounded((900, 500, 100), (20, 200))
+    assert merged((900, 500, 100), (20, 200, 210, 700)) == (210, 700)
+    assert bounded((900, 500, 100), merged((900, 500, 100), (20, 200, 210, 700))) == (1, 1, 1)
+
+
+def test_equal_snr_is_equal_in_decibels() -> None:
+    abar = NoiseSchedule().alphas_cumprod
+    decibels = 10 * np.log10(abar / (1 - abar))
+    levels = [decibels[0], *(decibels[t] for t in equal_snr(5, abar)), decibels[-1]]
+    assert -np.diff(levels) == pytest.approx(np.full(5, (decibels[0] - decibels[-1]) / 5), abs=0.6)
+    assert even(4) == (250, 500, 750)
+
+
+def test_the_linear_budgets_are_tdcs() -> None:
+    """Mean k + (1 - k)(N + 1) / (2 N): 0.80 for k = 0.5 and N = 5."""
+    budgets = linear_budgets(5, 0.5)
+    assert budgets == pytest.approx((0.6, 0.7, 0.8, 0.9, 1.0))
+    assert np.mean(budgets) == pytest.approx(0.8)
+    assert linear_budgets(5, 0.5, "noisy") == budgets[::-1]
+    with pytest.raises(UserError, match="least=0"):
+        linear_budgets(5, 0.0)
+
+
+def test_the_best_schedule_of_a_partition_is_the_best_of_all_that_it_allows() -> None:
+    rng = np.random.default_rng(0)
+    space = TableSpace(((1, 4, 9),) * 6)
+    effects = -np.sort(-rng.random((6, 3)), axis=1)
+    for intervals in ((6,), (2, 4), (1, 2, 3), (1,) * 6):
+        for budget in (12.0, 30.0):
+            found = best_schedule(space, effects, intervals, budget)
+            allowed = [
+                tuple(np.repeat(options, intervals).tolist()) for options in product(range(3), repeat=len(intervals))
+            ]
+            fits = [genome for genome in allowed if space.cost(genome)["macs"] <= budget]
+            best = min(sum(effects[i, gene] for i, gene in enumerate(genome)) for genome in fits)
+            assert found in fits
+            assert sum(effects[i, gene] for i, gene in enumerate(found)) == pytest.approx(best)
+
+
+@pytest.fixture(scope="module")
+def similarity(tiny_net: ElasticUNet) -> GradientSimilarity:
+    loaded = tiny_net.initial(0)
+    list(Sandwich(steps=60, batch=32, warmup=5).fit(loaded, Digits().load(), 0))
+    measured = GradientSimilarity(loaded, Digits().load(), 0, batch=64, dimensions=1024)
+    list(measured.measure([50, 60, 400, 900]))
+    return measured
+
+
+def test_gradients_of_neighbours_are_more_alike_than_of_strangers(similarity: GradientSimilarity) -> None:
+    affinity = similarity.affinity
+    assert np.allclose(affinity, affinity.T)
+    assert np.diag(affinity) == pytest.approx(np.ones(4))
+    assert affinity[0, 1] > affinity[0, 2] > affinity[0, 3]
+    assert all(p.grad is None and not p.requires_grad for p in similarity.net.full.parameters())
+
+
+def test_the_projection_keeps_the_cosine_of_whole_gradients(similarity: GradientSimilarity) -> None:
+    """Against the same two half-batches without a projection: one bucket for each weight."""
+    count = sum(p.numel() for p in similarity.net.full.parameters())
+    whole = GradientSimilarity(similarity.net, similarity.data, 0, batch=64, dimensions=count)
+    buckets, signs = torch.arange(count), torch.ones(count)
+    similarity.net.full.requires_grad_(True)
+    halves = [whole._two_halves(timestep, buckets, signs) for timestep in (50, 60)]
+    similarity.net.full.requires_grad_(False)
+    (a, b), (c, d) = halves
+    exact = (a @ d + c @ b) / 2 / np.sqrt((a @ b) * (c @ d))
+    assert similarity.affinity[0, 1] == pytest.approx(exact, abs=0.1)
