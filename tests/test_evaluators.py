@@ -29,7 +29,15 @@ from evaluators.frechet import (
     read_statistics,
 )
 from evaluators.images import Digits, ImageArray
-from evaluators.proxies import Additive, DenoisingLoss, TeacherDistance, TeacherFrechet, TrajectoryDistance, whole
+from evaluators.proxies import (
+    Additive,
+    DenoisingLoss,
+    TeacherDistance,
+    TeacherFrechet,
+    TeacherSimilarity,
+    TrajectoryDistance,
+    whole,
+)
 from evaluators.sampling import DDIM, DDPM, initial_noise, sample, step_noise, trajectory
 from nas.contracts import Evaluator, Schedule, Step, UserError, jackknife_error
 from nas.testing import check_evaluator
@@ -213,6 +221,7 @@ EVALUATORS: list[Evaluator] = [
     TeacherFrechet(Digits(), **SMALL),
     TeacherFrechet(Digits(), **SMALL, timesteps=uniform(5)),
     TeacherDistance(Digits(), **SMALL),
+    TeacherSimilarity(Digits(), **SMALL),
     TrajectoryDistance(Digits(), **SMALL),
     TrajectoryDistance(Digits(), **SMALL, sampler=DDPM()),
     DenoisingLoss(Digits(), **SMALL),
@@ -339,7 +348,7 @@ def test_rungs_must_increase() -> None:
 def test_the_full_model_is_its_own_teacher(tiny_net: ElasticUNet, tiny_run: Path) -> None:
     net = tiny_net.load(tiny_run / "supernet", "cpu")
     full = full_schedule(tiny_net, uniform(3))
-    for recipe in (TeacherFrechet, TeacherDistance, TrajectoryDistance, DenoisingLoss):
+    for recipe in (TeacherFrechet, TeacherDistance, TeacherSimilarity, TrajectoryDistance, DenoisingLoss):
         evaluator = recipe(Digits(), **SMALL)
         assert evaluator.load(net, tiny_run)(full, 40, 0).values[evaluator.metrics[0]] == pytest.approx(0, abs=1e-5)
 
