@@ -568,7 +568,8 @@ def take(full: Mapping[str, torch.Tensor], source: Source) -> torch.Tensor:
 
 @lru_cache(maxsize=4096)
 def _index(runs: tuple[Run, ...], device: torch.device) -> torch.Tensor:
-    return torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
+    with torch.inference_mode(False):  # kept, so that whoever asks first must not decide what it can be used for
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
 
 
 @lru_cache(maxsize=256)
@@ -576,10 +577,11 @@ def _identity(axes: tuple[tuple[Run, ...], ...]) -> torch.Tensor:
     """Kernel or bias of a 1x1 convolution that hands on the channels which both axes hold; absent ones become zero."""
     cpu = torch.device("cpu")
     after = _index(axes[0], cpu)
-    if len(axes) == 1:
-        return torch.zeros(len(after))
-    before = _index(axes[1], cpu)
-    return (after[:, None] == before[None, :]).float()[:, :, None, None]
+    with torch.inference_mode(False):
+        if len(axes) == 1:
+            return torch.zeros(len(after))
+        before = _index(axes[1], cpu)
+        return (after[:, None] == before[None, :]).float()[:, :, None, None]
 
 
 def _merged(runs: Iterator[Run]) -> Iterator[Run]:

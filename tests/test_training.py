@@ -244,3 +244,13 @@ def test_folders_without_a_unet_are_refused(tiny_net: ElasticUNet, tmp_path: Pat
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     with pytest.raises(UserError, match="scheduler holds"):
         ElasticUNet.from_pretrained(tmp_path / "scheduler")
+
+
+def test_a_net_that_was_sampled_from_can_be_trained(tiny_net: ElasticUNet) -> None:
+    """What slicing keeps must not remember that it was first made without gradients."""
+    net = replace(tiny_net, widths=(0.25, 0.75, 1.0), config={**tiny_net.config, "block_out_channels": (16, 32)})
+    loaded = net.initial(0)
+    with torch.inference_mode():
+        loaded.denoiser(Step(5, net.uniform(0.75)))(torch.zeros(1, 1, 8, 8), 5)
+    schedule = Schedule((Step(900, net.uniform(0.75)),))
+    assert len(list(FineTune(steps=2, batch=4).fit(loaded, schedule, Digits().load(), 0))) == 2
