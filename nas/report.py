@@ -84,7 +84,18 @@ class Run:
                     "failed": sum(t.status == "failed" for t in trials),
                 }
             )
-        return {"study": self.facts["study"], "folder": str(self.folder), "searchers": rows}
+        return {
+            "study": self.facts["study"],
+            "folder": str(self.folder),
+            "training": self._training(),
+            "searchers": rows,
+        }
+
+    def _training(self) -> list[dict[str, Any]]:
+        """What each finished stage of the supernet's training took: its `class`, settings and `macs`."""
+        path = self.folder / "supernet" / "training.json"
+        stages: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        return stages
 
     def compare(self) -> dict[str, Any]:
         """One row per searcher: trials, front, hypervolume, best within budgets, what was spent, and how well it predicted.

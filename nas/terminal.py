@@ -107,6 +107,13 @@ def print_status(facts: Mapping[str, Any]) -> None:
     for row in facts["searchers"]:
         table.add_row(*("-" if row[column] is None else str(row[column]) for column in columns))
     out.print(table)
+    if facts["training"]:
+        spent = ", ".join(
+            f"{stage['class']} {stage['expert'] + ' ' if stage.get('expert') else ''}{_short(stage['macs'])}"
+            for stage in facts["training"]
+        )
+        total = _short(sum(stage["macs"] for stage in facts["training"]))
+        out.print(f"supernet trained with {total} MACs: {spent}", highlight=False, soft_wrap=True)
 
 
 def print_comparison(facts: Mapping[str, Any]) -> None:
