@@ -92,6 +92,12 @@ def table_problem(genes: int = 5, options: int = 4, limit: float = 0.6) -> Probl
     )
 
 
+def joint_problem(limit: float = 0.6) -> Problem:
+    """Three intervals of two choices each, whose MACs multiply: what one gene saves depends on the other."""
+    options = tuple(tuple((i + 1) ** 2 * (j + 2) for j in range(3)) for i in range(4))
+    return Problem(TableSpace((options,) * 3), ("fd", "macs"), {"macs_share": limit})
+
+
 def toy_score(genome: Genome) -> Score:
     """Falls with every gene, late ones more; smooth, so that a searcher can make progress."""
     value = sum((i + 1) / (gene + 1) for i, gene in enumerate(genome))
@@ -116,14 +122,14 @@ def closed(problem: Problem, number: int, proposal: Proposal, score: Score | Non
 
 def check_searcher(searcher: Searcher, trials: int = 40) -> None:
     """All laws of a searcher: determinism, replay, feasibility, novelty, asynchrony, failures, bounded time."""
-    problem = table_problem()
     assert pickle.loads(pickle.dumps(searcher)) == searcher, "a recipe must survive pickling"
-    history = _drive(searcher.start(problem, 7), problem, trials)
-    again = _drive(searcher.start(problem, 7), problem, trials)
-    assert [t.genome for t in history] == [t.genome for t in again], "same seed and tells must give the same asks"
-    _check_replay(searcher, problem, history)
-    _check_asynchronous(searcher, problem, trials)
-    _check_failures(searcher, problem, trials)
+    for problem in (table_problem(), joint_problem()):
+        history = _drive(searcher.start(problem, 7), problem, trials)
+        again = _drive(searcher.start(problem, 7), problem, trials)
+        assert [t.genome for t in history] == [t.genome for t in again], "same seed and tells must give the same asks"
+        _check_replay(searcher, problem, history)
+        _check_asynchronous(searcher, problem, trials)
+        _check_failures(searcher, problem, trials)
     _check_exhaustion(searcher)
 
 
