@@ -96,13 +96,13 @@ def draw_intervals(facts: Mapping[str, Any], path: Path) -> None:
         facts["affinity"],
         origin="lower",
         extent=(0, total, 0, total),
-        cmap="magma",
-        vmin=min(0, np.min(facts["affinity"])),
+        cmap="RdBu_r",
+        vmin=-1,
         vmax=1,
     )
     for boundary in facts["boundaries"]["gradients"]:
         for line in (left.axvline, left.axhline):
-            line(boundary, color="#ffffff", linewidth=1.2)
+            line(boundary, color="#000000", linewidth=1.2)
     left.set_xlabel("training timestep (0: clean)")
     left.set_ylabel("training timestep")
     left.set_title("cosine of the full network's gradients", fontsize=10)
@@ -119,7 +119,7 @@ def draw_intervals(facts: Mapping[str, Any], path: Path) -> None:
             markersize=3,
             capsize=2,
             color=_COLOURS[option % len(_COLOURS)],
-            label=f"option {option}",
+            label=f"width {facts['widths'][option]:g}",
         )
     top.axhline(0, color=_BASELINE_COLOUR, linewidth=0.8)
     top.set_xlim(-10, total + 10)

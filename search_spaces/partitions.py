@@ -149,8 +149,14 @@ class Partitions:
         similarity = GradientSimilarity(net, self.images.load(), self.seed)
         header = {"supernet": trained, "points": self.points, "seed": self.seed}
         path = self.folder / "intervals" / "similarity.json"
-        yield from _kept(path, header, lambda: similarity.measure(self.points), lambda: similarity.affinity.tolist())
-        self.affinity = np.array(_read(path, header))
+        yield from _kept(
+            path,
+            header,
+            lambda: similarity.measure(self.points),
+            lambda: [similarity.affinity.tolist(), similarity.agreement],
+        )
+        affinity, self.agreement = _read(path, header)
+        self.affinity = np.array(affinity)
 
         steps = per_step(space.timesteps)
         each = Stepwise(space.net, space.timesteps, steps, Options(space.net.widths))
@@ -185,6 +191,8 @@ class Partitions:
             "timesteps": self.space.timesteps,
             "points": self.points,
             "affinity": self.affinity.tolist(),
+            "agreement_of_halves": self.agreement,
+            "widths": self.space.net.widths,
             "effects": self.effects.table.tolist(),
             "effect_errors": self.effects.errors.tolist(),
             "boundaries": {name: list(found) for name, found in self.boundaries.items()},

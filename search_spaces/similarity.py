@@ -8,7 +8,7 @@ and b free both products of it: A(s, t) = (g_s^a . g_t^b) / sqrt((g_s^a . g_s^b)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -20,19 +20,24 @@ from search_spaces.supernet import LoadedElasticUNet
 
 Array = npt.NDArray[np.float64]
 
+RELIABLE = 0.5
+"""Cosine of the two halves' gradients from which a timestep's direction counts as known. A trained network's mean gradients are small
+beside their noise, and at some timesteps far smaller than at others."""
 WIDENED = 5
-"""Times that the batch of a timestep is doubled before its gradient counts as lost in noise."""
+"""Times that a half-batch is doubled to get there."""
 
 
 @dataclass
 class GradientSimilarity:
-    """Affinity of a grid of training timesteps. `batch`: images of a half-batch to begin with; `dimensions` of the projection."""
+    """Affinity of a grid of training timesteps. `batch`: images of a half-batch to begin with; `dimensions` of the projection;
+    `agreement`: cosine of the two halves at each timestep of the grid."""
 
     net: LoadedElasticUNet
     data: ImageSet
     seed: int
     batch: int = 256
     dimensions: int = 8192
+    agreement: list[float] = field(default_factory=list)
 
     def measure(self, grid: Sequence[int]) -> Iterator[Progress]:
         """Afterwards `affinity` is the matrix over the grid, (len(grid), len(grid)), symmetric with a diagonal of 1.
@@ -40,6 +45,7 @@ class GradientSimilarity:
         Raises UserError where the gradient at a timestep cannot be told from noise.
         """
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "gradient projection"))
+        self.agreement.clear()
         self.net.full.requires_grad_(True).eval()
         sizes = [p.numel() for p in self.net.full.parameters()]
         buckets = torch.randint(self.dimensions, (sum(sizes),), generator=generator).to(self.net.device)
@@ -59,30 +65,35 @@ class GradientSimilarity:
 
     def _two_halves(self, timestep: int, buckets: torch.Tensor, signs: torch.Tensor) -> tuple[Array, Array]:
         """Projected gradients of two independent half-batches, widened until they agree on a direction."""
-        sums = [torch.zeros(self.dimensions, device=self.net.device) for _ in range(2)]
-        count = 0
-        for round_ in range(WIDENED + 1):
-            size = self.batch * (1 if round_ == 0 else 2 ** (round_ - 1))
-            for half in range(2):
-                sums[half] += size * self._gradient(timestep, size, half, round_, buckets, signs)
-            count += size
-            first, second = (part.double().cpu().numpy() / count for part in sums)
-            if first @ second > 0:
-                return first, second
-        raise UserError(
-            f"the gradient at timestep {timestep} cannot be told from noise with {count} images a half; train longer, or leave it out"
-        )
+        sums = np.zeros((2, self.dimensions))
+        done = 0
+        for doubling in range(WIDENED + 1):
+            for number in range(done, 2**doubling):
+                for half in range(2):
+                    sums[half] += self._gradient(timestep, half, number, buckets, signs)
+            done = 2**doubling
+            agreement = sums[0] @ sums[1] / (np.linalg.norm(sums[0]) * np.linalg.norm(sums[1]))
+            if agreement >= RELIABLE:
+                break
+        if agreement <= 0:
+            raise UserError(
+                f"the gradient at timestep {timestep} cannot be told from noise with {done * self.batch} images a half; train longer, "
+                "or leave it out"
+            )
+        self.agreement.append(float(agreement))
+        first, second = sums / done
+        return first, second
 
-    def _gradient(
-        self, timestep: int, size: int, half: int, round_: int, buckets: torch.Tensor, signs: torch.Tensor
-    ) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, timestep, half, round_, "similarity"))
-        batches = Batches(self.net, self.data, size, flip=False)
+    def _gradient(self, timestep: int, half: int, number: int, buckets: torch.Tensor, signs: torch.Tensor) -> Array:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, timestep, half, number, "similarity"))
+        batches = Batches(self.net, self.data, self.batch, flip=False)
         x0 = batches.images(generator)
         noise = torch.randn(x0.shape, generator=generator).to(self.net.device)
-        t = torch.full((size,), timestep, device=self.net.device)
+        t = torch.full((self.batch,), timestep, device=self.net.device)
         self.net.full.zero_grad(set_to_none=True)
         loss = torch.nn.functional.mse_loss(self.net.forward(self.net.full_arch, batches.at(x0, t, noise), t), noise)
         torch.autograd.backward(loss)
         flat = torch.cat([p.grad.flatten() for p in self.net.full.parameters() if p.grad is not None])
-        return torch.zeros(self.dimensions, device=flat.device).index_add_(0, buckets, signs * flat)
+        projected = torch.zeros(self.dimensions, device=flat.device).index_add_(0, buckets, signs * flat)
+        found: Array = projected.double().cpu().numpy()
+        return found
