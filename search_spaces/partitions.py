@@ -147,7 +147,7 @@ class Partitions:
         self.points = [int(t) for t in np.round(np.linspace(0, last, self.grid))]
         trained = space.net.digest(self.folder / "supernet")
         similarity = GradientSimilarity(net, self.images.load(), self.seed)
-        header = {"supernet": trained, "points": self.points, "seed": self.seed}
+        header = {"supernet": trained, "points": self.points, "seed": self.seed, "settings": similarity.settings}
         path = self.folder / "intervals" / "similarity.json"
         yield from _kept(
             path,

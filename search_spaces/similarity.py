@@ -39,6 +39,11 @@ class GradientSimilarity:
     dimensions: int = 8192
     agreement: list[float] = field(default_factory=list)
 
+    @property
+    def settings(self) -> dict[str, float]:
+        """What the result depends on, beside the weights and the grid."""
+        return {"batch": self.batch, "dimensions": self.dimensions, "reliable": RELIABLE, "widened": WIDENED}
+
     def measure(self, grid: Sequence[int]) -> Iterator[Progress]:
         """Afterwards `affinity` is the matrix over the grid, (len(grid), len(grid)), symmetric with a diagonal of 1.
 

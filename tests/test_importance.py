@@ -13,7 +13,8 @@ from evaluators.images import Digits
 from nas.contracts import UserError
 from search_spaces.importance import Order, channel_scores, permutations, permute, pruned
 from search_spaces.supernet import ElasticUNet
-from tests.test_options import CONFIGS, inputs, randomised
+from tests.test_options import CONFIGS, inputs
+from tests.test_supernet import randomised
 
 
 @pytest.mark.parametrize("groups", ["count", "size"])

@@ -17,9 +17,10 @@ from nas.testing import check_space, check_supernet
 from search_spaces.intervals import equal, linear_budgets, uniform
 from search_spaces.options import Options
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
+from search_spaces.supernet import ElasticUNet
 from search_spaces.unet import Arch, predict
 from tests.conftest import TINY
+from tests.test_supernet import randomised
 
 DOWN, UP, ATTENTION_DOWN, ATTENTION_UP = "DownBlock2D", "UpBlock2D", "AttnDownBlock2D", "AttnUpBlock2D"
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -67,16 +68,6 @@ def elastic(config: dict[str, Any]) -> ElasticUNet:
         per_level=("width", "depth"),
         attention=attends,
     )
-
-
-def randomised(net: ElasticUNet) -> LoadedElasticUNet:
-    loaded = net.initial(0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in loaded.full.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    loaded.full.eval().requires_grad_(False)
-    return loaded
 
 
 NETS = {name: elastic(config) for name, config in CONFIGS.items()}
