@@ -23,6 +23,8 @@ from PIL import Image
 from nas import cli
 from nas.ledger import lock_run, open_storage, read_ledgers
 from nas.report import Run
+from nas.study import load_study
+from nas.testing import check_space
 
 ROOT = Path(__file__).parent.parent
 
@@ -259,6 +261,11 @@ def test_bad_choices_of_a_trial_are_refused(workplace: Path, tmp_path: Path) -> 
         nas("sample", workplace / "study.py", "--trial", 0, "--to", tmp_path / "x.gif"), r"must end in \.png or \.npy"
     )
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "studies").glob("digits*.py")), ids=lambda path: path.stem)
+def test_the_studies_of_this_repository_load_and_keep_the_laws_of_spaces(file: Path) -> None:
+    check_space(load_study(file).space)
 
 
 def test_bad_studies_are_refused(tmp_path: Path) -> None:

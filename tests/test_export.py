@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from evaluators.sampling import DDIM, DDPM, sample
 from nas.contracts import Schedule, Step, UserError
 from nas.export import export
 from search_spaces.supernet import ElasticUNet
+from search_spaces.unet import Arch
+from tests.conftest import TINY
 
 
 def schedule(net: ElasticUNet) -> Schedule:
@@ -47,19 +52,37 @@ def test_a_sampler_without_a_stand_alone_loop_is_refused(tiny_net: ElasticUNet, 
         export(tiny_net.initial(0), schedule(tiny_net), {"class": "Heun"}, {}, tmp_path / "model")
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-def test_the_stand_alone_loop_samples_as_ours_with_step_noise(
-    tiny_net: ElasticUNet, tmp_path: Path, variance: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import re
-
-    from evaluators.sampling import DDPM, sample
-
-    loaded, sampler = tiny_net.initial(0), DDPM(variance)
-    export(loaded, schedule(tiny_net), sampler.describe(), {}, tmp_path / "model")
-    monkeypatch.chdir(tmp_path / "model")
+def standing_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The images that the exported README's own lines make."""
+    monkeypatch.chdir(folder)
     code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)
     assert code is not None
     names: dict[str, Any] = {}
     exec(code.group(1), names)
-    assert torch.allclose(names["images"], sample(loaded, schedule(tiny_net), sampler, 0, 0, 16), atol=1e-5)
+    images: torch.Tensor = names["images"]
+    return images
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_the_stand_alone_loop_samples_as_ours_with_step_noise(
+    tiny_net: ElasticUNet, tmp_path: Path, variance: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, sampler = tiny_net.initial(0), DDPM(variance)
+    export(loaded, schedule(tiny_net), sampler.describe(), {}, tmp_path / "model")
+    images = standing_alone(tmp_path / "model", monkeypatch)
+    assert torch.allclose(images, sample(loaded, schedule(tiny_net), sampler, 0, 0, 16), atol=1e-5)
+
+
+def test_models_of_both_classes_and_of_experts_stand_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {**TINY, "layers_per_block": 2}
+    net = ElasticUNet(config, (0.5, 1.0), depths=(1, 2), per_level=("width", "depth"), experts=(500,))
+    loaded = net.initial(0)
+    for seed, name in enumerate(net.expert_names, 1):
+        loaded.experts[name] = net.initial(seed).full
+    archs = (Arch((0.5, 1.0), (1, 2), (), "500-999"), net.uniform(1.0)._replace(expert="0-499"))
+    both = Schedule((Step(900, archs[0]), Step(400, archs[1])))
+    export(loaded, both, DDIM().describe(), {}, tmp_path / "model")
+    kinds = [json.loads(path.read_text())["_class_name"] for path in sorted((tmp_path / "model").glob("*/config.json"))]
+    assert kinds == ["UNet2DConditionModel", "UNet2DModel"]
+    images = standing_alone(tmp_path / "model", monkeypatch)
+    assert torch.allclose(images, sample(loaded, both, DDIM(), 0, 0, 16), atol=1e-5)
