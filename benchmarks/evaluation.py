@@ -38,6 +38,7 @@ from nas.study import Study
 from search_spaces.intervals import equal
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import WEIGHTS, ElasticUNet
+from search_spaces.unet import Arch
 from studies.digits import images, net, steps
 from studies.digits import study as digits
 
@@ -173,7 +174,7 @@ class Literal:
         np.savez(self._statistics, mu=reference.mean, sigma=reference.covariance)
 
     def sample(self, schedule: Schedule, batch: int) -> torch.Tensor:
-        widths = [step.arch[0] for step in schedule.steps]
+        widths = [Arch(*step.arch).widths[0] for step in schedule.steps]
         return ddsm_loop.sample(self._model, widths, schedule.timesteps, self._samples, self._abar, batch)
 
     def distance(self, drawn: torch.Tensor) -> float:

@@ -203,7 +203,8 @@ def test_an_audit_is_a_table_a_picture_and_json(workplace: Path) -> None:
     facts = json.loads(nas(*arguments, "--json").stdout)
     assert {row["proxy"] for row in facts["proxies"]} == {"fd@16", "teacher"}
     assert facts["schedules"] == 12
-    assert facts["proxies"][0]["macs_share"] == pytest.approx(0.25)
+    shares = {row["proxy"]: row["macs_share"] for row in facts["proxies"]}
+    assert shares["fd@16"] == pytest.approx(0.25)
     with Image.open(facts["picture"]) as picture:
         assert picture.size[0] > 800
     bare = study_file(workplace, "bare.py", proxies="{}")
@@ -233,7 +234,9 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     assert result.returncode == 0, result.stderr
     theirs, ours = np.load(tmp_path / "theirs.npy"), np.load(tmp_path / "ours.npy")
     assert ours.shape == (16, 1, 8, 8)
-    assert np.abs(theirs - ours).max() <= 1e-5
+    # Rounding of the first prediction, at timestep 999, is divided by sqrt(abar) = 1 / 157 in the predicted image.
+    assert np.abs(theirs - ours).max() <= 157 * 3e-7
+    assert np.median(np.abs(theirs - ours)) <= 1e-6
     plan = json.loads((tmp_path / "model" / "schedule.json").read_text())
     assert [step["timestep"] for step in plan["steps"]] == [999, 749, 499, 249]
     assert {step["model"] for step in plan["steps"]} == {path.name for path in (tmp_path / "model").glob("unet_*")}
