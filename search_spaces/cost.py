@@ -15,7 +15,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from search_spaces.unet import Anatomy, Arch, Stretch, TensorAnatomy
+from search_spaces.parts import Stretch, TensorAnatomy
+from search_spaces.unet import Anatomy, Arch
 
 Matrix = npt.NDArray[np.int64]
 Forms = tuple[Matrix, Matrix, Matrix]
