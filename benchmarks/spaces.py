@@ -2,8 +2,8 @@
 
 On digits (8x8, 10 DDIM steps, five intervals, two residual blocks per level). Each variant adds one part to the one before and
 trains its own supernet with the same multiply-adds, for each of three training seeds; the same exact searcher spends the same number of
-evaluations; what it finds within 30 to 60 % of the MACs is judged at 4,096 fresh samples on three sampling seeds, frozen and after
-an equal short fine-tune, beside a statically pruned network (Diff-Pruning) with its fine-tune. Losses are paired differences to the
+evaluations; what it finds within 30 to 60 % of the MACs is judged at 4,096 fresh samples, other ones for each training seed, frozen and
+after an equal short fine-tune, beside a statically pruned network (Diff-Pruning) with its fine-tune. Losses are paired differences to the
 full net of the same supernet, equally fine-tuned.
 """
 
@@ -84,7 +84,7 @@ class Setting:
 
     @property
     def training(self) -> Stages:
-        whole, elastic, experts = (30, 40, 10) if self.quick else (800, 1600, 400)
+        whole, elastic, experts = (30, 40, 10) if self.quick else (800, 1200, 300)
         batch = 32 if self.quick else 64
         order = Order(stride=20, batch=64) if "+ order by importance" in self.has else None
         first = Sandwich(whole, batch, full_only=True)
@@ -106,9 +106,9 @@ class Setting:
             images=images,
             training=self.training,
             evaluator=Frechet(images, rungs=(32, 64) if self.quick else (512, 2048)),
-            searchers={"knapsack": Knapsack(around="both", options=6)},
+            searchers={"knapsack": Knapsack(around="both", options=4)},
             limits={"macs_share": 0.6},
-            trials=40 if self.quick else 160,
+            trials=40 if self.quick else 120,
             verified=6 if self.quick else 16,
             seed=self.seed,
         )
@@ -158,7 +158,7 @@ def search(setting: Setting) -> Row:
 
 
 def judge(setting: Setting, schedule: Schedule, tuned: bool) -> Row:
-    """FD at fresh samples for three sampling seeds, with replicates; 1 - SSIM to the frozen full net's samples."""
+    """FD at fresh samples, with replicates; SSIM to the frozen full net's samples, where the net is frozen."""
     torch.set_num_threads(1)
     loaded = setting.net.load(setting.folder / "supernet", "cpu")
     return measured(loaded, setting, schedule, tuned)
@@ -173,11 +173,11 @@ def measured(loaded: LoadedElasticUNet, setting: Setting, schedule: Schedule, tu
     else:
         unlike = similarity.load(loaded, setting.folder)(schedule, setting.samples, 0).values["teacher_dissimilarity"]
     evaluate = Frechet(images, rungs=(setting.samples,)).load(loaded, setting.folder)
-    scores = [evaluate(schedule, setting.samples, derive_seed(s, "spaces benchmark")) for s in range(3)]
+    score = evaluate(schedule, setting.samples, derive_seed(setting.seed, "spaces benchmark"))
     macs = sum(loaded.macs(step.arch) for step in schedule.steps)
     return {
-        "fd": [score.values["fd"] for score in scores],
-        "replicates": [score.replicates["fd"] for score in scores],
+        "fd": score.values["fd"],
+        "replicates": score.replicates["fd"],
         "macs_share": macs / (len(steps) * loaded.macs(loaded.full_arch)),
         "ssim": None if unlike is None else 1 - unlike,
     }
@@ -217,12 +217,10 @@ def loss(rows: Sequence[Row], full: Sequence[Row]) -> Row:
     each: list[float] = []
     errors: list[float] = []
     for row, whole in zip(rows, full, strict=True):
-        differences = [
-            Score({"fd": a}, {"fd": tuple(mine)}).difference(Score({"fd": b}, {"fd": tuple(theirs)}), "fd")
-            for a, mine, b, theirs in zip(row["fd"], row["replicates"], whole["fd"], whole["replicates"], strict=True)
-        ]
-        each.append(float(np.mean([d for d, _ in differences])))
-        errors.append(math.hypot(*(e for _, e in differences)) / len(differences))
+        mine, theirs = (Score({"fd": r["fd"]}, {"fd": tuple(r["replicates"])}) for r in (row, whole))
+        difference, error = mine.difference(theirs, "fd")
+        each.append(difference)
+        errors.append(error)
     mean, error = float(np.mean(each)), math.hypot(*errors) / len(errors)
     spread = jackknife_error([(sum(each) - x) / (len(each) - 1) for x in each])
     full_fd = float(np.mean([row["fd"] for row in full]))
