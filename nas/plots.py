@@ -203,8 +203,16 @@ def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices
     image = axes.imshow(genes, aspect="auto", cmap="YlGnBu", vmin=0, vmax=highest, interpolation="nearest")
     axes.set_yticks(range(len(trials)), [f"#{t.number}  {t.cost['macs_share']:.2f}" for t in trials])
     axes.set_ylabel("trial, share of MACs")
-    axes.set_xlabel("interval, noisy to clean" if alike else "choices of each interval, noisy to clean")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    homes = [name.rpartition(".")[0] or name for name, _ in choices]
+    if len(set(homes)) == len(choices):
+        axes.set_xlabel("interval, noisy to clean")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.set_xlabel("choices of each interval, noisy to clean")
+        axes.set_xticks(range(len(choices)), [name.rpartition(".")[2] for name, _ in choices], rotation=90, fontsize=7)
+        for place, (before, here) in enumerate(pairwise(homes)):
+            if before != here:
+                axes.axvline(place + 0.5, color="#000000", linewidth=0.8)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, ticks=range(len(options[0])) if alike else [0, 1])
     bar.set_ticklabels([str(option) for option in options[0]] if alike else ["least", "most"])
