@@ -115,10 +115,19 @@ class Table:
     def _known(self) -> dict[Any, tuple[float, tuple[float, ...]]]:
         return {}
 
-    def distance(self, genome: Genome, start: int, stop: int) -> tuple[float, tuple[float, ...]]:
-        key = genome, start, stop
+    def distance(
+        self, genome: Genome, start: int, stop: int, seed: int | None = None
+    ) -> tuple[float, tuple[float, ...]]:
+        """`seed`: of an order of the search's half, so that searches of other seeds see other samples."""
+        key = genome, start, stop, seed
         if key not in self._known:
-            self._known[key] = frechet_with_replicates(self.features[genome][start:stop], self.reference)
+            rows = self.features[genome]
+            if seed is None:
+                rows = rows[start:stop]
+            else:
+                order = np.random.default_rng(derive_seed(seed, "order of samples")).permutation(self.scale.half)
+                rows = rows[order[start:stop]]
+            self._known[key] = frechet_with_replicates(rows, self.reference)
         return self._known[key]
 
     def fresh(self, genome: Genome, rng: np.random.Generator) -> tuple[float, tuple[float, ...]]:
@@ -157,7 +166,7 @@ class Replay:
         else:
             verifying = rung == self._rungs[-1] and len(self._rungs) > 1
             start = self._table.scale.half - rung if verifying else 0
-            value, replicates = self._table.distance(genome, start, start + rung)
+            value, replicates = self._table.distance(genome, start, start + rung, self._seed)
             macs = sum(self._interval(genome, k, rung, verifying) for k in range(len(genome)))
         return Score({"fd": value}, {"fd": replicates}, {"macs": float(macs)}, {"fd": f"fd@{rung}"})
 
