@@ -143,10 +143,11 @@ class Replay:
     """An evaluator that looks up features instead of sampling, and charges what sampling would have taken.
 
     `shared`: shared noise and beginnings, each interval charged for the samples that no schedule with the same beginning has
-    run; else fresh noise for every candidate, all of it charged.
+    run; else fresh noise for every candidate, all of it charged. `seed`: of the noise, or of the order in which the shared samples
+    are seen, None for the order in which they were made.
     """
 
-    def __init__(self, table: Table, rungs: Sequence[int], shared: bool, seed: int) -> None:
+    def __init__(self, table: Table, rungs: Sequence[int], shared: bool, seed: int | None) -> None:
         self._table = table
         self._rungs = rungs
         self._shared = shared
@@ -160,7 +161,7 @@ class Replay:
         genome = self._by_digest[schedule.digest]
         self._calls += 1
         if not self._shared:
-            rng = np.random.default_rng(derive_seed(self._seed, self._calls, "fresh noise"))
+            rng = np.random.default_rng(derive_seed(self._seed or 0, self._calls, "fresh noise"))
             value, replicates = self._table.fresh(genome, rng)
             macs = rung * sum(int(row[gene]) for row, gene in zip(self._costs, genome, strict=True))
         else:
