@@ -13,186 +13,77 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-import optuna
 import torch
 
 from benchmarks.common import Benchmark, Target, borrow, digits_run
-from evaluators.frechet import Frechet, Gaussian, Moments, frechet_with_replicates
-from evaluators.images import load_once
+from benchmarks.digits_table import (
+    FULL_TABLE,
+    QUICK_TABLE,
+    Row,
+    Table,
+    TableSize,
+    build_table,
+    genomes_volume,
+    judged_volume,
+    replayed,
+    verified_of,
+)
+from evaluators.frechet import Frechet
 from nas.allocation import allocate
-from nas.contracts import Genome, Problem, Schedule, Score, Searcher, Trial, derive_seed
-from nas.genetics import feasible_genomes
-from nas.ladder import Ladder
-from nas.ledger import Ledger, LedgerInfo
-from nas.pareto import front, hypervolume
+from nas.contracts import Searcher, derive_seed
+from nas.pareto import front
 from nas.report import best_within, verified_front
-from nas.runner import Conductor, run_here
+from nas.runner import run_here
 from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.random import Random
 from nas.session import open_session
 from nas.study import Study
-from search_spaces.intervals import equal
-from search_spaces.stepwise import Stepwise
-from studies.digits import images, net, steps
+from studies.digits import images, net
 from studies.digits import study as digits
 
-SEED = derive_seed(0, "search cost benchmark")
 WITHIN = 0.99
 """Share of the literal search's hypervolume at which another search is as good."""
 
-Row = dict[str, Any]
-Features = npt.NDArray[np.float32]
-
 
 @dataclass(frozen=True)
-class Scale:
-    """Sizes. Of each schedule's samples the first half is for searching: its first half for rungs, its second for
-    verification, all of it for the literal search; the second half judges."""
+class Scale(TableSize):
+    """Sizes. Of the half for searching, the engine's rungs take samples from its start and verification from its end; the literal
+    search takes all of it."""
 
-    intervals: int
-    samples: int
     rungs: tuple[int, ...]
     literal: int
     trials: tuple[int, ...]
     seeds: int
 
-    @property
-    def half(self) -> int:
-        return self.samples // 2
 
-    @property
-    def space(self) -> Stepwise:
-        return Stepwise(net, steps, equal(steps, self.intervals))
-
-    def verified(self, trials: int) -> int:
-        """How many of a search's trials reach its last rung."""
-        return max(4, min(24, trials // 3))
-
-
-FULL = Scale(5, 8192, (256, 1024, 2048), 500, (20, 36, 40, 44, 48, 56, 64, 80, 100, 150, 200, 300, 500), 5)
-QUICK = Scale(3, 256, (16, 32, 64), 40, (10, 22, 30), 2)
-
-
-def sample_part(folder: Path, scale: Scale, first: int, into: Path) -> Row:
-    """Features of every schedule whose first gene is `first`, (schedules, samples, d), into an .npy file."""
-    torch.set_num_threads(1)
-    space = scale.space
-    evaluate = replace(digits, evaluator=Frechet(images, rungs=(scale.samples,))).load(folder, "cpu")
-    started = time.perf_counter()
-    genomes = [genome for genome in sorted(feasible_genomes(Problem(space, ("macs",)))) if genome[0] == first]
-    rows = [evaluate.rows_of(space.decode(genome), scale.samples, SEED) for genome in genomes]  # type: ignore[attr-defined]
-    np.save(into, np.stack(rows))
-    meter = evaluate.trajectories.meter  # type: ignore[attr-defined]
-    saved = meter.cached_macs / (meter.cached_macs + meter.macs)
-    return {"schedules": len(genomes), "seconds": time.perf_counter() - started, "saved": saved}
+FULL = Scale(
+    FULL_TABLE.intervals,
+    FULL_TABLE.samples,
+    (256, 1024, 2048),
+    500,
+    (20, 36, 40, 44, 48, 56, 64, 80, 100, 150, 200, 300, 500),
+    5,
+)
+QUICK = Scale(QUICK_TABLE.intervals, QUICK_TABLE.samples, (16, 32, 64), 40, (10, 22, 30), 2)
 
 
 @dataclass(frozen=True)
-class Table:
-    """Features of all schedules, and distances of any of their samples to the reference."""
+class ScaledTable(Table):
+    """With the sizes of this benchmark."""
 
     scale: Scale
-    files: tuple[Path, ...]
-    reference: Gaussian
-
-    @cached_property
-    def features(self) -> dict[Genome, Features]:
-        genomes = sorted(feasible_genomes(Problem(self.scale.space, ("macs",))))
-        rows = (row for file in self.files for row in np.load(file, mmap_mode="r"))
-        return dict(zip(genomes, rows, strict=True))
-
-    @cached_property
-    def _known(self) -> dict[Any, tuple[float, tuple[float, ...]]]:
-        return {}
-
-    def distance(
-        self, genome: Genome, start: int, stop: int, seed: int | None = None
-    ) -> tuple[float, tuple[float, ...]]:
-        """`seed`: of an order of the search's half, so that searches of other seeds see other samples."""
-        key = genome, start, stop, seed
-        if key not in self._known:
-            rows = self.features[genome]
-            if seed is None:
-                rows = rows[start:stop]
-            else:
-                order = np.random.default_rng(derive_seed(seed, "order of samples")).permutation(self.scale.half)
-                rows = rows[order[start:stop]]
-            self._known[key] = frechet_with_replicates(rows, self.reference)
-        return self._known[key]
-
-    def fresh(self, genome: Genome, rng: np.random.Generator) -> tuple[float, tuple[float, ...]]:
-        """With noise of its own: as many samples drawn with replacement as a half holds."""
-        half = self.scale.half
-        return frechet_with_replicates(self.features[genome][rng.integers(half, size=half)], self.reference)
-
-    def judge(self, genome: Genome) -> float:
-        return self.distance(genome, self.scale.half, self.scale.samples)[0]
 
 
-class Replay:
-    """An evaluator that looks up features instead of sampling, and charges what sampling would have taken.
-
-    `shared`: shared noise and beginnings, each interval charged for the samples that no schedule with the same beginning has
-    run; else fresh noise for every candidate, all of it charged. `seed`: of the noise, or of the order in which the shared samples
-    are seen, None for the order in which they were made.
-    """
-
-    def __init__(self, table: Table, rungs: Sequence[int], shared: bool, seed: int | None) -> None:
-        self._table = table
-        self._rungs = rungs
-        self._shared = shared
-        self._seed = seed
-        self._calls = 0
-        self._run: dict[Any, int] = {}
-        self._costs = table.scale.space.interval_costs()
-        self._by_digest = {table.scale.space.decode(genome).digest: genome for genome in table.features}
-
-    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
-        genome = self._by_digest[schedule.digest]
-        self._calls += 1
-        if not self._shared:
-            rng = np.random.default_rng(derive_seed(self._seed or 0, self._calls, "fresh noise"))
-            value, replicates = self._table.fresh(genome, rng)
-            macs = rung * sum(int(row[gene]) for row, gene in zip(self._costs, genome, strict=True))
-        else:
-            verifying = rung == self._rungs[-1] and len(self._rungs) > 1
-            start = self._table.scale.half - rung if verifying else 0
-            value, replicates = self._table.distance(genome, start, start + rung, self._seed)
-            macs = sum(self._interval(genome, k, rung, verifying) for k in range(len(genome)))
-        return Score({"fd": value}, {"fd": replicates}, {"macs": float(macs)}, {"fd": f"fd@{rung}"})
-
-    def _interval(self, genome: Genome, k: int, rung: int, verifying: bool) -> int:
-        key = verifying, genome[: k + 1]
-        new = max(0, rung - self._run.get(key, 0))
-        self._run[key] = max(rung, self._run.get(key, 0))
-        return new * int(self._costs[k][genome[k]])
-
-
-def replayed(
-    table: Table, searcher: Searcher, rungs: tuple[int, ...], trials: int, seed: int, shared: bool = True
-) -> list[Trial]:
-    """Trials of one whole search by the engine's runner."""
-    problem = Problem(table.scale.space, ("fd", "macs"), {})
-    info = LedgerInfo("search-cost", "searcher", seed, problem.objectives, rungs, {}, {})
-    ledger = Ledger(optuna.storages.InMemoryStorage(), info, problem)
-    ladder = Ladder(rungs, problem.objectives, trials, table.scale.verified(trials))
-    run_here(
-        Conductor(ledger, searcher.start(problem, seed), problem, ladder, seed), Replay(table, rungs, shared, seed)
-    )
-    return ledger.trials
-
-
-def search(table: Table, searcher: Searcher, rungs: tuple[int, ...], trials: int, seed: int) -> Row:
+def search(table: ScaledTable, searcher: Searcher, rungs: tuple[int, ...], trials: int, seed: int) -> Row:
     """One whole search of the engine's; MACs charged, hypervolume of what it returns as the judge sees it."""
     found = replayed(table, searcher, rungs, trials, seed)
     charged = sum(trial.score.spent["macs"] for trial in found if trial.score)
@@ -205,7 +96,7 @@ def search(table: Table, searcher: Searcher, rungs: tuple[int, ...], trials: int
     }
 
 
-def literal_search(table: Table, searcher: DDSM, seed: int) -> Row:
+def literal_search(table: ScaledTable, searcher: DDSM, seed: int) -> Row:
     """The published search, and when it had reached the goal itself, looked at after each generation."""
     scale = table.scale
     found = replayed(table, searcher, (scale.half,), scale.literal, seed, shared=False)
@@ -223,24 +114,12 @@ def literal_search(table: Table, searcher: DDSM, seed: int) -> Row:
     }
 
 
-def exhaustive(table: Table) -> Row:
+def exhaustive(table: ScaledTable) -> Row:
     """What nobody can do better but by luck: every schedule scored on as many images as the literal search's, its front judged."""
     half, space = table.scale.half, table.scale.space
     scored = [(table.distance(genome, 0, half)[0], space.cost(genome)["macs_share"]) for genome in table.features]
     genomes = list(table.features)
     return {"hypervolume": genomes_volume(table, [genomes[i] for i in front(scored)])}
-
-
-def judged_volume(table: Table, returned: Sequence[Trial]) -> float:
-    """Of the returned schedules, by the judge's scores."""
-    return genomes_volume(table, [trial.genome for trial in returned])
-
-
-def genomes_volume(table: Table, genomes: Sequence[Genome]) -> float:
-    """Hypervolume by the judge's scores, against the cheapest net's distance and all MACs."""
-    space = table.scale.space
-    worst = table.judge((0,) * table.scale.intervals)
-    return hypervolume([(table.judge(g), space.cost(g)["macs_share"]) for g in genomes], (worst, 1.0001))
 
 
 def searches(scale: Scale) -> dict[str, tuple[Searcher, tuple[int, ...]]]:
@@ -255,7 +134,7 @@ def searches(scale: Scale) -> dict[str, tuple[Searcher, tuple[int, ...]]]:
     }
 
 
-def until(bench: Benchmark, table: Table, name: str, goal: float) -> Row | None:
+def until(bench: Benchmark, table: ScaledTable, name: str, goal: float) -> Row | None:
     """The smallest of the trial budgets with which the search reaches the goal in the mean over its seeds, verification included;
     None where none does."""
     scale = table.scale
@@ -283,7 +162,7 @@ def live(
         proxies={},
         limits={},
         trials=trials,
-        verified=scale.verified(trials),
+        verified=verified_of(trials),
     )
     torch.set_num_threads(1)
     with open_session(study, folder) as session:
@@ -301,7 +180,7 @@ def live(
     }
 
 
-def regret(table: Table, seed: int) -> Row:
+def regret(table: ScaledTable, seed: int) -> Row:
     """At ten budgets, how much worse the judge finds what a search picks than the best of all, as a share of that."""
     scale, space = table.scale, table.scale.space
     every = {genome: (table.judge(genome), space.cost(genome)["macs_share"]) for genome in table.features}
@@ -363,26 +242,13 @@ def half_of_the_macs(study: Study, folder: Path, samples: int) -> Row:
     }
 
 
-def build_table(bench: Benchmark, scale: Scale, trained: Path) -> Table:
-    files = tuple(bench.folder / f"features-{first}.npy" for first in range(len(net.widths)))
-    bench.rows(
-        {
-            f"samples of schedules {first}...": (sample_part, trained, scale, first, file)
-            for first, file in enumerate(files)
-        }
-    )
-    features = digits.evaluator.features.load(trained, torch.device("cpu"))  # type: ignore[attr-defined]
-    real = features(torch.from_numpy(load_once(images).pixels)).numpy()
-    return Table(scale, files, Moments.of(real).gaussian())
-
-
-def literal_searcher(table: Table, mutation: Literal["released", "intended"]) -> DDSM:
+def literal_searcher(table: ScaledTable, mutation: Literal["released", "intended"]) -> DDSM:
     """Its MACs weigh against the distance as published: those of the full net 1.6 times as much as its distance."""
     full = table.judge((len(net.widths) - 1,) * table.scale.intervals)
     return DDSM(macs_weight=round(1.6 * full, 3), mutation=mutation, population=table.scale.literal // 10)
 
 
-def compare(bench: Benchmark, table: Table) -> Mapping[str, float]:
+def compare(bench: Benchmark, table: ScaledTable) -> Mapping[str, float]:
     """Every search against the literal one, for each mutation: MACs, mean over seeds, until the mean hypervolume of the literal
     search's seeds. A single seed's is no goal: fresh noise makes it better or worse by more than the 1 % that are allowed.
     The mean ratio for each search, infinite where it does not get there."""
@@ -416,7 +282,7 @@ def compare(bench: Benchmark, table: Table) -> Mapping[str, float]:
     return {name: float(np.mean(values)) for name, values in ratios.items()}
 
 
-def compare_live(bench: Benchmark, table: Table, base: Study, trained: Path) -> None:
+def compare_live(bench: Benchmark, table: ScaledTable, base: Study, trained: Path) -> None:
     """The searches of seed 0 again on the network itself, as long as they took on the table."""
     scale = table.scale
     literal = literal_searcher(table, "released")
@@ -443,7 +309,8 @@ def main() -> None:
     torch.set_num_threads(1)
     base, trained = digits_run(digits, bench.quick)
     scale = QUICK if bench.quick else FULL
-    table = build_table(bench, scale, trained)
+    built = build_table(bench, scale, trained)
+    table = ScaledTable(built.size, built.files, built.reference, scale)
     ratios = compare(bench, table)
     compare_live(bench, table, base, trained)
     for seed in range(scale.seeds):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from nas.contracts import Genome, Problem, SearchSpace, UserError
 
@@ -23,6 +24,11 @@ class IntervalCosts:
         starts = [i for i, interval in enumerate(intervals) if i == 0 or interval != intervals[i - 1]]
         self.genes = [slice(start, stop) for start, stop in pairwise([*starts, len(intervals)])]
         self.tables = space.interval_costs()
+        self._least = [
+            table.min(axis=tuple(range(place + 1, table.ndim))) if place + 1 < table.ndim else table
+            for table in self.tables
+            for place in range(table.ndim)
+        ]
         self._home = [k for k, genes in enumerate(self.genes) for _ in range(genes.start, genes.stop)]
 
     def of(self, k: int, option: Genome) -> int:
@@ -31,6 +37,16 @@ class IntervalCosts:
 
     def macs(self, genome: Genome) -> int:
         return sum(self.of(k, genome[genes]) for k, genes in enumerate(self.genes))
+
+    def least(self, gene: int, before: tuple[int | npt.NDArray[np.int64], ...]) -> npt.NDArray[np.int64]:
+        """For each option of the gene, the fewest MACs of its interval, (..., options); `before` are the interval's genes that stand
+        before it, or an array of many genomes' for each."""
+        found: npt.NDArray[np.int64] = self._least[gene][before]
+        return found
+
+    def home(self, gene: int) -> int:
+        """Which interval the gene belongs to."""
+        return self._home[gene]
 
     def by_option(self, genome: Sequence[int], gene: int) -> list[int]:
         """MACs of the gene's interval for each option of that gene, the interval's other genes as they are."""
@@ -191,6 +207,15 @@ def novel(problem: Problem, draw: Callable[[], Genome], taken: Callable[[Genome]
         if problem.feasible(genome) and not taken(genome):
             return genome
     return next((genome for genome in feasible_genomes(problem) if not taken(genome)), None)
+
+
+def near(problem: Problem, genome: Genome, rng: np.random.Generator, taken: Callable[[Genome], bool]) -> Genome | None:
+    """The genome, repaired to the budget; where that is taken a mutant of it, else the first in exhaustive order, else None."""
+    wanted = repair(problem, genome, rng)
+    if not taken(wanted):
+        return wanted
+    rate = 1 / len(genome)
+    return novel(problem, lambda: repair(problem, mutate(problem.space, wanted, rng, rate), rng), taken)
 
 
 def _option_names(space: SearchSpace, genome: Genome) -> str:

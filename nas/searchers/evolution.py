@@ -1,19 +1,25 @@
 """Constrained multi-objective evolution: NSGA-II's selection (Deb et al. 2002) in steady state.
 
 There are no generations to wait for: each told trial competes with the `population` best so far, so workers that finish at
-different times are never idle. Mutation acts on every gene. Infeasible offspring are repaired to the budget.
+different times are never idle. Mutation acts on every gene. Infeasible offspring are repaired to the budget. Offspring may be
+screened by a model of the scores before one of them is proposed (OMS-DPM, Liu et al. 2023, screens model schedules so).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import cross, mutate, novel, random_genome, repair, uniform_genomes
+from nas.genetics import IntervalCosts, cross, mutate, novel, random_genome, repair, uniform_genomes
 from nas.pareto import best_first
+from nas.ranking import MOST, Ranking
+
+REFIT = 8
+"""The screening model is fitted again after so many scores."""
 
 
 @dataclass(frozen=True)
@@ -21,15 +27,21 @@ class Evolution:
     """`population`: parents kept; the first `population` proposals are the feasible uniform schedules, then random ones.
 
     `mutation_rate`: chance of each gene to change, 1 / genes where None. `crossover_rate`: chance of two-point crossover.
+    `screened`: offspring made for each that is proposed, the one that a ranking model of the scores expects to gain most at its cost;
+    1 for none. Where the model's held-out Kendall tau is below `least_tau`, offspring are proposed as they come, and say so.
     """
 
     population: int = 20
     mutation_rate: float | None = None
     crossover_rate: float = 0.9
+    screened: int = 1
+    least_tau: float = 0.3
 
     def __post_init__(self) -> None:
         if self.population < 2:
             raise UserError(f"population {self.population} is too small to select from; use at least 2")
+        if self.screened < 1:
+            raise UserError(f"screened={self.screened} must be at least 1, which screens nothing")
 
     def start(self, problem: Problem, seed: int) -> EvolutionSearch:
         return EvolutionSearch(self, problem, seed)
@@ -44,6 +56,9 @@ class EvolutionSearch:
         self._rate = 1 / len(problem.space.choices) if settings.mutation_rate is None else settings.mutation_rate
         self._seen: set[Genome] = set()
         self._survivors: list[Trial] = []
+        self._scored: list[tuple[Genome, float]] = []
+        self._costs = IntervalCosts(problem.space)
+        self._fitted: tuple[int, Ranking, list[Genome]] | None = None
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = self._seen | set(pending)
@@ -54,23 +69,63 @@ class EvolutionSearch:
         if len(taken) < self._settings.population or len(self._survivors) < 2:
             drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
             return Proposal(drawn, {"operator": "random"}) if drawn is not None else DONE
-        parents: list[int] = []
+        parents: dict[Genome, list[int]] = {}
+        children: list[Genome] = []
 
         def offspring() -> Genome:
-            chosen = [self._survivors[min(rng.integers(len(self._survivors), size=2))] for _ in range(2)]
-            parents[:] = [trial.number for trial in chosen]
-            first, second = (trial.genome for trial in chosen)
-            child = cross(first, second, rng) if rng.random() < self._settings.crossover_rate else first
-            return repair(self._problem, mutate(self._problem.space, child, rng, self._rate), rng)
+            child, numbers = self._offspring(rng)
+            parents[child] = numbers
+            return child
 
-        child = novel(self._problem, offspring, taken.__contains__)
-        return Proposal(child, {"operator": "offspring", "parents": list(parents)}) if child is not None else DONE
+        while len(children) < self._settings.screened:
+            child = novel(self._problem, offspring, lambda genome: genome in taken or genome in children)
+            if child is None:
+                break
+            children.append(child)
+        if not children:
+            return DONE
+        child, screening = self._screen(children)
+        return Proposal(child, {"operator": "offspring", "parents": parents.get(child, []), **screening})
 
     def tell(self, trial: Trial) -> None:
         self._seen.add(trial.genome)
         if trial.scored and all(np.isfinite(trial.objectives(self._problem.objectives))):
+            self._scored.append((trial.genome, trial.objectives(self._problem.objectives[:1])[0]))
             self._survivors.append(trial)
             self._select()
+
+    def _offspring(self, rng: np.random.Generator) -> tuple[Genome, list[int]]:
+        """A child, and the trials that it comes from."""
+        chosen = [self._survivors[min(rng.integers(len(self._survivors), size=2))] for _ in range(2)]
+        first, second = (trial.genome for trial in chosen)
+        child = cross(first, second, rng) if rng.random() < self._settings.crossover_rate else first
+        mutated = mutate(self._problem.space, child, rng, self._rate)
+        return repair(self._problem, mutated, rng), [trial.number for trial in chosen]
+
+    def _screen(self, children: list[Genome]) -> tuple[Genome, dict[str, Any]]:
+        """The child that is expected to gain most over what was scored at no more MACs, and how it was chosen."""
+        if self._settings.screened == 1:
+            return children[0], {}
+        ranking, genomes = self._model()
+        if ranking.tau < self._settings.least_tau:
+            return children[0], {"screened": 1, "tau": ranking.tau}
+        macs = self._costs.macs
+        known = sorted(zip(map(macs, genomes), ranking.ranks.tolist(), strict=True))
+        best = np.minimum.accumulate([rank for _, rank in known])
+        places = np.searchsorted([cost for cost, _ in known], [macs(child) for child in children], side="right")
+        reached = np.where(places > 0, best[np.maximum(places - 1, 0)], best[0] + 1.0)
+        gains = reached - ranking.predict(children)
+        return children[int(gains.argmax())], {"screened": len(children), "tau": ranking.tau}
+
+    def _model(self) -> tuple[Ranking, list[Genome]]:
+        """Fitted to the first objective of what was scored when the last `REFIT` were complete."""
+        count = max(len(self._scored) // REFIT * REFIT, min(len(self._scored), 2))
+        if self._fitted is None or self._fitted[0] != count:
+            latest = self._scored[max(0, count - MOST) : count]
+            genomes = [genome for genome, _ in latest]
+            sizes = [len(choice.options) for choice in self._problem.space.choices]
+            self._fitted = count, Ranking(genomes, [score for _, score in latest], sizes), genomes
+        return self._fitted[1:]
 
     def _select(self) -> None:
         """Survivors stand best first, so a binary tournament is the smaller of two indices."""

@@ -1,0 +1,118 @@
+"""Any optimiser of Nevergrad, by its name, over the space's choices.
+
+The optimiser moves in one normally distributed variable per gene, whose quantiles are the gene's options in their order, so that
+continuous and discrete methods alike can be used. It is rebuilt by replay: a trial that was drawn when all before it had been
+told is drawn again and told; one that finished out of turn is told as a point that the optimiser did not draw itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import nevergrad as ng
+import numpy as np
+import numpy.typing as npt
+from nevergrad.common.errors import TellNotAskedNotSupportedError
+from scipy.special import ndtr, ndtri
+
+from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
+from nas.genetics import TRIES, cheapest, macs_budget, near, repair
+
+
+@dataclass(frozen=True)
+class Nevergrad:
+    """`optimizer`: a name of `nevergrad.optimizers.registry`, such as "NGOpt", "CMA", "DE", "TBPSA". `budget`: evaluations that it
+    plans for; some choose their method by it.
+
+    The cheapest schedule is scored first: its score and the budget are what several objectives are measured by. What exceeds the
+    budget is repaired, and the repaired genome's score is told for what was drawn.
+    """
+
+    optimizer: str = "PortfolioDiscreteOnePlusOne"
+    budget: int = 100
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ng.optimizers.registry:
+            raise UserError(
+                f"Nevergrad has no optimizer {self.optimizer!r}; see nevergrad.optimizers.registry, for example NGOpt, CMA, DE"
+            )
+        if self.budget < 1:
+            raise UserError(f"budget={self.budget} must be at least 1")
+
+    def start(self, problem: Problem, seed: int) -> NevergradSearch:
+        return NevergradSearch(self, problem, seed)
+
+
+class NevergradSearch:
+    def __init__(self, settings: Nevergrad, problem: Problem, seed: int) -> None:
+        self._problem = problem
+        self._seed = seed
+        self._sizes = np.array([len(choice.options) for choice in problem.space.choices])
+        self._first = cheapest(problem.space)
+        self._told: set[Genome] = set()
+        self._scale: npt.NDArray[np.float64] | None = None
+        variables = ng.p.Array(shape=(len(self._sizes),))
+        variables.random_state.seed(derive_seed(seed, "nevergrad"))
+        self._optimizer: Any = ng.optimizers.registry[settings.optimizer](variables, budget=settings.budget)
+
+    def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
+        taken = self._told | set(pending)
+        if self._first not in taken:
+            return Proposal(self._first, {"operator": "cheapest"})
+        optimizer = copy.deepcopy(self._optimizer)  # drawing moves an optimiser on; only what is told may
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for draw in range(TRIES):
+                genome = self._genome(optimizer.ask().value, draw)
+                if genome not in taken:
+                    return Proposal(genome, {"tells": len(self._told), "draw": draw})
+        rng = np.random.default_rng(derive_seed(self._seed, len(taken), "nevergrad neighbour"))
+        found = near(self._problem, genome, rng, taken.__contains__)
+        return Proposal(found, {"operator": "neighbour"}) if found is not None else DONE
+
+    def tell(self, trial: Trial) -> None:
+        tells = len(self._told)
+        self._told.add(trial.genome)
+        values = np.array(trial.objectives(self._problem.objectives))
+        if not trial.scored or not np.isfinite(values).all():
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if self._scale is None:
+                self._measure_by(values)
+            drawn = self._drawn(trial, tells)
+            losses = (values / self._scale).tolist()
+            try:
+                self._optimizer.tell(drawn, losses[0] if len(losses) == 1 else losses)
+            except (TellNotAskedNotSupportedError, KeyError):
+                if "draw" in trial.origin and trial.origin["tells"] == tells:
+                    raise
+                return  # it learns from its own points alone; DE says so by a KeyError
+
+    def _drawn(self, trial: Trial, tells: int) -> Any:
+        """The optimiser's own candidate of this trial, or one at the middle of the genome's quantiles."""
+        if trial.origin.get("tells") == tells:
+            return [self._optimizer.ask() for _ in range(trial.origin["draw"] + 1)][-1]
+        middle = ndtri((np.array(trial.genome) + 0.5) / self._sizes)
+        return self._optimizer.parametrization.spawn_child(new_value=middle)
+
+    def _measure_by(self, values: npt.NDArray[np.float64]) -> None:
+        """Objectives are told as shares of what the first scored trial has, MACs of the budget, so that 1 bounds the front."""
+        costs = self._problem.space.cost(self._first)
+        most = {"macs": macs_budget(self._problem), "macs_share": 1.0}
+        scale = [
+            value if name not in costs else min(most.get(name, value), costs["macs"] / costs["macs_share"])
+            for name, value in zip(self._problem.objectives, values, strict=True)
+        ]
+        self._scale = np.where(np.array(scale) > 0, scale, 1.0)
+        if len(values) > 1:
+            self._optimizer.tell(ng.p.MultiobjectiveReference(), [1.0 + 1e-6] * len(values))
+
+    def _genome(self, values: npt.NDArray[np.float64], draw: int) -> Genome:
+        genes = np.minimum((ndtr(values) * self._sizes).astype(int), self._sizes - 1)
+        rng = np.random.default_rng(derive_seed(self._seed, len(self._told), draw, "nevergrad repair"))
+        return repair(self._problem, tuple(genes.tolist()), rng)

@@ -1,0 +1,118 @@
+"""Any sampler of Optuna, by its class name, over the space's choices.
+
+Before each proposal an in-memory Optuna study is built anew from the finished trials, in order of completion, and the pending
+ones; the sampler sees that alone. The run's own ledger, with its rungs and verified trials, is no concern of a sampler.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
+from nas.genetics import near
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+ATTRIBUTES = "attributes"
+"""Where a proposal's origin keeps what the sampler notes on its trial, such as NSGA's generation."""
+
+
+@dataclass(frozen=True)
+class OptunaSampler:
+    """`sampler`: a class of `optuna.samplers`, such as "TPESampler", "GPSampler", "NSGAIIISampler". `arguments`: for its
+    constructor, the seed apart. Options of a choice are integers in their order.
+
+    What exceeds the budget is repaired, and what was proposed before moves to a neighbour; the sampler is told what was scored.
+    """
+
+    sampler: str = "TPESampler"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(optuna.samplers, self.sampler, None), type):
+            known = ", ".join(name for name in optuna.samplers.__all__ if name.endswith("Sampler"))
+            raise UserError(f"Optuna has no sampler {self.sampler!r}; use one of {known}")
+
+    def make(self, seed: int) -> optuna.samplers.BaseSampler:
+        """Raises UserError where the class cannot be had with these arguments."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made: optuna.samplers.BaseSampler = getattr(optuna.samplers, self.sampler)(seed=seed, **self.arguments)
+                return made
+        except (TypeError, ValueError, ImportError) as error:
+            raise UserError(
+                f"sampler {self.sampler} cannot be made with {dict(self.arguments)}: {error}; see Optuna's documentation"
+            ) from error
+
+    def start(self, problem: Problem, seed: int) -> OptunaSearch:
+        return OptunaSearch(self, problem, seed)
+
+
+class OptunaSearch:
+    def __init__(self, settings: OptunaSampler, problem: Problem, seed: int) -> None:
+        self._settings = settings
+        self._problem = problem
+        self._seed = seed
+        self._names = [choice.name for choice in problem.space.choices]
+        self._distributions: dict[str, BaseDistribution] = {
+            choice.name: IntDistribution(0, len(choice.options) - 1) for choice in problem.space.choices
+        }
+        self._told: set[Genome] = set()
+        self._finished: list[FrozenTrial] = []
+        self.ask([])  # a sampler that cannot search this problem says so before anything is spent
+
+    def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
+        taken = self._told | set(pending)
+        seed = derive_seed(self._seed, len(taken), "optuna sampler")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trial = self._drawn(pending, seed)
+        drawn = tuple(trial.params[name] for name in self._names)
+        found = near(self._problem, drawn, np.random.default_rng(seed), taken.__contains__)
+        if found is None:
+            return DONE
+        noted = {key: value for key, value in trial.system_attrs.items() if _is_json(value)}
+        return Proposal(found, {ATTRIBUTES: noted} if noted else {})
+
+    def tell(self, trial: Trial) -> None:
+        self._told.add(trial.genome)
+        values = trial.objectives(self._problem.objectives)
+        if trial.scored and np.isfinite(values).all():
+            noted = dict(trial.origin.get(ATTRIBUTES, {}))
+            self._finished.append(self._trial(trial.genome, TrialState.COMPLETE, values=values, system_attrs=noted))
+
+    def _drawn(self, pending: Sequence[Genome], seed: int) -> FrozenTrial:
+        """Raises UserError where the sampler refuses the study."""
+        study = optuna.create_study(
+            directions=["minimize"] * len(self._problem.objectives), sampler=self._settings.make(seed)
+        )
+        study.add_trials(self._finished)
+        study.add_trials([self._trial(genome, TrialState.RUNNING) for genome in pending])
+        try:
+            asked = study.ask(self._distributions)
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise UserError(
+                f"sampler {self._settings.sampler} cannot search {self._problem.objectives}: {error}"
+            ) from error
+        return study.get_trials(deepcopy=False)[asked.number]
+
+    def _trial(self, genome: Genome, state: TrialState, **known: Any) -> FrozenTrial:
+        params = dict(zip(self._names, genome, strict=True))
+        return create_trial(state=state, params=params, distributions=self._distributions, **known)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,241 @@
+"""Proxy-based Pruning (Hang et al., arXiv 2312.13307, section on pruning as multi-round decision making): per interval and
+budget, a proposer sees what was tried, proposes, and learns from the score. The loop's shape is that of GENIUS (arXiv 2304.10970).
+
+A round changes one interval of the best schedule within one budget. The rounds go over the intervals, and over the budgets in each
+interval; rounds of neighbouring intervals start from each other's best. What the interval takes beyond its share is paid for by the
+other intervals, where that is expected to cost least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
+from nas.genetics import IntervalCosts, macs_budget, near
+from nas.proposers import Local, Option, Proposer, Question, RefusedError, Remembered, read_answer
+from nas.ranking import MOST, Ranking
+
+REFIT = 4
+"""Importance is fitted again after so many scores."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """`budgets`: how many, equally spaced up to the limit. `split`: "learned" lets intervals pay for each other; "equal" gives each
+    the same share of a budget; "linear" is the paper's rule, FLOPs_g(i) = (i/N + (N-i)/N * least) F scaled to the budget, i = 1 the
+    noisiest interval. `remembered`: rounds shown to the proposer, 0 for none, and then importance and incumbents are not used
+    either. `attempts`: answers asked for in a round before a neighbour of the best is taken.
+    """
+
+    proposer: Proposer = field(default_factory=Local)
+    budgets: int = 6
+    split: Literal["learned", "equal", "linear"] = "learned"
+    least: float = 0.5
+    remembered: int = 8
+    attempts: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.budgets, self.attempts) < 1 or self.remembered < 0 or not 0 < self.least <= 1:
+            raise UserError(
+                f"budgets={self.budgets} and attempts={self.attempts} must be at least 1, remembered={self.remembered} at least 0, "
+                f"least={self.least} in (0, 1]"
+            )
+        if self.split not in ("learned", "equal", "linear"):
+            raise UserError(f"split {self.split!r} is not known; use learned, equal or linear")
+
+    def start(self, problem: Problem, seed: int) -> RoundsSearch:
+        return RoundsSearch(self, problem, seed)
+
+
+class RoundsSearch:
+    def __init__(self, settings: Rounds, problem: Problem, seed: int) -> None:
+        self._settings = settings
+        self._problem = problem
+        self._seed = seed
+        self._costs = IntervalCosts(problem.space)
+        least, most = (self._costs.macs(end) for end in (self._costs.cheapest(), self._costs.dearest()))
+        limit = min(float(most), macs_budget(problem))
+        self._budgets = [least + (limit - least) * (i + 1) / settings.budgets for i in range(settings.budgets)]
+        self._starts = list(dict.fromkeys(self._start_of(budget) for budget in self._budgets))
+        self._told: set[Genome] = set()
+        self._scored: dict[Genome, float] = {}
+        self._numbers: dict[Genome, int] = {}
+        self._memory: dict[tuple[int, int], list[tuple[Option, float, float]]] = {}
+        self._best: dict[int, tuple[float, Genome]] = {}
+        self._fitted: tuple[int, tuple[npt.NDArray[np.float64], ...]] = (0, ())
+        self._answered: tuple[tuple[int, frozenset[Genome]], Proposal | Signal] | None = None
+
+    def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
+        taken = self._told | set(pending)
+        for genome in self._starts:
+            if genome not in taken:
+                return Proposal(genome, {"operator": "start"})
+        key = len(self._told), frozenset(pending)
+        if (
+            self._answered is None or self._answered[0] != key
+        ):  # a proposer may be slow, and need not say the same twice
+            self._answered = key, self._round(taken)
+        return self._answered[1]
+
+    def tell(self, trial: Trial) -> None:
+        self._told.add(trial.genome)
+        self._numbers[trial.genome] = trial.number
+        [value] = trial.objectives(self._problem.objectives[:1])
+        if not trial.scored or not np.isfinite(value):
+            return
+        if "interval" in trial.origin:
+            k, budget = trial.origin["interval"], trial.origin["budget"]
+            best, _ = self._incumbent(budget)
+            option = trial.genome[self._costs.genes[k]]
+            self._memory.setdefault((k, budget), []).append((option, value, best - value))
+        self._scored[trial.genome] = value
+        macs = self._costs.macs(trial.genome)
+        for place, most in enumerate(self._budgets if self._settings.remembered else ()):
+            if macs <= most:
+                self._best[place] = min(self._best.get(place, (np.inf, ())), (value, trial.genome))
+
+    def _round(self, taken: set[Genome]) -> Proposal | Signal:
+        number = len(taken) - len(self._starts)
+        intervals = len(self._costs.genes)
+        budget, k = number % len(self._budgets), number // len(self._budgets) % intervals
+        _, incumbent = self._incumbent(budget)
+        seed = derive_seed(self._seed, number, "rounds")
+        importance = self._importance()
+        refused: list[tuple[str, str]] = []
+        log: list[dict[str, str]] = []
+        origin = {"round": number, "interval": k, "budget": budget, "answers": log}
+        for _ in range(self._settings.attempts):
+            question = self._question(number, k, budget, incumbent, importance, tuple(refused), seed)
+            answer = self._settings.proposer.propose(question)
+            try:
+                option, note = read_answer(answer, question)
+                genome = self._paid(incumbent, k, option, self._budgets[budget], importance)
+                if genome in taken:
+                    known = self._numbers.get(genome)
+                    raise RefusedError("it is being scored now" if known is None else f"it is that of trial {known}")
+            except RefusedError as reason:
+                refused.append((answer, str(reason)))
+                log.append({"answer": answer, "refused": str(reason)})
+                continue
+            log.append({"answer": answer, **({"repaired": note} if note else {})})
+            return Proposal(genome, origin)
+        rng = np.random.default_rng(seed)
+        found = near(self._problem, incumbent, rng, taken.__contains__)
+        return DONE if found is None else Proposal(found, {"round": number, "operator": "neighbour", "answers": log})
+
+    def _question(
+        self,
+        number: int,
+        k: int,
+        budget: int,
+        incumbent: Genome,
+        importance: tuple[npt.NDArray[np.float64], ...],
+        refused: tuple[tuple[str, str], ...],
+        seed: int,
+    ) -> Question:
+        genes = self._costs.genes[k]
+        return Question(
+            number=number,
+            interval=k,
+            intervals=len(self._costs.genes),
+            choices=tuple(self._problem.space.choices[genes]),
+            costs=self._costs.tables[k],
+            allowance=self._allowance(k, self._budgets[budget], self._settings.split),
+            current=incumbent[genes],
+            memory=self._remembered(k, budget),
+            importance=importance[genes] if importance else (),
+            refused=refused,
+            seed=seed,
+        )
+
+    def _remembered(self, k: int, budget: int) -> tuple[Remembered, ...]:
+        """The best rounds of the interval within the budget, then what the neighbouring intervals' best rounds ran."""
+        most = self._settings.remembered
+        own = sorted(self._memory.get((k, budget), []), key=lambda entry: entry[1])[:most]
+        table = self._costs.tables[k]
+        rows = [
+            Remembered(option, int(table[option]), score, gain, rank + 1)
+            for rank, (option, score, gain) in enumerate(own)
+        ]
+        for other in (k - 1, k + 1):
+            lent = min(self._memory.get((other, budget), []), key=lambda entry: entry[1], default=None)
+            if most and lent is not None and self._costs.tables[other].shape == table.shape:
+                option, score, gain = lent
+                rows.append(Remembered(option, int(table[option]), score, gain, len(rows) + 1, borrowed=True))
+        return tuple(rows)
+
+    def _incumbent(self, budget: int) -> tuple[float, Genome]:
+        """The score and the best schedule within the budget; its start where there is none yet or nothing is remembered."""
+        return self._best.get(budget, (np.inf, self._start_of(self._budgets[budget])))
+
+    def _importance(self) -> tuple[npt.NDArray[np.float64], ...]:
+        """What each option of each gene is expected to add to the score's normal rank."""
+        count = len(self._scored) // REFIT * REFIT
+        if not count or not self._settings.remembered:
+            return ()
+        if self._fitted[0] != count:
+            known = list(self._scored.items())[max(0, count - MOST) : count]
+            sizes = [len(choice.options) for choice in self._problem.space.choices]
+            ranking = Ranking([genome for genome, _ in known], [score for _, score in known], sizes)
+            self._fitted = count, tuple(ranking.effects())
+        return self._fitted[1]
+
+    def _allowance(self, k: int, budget: float, split: str) -> float:
+        """MACs that interval k may take of a budget."""
+        least = [int(table.min()) for table in self._costs.tables]
+        spare = budget - sum(least)
+        if split == "learned":
+            return spare + least[k]
+        count = len(least)
+        weights = np.array([float(table.max()) for table in self._costs.tables])
+        if split == "linear":
+            weights *= [(i + (count - i) * self._settings.least) / count for i in range(1, count + 1)]
+        return float(least[k] + spare * weights[k] / weights.sum())
+
+    def _start_of(self, budget: float) -> Genome:
+        """Each interval at the dearest configuration within its share, an equal one where shares are to be learned."""
+        split = "equal" if self._settings.split == "learned" else self._settings.split
+        genome: Genome = ()
+        for k, table in enumerate(self._costs.tables):
+            within = np.where(table <= self._allowance(k, budget, split), table, -1)
+            genome += tuple(int(i) for i in np.unravel_index(int(within.argmax()), table.shape))
+        return genome
+
+    def _paid(
+        self,
+        incumbent: Genome,
+        k: int,
+        option: Option,
+        budget: float,
+        importance: tuple[npt.NDArray[np.float64], ...],
+    ) -> Genome:
+        """The schedule with the interval changed, within the budget: genes of other intervals are lowered where a saved MAC is
+        expected to cost least."""
+        genome = list(incumbent)
+        own = self._costs.genes[k]
+        genome[own] = option
+        excess = self._costs.macs(tuple(genome)) - budget
+        others = [gene for gene in range(len(genome)) if not own.start <= gene < own.stop]
+        while excess > 0:
+            best: tuple[float, int, int, int] | None = None
+            for gene in others:
+                row = self._costs.by_option(genome, gene)
+                here = row[genome[gene]]
+                for place, macs in enumerate(row):
+                    if macs < here:
+                        saved = here - macs
+                        lost = float(importance[gene][place] - importance[gene][genome[gene]]) if importance else 0.0
+                        price = max(lost, 0.0) / min(saved, excess) + 1e-9 * saved
+                        if best is None or price < best[0]:
+                            best = price, gene, place, saved
+            if best is None:
+                break
+            _, gene, place, saved = best
+            genome[gene] = place
+            excess -= saved
+        return tuple(genome)

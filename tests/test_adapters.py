@@ -1,0 +1,133 @@
+"""Nevergrad's optimisers and Optuna's samplers as searchers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nevergrad
+import numpy as np
+import optuna
+import pytest
+from scipy.special import ndtri
+from scipy.stats import norm
+
+from nas.contracts import Problem, Proposal, UserError, derive_seed
+from nas.searchers.nevergrad import Nevergrad
+from nas.searchers.optuna_sampler import OptunaSampler
+from nas.testing import check_searcher, closed, table_problem, toy_score
+from tests.test_searchers import drive
+
+
+@pytest.mark.parametrize("optimizer", ["NGOpt", "CMA", "DE", "PSO", "TBPSA"])
+def test_optimizers_of_every_kind_keep_the_laws(optimizer: str) -> None:
+    check_searcher(Nevergrad(optimizer), trials=24)
+
+
+@pytest.mark.parametrize(
+    "searcher",
+    [
+        OptunaSampler("NSGAIISampler", {"population_size": 8}),
+        OptunaSampler("NSGAIIISampler", {"population_size": 6}),
+        OptunaSampler("QMCSampler"),
+        OptunaSampler("TPESampler", {"multivariate": True, "n_startup_trials": 5}),
+    ],
+    ids=repr,
+)
+def test_samplers_of_every_kind_keep_the_laws(searcher: OptunaSampler) -> None:
+    check_searcher(searcher, trials=24)
+
+
+def test_a_gaussian_process_keeps_the_laws() -> None:
+    check_searcher(OptunaSampler("GPSampler", {"n_startup_trials": 4}), trials=7)
+
+
+def test_names_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(UserError, match=r"no optimizer 'SGD'"):
+        Nevergrad("SGD")
+    with pytest.raises(UserError, match=r"no sampler 'SGD'; use one of .*TPESampler"):
+        OptunaSampler("SGD")
+    with pytest.raises(UserError, match=r"cannot be made with {'depth': 3}"):
+        OptunaSampler("TPESampler", {"depth": 3}).start(table_problem(), 0)
+    with pytest.raises(UserError, match=r"budget=0"):
+        Nevergrad(budget=0)
+
+
+def test_a_sampler_of_one_objective_says_so_before_anything_is_spent() -> None:
+    problem = table_problem()
+    with pytest.raises(UserError, match=r"sampler CmaEsSampler cannot (search|be made)"):
+        OptunaSampler("CmaEsSampler").start(problem, 0)
+
+
+def alone(problem: Problem) -> Problem:
+    """Unlimited, one objective: nothing is repaired."""
+    return Problem(problem.space, problem.objectives[:1])
+
+
+def test_nevergrad_proposes_what_the_optimizer_itself_asks_and_is_told() -> None:
+    problem = alone(table_problem(genes=6, options=4))
+    told = drive(Nevergrad("CMA", budget=40), problem, toy_score, 40)
+    variables = nevergrad.p.Array(shape=(6,))
+    variables.random_state.seed(derive_seed(0, "nevergrad"))
+    optimizer = nevergrad.optimizers.registry["CMA"](variables, budget=40)
+    first = told[0]
+    assert first.genome == (0,) * 6
+    worst = first.score.values["fd"]
+    optimizer.tell(variables.spawn_child(new_value=ndtri(np.full(6, 0.5 / 4))), 1.0)
+    seen = {first.genome}
+    for trial in told[1:]:
+        if trial.origin.get("operator") == "neighbour":
+            break
+        genome, draws = first.genome, -1
+        while genome in seen:
+            candidate = optimizer.ask()
+            genome, draws = tuple(int(4 * norm.cdf(x)) for x in candidate.value), draws + 1
+        assert (trial.genome, trial.origin["draw"]) == (genome, draws)
+        optimizer.tell(candidate, trial.score.values["fd"] / worst)
+        seen.add(genome)
+    assert len(seen) > 20
+
+
+def test_a_trial_that_finishes_out_of_turn_is_told_as_a_point_not_asked_for() -> None:
+    problem = table_problem()
+    search = Nevergrad("PSO").start(problem, 1)
+    asked: list[Proposal] = []
+    for _ in range(3):
+        proposal = search.ask([p.genome for p in asked])
+        assert isinstance(proposal, Proposal)
+        asked.append(proposal)
+    assert len({p.genome for p in asked}) == 3
+    for number, place in enumerate((2, 0, 1)):
+        search.tell(closed(problem, number, asked[place], toy_score(asked[place].genome)))
+    # The last one was drawn by the optimiser as it was when nothing had been told, the others by one that no longer is.
+    assert search._optimizer.num_tell_not_asked == 2
+
+
+def test_samplers_learn_and_keep_their_notes() -> None:
+    problem = alone(table_problem(genes=10, options=4))
+    best = {
+        name: min(t.score.values["fd"] for t in drive(OptunaSampler(name), problem, toy_score, 60))
+        for name in ("TPESampler", "RandomSampler")
+    }
+    assert best["TPESampler"] < best["RandomSampler"]
+    told = drive(OptunaSampler("NSGAIISampler", {"population_size": 5}), problem, toy_score, 16)
+    generations = [trial.origin["attributes"]["NSGAIISampler:generation"] for trial in told]
+    assert generations == [0] * 5 + [1] * 5 + [2] * 5 + [3]
+
+
+def test_a_sampler_sees_finished_and_pending_trials_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    class Watching(optuna.samplers.RandomSampler):
+        def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+            seen.append([t.state.name for t in study.get_trials(deepcopy=False)[:-1]])
+            return super().infer_relative_search_space(study, trial)
+
+    monkeypatch.setattr(optuna.samplers, "Watching", Watching, raising=False)
+    problem = table_problem()
+    search = OptunaSampler("Watching").start(problem, 0)
+    for number in range(3):
+        proposal = search.ask([])
+        assert isinstance(proposal, Proposal)
+        search.tell(closed(problem, number, proposal, None if number == 1 else toy_score(proposal.genome), "fails"))
+    search.ask([(0,) * 5, (1,) * 5])
+    assert seen[-1] == ["COMPLETE"] * 2 + ["RUNNING"] * 2
