@@ -165,13 +165,14 @@ def judge(setting: Setting, schedule: Schedule, tuned: bool) -> Row:
 
 
 def measured(loaded: LoadedElasticUNet, setting: Setting, schedule: Schedule, tuned: bool) -> Row:
-    similarity = TeacherSimilarity(images, rungs=(setting.samples,))
+    compared = min(512, setting.samples)
+    similarity = TeacherSimilarity(images, rungs=(compared,))
     unlike = None
     if tuned:
         for _ in setting.tune.fit(loaded, schedule, images.load(), seed=0):
             pass
     else:
-        unlike = similarity.load(loaded, setting.folder)(schedule, setting.samples, 0).values["teacher_dissimilarity"]
+        unlike = similarity.load(loaded, setting.folder)(schedule, compared, 0).values["teacher_dissimilarity"]
     evaluate = Frechet(images, rungs=(setting.samples,)).load(loaded, setting.folder)
     score = evaluate(schedule, setting.samples, derive_seed(setting.seed, "spaces benchmark"))
     macs = sum(loaded.macs(step.arch) for step in schedule.steps)

@@ -80,12 +80,16 @@ def run(
     study_file: StudyFile,
     searcher: Annotated[
         str | None,
-        typer.Option(help="Searcher to run, or `all` of the study's. Default: the first.", show_default=False),
+        typer.Option(
+            help="Searcher to run, several with commas between, or `all` of the study's. Default: the first.",
+            show_default=False,
+        ),
     ] = None,
     trials: Annotated[
         int | None, typer.Option(min=1, help="Proposals. Default: the study's.", show_default=False)
     ] = None,
     seed: SeedOption = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of each search, from --seed on.")] = 1,
     out_dir: OutOption = None,
     storage: StorageOption = None,
     device: DeviceOption = "cpu",
@@ -102,7 +106,8 @@ def run(
     from nas.study import BASELINE, load_study
 
     study = load_study(study_file)
-    names = list(study.searchers) if searcher == "all" else [searcher or next(iter(study.searchers), "evolution")]
+    first = next(iter(study.searchers), "evolution")
+    names = list(study.searchers) if searcher == "all" else list(dict.fromkeys((searcher or first).split(",")))
     for name in names:
         study.searcher(name)
     folder = _run_folder(study, out_dir)
@@ -112,9 +117,11 @@ def run(
         started = time.monotonic()
         with progress_bars(quiet) as bars:
             follow(bars, session.prepare(threads))
-            for name in dict.fromkeys((BASELINE, *names)):
-                shown = SearchBar(bars, name, study.objectives[0])
-                conductor = session.conductor(name, 0 if name == BASELINE else seed, trials, shown)
+            searches = [(name, number) for number in range(seed, seed + seeds) for name in names if name != BASELINE]
+            for name, number in ((BASELINE, 0), *searches):
+                label = name + (f" (seed {number})" if number else "")
+                shown = SearchBar(bars, label, study.objectives[0])
+                conductor = session.conductor(name, number, trials, shown)
                 shown.begin(conductor)
                 session.run(conductor, pool)
                 shown.end()
@@ -140,7 +147,7 @@ def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption =
 
 @app.command()
 def compare(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption = False) -> None:
-    """Searchers side by side: front, hypervolume, best within budgets, what was spent. Writes <run>/report/front.png."""
+    """Searchers side by side: front, hypervolume, best within budgets, what was spent. Writes <run>/report/front.png and curves.png."""
     facts = _comparison(run_dir, storage)
     if as_json:
         _print_json(facts)
@@ -419,7 +426,7 @@ def _resumable(folder: Path) -> Iterator[None]:
 
 
 def _comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
-    from nas.plots import draw_front
+    from nas.plots import draw_curves, draw_front
     from nas.report import Run
 
     found = Run.open(run_dir, storage)
@@ -427,7 +434,9 @@ def _comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], found.ledgers, strict=True)}
     picture = run_dir / "report" / "front.png"
     draw_front(ledgers, found.facts, facts["label"], picture)
-    return {**facts, "picture": str(picture)}
+    curves = run_dir / "report" / "curves.png"
+    draw_curves(facts["searchers"], facts["area_until_macs"], curves)
+    return {**facts, "picture": str(picture), "curves": str(curves)}
 
 
 def _summary(trial: Trial, study: Study) -> str:

@@ -181,7 +181,8 @@ class Trial:
     """One proposal at one rung, as the ledger knows it.
 
     `violations[name]` is cost minus limit, so positive where the limit is exceeded. A trial of the last rung ends as
-    "complete" (verified), one of a lower rung as "pruned" (scored, with fewer samples).
+    "complete" (verified), one of a lower rung as "pruned" (scored, with fewer samples). `clock`: when it was opened and closed, in
+    seconds since 1970, where it was read from a storage.
     """
 
     number: int
@@ -194,6 +195,7 @@ class Trial:
     violations: Mapping[str, float] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
+    clock: tuple[float, float] | None = field(default=None, compare=False)
 
     @property
     def scored(self) -> bool:

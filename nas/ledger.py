@@ -316,6 +316,9 @@ def read_trial(frozen: FrozenTrial) -> Trial | None:
         violations=record["violations"],
         origin=record["origin"],
         reason=frozen.system_attrs.get(REASON, {}).get("reason", ""),
+        clock=(frozen.datetime_start.timestamp(), frozen.datetime_complete.timestamp())
+        if frozen.datetime_start and frozen.datetime_complete
+        else None,
     )
 
 

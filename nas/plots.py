@@ -58,6 +58,39 @@ def draw_front(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any],
     figure.savefig(path)
 
 
+def draw_curves(rows: Sequence[Mapping[str, Any]], until: float, path: Path) -> None:
+    """Hypervolume over the MACs spent, a line for each searcher: the mean over its seeds, with their range. `rows` are those of
+    `Run.compare`; `until`: MACs that all have spent, dotted."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    groups: dict[str, list[Sequence[tuple[float, float]]]] = {}
+    for row in rows:
+        if row["curve"] and not row["baseline"]:
+            groups.setdefault(row["searcher"].partition(" (seed")[0], []).append(row["curve"])
+    for number, (name, curves) in enumerate(groups.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        line = ("-", "--")[number // len(_COLOURS) % 2]
+        most = min(curve[-1][0] for curve in curves)
+        at = np.linspace(0, most, 300)
+        heights = np.array([_height(curve, at) for curve in curves])
+        axes.step(at, heights.mean(0), where="post", label=name, color=colour, linestyle=line)
+        if len(curves) > 1:
+            axes.fill_between(at, heights.min(0), heights.max(0), color=colour, alpha=0.12, linewidth=0)
+    axes.axvline(until, color="#000000", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("MACs spent" + (", mean and range over seeds" if any(len(c) > 1 for c in groups.values()) else ""))
+    axes.set_ylabel("hypervolume on search samples")
+    if groups:
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _height(curve: Sequence[tuple[float, float]], at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A step curve's value at each place; 0 before its first point."""
+    spent, heights = np.array(curve).T
+    return np.append(0.0, heights)[np.searchsorted(spent, at, side="right")]
+
+
 def draw_audit(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
     """Each proxy's agreement with the reference inside bands of equal MACs, with its cost, and the best one's scores beside the
     reference's."""

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
 from scipy.stats import kendalltau, rankdata
+from threadpoolctl import threadpool_limits
 
 from nas.contracts import Genome
 
@@ -36,8 +37,8 @@ class Ranking:
         codes = self._coded(genomes)
         self._mean = codes.mean(0)
         centred = codes - self._mean
-        products = centred @ centred.T
-        values, vectors = np.linalg.eigh(products)
+        with threadpool_limits(1, "blas"):  # small matrices: threads would only wait for each other
+            values, vectors = np.linalg.eigh(centred @ centred.T)
         values = np.maximum(values, 0.0)
         projected = vectors.T @ ranks
         scale = max(float(values.mean()), 1e-12)
@@ -59,7 +60,8 @@ class Ranking:
 
     def effects(self) -> list[Array]:
         """For each gene, what each of its options adds to the expected normal rank, against the first option."""
-        return [np.append(0.0, self._weights[self._genes == gene].cumsum()) for gene in range(self._count)]
+        starts = np.searchsorted(self._genes, np.arange(1, self._count))
+        return [np.append(0.0, steps.cumsum()) for steps in np.split(self._weights, starts)]
 
     def _coded(self, genomes: Sequence[Genome]) -> Array:
         """For each gene and each of its options but the first: has the gene this option or a later one? (n, sum of sizes - 1)"""

@@ -98,13 +98,21 @@ class Run:
         return stages
 
     def compare(self) -> dict[str, Any]:
-        """One row per searcher: trials, front, hypervolume, best within budgets, what was spent, and how well it predicted.
+        """One row per ledger: trials, front, hypervolume, best within budgets, what was spent, and how well it predicted.
+
+        `curve`: after each scored trial, MACs spent and the hypervolume of what the first rung has shown to be feasible and ahead;
+        `area`: its mean height over the MACs that every searcher has spent. `over_seeds`: mean and standard deviation of searchers
+        that ran with several seeds.
 
         Each front member is compared with the next cheaper one, each best within a budget with the best of all searchers, on the
         same noise: where the paired difference is within two standard errors, `words` say that it is inconclusive.
         """
         quality = self.facts["objectives"][0]
         reference = self._reference(quality)
+        curves = self._curves(quality)
+        common = min(
+            (curve[-1][0] for name, curve in curves.items() if curve and name != self.facts["baseline"]), default=0.0
+        )
         rows = []
         for info, trials in self.ledgers:
             done = [t for t in trials if t.scored and t.score is not None]
@@ -123,8 +131,12 @@ class Run:
                     ],
                     "hypervolume": hypervolume(points, reference) if points else 0.0,
                     "best_within": {f"{share:g}": self._best(trials, share, quality) for share in SHARES},
-                    "spent": _spent(done),
+                    "curve": curves[_label(info)],
+                    "area": area(curves[_label(info)], common),
+                    "spent": {**_spent(done), "wall_seconds": wall_seconds(trials)},
                     "prediction": _prediction(done, quality),
+                    "screening": _screening(done),
+                    "answers": _answers(done),
                 }
             )
         self._mark_leaders(rows, quality)
@@ -133,8 +145,49 @@ class Run:
             "objective": quality,
             "label": self.label(quality),
             "hypervolume_reference": dict(zip((quality, "macs_share"), reference, strict=True)),
+            "area_until_macs": common,
             "searchers": rows,
+            "over_seeds": self._over_seeds(rows, quality),
         }
+
+    def _curves(self, quality: str) -> dict[str, list[tuple[float, float]]]:
+        """By ledger; against the worst feasible score of any ledger's first rung, and all of the full net's MACs."""
+
+        def first_rung(info: LedgerInfo, trials: Sequence[Trial]) -> list[tuple[float, float]]:
+            within = [t for t in trials if t.scored and t.rung == info.rungs[0] and not _over(t)]
+            return [t.objectives((quality, "macs_share")) for t in within]  # type: ignore[misc]
+
+        worst = max((value for ledger in self.ledgers for value, _ in first_rung(*ledger)), default=0.0) * 1.0001
+        found = {}
+        for info, trials in self.ledgers:
+            spent, points, curve = 0.0, [], []
+            for trial in trials:
+                if trial.scored and trial.score is not None:
+                    spent += trial.score.spent.get("macs", 0.0)
+                    points += first_rung(info, [trial])
+                    points = [points[i] for i in front(points)]
+                    curve.append((spent, hypervolume(points, (worst, 1.0001))))
+            found[_label(info)] = curve
+        return found
+
+    def _over_seeds(self, rows: Sequence[Mapping[str, Any]], quality: str) -> list[dict[str, Any]]:
+        by_searcher: dict[str, list[Mapping[str, Any]]] = {}
+        for (info, _), row in zip(self.ledgers, rows, strict=True):
+            by_searcher.setdefault(info.searcher, []).append(row)
+        return [
+            {
+                "searcher": name,
+                "seeds": len(group),
+                "hypervolume": mean_and_spread([row["hypervolume"] for row in group]),
+                "area": mean_and_spread([row["area"] for row in group]),
+                "best_within": {
+                    share: mean_and_spread([best[quality] for row in group if (best := row["best_within"][share])])
+                    for share in group[0]["best_within"]
+                },
+            }
+            for name, group in by_searcher.items()
+            if len(group) > 1
+        ]
 
     def label(self, quality: str) -> str:
         """What the verified objective is called: distance, sample count, extractor."""
@@ -179,6 +232,36 @@ def _member(trial: Trial, quality: str) -> dict[str, Any]:
     }
 
 
+def area(curve: Sequence[tuple[float, float]], until: float) -> float:
+    """Mean height of a step curve of (MACs spent, hypervolume) from 0 to `until`."""
+    if not curve or until <= 0:
+        return 0.0
+    starts = [min(spent, until) for spent, _ in curve]
+    widths = np.diff([*starts, until])
+    return float(sum(height * width for (_, height), width in zip(curve, widths, strict=True)) / until)
+
+
+def mean_and_spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean, standard deviation over seeds, and their number; None for none."""
+    if not values:
+        return None
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return {"mean": float(np.mean(values)), "sd": spread, "seeds": len(values)}
+
+
+def wall_seconds(trials: Sequence[Trial]) -> float:
+    """Time during which at least one trial was under way; pauses between runs do not count."""
+    busy, end = 0.0, -math.inf
+    for start, stop in sorted(trial.clock for trial in trials if trial.clock is not None):
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return busy
+
+
+def _over(trial: Trial) -> bool:
+    return any(excess > 0 for excess in trial.violations.values())
+
+
 SPENT = ("calls", "macs", "seconds", "cached_calls", "cached_macs", "cache_hits")
 
 
@@ -221,6 +304,30 @@ def _prediction(trials: Sequence[Trial], quality: str) -> dict[str, float] | Non
         "r_squared": 1 - float(((measured - predicted) ** 2).sum()) / spread if spread else math.nan,
         "tau": float(Agreement(predicted, measured).tau(ones)[0]),
         "tau_in_band": float(Agreement(predicted, measured, bands).tau(ones)[0]),
+    }
+
+
+def _screening(trials: Sequence[Trial]) -> dict[str, float] | None:
+    """How many offspring a model screened, of how many, and its last held-out tau."""
+    known = [t.origin for t in trials if "screened" in t.origin]
+    if not known:
+        return None
+    return {
+        "offspring": len(known),
+        "screened": sum(origin["screened"] > 1 for origin in known),
+        "tau": known[-1]["tau"],
+    }
+
+
+def _answers(trials: Sequence[Trial]) -> dict[str, int] | None:
+    """What became of a proposer's answers."""
+    answers = [answer for t in trials for answer in t.origin.get("answers", ())]
+    if not answers:
+        return None
+    return {
+        "answers": len(answers),
+        "repaired": sum("repaired" in answer for answer in answers),
+        "refused": sum("refused" in answer for answer in answers),
     }
 
 

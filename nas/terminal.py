@@ -117,16 +117,16 @@ def print_status(facts: Mapping[str, Any]) -> None:
 
 
 def print_comparison(facts: Mapping[str, Any]) -> None:
-    """What `Run.compare` returns, as two tables."""
+    """What `Run.compare` returns, as tables: the searchers, their best within budgets, and both over seeds."""
     rows = facts["searchers"]
     table = _table(f"{facts['study']}: {facts['label']}")
     table.add_column("searcher", no_wrap=True)
-    for column in ("trials", "failed", "front", "hypervolume", "calls", "MACs", "saved", "seconds"):
+    for column in ("trials", "failed", "front", "hypervol.", "area", "MACs", "saved", "seconds", "wall"):
         table.add_column(column, justify="right")
     for row in rows:
-        calls, macs, seconds, kept = (row["spent"][key] for key in ("calls", "macs", "seconds", "cached_macs"))
+        macs, seconds, kept, wall = (row["spent"][key] for key in ("macs", "seconds", "cached_macs", "wall_seconds"))
         saved = f"{kept / (macs + kept):.0%}" if macs + kept else "-"
-        spent = [_short(calls), _short(macs), saved, _short(seconds)]
+        spent = [f"{row['area']:.4f}", _short(macs), saved, _short(seconds), _short(wall)]
         table.add_row(
             row["searcher"],
             *(str(row[key]) for key in ("trials", "failed")),
@@ -139,12 +139,36 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
     best.add_column("searcher", no_wrap=True)
     for budget in budgets:
         best.add_column(f"{float(budget):.0%}", justify="right", no_wrap=True)
+    several = {row["searcher"] for row in facts["over_seeds"]}
     for row in rows:
+        if row["searcher"].partition(" (seed")[0] in several:
+            continue  # the third table has their means
         best.add_row(row["searcher"], *(_best(row["best_within"][budget], facts["objective"]) for budget in budgets))
     out.print(table, best)
+    if facts["over_seeds"]:
+        out.print(_over_seeds(facts["over_seeds"], budgets))
     for line in _verdicts(rows, budgets):
         out.print(line, highlight=False, soft_wrap=True)
+    out.print(
+        f"area: mean hypervolume on search samples while the first {_short(facts['area_until_macs'])} MACs were spent, "
+        f"as all have; curves: {facts['curves']}",
+        highlight=False,
+        soft_wrap=True,
+    )
     out.print(f"front: {facts['picture']}", highlight=False, soft_wrap=True)
+
+
+def _over_seeds(rows: Any, budgets: list[str]) -> Table:
+    table = _table("mean ± standard deviation over seeds")
+    table.add_column("searcher", no_wrap=True)
+    for column in ("seeds", "hypervolume", "area", *(f"{float(budget):.0%}" for budget in budgets)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [row["hypervolume"], row["area"], *(row["best_within"][budget] for budget in budgets)]
+        table.add_row(
+            row["searcher"], str(row["seeds"]), *("-" if c is None else f"{c['mean']:.3g}±{c['sd']:.1g}" for c in cells)
+        )
+    return table
 
 
 def _best(member: Mapping[str, Any] | None, objective: str) -> str:
@@ -176,6 +200,17 @@ def _verdicts(rows: Any, budgets: list[str]) -> Iterator[str]:
         if row["probes"] and not row["prediction"]:
             yield (
                 f"{row['searcher']}: {row['probes']} trials were probes and next to none made use of them; raise --trials, or probe less"
+            )
+        if (screening := row["screening"]) and screening["screened"] < screening["offspring"]:
+            yield (
+                f"{row['searcher']}: {screening['offspring'] - screening['screened']} of {screening['offspring']} offspring were not "
+                f"screened, the model's held-out Kendall tau being too low; it is {screening['tau']:.2f} now"
+            )
+        if row["answers"]:
+            yield (
+                "{searcher}: of {answers} answers of the proposer {repaired} were repaired and {refused} refused".format(
+                    searcher=row["searcher"], **row["answers"]
+                )
             )
         if row["prediction"]:
             p = row["prediction"]

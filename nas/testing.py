@@ -74,11 +74,19 @@ class TableSpace:
         return Schedule(tuple(Step(len(options) - 1 - k, option) for k, option in enumerate(options)))
 
     def cost(self, genome: Genome) -> dict[str, float]:
-        macs = IntervalCosts(self).macs(genome)
-        return {"macs": macs, "macs_share": macs / sum(int(costs.max()) for costs in self.interval_costs())}
+        macs = self._costs.macs(genome)
+        return {"macs": macs, "macs_share": macs / self._full}
 
     def interval_costs(self) -> tuple[npt.NDArray[np.int64], ...]:
         return self._arrays
+
+    @cached_property
+    def _costs(self) -> IntervalCosts:
+        return IntervalCosts(self)
+
+    @cached_property
+    def _full(self) -> int:
+        return sum(int(costs.max()) for costs in self.interval_costs())
 
     @cached_property
     def _arrays(self) -> tuple[npt.NDArray[np.int64], ...]:

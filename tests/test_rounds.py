@@ -175,7 +175,7 @@ def test_linear_shares_are_the_papers_rule() -> None:
     least, most, count = 5, 5 * 81, 5
     rule = np.array([i / count + (count - i) / count * 0.5 for i in range(1, count + 1)])
     expected = 1 + (most - least) * rule / rule.sum()
-    assert [search._allowance(k, float(most), "linear") for k in range(5)] == pytest.approx(expected)
+    assert [search._allowance(k, float(most)) for k in range(5)] == pytest.approx(expected)
 
 
 class Model(BaseHTTPRequestHandler):

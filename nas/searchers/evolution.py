@@ -24,7 +24,8 @@ REFIT = 8
 
 @dataclass(frozen=True)
 class Evolution:
-    """`population`: parents kept; the first `population` proposals are the feasible uniform schedules, then random ones.
+    """`population`: parents kept; the first `population` proposals are the feasible uniform schedules (unless `uniform` is False), then
+    random ones.
 
     `mutation_rate`: chance of each gene to change, 1 / genes where None. `crossover_rate`: chance of two-point crossover.
     `screened`: offspring made for each that is proposed, the one that a ranking model of the scores expects to gain most at its cost;
@@ -34,6 +35,7 @@ class Evolution:
     population: int = 20
     mutation_rate: float | None = None
     crossover_rate: float = 0.9
+    uniform: bool = True
     screened: int = 1
     least_tau: float = 0.3
 
@@ -52,7 +54,8 @@ class EvolutionSearch:
         self._settings = settings
         self._problem = problem
         self._seed = seed
-        self._seeds = [genome for genome in uniform_genomes(problem.space) if problem.feasible(genome)]
+        uniform = uniform_genomes(problem.space) if settings.uniform else []
+        self._seeds = [genome for genome in uniform if problem.feasible(genome)]
         self._rate = 1 / len(problem.space.choices) if settings.mutation_rate is None else settings.mutation_rate
         self._seen: set[Genome] = set()
         self._survivors: list[Trial] = []

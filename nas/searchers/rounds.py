@@ -61,7 +61,9 @@ class RoundsSearch:
         least, most = (self._costs.macs(end) for end in (self._costs.cheapest(), self._costs.dearest()))
         limit = min(float(most), macs_budget(problem))
         self._budgets = [least + (limit - least) * (i + 1) / settings.budgets for i in range(settings.budgets)]
-        self._starts = list(dict.fromkeys(self._start_of(budget) for budget in self._budgets))
+        self._least = np.array([int(table.min()) for table in self._costs.tables], dtype=np.float64)
+        self._shares = self._rule(settings.split if settings.split != "learned" else "equal")
+        self._starts = [self._start_of(budget) for budget in self._budgets]
         self._told: set[Genome] = set()
         self._scored: dict[Genome, float] = {}
         self._numbers: dict[Genome, int] = {}
@@ -100,7 +102,7 @@ class RoundsSearch:
                 self._best[place] = min(self._best.get(place, (np.inf, ())), (value, trial.genome))
 
     def _round(self, taken: set[Genome]) -> Proposal | Signal:
-        number = len(taken) - len(self._starts)
+        number = len(taken) - len(set(self._starts))
         intervals = len(self._costs.genes)
         budget, k = number % len(self._budgets), number // len(self._budgets) % intervals
         _, incumbent = self._incumbent(budget)
@@ -145,7 +147,7 @@ class RoundsSearch:
             intervals=len(self._costs.genes),
             choices=tuple(self._problem.space.choices[genes]),
             costs=self._costs.tables[k],
-            allowance=self._allowance(k, self._budgets[budget], self._settings.split),
+            allowance=self._allowance(k, self._budgets[budget]),
             current=incumbent[genes],
             memory=self._remembered(k, budget),
             importance=importance[genes] if importance else (),
@@ -171,7 +173,7 @@ class RoundsSearch:
 
     def _incumbent(self, budget: int) -> tuple[float, Genome]:
         """The score and the best schedule within the budget; its start where there is none yet or nothing is remembered."""
-        return self._best.get(budget, (np.inf, self._start_of(self._budgets[budget])))
+        return self._best.get(budget, (np.inf, self._starts[budget]))
 
     def _importance(self) -> tuple[npt.NDArray[np.float64], ...]:
         """What each option of each gene is expected to add to the score's normal rank."""
@@ -185,24 +187,27 @@ class RoundsSearch:
             self._fitted = count, tuple(ranking.effects())
         return self._fitted[1]
 
-    def _allowance(self, k: int, budget: float, split: str) -> float:
-        """MACs that interval k may take of a budget."""
-        least = [int(table.min()) for table in self._costs.tables]
-        spare = budget - sum(least)
-        if split == "learned":
-            return spare + least[k]
-        count = len(least)
+    def _rule(self, split: str) -> npt.NDArray[np.float64]:
+        """Each interval's share of what a budget adds to the cheapest schedule."""
         weights = np.array([float(table.max()) for table in self._costs.tables])
         if split == "linear":
-            weights *= [(i + (count - i) * self._settings.least) / count for i in range(1, count + 1)]
-        return float(least[k] + spare * weights[k] / weights.sum())
+            place = np.arange(1, len(weights) + 1) / len(weights)
+            weights *= place + (1 - place) * self._settings.least
+        shares: npt.NDArray[np.float64] = weights / weights.sum()
+        return shares
+
+    def _allowance(self, k: int, budget: float) -> float:
+        """MACs that interval k may take of a budget."""
+        spare = budget - float(self._least.sum())
+        share = 1.0 if self._settings.split == "learned" else float(self._shares[k])
+        return float(self._least[k]) + spare * share
 
     def _start_of(self, budget: float) -> Genome:
         """Each interval at the dearest configuration within its share, an equal one where shares are to be learned."""
-        split = "equal" if self._settings.split == "learned" else self._settings.split
+        allowances = self._least + (budget - self._least.sum()) * self._shares
         genome: Genome = ()
-        for k, table in enumerate(self._costs.tables):
-            within = np.where(table <= self._allowance(k, budget, split), table, -1)
+        for allowance, table in zip(allowances, self._costs.tables, strict=True):
+            within = np.where(table <= allowance * (1 + 1e-12), table, -1)
             genome += tuple(int(i) for i in np.unravel_index(int(within.argmax()), table.shape))
         return genome
 
