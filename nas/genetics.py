@@ -115,7 +115,8 @@ def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
 
 
 def mutate(space: SearchSpace, genome: Genome, rng: np.random.Generator, rate: float) -> Genome:
-    """Each gene changes to another of its options with probability `rate`; at least one that can change does."""
+    """Each gene moves with probability `rate`, at least one that can move does: up or down its options, which stand in order, by a
+    step of geometric length, a third of them in the mean, that stops at the last one."""
     sizes = [len(choice.options) for choice in space.choices]
     changing = rng.random(len(genome)) < rate
     movable = [i for i, size in enumerate(sizes) if size > 1]
@@ -124,7 +125,9 @@ def mutate(space: SearchSpace, genome: Genome, rng: np.random.Generator, rate: f
     child = list(genome)
     for i in np.flatnonzero(changing):
         if sizes[i] > 1:
-            child[i] = int((genome[i] + rng.integers(1, sizes[i])) % sizes[i])
+            step = int(rng.geometric(min(1.0, 3 / sizes[i])))
+            rises = genome[i] == 0 or (genome[i] < sizes[i] - 1 and rng.random() < 0.5)
+            child[i] = min(genome[i] + step, sizes[i] - 1) if rises else max(genome[i] - step, 0)
     return tuple(child)
 
 
