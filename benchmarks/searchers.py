@@ -67,14 +67,14 @@ OWN: dict[str, Searcher] = {
     "random": Random(),
     "ddsm": DDSM(population=20),
     "evolution": Evolution(),
-    "evolution, screened": Evolution(screened=16),
+    "evolution, not screened": Evolution(screened=1),
     "knapsack": Knapsack(around="full"),
     "rounds": Rounds(),
     "routing": Routing(),
     "enumerate": Enumerate(),
 }
 ADAPTERS: dict[str, Searcher] = {
-    "nevergrad: PortfolioDiscreteOnePlusOne": Nevergrad(),
+    "nevergrad: DE": Nevergrad(),
     "nevergrad: NGOpt": Nevergrad("NGOpt"),
     "nevergrad: CMA": Nevergrad("CMA"),
     "optuna: TPE": OptunaSampler(),
@@ -240,7 +240,7 @@ def evolved(name: str, population: int, evaluations: int, seed: int) -> float:
     _, genes, count = PROBLEMS[name]
     names = tuple(f"f{i}" for i in range(count))
     problem = Problem(TableSpace(((1,) * LEVELS,) * genes), names)
-    search = Evolution(population=population, uniform=False).start(problem, seed)
+    search = Evolution(population=population, uniform=False, screened=1).start(problem, seed)
     points = []
     for number in range(evaluations):
         proposal = search.ask([])

@@ -10,7 +10,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 
 from nas import ranking
-from nas.contracts import UserError
+from nas.contracts import Problem, Score, UserError
 from nas.ranking import Ranking
 from nas.searchers.evolution import Evolution
 from nas.testing import check_searcher, table_problem, toy_score
@@ -87,6 +87,18 @@ def test_screening_stops_where_the_model_is_poor_and_says_so() -> None:
 
     told = drive(Evolution(population=8, screened=12), problem, smooth, 40)
     assert all(trial.origin["screened"] == 12 for trial in told if trial.origin["operator"] == "offspring")
+
+
+def test_what_cannot_be_screened_for_is_not() -> None:
+    """Two measured objectives: the model knows the first alone."""
+    table = table_problem(genes=8)
+    problem = Problem(table.space, ("fd", "colour"), table.limits)
+
+    def score(genome: Any) -> Score:
+        return Score({"fd": toy_score(genome).values["fd"], "colour": float(sum(genome))})
+
+    told = drive(Evolution(population=6), problem, score, 20)
+    assert all("screened" not in trial.origin for trial in told)
 
 
 def test_screening_nothing_is_said_so() -> None:

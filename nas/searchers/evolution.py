@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import IntervalCosts, cross, mutate, novel, random_genome, repair, uniform_genomes
+from nas.genetics import cheapest, cross, mutate, novel, random_genome, repair, uniform_genomes
 from nas.pareto import best_first
 from nas.ranking import MOST, Ranking
 
@@ -29,14 +29,15 @@ class Evolution:
 
     `mutation_rate`: chance of each gene to change, 1 / genes where None. `crossover_rate`: chance of two-point crossover.
     `screened`: offspring made for each that is proposed, the one that a ranking model of the scores expects to gain most at its cost;
-    1 for none. Where the model's held-out Kendall tau is below `least_tau`, offspring are proposed as they come, and say so.
+    1 for none. Where the model's held-out Kendall tau is below `least_tau`, offspring are proposed as they come, and say so. Only one
+    measured objective can be screened for, against one cost or none.
     """
 
     population: int = 20
     mutation_rate: float | None = None
     crossover_rate: float = 0.9
     uniform: bool = True
-    screened: int = 1
+    screened: int = 16
     least_tau: float = 0.3
 
     def __post_init__(self) -> None:
@@ -60,7 +61,9 @@ class EvolutionSearch:
         self._seen: set[Genome] = set()
         self._survivors: list[Trial] = []
         self._scored: list[tuple[Genome, float]] = []
-        self._costs = IntervalCosts(problem.space)
+        others = problem.objectives[1:]
+        costs = problem.space.cost(cheapest(problem.space))
+        self._wanted = settings.screened if len(others) < 2 and all(name in costs for name in others) else 1
         self._fitted: tuple[int, Ranking, list[Genome]] | None = None
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
@@ -80,7 +83,7 @@ class EvolutionSearch:
             parents[child] = numbers
             return child
 
-        while len(children) < self._settings.screened:
+        while len(children) < self._wanted:
             child = novel(self._problem, offspring, lambda genome: genome in taken or genome in children)
             if child is None:
                 break
@@ -107,18 +110,22 @@ class EvolutionSearch:
 
     def _screen(self, children: list[Genome]) -> tuple[Genome, dict[str, Any]]:
         """The child that is expected to gain most over what was scored at no more MACs, and how it was chosen."""
-        if self._settings.screened == 1:
+        if len(children) == 1:
             return children[0], {}
         ranking, genomes = self._model()
         if ranking.tau < self._settings.least_tau:
             return children[0], {"screened": 1, "tau": ranking.tau}
-        macs = self._costs.macs
-        known = sorted(zip(map(macs, genomes), ranking.ranks.tolist(), strict=True))
+        known = sorted(zip(map(self._price, genomes), ranking.ranks.tolist(), strict=True))
         best = np.minimum.accumulate([rank for _, rank in known])
-        places = np.searchsorted([cost for cost, _ in known], [macs(child) for child in children], side="right")
+        places = np.searchsorted([price for price, _ in known], [self._price(c) for c in children], side="right")
         reached = np.where(places > 0, best[np.maximum(places - 1, 0)], best[0] + 1.0)
         gains = reached - ranking.predict(children)
         return children[int(gains.argmax())], {"screened": len(children), "tau": ranking.tau}
+
+    def _price(self, genome: Genome) -> float:
+        """What it costs, where an objective is a cost."""
+        names = self._problem.objectives
+        return float(self._problem.space.cost(genome)[names[1]]) if len(names) > 1 else 0.0
 
     def _model(self) -> tuple[Ranking, list[Genome]]:
         """Fitted to the first objective of what was scored when the last `REFIT` were complete."""

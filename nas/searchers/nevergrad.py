@@ -32,7 +32,7 @@ class Nevergrad:
     budget is repaired, and the repaired genome's score is told for what was drawn.
     """
 
-    optimizer: str = "PortfolioDiscreteOnePlusOne"
+    optimizer: str = "DE"
     budget: int = 100
 
     def __post_init__(self) -> None:

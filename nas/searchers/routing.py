@@ -37,7 +37,7 @@ class Routing:
     where each interval has the same share of what the budget adds to the cheapest schedule.
     """
 
-    batch: int = 8
+    batch: int = 4
     memory: int = 64
     steps: int = 8
     learning_rate: float = 0.03
