@@ -1,7 +1,7 @@
 """Every searcher against every other, by the same scores.
 
 On the table of all schedules of five intervals of the digits study, 50 seeds each: what 60 evaluations return, as samples judge it that
-no search saw. There too: the routing agent with and without recurrence and with equal shares, rounds with and without memory, with
+no search saw. There too: the routing agent with and without recurrence, with equal shares, and learned from the supernet first; rounds with and without memory, with
 fixed shares, and with TPE as the proposer on the same memory. Then real evaluations, five seeds, compared over the MACs that all have
 spent; evolution against pymoo's NSGA-II on public test problems; and how long each takes to ask.
 """
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks.common import Benchmark, Target, borrow, digits_run
 from benchmarks.digits_table import (
@@ -33,10 +34,11 @@ from benchmarks.digits_table import (
     replayed,
 )
 from evaluators.frechet import Frechet
-from nas.contracts import Problem, Proposal, Score, Searcher
+from nas.contracts import Problem, Proposal, Score, Search, Searcher
 from nas.genetics import random_genome
 from nas.pareto import front, hypervolume
 from nas.proposers import Question
+from nas.relaxation import Relaxation
 from nas.report import Run, area, verified_front
 from nas.searchers.ddsm import DDSM
 from nas.searchers.enumerate import Enumerate
@@ -151,6 +153,32 @@ def against(row: Row, other: Row) -> Row:
         "difference": float(difference.mean()),
         "error": float(difference.std(ddof=1) / math.sqrt(len(difference))),
     }
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The routing agent with what it learned from the supernet, as a run would have kept it."""
+
+    path: str
+
+    def start(self, problem: Problem, seed: int) -> Search:
+        return Routing(warm_start=Relaxation()).start(problem, seed, load_file(self.path))
+
+
+def learn(table: Table, trained: Path, into: Path) -> Row:
+    """Lets the routing agent learn from the digits supernet, once."""
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    problem = Problem(table.size.space, ("fd", "macs"), LIMITS)
+    learning = Routing(warm_start=Relaxation()).learn(problem, net.load(trained / "supernet", "cpu"), images.load(), 0)
+    while True:
+        try:
+            next(learning)
+        except StopIteration as end:
+            tensors, macs = end.value
+            break
+    save_file(dict(tensors), into)
+    return {"macs": macs, "seconds": time.perf_counter() - started}
 
 
 # ------------------------------------------------------------------------------------------------------------------ live
@@ -331,7 +359,9 @@ def main() -> None:
     study, trained = digits_run(digits, quick)
     table = build_table(bench, QUICK_TABLE if quick else FULL_TABLE, trained)
     trials, rungs, seeds = (12, (32, 64), 3) if quick else (TRIALS, RUNGS, 50)
-    everyone = {**OWN, **ADAPTERS, **ABLATIONS}
+    learned = bench.folder / "learned.safetensors"
+    bench.row("table: what the routing agent's learning takes", lambda: learn(table, trained, learned))
+    everyone = {**OWN, **ADAPTERS, **ABLATIONS, "routing, learned from the supernet first": Learned(str(learned))}
     rows = bench.rows(
         {f"table: {name}": (on_table, table, searcher, trials, rungs, seeds) for name, searcher in everyone.items()}
     )
@@ -346,6 +376,7 @@ def main() -> None:
     for name, other in (
         ("routing, flat policy", "routing"),
         ("routing, equal shares", "routing"),
+        ("routing, learned from the supernet first", "routing"),
         *((name, "rounds") for name in ABLATIONS if name.startswith("rounds")),
     ):
         bench.row(

@@ -184,21 +184,34 @@ def measured(loaded: LoadedElasticUNet, setting: Setting, schedule: Schedule, tu
     }
 
 
+def full_net(setting: Setting) -> tuple[ElasticUNet, Path]:
+    """The full net alone, without anything elastic, and its run folder."""
+    folder = setting.folder.parent / f"full-{setting.seed}"
+    return replace(setting.net, widths=(1.0,), depths=(), per_level=(), experts=()), folder
+
+
+def train_full(setting: Setting) -> Row:
+    """Trains it as long as the others' first stage, and its judge."""
+    torch.set_num_threads(1)
+    whole, folder = full_net(setting)
+    for _ in Stages(setting.training.stages[:1]).run(whole, images, folder / "supernet", setting.seed, "cpu"):
+        pass
+    for _ in setting.study.evaluator.prepare(folder, setting.seed, "cpu"):
+        pass
+    [stage] = json.loads((folder / "supernet" / "training.json").read_text())
+    return {"training_macs": stage["macs"]}
+
+
 def one_shot(setting: Setting, criterion: Criterion, tuned: bool) -> Row:
     """Diff-Pruning's static network: the trained full net's channels in order, then pruned, with no elastic training. Its fine-tune
     takes as long as the elastic training and the fine-tune of the others."""
     torch.set_num_threads(1)
-    whole = replace(setting.net, widths=(1.0,), depths=(), per_level=(), experts=())
-    alone = replace(setting, folder=setting.folder.parent / f"full-{setting.seed}")
-    for _ in Stages(setting.training.stages[:1]).run(whole, images, alone.folder / "supernet", setting.seed, "cpu"):
-        pass
+    whole, folder = full_net(setting)
+    alone = replace(setting, folder=folder)
     loaded = whole.load(alone.folder / "supernet", "cpu")
     for _ in Order(criterion, stride=20, batch=64).fit(loaded, images.load(), setting.seed):
         pass
     schedule = everywhere(pruned(whole.anatomy, STATIC_RATIO))
-    study = replace(setting.study, supernet=whole, training=Sandwich(1))
-    for _ in study.evaluator.prepare(alone.folder, setting.seed, "cpu"):
-        pass
     if tuned:
         elastic = sum(stage.steps for stage in setting.training.stages if isinstance(stage, Sandwich)) - (
             setting.training.stages[0].steps  # type: ignore[attr-defined]
@@ -275,7 +288,10 @@ def main() -> None:
             for tuned in (False, True) if criterion == "gradient" else (False,):
                 key = f"static {criterion}, seed {seed}, {'fine-tuned' if tuned else 'one shot'}"
                 wanted[key] = (one_shot, setting(VARIANTS[0], seed), criterion, tuned)
-    judged = bench.rows(wanted)
+    whole = [setting(VARIANTS[0], seed) for seed in seeds]
+    bench.rows({f"training: full net alone, seed {each.seed}": (train_full, each) for each in whole})
+    frozen_first = sorted(wanted.items(), key=lambda job: job[0].endswith("fine-tuned"))
+    judged = bench.rows(dict(frozen_first))
 
     least: dict[bool, float] = {}
     for tuned in (False, True):

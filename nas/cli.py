@@ -121,6 +121,7 @@ def run(
             for name, number in ((BASELINE, 0), *searches):
                 label = name + (f" (seed {number})" if number else "")
                 shown = SearchBar(bars, label, study.objectives[0])
+                follow(bars, session.learn(name, number, pool))
                 conductor = session.conductor(name, number, trials, shown)
                 shown.begin(conductor)
                 session.run(conductor, pool)

@@ -10,7 +10,7 @@ import enum
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -416,3 +416,23 @@ class Searcher(Protocol):
     """Recipe of a search. `repr` identifies it: a ledger refuses to go on under another one."""
 
     def start(self, problem: Problem, seed: int) -> Search: ...
+
+
+Learned = tuple[Mapping[str, "torch.Tensor"], int]
+"""Tensors that a searcher learned from the supernet, and the MACs that it took."""
+
+
+@runtime_checkable
+class LearningSearcher(Protocol):
+    """A searcher that first learns from the supernet's gradients or losses: once in a run, on a worker; what it learned is kept as
+    safetensors in the run folder and handed to `start`."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether it wants to, with its present settings."""
+
+    def learn(
+        self, problem: Problem, supernet: LoadedSupernet, images: ImageSet, seed: int
+    ) -> Generator[Progress, None, Learned]: ...
+
+    def start(self, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None) -> Search: ...

@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage
 from nas.audit import Agreement, bands_of
 from nas.contracts import Trial, UserError
 from nas.ladder import CONFIDENCE
+from nas.learning import learned_macs
 from nas.ledger import LedgerInfo, open_storage, read_ledgers
 from nas.pareto import front, hypervolume
 
@@ -133,7 +134,11 @@ class Run:
                     "best_within": {f"{share:g}": self._best(trials, share, quality) for share in SHARES},
                     "curve": curves[_label(info)],
                     "area": area(curves[_label(info)], common),
-                    "spent": {**_spent(done), "wall_seconds": wall_seconds(trials)},
+                    "spent": {
+                        **_spent(done),
+                        "learning_macs": learned_macs(self.folder, info),
+                        "wall_seconds": wall_seconds(trials),
+                    },
                     "prediction": _prediction(done, quality),
                     "screening": _screening(done),
                     "answers": _answers(done),
@@ -160,7 +165,7 @@ class Run:
         worst = max((value for ledger in self.ledgers for value, _ in first_rung(*ledger)), default=0.0) * 1.0001
         found = {}
         for info, trials in self.ledgers:
-            spent, points, curve = 0.0, [], []
+            spent, points, curve = float(learned_macs(self.folder, info)), [], []
             for trial in trials:
                 if trial.scored and trial.score is not None:
                     spent += trial.score.spent.get("macs", 0.0)

@@ -3,6 +3,7 @@
 <run>/study.json     what is searched, for `nas status` and `nas compare`
 <run>/supernet/      weights, or the checkpoint of an unfinished training
 <run>/features/      the feature extractor
+<run>/learned/       what searchers learned from the supernet before they searched
 <run>/journal.log    the ledgers, unless --storage names another place
 <run>/report/        pictures and tables
 """
@@ -14,13 +15,15 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.contracts import Progress, Trial
+from nas.contracts import LearningSearcher, Progress, Trial
 from nas.genetics import uniform_genomes
 from nas.ladder import Ladder
+from nas.learning import Learner, learn_once, learned_tensors, wants_to_learn
 from nas.ledger import Ledger, known_scores, lock_run, open_storage, url_without_password
 from nas.report import RUN
 from nas.runner import Conductor, run_here
@@ -52,6 +55,18 @@ class Session:
         with _torch_threads(threads or os.cpu_count() or 1):
             yield from self.study.prepare(self.folder, self.device)
 
+    def learn(self, searcher: str, seed: int = 0, workers: Workers | None = None) -> Iterator[Progress]:
+        """Lets a searcher that learns from the supernet do so, once, on one CPU thread or on a Ray worker."""
+        if workers is None:
+            with _torch_threads(1):
+                yield from learn_once(self.study, self.folder, self.device, searcher, seed)
+        elif wants_to_learn(self.study, self.folder, searcher, seed):
+            from nas.ray_runner import map_on_ray
+
+            yield Progress(f"{searcher} learns", 0, 1)
+            for _ in map_on_ray(partial(Learner, self.study, self.folder), [(searcher, seed)], self.study, workers):
+                yield Progress(f"{searcher} learns", 1, 1)
+
     def conductor(
         self,
         searcher: str,
@@ -69,7 +84,11 @@ class Session:
         if searcher == BASELINE:  # all of it, at every rung, whatever the limits
             problem = study.unlimited()
             ladder = replace(ladder, trials=len(uniform_genomes(study.space)), everything=True)
-        search = study.searcher(searcher).start(problem, seed)
+        recipe = study.searcher(searcher)
+        if isinstance(recipe, LearningSearcher):
+            search = recipe.start(problem, seed, learned_tensors(self.folder, info))
+        else:
+            search = recipe.start(problem, seed)
         known = known_scores(self.storage, info)
         return Conductor(ledger, search, problem, ladder, study.seed, known, on_settled)
 

@@ -201,6 +201,8 @@ def _verdicts(rows: Any, budgets: list[str]) -> Iterator[str]:
             yield (
                 f"{row['searcher']}: {row['probes']} trials were probes and next to none made use of them; raise --trials, or probe less"
             )
+        if row["spent"]["learning_macs"]:
+            yield f"{row['searcher']}: {_short(row['spent']['learning_macs'])} MACs more were spent on learning before the search"
         if (screening := row["screening"]) and screening["screened"] < screening["offspring"]:
             yield (
                 f"{row['searcher']}: {screening['offspring'] - screening['screened']} of {screening['offspring']} offspring were not "

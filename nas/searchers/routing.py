@@ -9,7 +9,7 @@ are told, compared with what was to be expected of their budgets, and made more 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +17,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
+from nas.contracts import (
+    DONE,
+    Genome,
+    ImageSet,
+    Learned,
+    LoadedSupernet,
+    Problem,
+    Progress,
+    Proposal,
+    Signal,
+    Trial,
+    UserError,
+    derive_seed,
+)
 from nas.genetics import IntervalCosts, macs_budget, near
+from nas.relaxation import Relaxation, learn
 
 Array = npt.NDArray[np.float64]
 
@@ -34,7 +48,8 @@ class Routing:
     of the recurrent state. `evenness`: how strongly the first policy prefers options near an even share of what is left.
 
     `recurrent`: False for a flat policy, whose options depend on the gene and the budget left alone. `split`: "learned", or "equal"
-    where each interval has the same share of what the budget adds to the cheapest schedule.
+    where each interval has the same share of what the budget adds to the cheapest schedule. `warm_start`: losses of the supernet from
+    which the policy is learned before the search, as the published agent is; None for none.
     """
 
     batch: int = 4
@@ -48,6 +63,7 @@ class Routing:
     evenness: float = 4.0
     recurrent: bool = True
     split: Literal["learned", "equal"] = "learned"
+    warm_start: Relaxation | None = None
 
     def __post_init__(self) -> None:
         if min(self.batch, self.memory, self.steps, self.horizon, self.hidden) < 1:
@@ -58,12 +74,27 @@ class Routing:
         if self.split not in ("learned", "equal"):
             raise UserError(f"split {self.split!r} is not known; use learned or equal")
 
-    def start(self, problem: Problem, seed: int) -> RoutingSearch:
-        return RoutingSearch(self, problem, seed)
+    @property
+    def learns(self) -> bool:
+        return self.warm_start is not None
+
+    def learn(
+        self, problem: Problem, supernet: LoadedSupernet, images: ImageSet, seed: int
+    ) -> Generator[Progress, None, Learned]:
+        """The policy's parameters after its training on the supernet, and the MACs that took."""
+        assert self.warm_start is not None
+        search = RoutingSearch(self, problem, seed)
+        spent = yield from learn(self.warm_start, search, problem, supernet, images, seed)
+        return search.learned(), spent
+
+    def start(self, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None) -> RoutingSearch:
+        return RoutingSearch(self, problem, seed, learned)
 
 
 class RoutingSearch:
-    def __init__(self, settings: Routing, problem: Problem, seed: int) -> None:
+    def __init__(
+        self, settings: Routing, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         self._settings = settings
         self._problem = problem
         self._seed = seed
@@ -71,6 +102,8 @@ class RoutingSearch:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "routing policy"))
             self._policy = Policy(self._walk.sizes, settings.hidden, settings.recurrent)
+        if learned is not None:
+            self._policy.load_state_dict(learned)
         self._optimiser = torch.optim.Adam(self._policy.parameters(), lr=settings.learning_rate)
         self._version = 0
         self._told: set[Genome] = set()
@@ -100,13 +133,30 @@ class RoutingSearch:
         if len(self._scored) % self._settings.batch == 0:
             self._update()
 
-    def _draw(self, number: int) -> list[tuple[Genome, float, float]]:
-        """The `number`-th batch of this version of the policy: genomes, the budgets given to it, log-likelihoods. Budgets are spread
-        evenly, each at a random place of its stratum."""
-        rng = np.random.default_rng(derive_seed(self._seed, self._version, number, "routing draw"))
-        count = self._settings.batch
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self._policy.parameters())
+
+    def learned(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._policy.state_dict().items()}
+
+    def relaxed(self, count: int, rng: np.random.Generator) -> tuple[list[Genome], torch.Tensor, torch.Tensor]:
+        """Draws of the policy for budgets spread over the range, see `RelaxedPolicy`."""
+        budgets = self._budgets(count, rng)
+        with torch.inference_mode():
+            genomes, _ = self._policy.draw(self._walk, budgets, rng)
+        features, priors = self._walk.replay(np.array(genomes), budgets, masked=False)
+        logits, _ = self._policy.logits(features, 0)
+        return genomes, torch.from_numpy(budgets), logits + priors
+
+    def _budgets(self, count: int, rng: np.random.Generator) -> Array:
+        """Spread evenly over the range, each at a random place of its stratum."""
         shares = (rng.permutation(count) + rng.random(count)) / count
-        budgets = self._walk.least + shares * (self._walk.most - self._walk.least)
+        return self._walk.least + shares * (self._walk.most - self._walk.least)
+
+    def _draw(self, number: int) -> list[tuple[Genome, float, float]]:
+        """The `number`-th batch of this version of the policy: genomes, the budgets given to it, log-likelihoods."""
+        rng = np.random.default_rng(derive_seed(self._seed, self._version, number, "routing draw"))
+        budgets = self._budgets(self._settings.batch, rng)
         with torch.inference_mode():
             genomes, likelihoods = self._policy.draw(self._walk, budgets, rng)
         return list(zip(genomes, budgets.tolist(), likelihoods.tolist(), strict=True))
@@ -171,9 +221,10 @@ class Walk:
         zero = np.zeros(len(budgets))
         return {"budgets": budgets, "spent": zero, "genes": [], "last": zero}
 
-    def look(self, state: dict[str, Any], gene: int) -> tuple[Array, Array]:
+    def look(self, state: dict[str, Any], gene: int, masked: bool = True) -> tuple[Array, Array]:
         """What the policy sees at a gene, (n, FEATURES), and the logits before it has learned anything, (n, most options): minus
-        infinity for what does not fit, and the lower the further an option is from an even share of what is left."""
+        infinity for what does not fit (unless not `masked`), and the lower the further an option is from an even share of what is
+        left."""
         k = self._costs.home(gene)
         before = state["genes"][self._costs.genes[k].start :]
         left = state["budgets"] - state["spent"]
@@ -189,7 +240,7 @@ class Walk:
         even = self._floor[k] + np.clip(slack, 0, 1) * self._span[k]
         prior = np.full((len(left), max(self.sizes)), -np.inf)
         distance = (prices - even[:, None]) / max(self._span[k], 1.0)
-        fits = prices <= allowed[:, None] * (1 + 1e-12)
+        fits = (prices <= allowed[:, None] * (1 + 1e-12)) | (not masked)
         prior[:, : self.sizes[gene]] = np.where(fits, -self._evenness * distance**2, -np.inf)
         return np.stack([np.clip(slack, 0, 1), whole, state["last"], place], axis=1), prior
 
@@ -202,12 +253,14 @@ class Walk:
         if gene == genes.stop - 1:
             state["spent"] = state["spent"] + self._costs.tables[k][tuple(state["genes"][genes])]
 
-    def replay(self, genomes: npt.NDArray[np.int64], budgets: Array) -> tuple[torch.Tensor, torch.Tensor]:
+    def replay(
+        self, genomes: npt.NDArray[np.int64], budgets: Array, masked: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What was seen on the way to known genomes: features (n, genes, FEATURES) and prior logits (n, genes, options)."""
         state = self.start(budgets)
         seen = []
         for gene, options in enumerate(genomes.T):
-            seen.append(self.look(state, gene))
+            seen.append(self.look(state, gene, masked))
             self.step(state, gene, options)
         features, priors = (np.stack(parts, axis=1) for parts in zip(*seen, strict=True))
         return torch.as_tensor(features, dtype=torch.float32), torch.as_tensor(priors, dtype=torch.float32)
