@@ -1,6 +1,7 @@
 """Real handwritten digits, 8x8 grey, ten DDIM steps, one width for each step. Minutes on two CPU cores.
 
 Run it:     nas run studies/digits.py
+Compare:    nas run studies/digits.py --searcher all --seeds 3
 Look:       nas compare runs/digits          nas dashboard runs/digits
 Hand over:  nas export studies/digits.py --within macs_share=0.5 --to exported
 """
@@ -8,9 +9,14 @@ Hand over:  nas export studies/digits.py --within macs_share=0.5 --to exported
 from evaluators.frechet import Frechet, KernelDistance
 from evaluators.images import Digits
 from evaluators.proxies import Additive, DenoisingLoss, TeacherDistance, TeacherFrechet, TrajectoryDistance
+from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
+from nas.searchers.nevergrad import Nevergrad
+from nas.searchers.optuna_sampler import OptunaSampler
 from nas.searchers.random import Random
+from nas.searchers.rounds import Rounds
+from nas.searchers.routing import Routing
 from nas.study import Study
 from search_spaces.intervals import linspace, per_step
 from search_spaces.stepwise import Stepwise
@@ -39,7 +45,16 @@ study = Study(
     images=images,
     training=Sandwich(steps=1500),
     evaluator=Frechet(images, rungs=(512, 2048)),
-    searchers={"evolution": Evolution(population=20), "random": Random(), "knapsack": Knapsack(around="full")},
+    searchers={
+        "evolution": Evolution(population=20),
+        "random": Random(),
+        "knapsack": Knapsack(around="full"),
+        "rounds": Rounds(),
+        "routing": Routing(),
+        "tpe": OptunaSampler("TPESampler"),
+        "nevergrad": Nevergrad("DE", budget=60),
+        "ddsm": DDSM(population=20),
+    },
     objectives=("fd", "macs"),
     limits={"macs_share": 0.6},
     trials=60,
