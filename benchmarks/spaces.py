@@ -115,7 +115,7 @@ class Setting:
 
     @property
     def tune(self) -> FineTune:
-        return FineTune(steps=10 if self.quick else 250, distillation=0.5)
+        return FineTune(steps=10 if self.quick else 150, learning_rate=2e-4, distillation=0.5)
 
     @property
     def samples(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -199,6 +199,16 @@ def advantage_of(budgets: Array, scores: Array) -> Array:
     return found
 
 
+@dataclass
+class Walked:
+    """Where a batch of genomes stands: their budgets, MACs spent on whole intervals, options so far by gene, the last one's place."""
+
+    budgets: Array
+    spent: Array
+    last: Array
+    genes: list[npt.NDArray[np.int64]]
+
+
 class Walk:
     """The genes in order, and what a budget leaves to choose at each. Prices are MACs; a batch of genomes goes side by side."""
 
@@ -216,42 +226,42 @@ class Walk:
         self._floor = least
         self._equal = split == "equal"
 
-    def start(self, budgets: Array) -> dict[str, Any]:
-        """A walk's state, before its first gene."""
+    def start(self, budgets: Array) -> Walked:
+        """Before the first gene."""
         zero = np.zeros(len(budgets))
-        return {"budgets": budgets, "spent": zero, "genes": [], "last": zero}
+        return Walked(budgets, zero, zero, [])
 
-    def look(self, state: dict[str, Any], gene: int, masked: bool = True) -> tuple[Array, Array]:
+    def look(self, state: Walked, gene: int, masked: bool = True) -> tuple[Array, Array]:
         """What the policy sees at a gene, (n, FEATURES), and the logits before it has learned anything, (n, most options): minus
         infinity for what does not fit (unless not `masked`), and the lower the further an option is from an even share of what is
         left."""
         k = self._costs.home(gene)
-        before = state["genes"][self._costs.genes[k].start :]
-        left = state["budgets"] - state["spent"]
+        before = state.genes[self._costs.genes[k].start :]
+        left = state.budgets - state.spent
         prices = np.broadcast_to(self._costs.least(gene, tuple(before)), (len(left), self.sizes[gene]))
         allowed = left - self._least_after[k]
         if self._equal:
-            share = (state["budgets"] - self.least) / max(self._span.sum(), 1.0)
+            share = (state.budgets - self.least) / max(self._span.sum(), 1.0)
             allowed = np.minimum(allowed, self._floor[k] + share * self._span[k])
         room = self._most_after[k] - self._floor[k] - self._least_after[k]
         slack = (left - self._floor[k] - self._least_after[k]) / max(room, 1.0)
-        whole = (state["budgets"] - self.least) / max(self._most_after[0] - self.least, 1.0)
+        whole = (state.budgets - self.least) / max(self._most_after[0] - self.least, 1.0)
         place = np.full(len(left), gene / max(len(self.sizes) - 1, 1))
         even = self._floor[k] + np.clip(slack, 0, 1) * self._span[k]
         prior = np.full((len(left), max(self.sizes)), -np.inf)
         distance = (prices - even[:, None]) / max(self._span[k], 1.0)
         fits = (prices <= allowed[:, None] * (1 + 1e-12)) | (not masked)
         prior[:, : self.sizes[gene]] = np.where(fits, -self._evenness * distance**2, -np.inf)
-        return np.stack([np.clip(slack, 0, 1), whole, state["last"], place], axis=1), prior
+        return np.stack([np.clip(slack, 0, 1), whole, state.last, place], axis=1), prior
 
-    def step(self, state: dict[str, Any], gene: int, options: npt.NDArray[np.int64]) -> None:
+    def step(self, state: Walked, gene: int, options: npt.NDArray[np.int64]) -> None:
         """Takes an option of the gene in each genome; an interval is paid for at its last gene."""
-        state["genes"].append(options)
-        state["last"] = options / max(self.sizes[gene] - 1, 1)
+        state.genes.append(options)
+        state.last = options / max(self.sizes[gene] - 1, 1)
         k = self._costs.home(gene)
         genes = self._costs.genes[k]
         if gene == genes.stop - 1:
-            state["spent"] = state["spent"] + self._costs.tables[k][tuple(state["genes"][genes])]
+            state.spent = state.spent + self._costs.tables[k][tuple(state.genes[genes])]
 
     def replay(
         self, genomes: npt.NDArray[np.int64], budgets: Array, masked: bool = True
@@ -313,4 +323,4 @@ class Policy(torch.nn.Module):
             options = np.minimum((below < rng.random((len(budgets), 1)) * below[:, -1:]).sum(1), prior.shape[1] - 1)
             likelihoods += np.take_along_axis(logarithms, options[:, None], 1)[:, 0]
             walk.step(walked, gene, options)
-        return [tuple(genome) for genome in np.stack(walked["genes"], axis=1).tolist()], likelihoods
+        return [tuple(genome) for genome in np.stack(walked.genes, axis=1).tolist()], likelihoods
