@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nas.contracts import Trial, UserError
+from nas.learning import learned_tensors
 from nas.ledger import open_storage, read_ledgers
 from nas.session import open_session
 from nas.study import Study, load_study
 from tests.test_cli import interrupted
+from tests.test_relaxation import warm
 from tests.test_runner import facts, killed_at_random, run
 from tests.toy import toy_study
 
@@ -194,3 +198,39 @@ def test_ctrl_c_stops_a_ray_run_and_says_so(tmp_path: Path) -> None:
 
     interrupted(["run", str(tmp_path / "study.py"), "--workers", "2", "--out", str(run_folder)], under_way)
     assert "evolution" not in {info.searcher for info, _ in read_ledgers(open_storage(run_folder))}
+
+
+def test_searchers_that_keep_state_share_two_workers(ray_cluster: Any, tmp_path: Path) -> None:
+    """Answers come back out of order: nobody proposes what is pending, or waits where nothing is."""
+    from nas.ray_runner import Workers
+
+    names = ("ddsm", "nevergrad", "optuna_sampler", "rounds", "routing")
+    searchers = {point.name: point.load()() for point in entry_points(group="nas.searchers") if point.name in names}
+    study = toy_study(trials=8, verified=2, searchers=searchers)
+    with open_session(study, tmp_path) as session:
+        for name in searchers:
+            session.run(session.conductor(name), Workers(2))
+    for info, trials in read_ledgers(open_storage(tmp_path)):
+        first = [trial for trial in trials if trial.rung == info.rungs[0]]
+        assert len({trial.genome for trial in first}) == len(first) == 8, info.searcher
+        assert {trial.status for trial in trials} == {"pruned", "complete"}
+
+
+def test_a_searcher_learns_on_a_worker(ray_cluster: Any, tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
+    from nas.ray_runner import Workers
+
+    study = warm(tiny_study)
+    folders = {"here": None, "ray": Workers(1)}
+    for name, workers in folders.items():
+        (tmp_path / name).mkdir()
+        for part in ("supernet", "features"):
+            (tmp_path / name / part).symlink_to(tiny_run / part)
+        with open_session(study, tmp_path / name) as session:
+            ticks = list(session.learn("routing", 0, workers))
+            assert ticks[-1].done == ticks[-1].total
+            assert not list(session.learn("routing", 0, workers))
+    info = study.ledger_info(tmp_path / "ray", "routing", 0)
+    here, there = (learned_tensors(tmp_path / name, info) for name in folders)
+    assert here is not None
+    assert there is not None
+    assert all(torch.equal(here[name], there[name]) for name in here)
