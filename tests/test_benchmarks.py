@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ddsm_loop, search_cost
+from benchmarks import ddsm_loop, digits_table, pareto_problems
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet, Moments
 from evaluators.images import Digits
@@ -55,8 +55,8 @@ def test_a_replay_scores_and_charges_as_sampling_does(
 
     steps = uniform(4)
     space = Stepwise(tiny_net, steps, (2, 2))
-    scale = search_cost.Scale(2, 64, (8, 16), 9, (6,), 1)
-    monkeypatch.setattr(search_cost.Scale, "space", space)
+    size = digits_table.TableSize(2, 64)
+    monkeypatch.setattr(digits_table.TableSize, "space", space)
     net = tiny_net.load(tiny_run / "supernet", "cpu")
     recipe = Frechet(Digits(), rungs=(8, 16), batch=8)
     evaluate = recipe.load(net, tiny_run)
@@ -67,9 +67,9 @@ def test_a_replay_scores_and_charges_as_sampling_does(
         np.save(tmp_path / f"{first}.npy", np.stack(rows))
         files.append(tmp_path / f"{first}.npy")
     real = SmallClassifier().load(tiny_run, torch.device("cpu"))(torch.from_numpy(Digits().load().pixels)).numpy()
-    table = search_cost.Table(scale, tuple(files), Moments.of(real).gaussian())
+    table = digits_table.Table(size, tuple(files), Moments.of(real).gaussian())
     live = replace(recipe, cache_bytes=2**29).load(tiny_net.load(tiny_run / "supernet", "cpu"), tiny_run)
-    replay = search_cost.Replay(table, (8, 16, 32), shared=True, seed=None)
+    replay = digits_table.Replay(table, (8, 16, 32), shared=True, seed=None)
     for genome, samples in (((0, 1), 8), ((0, 2), 8), ((1, 2), 8), ((0, 1), 16), ((0, 0), 16)):
         schedule = space.decode(genome)
         measured, replayed = live(schedule, samples, 5), replay(schedule, samples, 5)
@@ -77,3 +77,24 @@ def test_a_replay_scores_and_charges_as_sampling_does(
         assert replayed.spent["macs"] == measured.spent["macs"]
     verified = replay(space.decode((0, 1)), 32, 5)
     assert verified.spent["macs"] == 32 * space.cost((0, 1))["macs"], "verification shares nothing with the search"
+
+
+def test_test_problems_have_their_published_fronts() -> None:
+    x = np.zeros((5, 30))
+    x[:, 0] = np.linspace(0, 1, 5)
+    first = x[:, 0]
+    fronts = {
+        1: 1 - np.sqrt(first),
+        2: 1 - first**2,
+        3: 1 - np.sqrt(first) - first * np.sin(10 * np.pi * first),
+    }
+    for number, expected in fronts.items():
+        assert pareto_problems.zdt(number)(x) == pytest.approx(np.stack([first, expected], axis=1))
+        assert (pareto_problems.zdt(number)(x + 0.1 * (np.arange(30) > 0))[:, 1] > expected).all()
+    corners = np.full((4, 12), 0.5)
+    corners[:, :2] = [[0, 0], [0, 1], [1, 0], [0.5, 0.5]]
+    values = pareto_problems.dtlz2(corners)
+    assert (values**2).sum(1) == pytest.approx(np.ones(4))
+    assert values[0] == pytest.approx([1, 0, 0], abs=1e-12)
+    corners[:, 2:] = 0.0
+    assert (pareto_problems.dtlz2(corners) ** 2).sum(1) == pytest.approx(np.full(4, 3.5**2))

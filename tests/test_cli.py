@@ -284,7 +284,7 @@ def test_bad_studies_are_refused(tmp_path: Path) -> None:
     )
     refused(
         nas("run", study_file(tmp_path), "--searcher", "magic", *out),
-        "no searcher is called 'magic'; use one of ddsm, evolution, knapsack, random",
+        "no searcher is called 'magic'; use one of ddsm, enumerate, evolution, knapsack, .*routing",
     )
     refused(nas("run", study_file(tmp_path), "--device", "cuda:7", *out), "device 'cuda:7' cannot be used")
     (tmp_path / "pictures").mkdir()
