@@ -3,7 +3,8 @@
 On digits (8x8, 10 DDIM steps, five intervals, two residual blocks per level). Each variant adds one part to the one before and
 trains its own supernet with the same multiply-adds, for each of three training seeds; the same exact searcher spends the same number of
 evaluations; what it finds within 30 to 60 % of the MACs is judged at 4,096 fresh samples, other ones for each training seed, frozen and
-after an equal short fine-tune, beside a statically pruned network (Diff-Pruning) with its fine-tune. Losses are paired differences to the
+after an equal short fine-tune, beside the first variant with an interval for each step, and a statically pruned network (Diff-Pruning)
+with its fine-tune. Losses are paired differences to the
 full net of the same supernet, equally fine-tuned.
 """
 
@@ -28,7 +29,7 @@ from nas.searchers.knapsack import Knapsack
 from nas.session import open_session
 from nas.study import Study
 from search_spaces.importance import Criterion, Order, pruned
-from search_spaces.intervals import bounded, dissimilarity, equal, merged, segments
+from search_spaces.intervals import bounded, dissimilarity, equal, merged, per_step, segments
 from search_spaces.similarity import GradientSimilarity
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
@@ -49,6 +50,9 @@ VARIANTS = (
     "+ clustered intervals",
     "+ experts",
 )
+STEPWISE = "width alone, an interval for each step"
+"""Beside the row of variants, on the weights of the first: ten intervals instead of five."""
+
 CONFIG = {**UNET, "layers_per_block": 2}
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
@@ -69,6 +73,8 @@ class Setting:
     @property
     def has(self) -> set[str]:
         """The parts: this variant's and those before it."""
+        if self.variant == STEPWISE:
+            return {VARIANTS[0]}
         return set(VARIANTS[: VARIANTS.index(self.variant) + 1])
 
     @property
@@ -98,10 +104,14 @@ class Setting:
 
     @property
     def study(self) -> Study:
-        clustered = "+ clustered intervals" in self.has
+        intervals = equal(steps, INTERVALS)
+        if "+ clustered intervals" in self.has:
+            intervals = bounded(steps, self.boundaries)
+        elif self.variant == STEPWISE:
+            intervals = per_step(steps)
         return Study(
             name="spaces",
-            space=Stepwise(self.net, steps, bounded(steps, self.boundaries) if clustered else equal(steps, INTERVALS)),
+            space=Stepwise(self.net, steps, intervals),
             supernet=self.net,
             images=images,
             training=self.training,
@@ -115,7 +125,7 @@ class Setting:
 
     @property
     def tune(self) -> FineTune:
-        return FineTune(steps=10 if self.quick else 150, learning_rate=2e-4, distillation=0.5)
+        return FineTune(steps=10 if self.quick else 250, learning_rate=2e-4, distillation=0.5)
 
     @property
     def samples(self) -> int:
@@ -256,9 +266,10 @@ def main() -> None:
     seeds = (0, 1) if bench.quick else (0, 1, 2)
 
     def setting(variant: str, seed: int, boundaries: tuple[int, ...] = (500,)) -> Setting:
-        folder = bench.folder / variant.strip("+ ").replace(" ", "-") / f"seed-{seed}"
-        if variant == "+ clustered intervals":  # another space on the same weights
-            borrow(bench.folder / "order-by-importance" / f"seed-{seed}", folder)
+        folder = bench.folder / variant.strip("+ ").replace(",", "").replace(" ", "-") / f"seed-{seed}"
+        lent = {"+ clustered intervals": "order-by-importance", STEPWISE: "width-alone"}
+        if variant in lent:  # another space on the same weights
+            borrow(bench.folder / lent[variant] / f"seed-{seed}", folder)
         return Setting(variant, seed, folder, boundaries, bench.quick)
 
     early = [setting(variant, seed) for seed in seeds for variant in VARIANTS[:4]]
@@ -268,7 +279,7 @@ def main() -> None:
     late = [setting(variant, seed, found[f"clusters, seed {seed}"]) for seed in seeds for variant in VARIANTS[4:]]
     experts = [each for each in late if each.variant == "+ experts"]
     bench.rows({f"training: {each.variant}, seed {each.seed}": (train, each) for each in experts})
-    settings = [*early, *late]
+    settings = [*(setting(STEPWISE, seed) for seed in seeds), *early, *late]
     searches = bench.rows({f"search: {each.variant}, seed {each.seed}": (search, each) for each in settings})
 
     wanted: dict[str, tuple[Any, ...]] = {}
@@ -296,7 +307,7 @@ def main() -> None:
     least: dict[bool, float] = {}
     for tuned in (False, True):
         state = "fine-tuned" if tuned else "frozen"
-        for variant in VARIANTS:
+        for variant in (*VARIANTS, STEPWISE):
             full = [judged[f"{variant}, seed {seed}, full, {state}"] for seed in seeds]
             for budget in map("{:g}".format, BUDGETS):
                 rows = [judged[f"{variant}, seed {seed}, {budget}, {state}"] for seed in seeds]
