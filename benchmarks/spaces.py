@@ -279,10 +279,12 @@ def main() -> None:
     late = [setting(variant, seed, found[f"clusters, seed {seed}"]) for seed in seeds for variant in VARIANTS[4:]]
     experts = [each for each in late if each.variant == "+ experts"]
     bench.rows({f"training: {each.variant}, seed {each.seed}": (train, each) for each in experts})
-    settings = [*(setting(STEPWISE, seed) for seed in seeds), *early, *late]
+    settings = [*early, *late, *(setting(STEPWISE, seed) for seed in seeds)]
     searches = bench.rows({f"search: {each.variant}, seed {each.seed}": (search, each) for each in settings})
 
     wanted: dict[str, tuple[Any, ...]] = {}
+    known: dict[tuple[Any, ...], str] = {}
+    same: dict[str, str] = {}  # what is the same schedule of the same weights, within two budgets say, is judged once
     for each in settings:
         picked: Mapping[str, Sequence[int]] = searches[f"search: {each.variant}, seed {each.seed}"]["schedules"]
         schedules = {budget: each.study.space.decode(tuple(genome)) for budget, genome in picked.items()}
@@ -293,7 +295,8 @@ def main() -> None:
         for budget, schedule in schedules.items():
             for tuned in (False, True):
                 key = f"{each.variant}, seed {each.seed}, {budget}, {'fine-tuned' if tuned else 'frozen'}"
-                wanted[key] = (judge, each, schedule, tuned)
+                same[key] = known.setdefault(((each.folder / "supernet").resolve(), schedule, tuned), key)
+                wanted[same[key]] = wanted.get(same[key], (judge, each, schedule, tuned))
     for seed in seeds:
         for criterion in CRITERIA:
             for tuned in (False, True) if criterion == "gradient" else (False,):
@@ -301,8 +304,11 @@ def main() -> None:
                 wanted[key] = (one_shot, setting(VARIANTS[0], seed), criterion, tuned)
     whole = [setting(VARIANTS[0], seed) for seed in seeds]
     bench.rows({f"training: full net alone, seed {each.seed}": (train_full, each) for each in whole})
-    frozen_first = sorted(wanted.items(), key=lambda job: job[0].endswith("fine-tuned"))
+    frozen_first = sorted(
+        wanted.items(), key=lambda job: (job[0].endswith("fine-tuned"), not job[0].startswith(STEPWISE))
+    )
     judged = bench.rows(dict(frozen_first))
+    judged |= {key: judged[first] for key, first in same.items()}
 
     least: dict[bool, float] = {}
     for tuned in (False, True):
