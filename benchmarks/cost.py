@@ -55,18 +55,23 @@ RELEASED_MEAN = 3098.1
 
 
 def count_with_fvcore(net: ElasticUNet, arch: Arch) -> tuple[int, int, int]:
-    """(MACs, MACs of attention products, parameters) of one call on one sample, by running the stock model.
+    """(MACs, MACs of attention products, parameters) of one call on one sample, by running the stock model."""
+    model = net.initial(0).extract(arch)
+    config = net.anatomy.config
+    x = torch.zeros(1, config["in_channels"], *net.anatomy.sample_size)
+    classes = torch.tensor([1]) if config["num_class_embeds"] else None
+    counted = macs_of(model, arguments(model, x, torch.tensor([5]), classes))
+    return *counted, sum(p.numel() for p in model.parameters())
+
+
+def macs_of(model: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[int, int]:
+    """(MACs, MACs of attention products) of one call, as fvcore counts them.
 
     fvcore also counts norms and upsampling, which are no multiply-adds of weights or attention: they are left out. It
     skips attention, so it is handed MACs = batch x heads x L_q x L_k x (d_qk + d_v).
     """
     from fvcore.nn import FlopCountAnalysis
 
-    model = net.initial(0).extract(arch)
-    config = net.anatomy.config
-    x = torch.zeros(1, config["in_channels"], *net.anatomy.sample_size)
-    classes = torch.tensor([1]) if config["num_class_embeds"] else None
-    inputs = arguments(model, x, torch.tensor([5]), classes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         analysis = FlopCountAnalysis(model, inputs)
@@ -82,7 +87,7 @@ def count_with_fvcore(net: ElasticUNet, arch: Arch) -> tuple[int, int, int]:
     }
     if unknown:
         raise RuntimeError(f"fvcore counts operators that the comparison does not know: {unknown}")
-    return counted, attention, sum(p.numel() for p in model.parameters())
+    return counted, attention
 
 
 def _attention_macs(inputs: Any, outputs: Any) -> int:

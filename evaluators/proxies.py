@@ -173,6 +173,7 @@ class TrajectoryDistance(OfImages):
         trajectories = self.trajectories(supernet, folder)
 
         def changed(schedule: Schedule) -> list[int]:
+            _refuse_reuse("TrajectoryDistance", schedule)
             return [number for number, step in enumerate(schedule.steps) if step.arch != supernet.full_arch]
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
@@ -232,6 +233,7 @@ class DenoisingLoss(OfImages):
             return _mean_square(predict(supernet, step, x, None, self.precision)[0] - noise)
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
+            _refuse_reuse("DenoisingLoss", schedule)
             total = np.zeros(stop - start)
             for step in schedule.steps:
                 for arch, sign in ((step.arch, 1), (supernet.full_arch, -1)):
@@ -344,6 +346,13 @@ class LoadedAdditive:
             for name, amount in self._table[key].spent.items():
                 spent[name] = spent.get(name, 0.0) + amount
         return self._table[key]
+
+
+def _refuse_reuse(name: str, schedule: Schedule) -> None:
+    if any(step.reuse for step in schedule.steps):
+        raise UserError(
+            f"{name} scores each step by itself, so it cannot score blocks reused from the step before; use TeacherDistance"
+        )
 
 
 def _mean_square(difference: torch.Tensor) -> Floats:

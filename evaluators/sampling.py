@@ -6,7 +6,7 @@ nor the number of samples changes what sample i looks like, and schedules that b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, Literal, Protocol
@@ -107,11 +107,12 @@ class State:
 
 
 def predict(
-    net: LoadedSupernet, step: Step, x: torch.Tensor, cache: Any, precision: Precision
+    net: LoadedSupernet, step: Step, x: torch.Tensor, cache: Any, precision: Precision, keep: Sequence[str] = ()
 ) -> tuple[torch.Tensor, Any]:
-    """The network's call at a step: its prediction, float32 whatever the precision of the call, and the blocks' cache."""
+    """The network's call at a step: its prediction, float32 whatever the precision of the call, and the outputs of the blocks in
+    `keep`."""
     with torch.inference_mode(), torch.autocast(net.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        prediction, cache = net.denoiser(step)(x, step.timestep, cache)
+        prediction, cache = net.denoiser(step, keep)(x, step.timestep, cache)
     return prediction.float(), cache
 
 
@@ -127,14 +128,15 @@ def advance(
 ) -> State:
     """The state of samples start, start + 1, ... after the schedule's step `number`, counted from 0."""
     step = schedule.steps[number]
-    following = schedule.timesteps[number + 1] if number + 1 < len(schedule.steps) else None
+    following = schedule.steps[number + 1] if number + 1 < len(schedule.steps) else None
     abar = net.alphas_cumprod
     noise = None
     if sampler.stochastic and following is not None:
         noise = step_noise(seed, start, start + len(state.x), net.image_shape, number).to(net.device)
-    prediction, cache = predict(net, step, state.x, state.cache, precision)
+    keep = following.reuse if following else ()
+    prediction, cache = predict(net, step, state.x, state.cache, precision, keep)
     with torch.inference_mode():
-        after = 1.0 if following is None else float(abar[following])
+        after = 1.0 if following is None else float(abar[following.timestep])
         return State(sampler.update(state.x, prediction, float(abar[step.timestep]), after, noise), cache)
 
 

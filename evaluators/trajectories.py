@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 from math import ceil
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakValueDictionary
@@ -103,7 +103,7 @@ class Trajectories:
     def advance(self, schedule: Schedule, number: int, state: State, seed: int, start: int) -> State:
         """`advance`, counted."""
         self.meter.calls += len(state.x)
-        self.meter.macs += len(state.x) * self.net.macs(schedule.steps[number].arch)
+        self.meter.macs += len(state.x) * self._macs(schedule.steps[number : number + 1])
         return advance(self.net, self.sampler, schedule, number, state, seed, start, self.precision)
 
     def kept(self, key: Hashable, make: Callable[[], Kept], calls: float, macs: float) -> Kept:
@@ -157,7 +157,7 @@ class Trajectories:
             self._kept[key] = value
 
     def _macs(self, steps: Sequence[Step]) -> int:
-        return sum(self.net.macs(step.arch) for step in steps)
+        return sum(self.net.macs(step.arch, step.reuse) for step in steps)
 
 
 def batches(count: int, size: int, edges: Sequence[int] = ()) -> list[tuple[int, int]]:
@@ -170,11 +170,10 @@ def batches(count: int, size: int, edges: Sequence[int] = ()) -> list[tuple[int,
 
 
 def _prefixes(schedule: Schedule) -> list[str]:
-    """For each number of steps 1, 2, ...: what identifies those steps and the timestep that follows them."""
-    following = (*schedule.timesteps[1:], -1)
+    """For each number of steps 1, 2, ...: what identifies those steps, the timestep that follows them, and what it reuses."""
     parts = [
-        json.dumps([step.timestep, step.arch, step.reuse, after])
-        for step, after in zip(schedule.steps, following, strict=True)
+        json.dumps([step.timestep, step.arch, step.reuse, *([after.timestep, after.reuse] if after else [])])
+        for step, after in zip_longest(schedule.steps, schedule.steps[1:])
     ]
     return list(
         accumulate(parts, lambda before, part: hashlib.sha256((before + part).encode()).hexdigest()[:24], initial="")
@@ -185,7 +184,11 @@ def _splits(schedule: Schedule) -> set[int]:
     """After how many steps a state is worth keeping."""
     steps = schedule.steps
     stride = ceil(len(steps) / STATES_KEPT)
-    changes = {number for number in range(1, len(steps)) if steps[number].arch != steps[number - 1].arch}
+    changes = {
+        number
+        for number in range(1, len(steps))
+        if (steps[number].arch, steps[number].reuse) != (steps[number - 1].arch, steps[number - 1].reuse)
+    }
     return changes | {*range(stride, len(steps), stride), len(steps)}
 
 

@@ -266,14 +266,24 @@ class SearchSpace(Protocol):
 
     def interval_costs(self) -> Sequence[npt.NDArray[np.int64]]:
         """MACs of each interval, in order, by its options: an array with one axis for each choice of the interval. Additive: summed
-        over the intervals, at a genome's options, they equal `cost(genome)["macs"]`."""
+        over the intervals, at a genome's options, they equal `cost(genome)["macs"]`, or exceed it where an interval can save more thanks
+        to the one before it, as where it reuses that one's blocks: who keeps to a budget by them keeps to it."""
 
 
 class Denoiser(Protocol):
-    """One subnet at one step. x: (batch, channels, height, width); t: the step's timestep."""
+    """One subnet at one step. x: (batch, channels, height, width); t: the step's timestep; cache: what the step before kept."""
 
     def __call__(
         self, x: torch.Tensor, t: int, cache: Any = None, condition: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Any]: ...
+
+
+class Gated(Protocol):
+    """One subnet, all of which runs: a block's output counts as gate * its own + (1 - gate) * that of the step before. Differentiable in
+    the gates, a scalar for each block by name; without a cache, and without gates, it is the plain subnet. Returns the cache too."""
+
+    def __call__(
+        self, x: torch.Tensor, t: int, gates: Mapping[str, torch.Tensor], cache: Any = None
     ) -> tuple[torch.Tensor, Any]: ...
 
 
@@ -307,7 +317,13 @@ class LoadedSupernet(Protocol):
     def version(self) -> int:
         """Grows whenever the weights change: what was computed under another version no longer holds."""
 
-    def denoiser(self, step: Step) -> Denoiser: ...
+    def denoiser(self, step: Step, keep: Sequence[str] = ()) -> Denoiser:
+        """`keep`: blocks whose outputs the next step reuses; the cache that the call returns holds them."""
+
+    def gated(self, arch: Arch) -> Gated: ...
+
+    def blocks(self, arch: Arch, finer: bool = False) -> Sequence[str]:
+        """Names of the subnet's blocks, or of their branches, in the order of the forward pass."""
 
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
         """Sampler state to images in [-1, 1]: identity in pixel space."""
@@ -315,8 +331,13 @@ class LoadedSupernet(Protocol):
     def extract(self, arch: Arch) -> torch.nn.Module:
         """A stand-alone copy of the subnet as a stock diffusers model, on the CPU."""
 
-    def macs(self, arch: Arch) -> int:
-        """Exact multiply-adds of one call on one sample."""
+    def macs(self, arch: Arch, reuse: Sequence[str] = ()) -> int:
+        """Exact multiply-adds of one call on one sample, in which the outputs of these blocks are those of the step before."""
+
+    @property
+    def pipeline_files(self) -> Sequence[Path]:
+        """Stand-alone Python: the diffusers pipeline that samples with the stock models, in which "unet_0: Any" and "unet_0=unet_0" stand
+        for all of them, and what it imports."""
 
     def run_as(self, channels_last: bool, compiled: bool) -> None:
         """How denoisers run from now on: a matter of speed alone."""

@@ -1,9 +1,12 @@
 """From a chosen trial to a folder of stock diffusers models that needs nothing of this project.
 
-DIR/unet_0, unet_1, ...   one stock model folder per distinct arch
-DIR/schedule.json         which folder at which timestep, and the scheduler's settings
-DIR/provenance.json       hashes of weights and images, versions, the trial with its score
-DIR/README.md             the lines that sample from it
+DIR/unet_0, unet_1, ...     one stock model folder per distinct arch
+DIR/schedule.json           which folder at which timestep with which blocks reused, and the scheduler's settings
+DIR/model_index.json        the same as a diffusers pipeline, with
+DIR/scheduler, pipeline.py  its scheduler and its code, and what that imports
+DIR/sample.py               a script that samples
+DIR/provenance.json         hashes of weights and images, versions, the trial with its score
+DIR/README.md               how to use it
 """
 
 from __future__ import annotations
@@ -11,16 +14,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nas.contracts import LoadedSupernet, Schedule, UserError
+from nas.contracts import LoadedSupernet, Schedule, Step, UserError
 from nas.session import package_versions
 
 TOLERANCE = 1e-5
+SAMPLERS = ("DDIM", "DDPM")
+"""Those that an exported pipeline knows."""
 
 
 def export(
@@ -33,8 +38,8 @@ def export(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; give --to a new or empty folder")
-    if sampler["class"] not in _UPDATES:
-        raise UserError(f"sampler {sampler['class']} has no stand-alone loop to export; use {' or '.join(_UPDATES)}")
+    if sampler["class"] not in SAMPLERS:
+        raise UserError(f"sampler {sampler['class']} has no stand-alone loop to export; use {' or '.join(SAMPLERS)}")
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -50,7 +55,8 @@ def export(
             )
         plan = {
             "steps": [
-                {"timestep": step.timestep, "model": names[step.arch], "arch": step.arch} for step in schedule.steps
+                {"timestep": step.timestep, "model": names[step.arch], "arch": step.arch, "reuse": step.reuse}
+                for step in schedule.steps
             ],
             "sampler": dict(sampler),
             "scheduler": dict(net.scheduler),
@@ -58,7 +64,9 @@ def export(
         }
         _write(partial / "schedule.json", plan)
         _write(partial / "provenance.json", {**provenance, "parity": differences, "versions": package_versions()})
-        (partial / "README.md").write_text(_README.format(update=_UPDATES[sampler["class"]]))
+        _write_pipeline(net, plan, list(names.values()), partial)
+        (partial / "README.md").write_text(_README)
+        (partial / "sample.py").write_text(_SAMPLE)
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
@@ -70,14 +78,15 @@ def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path
     """Largest output difference between the model as reloaded from disk and the supernet's subnet, on fixed inputs."""
     import diffusers
 
-    kind = json.loads((folder / "config.json").read_text())["_class_name"]
-    reloaded = getattr(diffusers, kind).from_pretrained(folder, low_cpu_mem_usage=False).to(net.device).eval()
+    reloaded = (
+        getattr(diffusers, _class_name(folder)).from_pretrained(folder, low_cpu_mem_usage=False).to(net.device).eval()
+    )
     x = torch.randn((4, *net.image_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
     worst = 0.0
     for step in schedule.steps:
         if step.arch == arch:
             with torch.inference_mode():
-                ours, _ = net.denoiser(step)(x, step.timestep)
+                ours, _ = net.denoiser(Step(step.timestep, arch))(x, step.timestep)
                 theirs = reloaded(x, step.timestep, None).sample
             worst = max(worst, float((ours - theirs).abs().max()))
     return worst
@@ -87,47 +96,73 @@ def _write(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-_UPDATES = {
-    "DDIM": """    x = b**0.5 * image + (1 - b) ** 0.5 * noise
-""",
-    "DDPM": """    beta = 1 - a / b
-    x = b**0.5 * beta / (1 - a) * image + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
-    if b < 1:
-        variance = beta if plan["sampler"]["variance"] == "fixed_large" else (1 - b) / (1 - a) * beta
-        x = x + variance**0.5 * normal(number + 1)
-""",
-}
+def _write_pipeline(net: LoadedSupernet, plan: Mapping[str, Any], names: Sequence[str], folder: Path) -> None:
+    from diffusers import DDIMScheduler, __version__
+
+    DDIMScheduler(**plan["scheduler"]).save_pretrained(folder / "scheduler")
+    for file in net.pipeline_files:
+        code = file.read_text()
+        for template in ("{}: Any", "{0}={0}"):
+            code = code.replace(template.format("unet_0"), ", ".join(template.format(name) for name in names))
+        (folder / file.name).write_text(code)
+    index = {
+        "_class_name": ["pipeline", "StepAwarePipeline"],
+        "_diffusers_version": __version__,
+        "schedule": plan,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        **{name: ["diffusers", _class_name(folder / name)] for name in names},
+    }
+    _write(folder / "model_index.json", index)
+
+
+def _class_name(folder: Path) -> str:
+    name: str = json.loads((folder / "config.json").read_text())["_class_name"]
+    return name
+
 
 _README = """# A step-aware diffusion model
 
-Each sampling step runs the network that `schedule.json` names for it. The networks are ordinary
-diffusers UNet folders; `provenance.json` says where they come from. To sample, in this folder:
+Each sampling step runs the network that `schedule.json` names for it, or takes blocks' outputs from the step before. The networks
+are ordinary diffusers UNet folders; `provenance.json` says where they come from. To sample, with torch and diffusers alone:
+
+```
+python sample.py --count 16 --seed 0 --to samples.png
+```
+
+or in Python, in this folder:
 
 ```python
-import diffusers, json, numpy as np, torch
+from diffusers import DiffusionPipeline
 
-seed, count = 0, 16
-with open("schedule.json") as file:
-    plan = json.load(file)
-nets = {{}}
-for name in {{step["model"] for step in plan["steps"]}}:
-    with open(f"{{name}}/config.json") as file:
-        kind = json.load(file)["_class_name"]
-    nets[name] = getattr(diffusers, kind).from_pretrained(name, low_cpu_mem_usage=False).eval()
-alphas = [*diffusers.DDIMScheduler(**plan["scheduler"]).alphas_cumprod.tolist(), 1.0]
-times = [step["timestep"] for step in plan["steps"]]
-
-def normal(purpose):  # the noise of image i depends on the seed and i alone
-    draws = [np.random.default_rng((seed, i, purpose)).standard_normal(plan["shape"], dtype=np.float32) for i in range(count)]
-    return torch.from_numpy(np.stack(draws))
-
-x = normal(0)
-for number, (step, after) in enumerate(zip(plan["steps"], [*times[1:], -1])):
-    a, b = alphas[step["timestep"]], alphas[after]
-    with torch.inference_mode():
-        noise = nets[step["model"]](x, step["timestep"], None).sample
-    image = (x - (1 - a) ** 0.5 * noise) / a**0.5
-    image = image.clamp(-1, 1) if plan["sampler"]["clip"] else image
-{update}images = x.clamp(-1, 1)  # (count, channels, height, width), the same as `nas sample` makes of this seed
+pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)
+images = pipeline(batch_size=16, seed=0, output_type="pt").images  # (batch, channels, height, width) in [0, 1]
 ```
+
+With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines.
 """
+
+_SAMPLE = '''"""Samples from the folder that this file lies in, into one picture."""
+
+import argparse
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--count", type=int, default=16)
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--to", default="samples.png")
+arguments = parser.parse_args()
+
+folder = str(Path(__file__).resolve().parent)
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True).to(arguments.device)
+images = pipeline(batch_size=arguments.count, seed=arguments.seed).images
+columns = min(8, len(images))
+width, height = images[0].size
+grid = Image.new(images[0].mode, (columns * width, -(-len(images) // columns) * height))
+for i, image in enumerate(images):
+    grid.paste(image, (i % columns * width, i // columns * height))
+grid.save(arguments.to)
+'''

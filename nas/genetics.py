@@ -61,7 +61,8 @@ class IntervalCosts:
         return self._join([int(table.argmin()) for table in self.tables])
 
     def dearest(self) -> Genome:
-        return self._join([int(table.argmax()) for table in self.tables])
+        """Among equals the last, whose options name the most."""
+        return self._join([table.size - 1 - int(table.ravel()[::-1].argmax()) for table in self.tables])
 
     def _join(self, flat: Sequence[int]) -> Genome:
         """The genome of one flat option index for each interval."""

@@ -71,6 +71,12 @@ class Study:
                 f"objectives {self.objectives} must be among {', '.join(sorted(known))}, and the first one measured: "
                 f"{' or '.join(self.evaluator.metrics)}"
             )
+        sampler = getattr(self.evaluator, "sampler", None)
+        if getattr(self.space, "needs_deterministic", False) and getattr(sampler, "stochastic", False):
+            raise UserError(
+                "the space leaves out steps that compute nothing, which only a deterministic sampler does not notice; give it "
+                "deterministic=False, or the evaluator DDIM"
+            )
         check_reachable(self.problem)
 
     @property

@@ -102,6 +102,16 @@ class Subnets:
     def arch(self, indices: Sequence[int]) -> Arch:
         """The subnet of one option index for each gene, in canonical form. Over `most`, one gene after another goes to its next
         cheaper option, the one that saves least first."""
+        key = tuple(indices)
+        if key not in self._known:
+            self._known[key] = self._affordable(key)
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, ...], Arch]:
+        return {}
+
+    def _affordable(self, indices: tuple[int, ...]) -> Arch:
         arch = self._arch(indices)
         while self._cost(arch).macs > self._most:
             lower = [(*indices[:i], gene - 1, *indices[i + 1 :]) for i, gene in enumerate(indices) if gene]

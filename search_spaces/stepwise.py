@@ -1,10 +1,12 @@
-"""The search space: for each interval of timesteps, which subnet of the supernet runs there."""
+"""The search space: for each interval of timesteps, which subnet of the supernet runs there, at which of its steps, and which blocks
+it reuses from the step before."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ import numpy.typing as npt
 from nas.contracts import Choice, Genome, Schedule, Step, UserError
 from search_spaces.intervals import Intervals, Timesteps, free
 from search_spaces.options import Options, Subnets
+from search_spaces.patterns import ALL, Computed, Pattern
 from search_spaces.supernet import ElasticUNet
+from search_spaces.unet import Arch
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,12 @@ class Stepwise:
     for all; by default whatever the supernet was made for. `budgets`: upper limits of what interval k's subnet costs, as shares of
     the full net's MACs, such as `linear_budgets`; none by default. Raises UserError where they do not add up, leave the supernet's
     range, or ask for subnets that it is not trained for.
+
+    `patterns`: what the steps of an interval may compute, as one more gene of each; by default the whole subnet at each step. The
+    first step computes everything; so does a step whose subnet is another one than that of the step before, since nothing of that can be
+    reused. `finer`: branches without a reader do not run either, where otherwise blocks run whole. `deterministic`: the sampler is DDIM
+    without noise, where a step that computes nothing equals a longer step, and so leaves the schedule; otherwise it stays and holds
+    the prediction.
     """
 
     net: ElasticUNet
@@ -31,6 +41,9 @@ class Stepwise:
     intervals: Intervals
     options: Options | tuple[Options, ...] | None = None
     budgets: tuple[float, ...] = ()
+    patterns: tuple[Pattern, ...] = ()
+    finer: bool = False
+    deterministic: bool = True
 
     def __post_init__(self) -> None:
         free(*self.timesteps)
@@ -62,38 +75,51 @@ class Stepwise:
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         return tuple(
-            Choice(f"interval{k:02d}.{gene.name}", gene.options, k)
+            Choice(f"interval{k:02d}.{name}", options, k)
             for k, subnets in enumerate(self.subnets)
-            for gene in subnets.genes
+            for name, options in (*((gene.name, gene.options) for gene in subnets.genes), *self._pattern_gene(k))
         )
 
+    @property
+    def needs_deterministic(self) -> bool:
+        """Whether its schedules presuppose a sampler without noise."""
+        return self.deterministic and bool(self.patterns)
+
     def decode(self, genome: Genome) -> Schedule:
-        archs = [subnets.arch(option) for subnets, option in zip(self.subnets, self._split(genome), strict=True)]
-        per_step = [arch for arch, count in zip(archs, self.intervals, strict=True) for _ in range(count)]
-        return Schedule(
-            tuple(
-                Step(t, arch._replace(expert=self.net.expert_at(t)))
-                for t, arch in zip(self.timesteps, per_step, strict=True)
-            )
-        )
+        """Equal schedules for genomes that come to the same: what a step cannot reuse it computes, and a block that nobody reads does
+        not run."""
+        steps: list[Step] = []
+        for t, arch, computed in self._asked(genome):
+            idle = computed is None or (not computed and self.deterministic)
+            if idle and steps:
+                continue
+            before = Arch(*steps[-1].arch) if steps else None
+            if before is not None and not computed:
+                steps.append(
+                    Step(t, before, self.net.cost.graph(before).blocks)
+                )  # holds the prediction, whose it may be
+            else:
+                steps.append(Step(t, arch, self._reused(arch, computed) if arch == before else ()))
+        return Schedule(tuple(steps))
 
     def cost(self, genome: Genome) -> dict[str, float]:
         """`params` counts a subnet again for each expert that runs it."""
-        macs = sum(int(table[option]) for table, option in zip(self._tables, self._split(genome), strict=True))
-        stored = {}
-        steps = iter(self.timesteps)
-        for subnets, option, count in zip(self.subnets, self._split(genome), self.intervals, strict=True):
-            arch = subnets.arch(option)
-            for _ in range(count):
-                stored[arch, self.net.expert_at(next(steps))] = arch
-        params = sum(self.net.cost(arch).params for arch in stored.values())
+        if self.patterns:
+            steps = [(step.arch, step.reuse) for step in self.decode(genome).steps]
+            macs = sum(self.net.cost.macs(arch, reuse) for arch, reuse in steps)
+            archs = {arch for arch, _ in steps}
+        else:
+            genes = self._split(genome)
+            macs = sum(int(table[option]) for table, option in zip(self._tables, genes, strict=True))
+            archs = {arch for _, arch, _ in self._asked(genome)}
+        params = sum(self.net.cost(arch).params for arch in archs)
         return {"macs": macs, "macs_share": macs / self._full_macs, "params": params}
 
     def interval_costs(self) -> tuple[npt.NDArray[np.int64], ...]:
         return self._tables
 
     def describe(self) -> dict[str, Any]:
-        return {
+        described: dict[str, Any] = {
             "class": "Stepwise",
             "timesteps": self.timesteps,
             "intervals": self.intervals,
@@ -101,17 +127,112 @@ class Stepwise:
             "budgets": self.budgets,
             "experts": self.net.experts,
         }
+        if self.patterns:
+            asked = [[pattern.steps(count) for pattern in self._patterns[k]] for k, count in enumerate(self.intervals)]
+            described |= {"patterns": asked, "finer": self.finer, "deterministic": self.deterministic}
+        return described
 
-    def _split(self, genome: Genome) -> list[Genome]:
-        """The genes of each interval. Raises ValueError for a genome that is not of this space."""
-        sizes = [size for subnets in self.subnets for size in subnets.shape]
-        if len(genome) != len(sizes) or not all(0 <= gene < size for gene, size in zip(genome, sizes, strict=True)):
-            raise ValueError(f"genome {genome} must hold {len(sizes)} option indices below {sizes}")
-        return list(_parts(genome, [len(subnets.shape) for subnets in self.subnets]))
+    # ------------------------------------------------------------------------------------------------------ reuse
+
+    @cached_property
+    def _patterns(self) -> tuple[tuple[Pattern, ...], ...]:
+        """Of each interval, the cheapest first, as the full net would run them."""
+        full = self.net.anatomy.full
+        order = []
+        for k, count in enumerate(self.intervals):
+            priced = [
+                (sum(self._macs(full, one) for one in pattern.steps(count)), pattern) for pattern in self.patterns
+            ]
+            order.append(tuple(pattern for _, pattern in sorted(priced, key=lambda pair: pair[0])))
+            labels = [pattern.label for pattern in order[k]]
+            if len(set(labels)) != len(labels):
+                raise UserError(f"patterns {labels} must be distinct")
+        return tuple(order)
+
+    def _pattern_gene(self, k: int) -> list[tuple[str, tuple[str, ...]]]:
+        return [("reuse", tuple(pattern.label for pattern in self._patterns[k]))] if len(self.patterns) > 1 else []
+
+    def _asked(self, genome: Genome) -> Iterator[tuple[int, Arch, Computed]]:
+        """For each timestep the subnet, and what the genes ask it to compute, whether that can be had or not."""
+        steps = iter(self._steps)
+        for k, (subnets, genes) in enumerate(zip(self.subnets, self._split(genome), strict=True)):
+            arch = subnets.arch(genes[: len(subnets.shape)])
+            for computed in self._computed(k, genes[len(subnets.shape) :]):
+                t, expert = next(steps)
+                yield t, arch._replace(expert=expert) if expert else arch, computed
+
+    @cached_property
+    def _steps(self) -> list[tuple[int, str]]:
+        """Timesteps and the expert that serves each."""
+        return [(t, self.net.expert_at(t)) for t in self.timesteps]
+
+    def _computed(self, k: int, gene: Genome) -> tuple[Computed, ...]:
+        count = self.intervals[k]
+        return self._patterns[k][gene[0] if gene else 0].steps(count) if self.patterns else (ALL,) * count
+
+    def _reused(self, arch: Arch, computed: Computed) -> tuple[str, ...]:
+        if computed == ALL:
+            return ()
+        key = arch.depths, computed
+        if key not in self._known_reuse:
+            graph = self.net.cost.graph(arch)
+            running = graph.live(computed or (), self.finer)
+            self._known_reuse[key] = graph.collapse(graph.expand(graph.blocks) - running)
+        return self._known_reuse[key]
+
+    @cached_property
+    def _known_reuse(self) -> dict[Any, tuple[str, ...]]:
+        return {}
+
+    def _macs(self, arch: Arch, computed: Computed) -> int:
+        return self.net.cost.macs(arch, self._reused(arch, computed)) if computed else 0
 
     @cached_property
     def _tables(self) -> tuple[npt.NDArray[np.int64], ...]:
-        return tuple(steps * subnets.macs for subnets, steps in zip(self.subnets, self.intervals, strict=True))
+        """What an interval takes whatever the one before runs: its first running step may reuse blocks only where all intervals
+        run the same subnet."""
+        alike = len({subnets.arch((0,) * len(subnets.shape)) for subnets in self.subnets}) == 1 and not self.net.experts
+        alike = alike and all(len(subnets) == 1 for subnets in self.subnets)
+        found = []
+        start = 0
+        for k, (subnets, count) in enumerate(zip(self.subnets, self.intervals, strict=True)):
+            experts = [expert for _, expert in self._steps[start : start + count]]
+            table = np.empty(self._shapes[k], dtype=np.int64)
+            patterns = [
+                self._computed(k, gene) for gene in product(*(range(n) for n in self._shapes[k][len(subnets.shape) :]))
+            ]
+            for option in np.ndindex(*subnets.shape):
+                arch = subnets.arch(option)
+                costs = [self._interval_macs(arch, steps, experts, first=k == 0, alike=alike) for steps in patterns]
+                table[option] = costs if len(self.patterns) > 1 else costs[0]
+            found.append(table)
+            start += count
+        return tuple(found)
+
+    def _interval_macs(
+        self, arch: Arch, steps: Sequence[Computed], experts: Sequence[str], first: bool, alike: bool
+    ) -> int:
+        total, before = 0, experts[0] if alike and not first else None
+        for place, (computed, expert) in enumerate(zip(steps, experts, strict=True)):
+            whole = before != expert
+            if computed or (first and place == 0):
+                total += self._macs(arch, ALL if whole else computed)
+                before = expert
+        return total
+
+    # ----------------------------------------------------------------------------------------------------- genomes
+
+    @cached_property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        gene = (len(self.patterns),) if len(self.patterns) > 1 else ()
+        return [(*subnets.shape, *gene) for subnets in self.subnets]
+
+    def _split(self, genome: Genome) -> list[Genome]:
+        """The genes of each interval. Raises ValueError for a genome that is not of this space."""
+        sizes = [size for shape in self._shapes for size in shape]
+        if len(genome) != len(sizes) or not all(0 <= gene < size for gene, size in zip(genome, sizes, strict=True)):
+            raise ValueError(f"genome {genome} must hold {len(sizes)} option indices below {sizes}")
+        return list(_parts(genome, [len(shape) for shape in self._shapes]))
 
     @cached_property
     def _full_macs(self) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -27,9 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.func import functional_call
 
-from nas.contracts import Denoiser, Step, UserError
+from nas.contracts import Denoiser, Gated, Step, UserError
 from search_spaces.cost import CostModel
 from search_spaces.options import Options, Subnets
+from search_spaces.reuse import run
 from search_spaces.unet import Anatomy, Arch, Groups, StockUNet, arguments, predict, skeleton, take
 
 WEIGHTS = "weights.safetensors"
@@ -276,20 +277,34 @@ class LoadedElasticUNet:
             raise UserError(f"no expert is called {expert!r}; there are {', '.join(self.experts) or 'none'}")
         return self.experts[expert] if expert else self.full
 
-    def denoiser(self, step: Step) -> Denoiser:
-        """Inference with a materialised copy of the step's subnet, as the weights were at its first use."""
-        if step.reuse:
-            raise UserError(
-                f"this supernet reuses no blocks, but the step at timestep {step.timestep} asks for {step.reuse}"
-            )
+    def denoiser(self, step: Step, keep: Sequence[str] = ()) -> Denoiser:
+        """Inference with a materialised copy of the step's subnet, as the weights were at its first use. Compiled only where nothing is
+        reused or kept."""
         net = self._materialised(Arch(*step.arch))
+        stock = getattr(net, "_orig_mod", net)
 
         def call(
             x: torch.Tensor, t: int, cache: Any = None, condition: torch.Tensor | None = None
         ) -> tuple[torch.Tensor, Any]:
-            return predict(net, x, t, condition), cache
+            if step.reuse or keep:
+                return run(stock, x, t, step.reuse, keep, cache, condition)
+            return predict(net, x, t, condition), None
 
         return call
+
+    def gated(self, arch: Arch) -> Gated:
+        net = self._materialised(Arch(*arch))
+        stock = getattr(net, "_orig_mod", net)
+
+        def call(
+            x: torch.Tensor, t: int, gates: Mapping[str, torch.Tensor], cache: Any = None
+        ) -> tuple[torch.Tensor, Any]:
+            return run(stock, x, t, cache=cache, gates=gates)
+
+        return call
+
+    def blocks(self, arch: Arch, finer: bool = False) -> tuple[str, ...]:
+        return self.recipe.cost.graph(Arch(*arch)).names(finer)
 
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -297,8 +312,13 @@ class LoadedElasticUNet:
     def extract(self, arch: Arch) -> StockUNet:
         return self._copy(Arch(*arch), torch.device("cpu"))
 
-    def macs(self, arch: Arch) -> int:
-        return self.recipe.cost(Arch(*arch)).macs
+    def macs(self, arch: Arch, reuse: Sequence[str] = ()) -> int:
+        return self.recipe.cost.macs(Arch(*arch), reuse)
+
+    @property
+    def pipeline_files(self) -> tuple[Path, ...]:
+        here = Path(__file__).parent
+        return here / "pipeline.py", here / "reuse.py"
 
     def forget(self) -> None:
         """Drops the materialised subnets and starts a new version; for whoever has changed the weights."""

@@ -22,7 +22,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from nas.contracts import UserError
-from search_spaces.parts import Axis, Parts, Stretch, TensorAnatomy, Unit
+from search_spaces.parts import Axis, Parts, Stretch, Unit
 
 
 class Arch(NamedTuple):
@@ -160,11 +160,11 @@ class Anatomy(Parts):
         self.check_shortcuts(arch)
         found = {}
         for name, tensor in self.tensors.items():
-            placed = name if tensor.unit is None else self._placed(name, tensor.unit, arch)
+            placed = self.placed(name, tensor.unit, arch)
             if placed is not None:
                 found[placed] = Source(name, tuple(self._axis_runs(axis, arch) for axis in tensor.axes))
         for name, tensor in self.identities.items():
-            if self._widened(name, arch):
+            if self.widened(name, arch):
                 found[name] = Source(None, tuple(self._axis_runs(axis, arch) for axis in tensor.axes))
         return found
 
@@ -182,16 +182,15 @@ class Anatomy(Parts):
         before, here = self.channels[level - 1], self.channels[level]
         return before != here and before * widths[level - 1] == here * widths[level]
 
-    def synthetic(self, arch: Arch) -> list[TensorAnatomy]:
-        """Shortcuts that the subnet has and the full net lacks."""
-        return [tensor for name, tensor in self.identities.items() if self._widened(name, arch)]
-
-    def _widened(self, name: str, arch: Arch) -> bool:
+    def widened(self, name: str, arch: Arch) -> bool:
         """Whether the levels on both sides of a synthetic shortcut, of its weight or bias, differ in the subnet."""
         level = int(name.split(".")[1])
         return arch.widths[level] != arch.widths[level - 1]
 
-    def _placed(self, name: str, unit: Unit, arch: Arch) -> str | None:
+    def placed(self, name: str, unit: Unit | None, arch: Arch) -> str | None:
+        """What the subnet calls the full net's parameter, or module, of this unit; None where it lacks it."""
+        if unit is None:
+            return name
         index = self.place(unit, arch)
         return None if index is None else unit.name(index) + name.removeprefix(unit.name(unit.index))
 

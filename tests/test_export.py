@@ -24,7 +24,18 @@ def test_each_distinct_net_is_written_once(tiny_net: ElasticUNet, tmp_path: Path
     (tmp_path / "model").mkdir()
     export(tiny_net.initial(0), schedule(tiny_net), {"class": "DDIM", "clip": True}, {}, tmp_path / "model")
     names = sorted(path.name for path in (tmp_path / "model").iterdir())
-    assert names == ["README.md", "provenance.json", "schedule.json", "unet_0", "unet_1"]
+    assert names == [
+        "README.md",
+        "model_index.json",
+        "pipeline.py",
+        "provenance.json",
+        "reuse.py",
+        "sample.py",
+        "schedule.json",
+        "scheduler",
+        "unet_0",
+        "unet_1",
+    ]
     files = sorted(path.name for path in (tmp_path / "model" / "unet_0").iterdir())
     assert files == ["config.json", "diffusion_pytorch_model.safetensors"]
 
@@ -60,7 +71,7 @@ def standing_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tenso
     names: dict[str, Any] = {}
     exec(code.group(1), names)
     images: torch.Tensor = names["images"]
-    return images
+    return images * 2 - 1
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -82,7 +93,9 @@ def test_models_of_both_classes_and_of_experts_stand_alone(tmp_path: Path, monke
     archs = (Arch((0.5, 1.0), (1, 2), (), "500-999"), net.uniform(1.0)._replace(expert="0-499"))
     both = Schedule((Step(900, archs[0]), Step(400, archs[1])))
     export(loaded, both, DDIM().describe(), {}, tmp_path / "model")
-    kinds = [json.loads(path.read_text())["_class_name"] for path in sorted((tmp_path / "model").glob("*/config.json"))]
+    kinds = [
+        json.loads(path.read_text())["_class_name"] for path in sorted((tmp_path / "model").glob("unet_*/config.json"))
+    ]
     assert kinds == ["UNet2DConditionModel", "UNet2DModel"]
     images = standing_alone(tmp_path / "model", monkeypatch)
     assert torch.allclose(images, sample(loaded, both, DDIM(), 0, 0, 16), atol=1e-5)

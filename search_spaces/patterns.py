@@ -1,0 +1,108 @@
+"""What the steps of an interval compute: options of a gene that says which steps run at all, and which blocks they reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from nas.contracts import UserError
+from search_spaces.reuse import Graph
+
+ALL = ("all",)
+"""A step that computes everything."""
+
+Computed = tuple[str, ...] | None
+"""What one step computes: `ALL`, blocks or branches by name while the others are reused, () for nothing, so that the prediction before
+is held, and None for a step that is left out of the sampler."""
+
+
+class Pattern(Protocol):
+    """One option. `label` names it for people."""
+
+    @property
+    def label(self) -> str: ...
+
+    def steps(self, count: int) -> tuple[Computed, ...]:
+        """What each of `count` steps computes, noisy to clean."""
+
+
+@dataclass(frozen=True)
+class Every:
+    """Whole steps `period` apart, the interval's first among them; `computed` is what runs at those between. `Every(1)` is the whole
+    network at each step."""
+
+    period: int
+    computed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            raise UserError(f"period={self.period} must be at least 1: whole steps are so many steps apart")
+
+    @property
+    def label(self) -> str:
+        between = f", between {_words(self.computed)}" if self.computed else ""
+        return "whole" if self.period == 1 else f"every {self.period}{between}"
+
+    def steps(self, count: int) -> tuple[Computed, ...]:
+        return tuple(self.computed if place % self.period else ALL for place in range(count))
+
+
+@dataclass(frozen=True)
+class Only:
+    """The same blocks at every step; the others are reused from the step before."""
+
+    computed: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return _words(self.computed)
+
+    def steps(self, count: int) -> tuple[Computed, ...]:
+        return (self.computed,) * count
+
+
+@dataclass(frozen=True)
+class Subset:
+    """`kept` of the interval's steps run, whole; the others are left out. "uniform": evenly spaced, "quadratic": the denser the cleaner,
+    as in Song et al. 2021 (appendix D.3). The first step stays."""
+
+    kept: int
+    spacing: Literal["uniform", "quadratic"] = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.kept < 1 or self.spacing not in ("uniform", "quadratic"):
+            raise UserError(f"a subset keeps at least 1 step, uniform or quadratic, not {self.kept} {self.spacing}")
+
+    @property
+    def label(self) -> str:
+        return f"{self.kept} steps, {self.spacing}"
+
+    def steps(self, count: int) -> tuple[Computed, ...]:
+        if self.kept > count:
+            raise UserError(f"a subset of {self.kept} steps asks for more than the interval's {count}")
+        ends = np.linspace(0, 1, self.kept + 1)[1:] if self.kept > 1 else np.ones(1)
+        shares = ends**2 if self.spacing == "quadratic" else ends
+        # Counted from the clean end, the last kept step is the noisiest.
+        places = _distinct([round(count * float(share)) - 1 for share in shares])
+        return tuple(ALL if count - 1 - place in places else None for place in range(count))
+
+
+def legal(levels: int, finer: Graph | None = None) -> tuple[Only, ...]:
+    """A pattern for each legal set of blocks of a UNet of so many levels; of branches of the graph, where one is given."""
+    sets = Graph((1,) * levels).legal_sets() if finer is None else finer.legal_sets(finer=True)
+    return tuple(Only(tuple(computed)) for computed in sets)
+
+
+def _distinct(places: Sequence[int]) -> set[int]:
+    """Increasing places, each moved up to the next that is free."""
+    found: list[int] = []
+    for place in places:
+        found.append(max(place, found[-1] + 1 if found else 0))
+    return set(found)
+
+
+def _words(computed: tuple[str, ...]) -> str:
+    return "whole" if computed == ALL else " ".join(computed) or "nothing"

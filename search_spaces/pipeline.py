@@ -1,0 +1,112 @@
+"""Samples from an exported folder: at each step the network that the folder's schedule names, with the blocks that it reuses.
+
+Needs torch, numpy and diffusers alone. An exported folder holds a copy of this file, and one argument of the class for each network:
+
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    images = pipeline(batch_size=16).images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+
+from .reuse import run
+
+
+class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
+    """`schedule`: the steps, each with its timestep, network and reused blocks; the sampler and the shape of an image."""
+
+    def __init__(self, scheduler: Any, unet_0: Any, schedule: Any = None) -> None:
+        super().__init__()
+        self.register_modules(scheduler=scheduler, unet_0=unet_0)
+        self.register_to_config(schedule=schedule)
+        for component in self.components.values():
+            if isinstance(component, torch.nn.Module):
+                for parameter in component.parameters():
+                    # As mapped from their file weights lie unaligned, which changes the rounding of convolutions.
+                    parameter.data = parameter.data.clone()
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        seed: int | None = None,
+    ) -> Any:
+        """`batch_size` images, as `output_type` says: "pil", "np" in [0, 1], (batch, height, width, channels), or "pt", the same as a
+        tensor (batch, channels, height, width).
+
+        `generator`: where the noise comes from, one or a list with one for each image; `seed` instead: image i depends on the seed and i
+        alone, and equals image i of `nas sample` of this seed. `num_inference_steps`: evenly so many of the schedule's steps; all by
+        default. Raises ValueError for more steps than the schedule has, and for fewer where steps reuse blocks.
+        """
+        plan = self.config.schedule
+        steps = _subset(plan["steps"], num_inference_steps)
+        noise = _noise(batch_size, plan["shape"], generator, seed)
+        alphas = [*self.scheduler.alphas_cumprod.double().tolist(), 1.0]
+        x = next(noise).to(self.device)
+        cache: Any = None
+        with self.progress_bar(total=len(steps)) as bar:
+            for number, step in enumerate(steps):
+                following: Any = steps[number + 1] if number + 1 < len(steps) else {"timestep": -1, "reuse": []}
+                net = getattr(self, step["model"])
+                kept = following["reuse"]
+                prediction, cache = run(net, x.to(net.dtype), step["timestep"], step["reuse"], kept, cache)
+                a, b = alphas[step["timestep"]], alphas[following["timestep"]]
+                image = (x - (1 - a) ** 0.5 * prediction.to(x)) / a**0.5
+                image = image.clamp(-1, 1) if plan["sampler"]["clip"] else image
+                drawn = next(noise).to(x)
+                if plan["sampler"]["class"] == "DDIM":
+                    x = b**0.5 * image + (1 - b) ** 0.5 * prediction.to(x)
+                else:
+                    beta = 1 - a / b
+                    x = b**0.5 * beta / (1 - a) * image + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
+                    large = plan["sampler"]["variance"] == "fixed_large"
+                    if b < 1:
+                        x = x + (beta if large else (1 - b) / (1 - a) * beta) ** 0.5 * drawn
+                bar.update()
+        return self._output(x, output_type, return_dict)
+
+    def _output(self, x: torch.Tensor, output_type: str | None, return_dict: bool) -> Any:
+        images: Any = (x.clamp(-1, 1) / 2 + 0.5).cpu()
+        if output_type != "pt":
+            images = images.permute(0, 2, 3, 1).float().numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _subset(steps: Sequence[dict[str, Any]], count: int | None) -> Sequence[dict[str, Any]]:
+    if count is None or count == len(steps):
+        return steps
+    if not 1 <= count < len(steps):
+        raise ValueError(f"num_inference_steps={count} must be from 1 to the schedule's {len(steps)}")
+    if any(step["reuse"] for step in steps):
+        raise ValueError(
+            f"num_inference_steps={count} leaves out steps whose blocks later ones reuse; leave it at {len(steps)}"
+        )
+    places = np.linspace(0, len(steps) - 1, count).round().astype(int)
+    return [steps[place] for place in places]
+
+
+def _noise(count: int, shape: Sequence[int], generator: Any, seed: int | None) -> Iterator[torch.Tensor]:
+    """Standard normal (count, *shape), for the start and then for each step."""
+    purpose = 0
+    while True:
+        if seed is not None:
+            rows = [np.random.default_rng((seed, i, purpose)).standard_normal(shape, np.float32) for i in range(count)]
+            yield torch.from_numpy(np.stack(rows))
+        elif isinstance(generator, list | tuple):
+            yield torch.stack([torch.randn(*shape, generator=one, device=one.device).cpu() for one in generator])
+        else:
+            where = generator.device if generator is not None else "cpu"
+            yield torch.randn(count, *shape, generator=generator, device=where).cpu()
+        purpose += 1
