@@ -244,6 +244,14 @@ class Progress:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What learning has come to: tensors from which it goes on, and the MACs spent so far."""
+
+    tensors: Mapping[str, torch.Tensor]
+    macs: int
+
+
 # ------------------------------------------------------------------------------------------------------------- protocols
 
 
@@ -324,6 +332,12 @@ class LoadedSupernet(Protocol):
 
     def blocks(self, arch: Arch, finer: bool = False) -> Sequence[str]:
         """Names of the subnet's blocks, or of their branches, in the order of the forward pass."""
+
+    def expanded(self, arch: Arch, names: Sequence[str], finer: bool = False) -> Sequence[str]:
+        """The blocks, or the branches, that these names of either mean whole."""
+
+    def reused(self, arch: Arch, wanted: Sequence[str], finer: bool = False) -> Sequence[str]:
+        """What a step reuses that is to run these blocks alone: the others, and those whose output nobody reads who runs."""
 
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
         """Sampler state to images in [-1, 1]: identity in pixel space."""
@@ -446,14 +460,19 @@ Learned = tuple[Mapping[str, "torch.Tensor"], int]
 @runtime_checkable
 class LearningSearcher(Protocol):
     """A searcher that first learns from the supernet's gradients or losses: once in a run, on a worker; what it learned is kept as
-    safetensors in the run folder and handed to `start`."""
+    safetensors in the run folder and handed to `start`. It yields snapshots now and then, and goes on from the last one."""
 
     @property
     def learns(self) -> bool:
         """Whether it wants to, with its present settings."""
 
     def learn(
-        self, problem: Problem, supernet: LoadedSupernet, images: ImageSet, seed: int
-    ) -> Generator[Progress, None, Learned]: ...
+        self,
+        problem: Problem,
+        supernet: LoadedSupernet,
+        images: ImageSet,
+        seed: int,
+        so_far: Snapshot | None = None,
+    ) -> Generator[Progress | Snapshot, None, Learned]: ...
 
     def start(self, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None) -> Search: ...

@@ -142,7 +142,7 @@ def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome
     """Moves random genes to cheaper options until the MACs budget holds. Unchanged where it already does."""
     costs = IntervalCosts(problem.space)
     excess = costs.macs(genome) - macs_budget(problem)
-    if excess <= 0:
+    if excess <= 0 or problem.feasible(genome):
         return genome
     repaired = list(genome)
     order = rng.permutation(len(genome)).tolist()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from nas.contracts import LearningSearcher, Progress, UserError, derive_seed, digest_of
+from nas.contracts import LearningSearcher, Progress, Snapshot, UserError, derive_seed, digest_of
 from nas.ledger import LedgerInfo
 
 if TYPE_CHECKING:
@@ -43,23 +43,49 @@ def learned_tensors(folder: Path, info: LedgerInfo) -> dict[str, torch.Tensor] |
 
 
 def learn_once(study: Study, folder: Path, device: str, searcher: str, seed: int) -> Iterator[Progress]:
-    """Lets the searcher learn where it wants to and has not."""
-    from safetensors.torch import save_file
-
+    """Lets the searcher learn where it wants to and has not, from where it was interrupted."""
     recipe = study.searcher(searcher)
     info = study.ledger_info(folder, searcher, seed)
     if not wants_to_learn(study, folder, searcher, seed):
         return
     assert isinstance(recipe, LearningSearcher)
     supernet = study.supernet.load(folder / "supernet", device)
-    tensors, macs = yield from recipe.learn(
-        study.problem, supernet, study.images.load(), derive_seed(seed, "searcher's learning")
-    )
-    path = learned_file(folder, info)
+    path, digest = learned_file(folder, info), digest_of(dict(info.provenance))
     path.parent.mkdir(parents=True, exist_ok=True)
+    snapshot = path.with_suffix(".snapshot")
+    seed = derive_seed(seed, "searcher's learning")
+    learning = recipe.learn(study.problem, supernet, study.images.load(), seed, _read_snapshot(snapshot, digest))
+    while True:
+        try:
+            tick = next(learning)
+        except StopIteration as end:
+            tensors, macs = end.value
+            break
+        if isinstance(tick, Snapshot):
+            _write(tick.tensors, tick.macs, digest, snapshot)
+        else:
+            yield tick
+    _write(tensors, macs, digest, path)
+    snapshot.unlink(missing_ok=True)
+
+
+def _write(tensors: Mapping[str, torch.Tensor], macs: int, digest: str, path: Path) -> None:
+    """Whole or not at all."""
+    from safetensors.torch import save_file
+
     partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial, {"recipe": digest_of(dict(info.provenance)), "macs": str(macs)})
+    save_file(dict(tensors), partial, {"recipe": digest, "macs": str(macs)})
     os.replace(partial, path)
+
+
+def _read_snapshot(path: Path, digest: str) -> Snapshot | None:
+    """Where an interrupted learning under the same provenance stopped."""
+    from safetensors.torch import load_file
+
+    metadata = _metadata(path)
+    if metadata is None or metadata["recipe"] != digest:
+        return None
+    return Snapshot(load_file(path), int(metadata["macs"]))
 
 
 def wants_to_learn(study: Study, folder: Path, searcher: str, seed: int) -> bool:

@@ -16,8 +16,21 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from nas.contracts import Genome, ImageSet, LoadedSupernet, Problem, Progress, Schedule, UserError, derive_seed
+from nas.contracts import (
+    Genome,
+    ImageSet,
+    LoadedSupernet,
+    Problem,
+    Progress,
+    Schedule,
+    Snapshot,
+    UserError,
+    derive_seed,
+)
 from nas.genetics import IntervalCosts, dearest
+
+EVERY = 50
+"""Gradient steps between two snapshots."""
 
 HIDDEN = -1e4
 """Logit of an option that does not fit, where minus infinity would have no gradient."""
@@ -57,8 +70,14 @@ class RelaxedPolicy(Protocol):
 
 
 def learn(
-    settings: Relaxation, policy: RelaxedPolicy, problem: Problem, supernet: LoadedSupernet, images: ImageSet, seed: int
-) -> Generator[Progress, None, int]:
+    settings: Relaxation,
+    policy: RelaxedPolicy,
+    problem: Problem,
+    supernet: LoadedSupernet,
+    images: ImageSet,
+    seed: int,
+    so_far: Snapshot | None = None,
+) -> Generator[Progress | Snapshot, None, int]:
     """Trains the policy in place; MACs spent are returned."""
     costs = IntervalCosts(problem.space)
     full = problem.space.decode(dearest(problem.space))
@@ -67,8 +86,8 @@ def learn(
     pixels = torch.from_numpy(images.pixels).to(supernet.device)
     abar = torch.from_numpy(supernet.alphas_cumprod).float()
     optimiser = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
-    spent = 0
-    for number in range(settings.steps):
+    first, spent = (0, 0) if so_far is None else (_restore(policy, optimiser, so_far), so_far.macs)
+    for number in range(first, settings.steps):
         rng = np.random.default_rng(derive_seed(seed, number, "relaxation"))
         genomes, budgets, logits = policy.relaxed(settings.genomes, rng)
         weights = option_weights(logits, settings.temperature, rng)
@@ -102,7 +121,32 @@ def learn(
         optimiser.step()
         values = {"loss": float(loss.detach()), "MACs/budget": float(ratio.detach().mean())}
         yield Progress("routing agent", number + 1, settings.steps, values)
+        if (number + 1) % EVERY == 0 and number + 1 < settings.steps:
+            yield _snapshot(policy, optimiser, number + 1, spent)
     return spent
+
+
+def _snapshot(policy: RelaxedPolicy, optimiser: torch.optim.Adam, step: int, spent: int) -> Snapshot:
+    tensors = {"step": torch.tensor(step)}
+    for i, parameter in enumerate(policy.parameters()):
+        state = optimiser.state[parameter]
+        tensors[f"parameter.{i}"] = parameter.detach().clone()
+        tensors[f"first.{i}"], tensors[f"second.{i}"] = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
+    return Snapshot(tensors, spent)
+
+
+def _restore(policy: RelaxedPolicy, optimiser: torch.optim.Adam, so_far: Snapshot) -> int:
+    """The step to go on with."""
+    tensors = so_far.tensors
+    with torch.no_grad():
+        for i, parameter in enumerate(policy.parameters()):
+            parameter.copy_(tensors[f"parameter.{i}"])
+            optimiser.state[parameter] = {
+                "step": tensors["step"].float(),
+                "exp_avg": tensors[f"first.{i}"],
+                "exp_avg_sq": tensors[f"second.{i}"],
+            }
+    return int(tensors["step"])
 
 
 def option_weights(logits: torch.Tensor, temperature: float, rng: np.random.Generator | None) -> torch.Tensor:

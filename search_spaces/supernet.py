@@ -306,6 +306,15 @@ class LoadedElasticUNet:
     def blocks(self, arch: Arch, finer: bool = False) -> tuple[str, ...]:
         return self.recipe.cost.graph(Arch(*arch)).names(finer)
 
+    def expanded(self, arch: Arch, names: Sequence[str], finer: bool = False) -> tuple[str, ...]:
+        graph = self.recipe.cost.graph(Arch(*arch))
+        branches = graph.expand(names)
+        return tuple(name for name in graph.names(finer) if graph.expand([name]) <= branches)
+
+    def reused(self, arch: Arch, wanted: Sequence[str], finer: bool = False) -> tuple[str, ...]:
+        graph = self.recipe.cost.graph(Arch(*arch))
+        return graph.collapse(graph.expand(graph.blocks) - graph.live(wanted, finer))
+
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
@@ -354,8 +363,9 @@ class LoadedElasticUNet:
         return self._subnets[arch]
 
     def _copy(self, arch: Arch, device: torch.device) -> StockUNet:
-        net = skeleton(self.recipe.anatomy, arch).to_empty(device=device)
-        with torch.no_grad():
+        # Copies may be asked for while inference is on, and are used with gradients later.
+        with torch.inference_mode(False), torch.no_grad():
+            net = skeleton(self.recipe.anatomy, arch).to_empty(device=device)
             slices = self._slices(arch)
             for name, parameter in net.named_parameters():
                 parameter.copy_(slices[name])

@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import scipy.special
 import torch
 
 from nas.contracts import (
@@ -27,6 +28,7 @@ from nas.contracts import (
     Progress,
     Proposal,
     Signal,
+    Snapshot,
     Trial,
     UserError,
     derive_seed,
@@ -35,6 +37,9 @@ from nas.genetics import IntervalCosts, macs_budget, near
 from nas.relaxation import Relaxation, learn
 
 Array = npt.NDArray[np.float64]
+
+SPARE = 32
+"""Batches that are drawn of one version of the policy; when all of them were scored already, their neighbours follow."""
 
 FEATURES = 4
 """What the policy sees at a gene: the share of the budget left above the cheapest rest, the whole budget, its last option, the place."""
@@ -79,12 +84,17 @@ class Routing:
         return self.warm_start is not None
 
     def learn(
-        self, problem: Problem, supernet: LoadedSupernet, images: ImageSet, seed: int
-    ) -> Generator[Progress, None, Learned]:
+        self,
+        problem: Problem,
+        supernet: LoadedSupernet,
+        images: ImageSet,
+        seed: int,
+        so_far: Snapshot | None = None,
+    ) -> Generator[Progress | Snapshot, None, Learned]:
         """The policy's parameters after its training on the supernet, and the MACs that took."""
         assert self.warm_start is not None
         search = RoutingSearch(self, problem, seed)
-        spent = yield from learn(self.warm_start, search, problem, supernet, images, seed)
+        spent = yield from learn(self.warm_start, search, problem, supernet, images, seed, so_far)
         return search.learned(), spent
 
     def start(self, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None) -> RoutingSearch:
@@ -112,16 +122,14 @@ class RoutingSearch:
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = self._told | set(pending)
-        most = len(taken) // self._settings.batch + 2
-        for place in range(most * self._settings.batch):
-            while place >= len(self._drawn):
-                self._drawn += self._draw(len(self._drawn) // self._settings.batch)
-            genome, budget, likelihood = self._drawn[place]
+        self._drawn = self._drawn or self._draw()
+        for place, (genome, budget, likelihood) in enumerate(self._drawn):
             if genome not in taken:
                 origin = {"policy": self._version, "draw": place, "budget": budget, "log_likelihood": likelihood}
                 return Proposal(genome, origin)
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "routing neighbour"))
-        found = near(self._problem, self._drawn[0][0], rng, taken.__contains__)
+        nearest = self._drawn[len(taken) % len(self._drawn)][0]
+        found = near(self._problem, nearest, rng, taken.__contains__)
         return Proposal(found, {"policy": self._version, "operator": "neighbour"}) if found is not None else DONE
 
     def tell(self, trial: Trial) -> None:
@@ -153,10 +161,11 @@ class RoutingSearch:
         shares = (rng.permutation(count) + rng.random(count)) / count
         return self._walk.least + shares * (self._walk.most - self._walk.least)
 
-    def _draw(self, number: int) -> list[tuple[Genome, float, float]]:
-        """The `number`-th batch of this version of the policy: genomes, the budgets given to it, log-likelihoods."""
-        rng = np.random.default_rng(derive_seed(self._seed, self._version, number, "routing draw"))
-        budgets = self._budgets(self._settings.batch, rng)
+    def _draw(self) -> list[tuple[Genome, float, float]]:
+        """Of this version of the policy: genomes, the budgets given to it, log-likelihoods. Some batches at once, which take hardly
+        longer than one, since a policy that is sure of itself draws again what was scored already."""
+        rng = np.random.default_rng(derive_seed(self._seed, self._version, "routing draw"))
+        budgets = np.concatenate([self._budgets(self._settings.batch, rng) for _ in range(SPARE)])
         with torch.inference_mode():
             genomes, likelihoods = self._policy.draw(self._walk, budgets, rng)
         return list(zip(genomes, budgets.tolist(), likelihoods.tolist(), strict=True))
@@ -318,7 +327,7 @@ class Policy(torch.nn.Module):
             features, prior = walk.look(walked, gene)
             logits, state = self.logits(torch.as_tensor(features, dtype=torch.float32)[:, None], gene, state)
             logarithms = logits[:, 0].numpy().astype(np.float64) + prior
-            logarithms -= np.logaddexp.reduce(logarithms, axis=1, keepdims=True)
+            logarithms -= scipy.special.logsumexp(logarithms, axis=1, keepdims=True)
             below = np.exp(logarithms).cumsum(1)
             options = np.minimum((below < rng.random((len(budgets), 1)) * below[:, -1:]).sum(1), prior.shape[1] - 1)
             likelihoods += np.take_along_axis(logarithms, options[:, None], 1)[:, 0]

@@ -1,0 +1,256 @@
+"""Reuse learned by gradients, for any budget from one fit: DiP-GO (Zhu et al., NeurIPS 2024).
+
+What is learned are keep probabilities of blocks by step (`nas.pruner`). From them a schedule within a budget is made in one of three
+ways, and proposed like anybody else's: only its score counts. "bisection" is the paper's: one threshold on all of them, the lowest that
+keeps the budget. "greedy" is the released code's: thresholds on the skip probability from 0.95 down, from the output's side block by
+block, the steps surest to be skipped first, until the budget is kept. "knapsack" is the exact answer to the question that both
+approximate: the least total of -log(skip probability) over the blocks that are skipped, by dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nas.allocation import allocate
+from nas.contracts import (
+    DONE,
+    Genome,
+    ImageSet,
+    Learned,
+    LoadedSupernet,
+    Problem,
+    Progress,
+    Proposal,
+    Schedule,
+    Signal,
+    Snapshot,
+    Trial,
+    UserError,
+    derive_seed,
+)
+from nas.genetics import IntervalCosts, dearest, macs_budget, near, novel, random_genome
+from nas.pruner import Pruner, learn_gates
+
+Choosing = Literal["bisection", "greedy", "knapsack"]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """`pruner`: how the gates are learned. `choosing`: ways to make a schedule of them, in turn."""
+
+    pruner: Pruner = field(default_factory=Pruner)
+    choosing: tuple[Choosing, ...] = ("bisection", "greedy", "knapsack")
+    learns = True
+
+    def __post_init__(self) -> None:
+        if not self.choosing or not {"bisection", "greedy", "knapsack"}.issuperset(self.choosing):
+            raise UserError(f"choosing={self.choosing} must be among bisection, greedy and knapsack")
+
+    def learn(
+        self,
+        problem: Problem,
+        supernet: LoadedSupernet,
+        images: ImageSet,
+        seed: int,
+        so_far: Snapshot | None = None,
+    ) -> Generator[Progress | Snapshot, None, Learned]:
+        """Keep probabilities, (steps - 1, blocks), and what each option of the space means for the gates. Raises UserError for a
+        space that offers no reuse."""
+        full = problem.space.decode(dearest(problem.space))
+        keep, spent = yield from learn_gates(self.pruner, supernet, full, seed, so_far)
+        tensors = {"keep": keep, **_meanings(problem, supernet, full, self.pruner.finer)}
+        return tensors, spent
+
+    def start(self, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None) -> GatesSearch:
+        return GatesSearch(self, problem, seed, learned)
+
+
+class GatesSearch:
+    """Without anything learned it proposes at random, and says so."""
+
+    def __init__(
+        self, settings: Gates, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None
+    ) -> None:
+        self._settings = settings
+        self._problem = problem
+        self._seed = seed
+        self._told: set[Genome] = set()
+        self._chooser = None if learned is None else Chooser(problem, learned)
+
+    def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
+        taken = self._told | set(pending)
+        rng = np.random.default_rng(derive_seed(self._seed, len(taken), "gates"))
+        if self._chooser is None:
+            drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
+            return DONE if drawn is None else Proposal(drawn, {"operator": "random, nothing learned"})
+        way = self._settings.choosing[len(taken) % len(self._settings.choosing)]
+        least, most = self._chooser.budgets
+        share = _van_der_corput(len(taken) // len(self._settings.choosing) + 1)
+        budget = least + (most - least) * share
+        wanted = self._chooser.genome(way, budget)
+        found = near(self._problem, wanted, rng, taken.__contains__)
+        if found is None:
+            return DONE
+        how = way if found == wanted else f"near {way}"
+        return Proposal(found, {"operator": how, "budget": budget})
+
+    def tell(self, trial: Trial) -> None:
+        self._told.add(trial.genome)
+
+
+class Chooser:
+    """Genomes within a budget, made of keep probabilities.
+
+    `meanings["asks.k"]`: for each option of interval k, whether each block runs at each of the trajectory's steps but the first; NaN where
+    the interval has no say. `meanings["open.k"]`: 1 for options that choose reuse alone, at the widest subnet, and `meanings["price.k"]`
+    their MACs then. `meanings["weight"]`: the share of a step's MACs that each block has by itself.
+    """
+
+    def __init__(self, problem: Problem, learned: Mapping[str, torch.Tensor]) -> None:
+        self._problem = problem
+        self._costs = IntervalCosts(problem.space)
+        self._keep = learned["keep"].double().numpy().clip(1e-6, 1 - 1e-6)
+        self._asks: list[Floats] = []
+        self._prices: list[npt.NDArray[np.int64]] = []
+        self._options: list[npt.NDArray[np.int64]] = []
+        for k in range(len(self._costs.tables)):
+            allowed = np.flatnonzero(learned[f"open.{k}"].numpy())
+            self._options.append(allowed)
+            self._prices.append(learned[f"price.{k}"].numpy()[allowed])
+            self._asks.append(learned[f"asks.{k}"].double().numpy()[allowed])
+        self._weight = learned["weight"].double().numpy()
+
+    @cached_property
+    def budgets(self) -> tuple[float, float]:
+        """MACs of the cheapest and of the dearest schedule that it can make within the limit."""
+        least = float(sum(prices.min() for prices in self._prices))
+        most = float(sum(prices.max() for prices in self._prices))
+        return least, min(most, macs_budget(self._problem))
+
+    def genome(self, way: Choosing, budget: float) -> Genome:
+        """At most as dear as the budget; the cheapest where that is dearer still."""
+        ways: dict[Choosing, Callable[[float], Sequence[int]]] = {
+            "bisection": self._bisection,
+            "greedy": self._greedy,
+            "knapsack": self._knapsack,
+        }
+        found: list[int] = []
+        for k, place in enumerate(ways[way](budget)):
+            table = self._costs.tables[k]
+            found.extend(int(gene) for gene in np.unravel_index(self._options[k][place], table.shape))
+        return tuple(found)
+
+    def _bisection(self, budget: float) -> Sequence[int]:
+        """The lowest threshold on keep probabilities whose schedule keeps the budget: costs only fall with it."""
+        thresholds = np.unique(self._keep)
+        low, high = 0, len(thresholds)
+        while low < high:
+            middle = (low + high) // 2
+            options = self._nearest(self._keep >= thresholds[middle])
+            low, high = (low, middle) if self._price(options) <= budget else (middle + 1, high)
+        kept = self._keep >= thresholds[low] if low < len(thresholds) else np.zeros(self._keep.shape, dtype=bool)
+        return self._nearest(kept)
+
+    def _greedy(self, budget: float) -> Sequence[int]:
+        kept: npt.NDArray[np.bool_] = np.ones_like(self._keep, dtype=bool)
+        skip = 1 - self._keep
+        options = self._nearest(kept)
+        for threshold in (*np.arange(0.95, 0.0, -0.05), -1.0):
+            for block in range(kept.shape[1] - 1, -1, -1):
+                steps = np.flatnonzero(kept[:, block] & (skip[:, block] > threshold))
+                for step in steps[np.argsort(-skip[steps, block], kind="stable")]:
+                    if self._price(options) <= budget:
+                        return options
+                    kept[step, block] = False
+                    options = self._nearest(kept)
+        return options
+
+    def _knapsack(self, budget: float) -> Sequence[int]:
+        errors = [self._regret(asks) for asks in self._asks]
+        [found] = allocate([p.tolist() for p in self._prices], [e.tolist() for e in errors], [budget])
+        return found[0].options if found else [int(prices.argmin()) for prices in self._prices]
+
+    def _regret(self, asks: Floats) -> Floats:
+        total: Floats = np.where(asks < 0.5, -np.log(1 - self._keep), 0.0).sum(axis=(1, 2))
+        return total
+
+    def _nearest(self, kept: npt.NDArray[np.bool_]) -> list[int]:
+        """For each interval the option that runs what is kept, and what is kept for nobody to read left out; else the nearest."""
+        found = []
+        for asks, prices in zip(self._asks, self._prices, strict=True):
+            says = ~np.isnan(asks)
+            more = ((asks > 0.5) & ~kept & says) @ self._weight
+            less = ((asks < 0.5) & kept & says) @ self._weight
+            # Nothing beyond what is kept, as much of it as possible, and of equals the cheapest: so a block without a reader goes.
+            useful = (less + 1e3 * more).sum(axis=1)
+            found.append(int(np.lexsort((prices, useful.round(9)))[0]))
+        return found
+
+    def _price(self, options: Sequence[int]) -> int:
+        return sum(int(prices[option]) for prices, option in zip(self._prices, options, strict=True))
+
+
+def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: bool) -> dict[str, torch.Tensor]:
+    """What the options of the space mean for the gates, see `Chooser`."""
+    space, costs = problem.space, IntervalCosts(problem.space)
+    top = dearest(space)
+    [arch] = full.archs
+    names = net.blocks(arch, finer)
+    whole = net.macs(arch)
+    found = {"weight": torch.tensor([1 - net.macs(arch, [name]) / whole for name in names])}
+    places = {step.timestep: number - 1 for number, step in enumerate(full.steps)}
+    any_reuse = False
+    for k, (genes, table) in enumerate(zip(costs.genes, costs.tables, strict=True)):
+        changed = [
+            (*top[: genes.start], *option, *top[genes.stop :]) for option in product(*(range(n) for n in table.shape))
+        ]
+        schedules = [space.decode(genome) for genome in changed]
+        saved = [int(space.cost(top)["macs"] - space.cost(genome)["macs"]) for genome in changed]
+        found[f"price.{k}"] = int(table[top[genes]]) - torch.tensor(saved)
+        runs = [_running(schedule, places, names, net, finer) for schedule in schedules]
+        pure = torch.tensor([set(schedule.archs) <= {arch} for schedule in schedules])
+        mine = torch.stack([run for run, is_pure in zip(runs, pure.tolist(), strict=True) if is_pure])
+        say = (mine != mine[0]).any(dim=2).any(dim=0)
+        asks = torch.stack(runs)
+        asks[:, ~say] = torch.nan
+        found[f"asks.{k}"], found[f"open.{k}"] = asks, pure
+        any_reuse = any_reuse or bool(say.any())
+    if not any_reuse:
+        raise UserError(
+            "the space offers no blocks to reuse; give it patterns, such as Stepwise(patterns=legal(levels))"
+        )
+    return found
+
+
+def _running(
+    schedule: Schedule, places: Mapping[int, int], names: Sequence[str], net: LoadedSupernet, finer: bool
+) -> torch.Tensor:
+    """Whether each block runs at each step but the first, (steps - 1, blocks); a step that is left out runs none."""
+    runs = torch.zeros(len(places) - 1, len(names))
+    for step in schedule.steps:
+        if places[step.timestep] >= 0:
+            reused = set(net.expanded(step.arch, step.reuse, finer))
+            runs[places[step.timestep]] = torch.tensor([float(name not in reused) for name in names])
+    return runs
+
+
+def _van_der_corput(number: int) -> float:
+    """1/2, 1/4, 3/4, 1/8, ...: shares that fill the range ever more densely; the range's end first."""
+    if number == 1:
+        return 1.0
+    number -= 1
+    share, step = 0.0, 0.5
+    while number:
+        share += step * (number % 2)
+        number //= 2
+        step /= 2
+    return share
