@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import subprocess
+import sys
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +21,7 @@ from evaluators.sampling import DDIM, sample
 from nas.contracts import Problem, Schedule, Snapshot, Step, UserError
 from nas.genetics import dearest
 from nas.learning import learn_once, learned_file
+from nas.ledger import open_storage, read_ledgers
 from nas.pruner import Pruner, Scorer, dissimilarity, gammas, kept_share, learn_gates, straight_through
 from nas.searchers.gates import Chooser, Gates
 from nas.session import open_session
@@ -27,7 +31,9 @@ from search_spaces.options import Options
 from search_spaces.patterns import Every, Subset, legal
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
+from search_spaces.training import Sandwich
 from tests.conftest import TINY
+from tests.test_cli import ROOT
 from tests.test_reuse import DEEP_NET, randomised
 
 STEPS = uniform(5)
@@ -228,22 +234,27 @@ def test_ssim_window_fits_small_images() -> None:
     assert float(dissimilarity(x, -x)) > 0.5
 
 
-@pytest.fixture(scope="module")
-def gated_study(tiny_study: Study, tiny_net: ElasticUNet) -> Study:
-    steps = uniform(4)
-    space = Stepwise(tiny_net, steps, per_step(steps), Options((1.0,)), patterns=legal(2))
-    images = Digits()
-    return replace(
-        tiny_study,
-        space=space,
+def gated() -> Study:
+    """The tiny study with reuse instead of widths."""
+    net, images, steps = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0)), Digits(), uniform(4)
+    return Study(
+        name="tiny",
+        space=Stepwise(net, steps, per_step(steps), Options((1.0,)), patterns=legal(2)),
+        supernet=net,
+        images=images,
+        training=Sandwich(steps=40, batch=16, warmup=5, checkpoint_every=10),
         evaluator=Frechet(images, rungs=(32, 64)),
         searchers={"gates": Gates(Pruner(steps=4, batch=2, dimension=8))},
+        limits={"macs_share": 0.6},
+        trials=10,
+        verified=3,
     )
 
 
 def test_a_run_learns_once_and_proposes_within_the_limit(
-    gated_study: Study, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    gated_study = gated()
     monkeypatch.setattr("nas.pruner.EVERY", 2)
     (tmp_path / "supernet").symlink_to(tiny_run / "supernet")
     (tmp_path / "features").symlink_to(tiny_run / "features")
@@ -268,6 +279,53 @@ def test_a_run_learns_once_and_proposes_within_the_limit(
     operators = {str(trial.origin["operator"]) for trial in trials}
     assert {"bisection", "greedy", "knapsack"} & operators
     assert all(trial.cost["macs_share"] <= 0.6 for trial in trials)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import nas.learning
+from nas.session import open_session
+from nas.study import load_study
+study = load_study(sys.argv[1])
+after = int(sys.argv[3])
+def note(*_):
+    global after
+    after -= 1
+    if not after:
+        os.kill(os.getpid(), signal.SIGKILL)
+with open_session(study, Path(sys.argv[2])) as session:
+    for _ in session.learn("gates"):
+        note()
+    session.run(session.conductor("gates", on_settled=note))
+"""
+
+STUDY = """
+from dataclasses import replace
+import nas.pruner
+from tests.test_gates import gated
+nas.pruner.EVERY = 2
+study = gated()
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_it_learns_and_while_it_searches_it_ends_alike(tiny_run: Path, tmp_path: Path) -> None:
+    study = tmp_path / "study.py"
+    study.write_text(STUDY)
+    found = []
+    for name, kills in (("killed", (3, 3, 2, 4, 0)), ("whole", (0,))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in ("supernet", "features"):
+            (folder / part).symlink_to(tiny_run / part)
+        for after in kills:
+            done = subprocess.run([sys.executable, "-c", KILLED, study, folder, str(after)], cwd=ROOT, check=False)
+            assert done.returncode == (-signal.SIGKILL if after else 0)
+        [(_, trials)] = [(info, t) for info, t in read_ledgers(open_storage(folder)) if info.searcher == "gates"]
+        found.append([(t.genome, t.rung, t.status, t.origin) for t in trials])
+    assert found[0] == found[1]
+    assert len(found[0]) > 10
 
 
 def test_a_space_without_reuse_is_refused(tiny_study: Study, tiny_run: Path, tiny_net: ElasticUNet) -> None:
