@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from nas.contracts import Images, ImageSet, UserError
 
@@ -22,13 +23,22 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 @dataclass(frozen=True)
 class Digits:
-    """scikit-learn's bundled handwritten digits: 1,797 real 8x8 grey images with labels."""
+    """scikit-learn's bundled handwritten digits: 1,797 real 8x8 grey images with labels, enlarged bilinearly to `size` pixels."""
+
+    size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise UserError(f"digits of size={self.size} cannot be had; they have 8 pixels, or more when enlarged")
 
     def load(self) -> ImageSet:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        return _checked(digits.images[:, None] / 8.0 - 1.0, digits.target, "digits")
+        pixels = torch.from_numpy(digits.images[:, None] / 8.0 - 1.0)
+        if self.size > 8:
+            pixels = torch.nn.functional.interpolate(pixels, (self.size, self.size), mode="bilinear")
+        return _checked(pixels.numpy(), digits.target, "digits")
 
 
 @dataclass(frozen=True)
