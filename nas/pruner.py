@@ -42,12 +42,12 @@ class Pruner:
     scores: Literal["network", "plain"] = "network"
     scope: Literal["trajectory", "step"] = "trajectory"
     finer: bool = False
-    steps: int = 250
+    steps: int = 200
     batch: int = 4
     noises: int | None = None
-    learning_rate: float = 0.1
+    learning_rate: float = 0.5
     weight_decay: float = 1e-4
-    sparsity: float = 1.0
+    sparsity: float = 2.0
     floor: float = 0.2
     dimension: int = 64
     checkpointing: bool = True

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -77,7 +76,7 @@ class Stepwise:
         return tuple(
             Choice(f"interval{k:02d}.{name}", options, k)
             for k, subnets in enumerate(self.subnets)
-            for name, options in (*((gene.name, gene.options) for gene in subnets.genes), *self._pattern_gene(k))
+            for name, options in (*self._subnet_genes(subnets), *self._pattern_gene(k))
         )
 
     @property
@@ -149,6 +148,11 @@ class Stepwise:
                 raise UserError(f"patterns {labels} must be distinct")
         return tuple(order)
 
+    def _subnet_genes(self, subnets: Subnets) -> list[tuple[str, tuple[float | int | str, ...]]]:
+        """None where one subnet is all there is and patterns are to be chosen."""
+        single = len(subnets) == 1 and len(self.patterns) > 1
+        return [] if single else [(gene.name, gene.options) for gene in subnets.genes]
+
     def _pattern_gene(self, k: int) -> list[tuple[str, tuple[str, ...]]]:
         return [("reuse", tuple(pattern.label for pattern in self._patterns[k]))] if len(self.patterns) > 1 else []
 
@@ -156,8 +160,9 @@ class Stepwise:
         """For each timestep the subnet, and what the genes ask it to compute, whether that can be had or not."""
         steps = iter(self._steps)
         for k, (subnets, genes) in enumerate(zip(self.subnets, self._split(genome), strict=True)):
-            arch = subnets.arch(genes[: len(subnets.shape)])
-            for computed in self._computed(k, genes[len(subnets.shape) :]):
+            own = len(self._subnet_genes(subnets))
+            arch = subnets.arch(genes[:own] if own else (0,) * len(subnets.shape))
+            for computed in self._computed(k, genes[own:]):
                 t, expert = next(steps)
                 yield t, arch._replace(expert=expert) if expert else arch, computed
 
@@ -197,15 +202,14 @@ class Stepwise:
         start = 0
         for k, (subnets, count) in enumerate(zip(self.subnets, self.intervals, strict=True)):
             experts = [expert for _, expert in self._steps[start : start + count]]
-            table = np.empty(self._shapes[k], dtype=np.int64)
-            patterns = [
-                self._computed(k, gene) for gene in product(*(range(n) for n in self._shapes[k][len(subnets.shape) :]))
-            ]
+            choices = (len(self.patterns),) if len(self.patterns) > 1 else ()
+            table = np.empty((*subnets.shape, *choices), dtype=np.int64)
+            patterns = [self._computed(k, gene) for gene in np.ndindex(*choices)]
             for option in np.ndindex(*subnets.shape):
                 arch = subnets.arch(option)
                 costs = [self._interval_macs(arch, steps, experts, first=k == 0, alike=alike) for steps in patterns]
                 table[option] = costs if len(self.patterns) > 1 else costs[0]
-            found.append(table)
+            found.append(table.reshape(self._shapes[k]))
             start += count
         return tuple(found)
 
@@ -224,8 +228,10 @@ class Stepwise:
 
     @cached_property
     def _shapes(self) -> list[tuple[int, ...]]:
-        gene = (len(self.patterns),) if len(self.patterns) > 1 else ()
-        return [(*subnets.shape, *gene) for subnets in self.subnets]
+        return [
+            tuple(len(options) for _, options in (*self._subnet_genes(subnets), *self._pattern_gene(k)))
+            for k, subnets in enumerate(self.subnets)
+        ]
 
     def _split(self, genome: Genome) -> list[Genome]:
         """The genes of each interval. Raises ValueError for a genome that is not of this space."""

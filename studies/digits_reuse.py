@@ -44,7 +44,7 @@ study = Study(
     evaluator=Frechet(images, rungs=(256, 2048)),
     searchers={
         "gates": Gates(),
-        "plain_gates": Gates(Pruner(scores="plain", learning_rate=10.0)),
+        "plain_gates": Gates(Pruner(scores="plain", learning_rate=25.0)),
         "local_gates": Gates(Pruner(scope="step")),
         "evolution": Evolution(population=20),
         "random": Random(),

@@ -212,8 +212,8 @@ def test_the_knapsack_is_exact() -> None:
                 total -= np.log(1 - probability) if name in reused else 0.0
         return total
 
-    whole = len(space.choices[1].options) - 1
-    every = ((0, whole, 0, a, 0, b) for a, b in itertools.product(range(47), repeat=2))
+    whole = len(space.choices[0].options) - 1
+    every = ((whole, a, b) for a, b in itertools.product(range(47), repeat=2))
     best = min(regret(genome) for genome in every if space.cost(genome)["macs"] <= budget)
     assert regret(made.genome("knapsack", budget)) == pytest.approx(best)
 

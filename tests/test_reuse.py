@@ -394,7 +394,7 @@ def test_an_exported_schedule_with_reuse_samples_as_ours(name: str, tmp_path: Pa
 
 
 def test_the_exported_script_runs_by_itself(tmp_path: Path) -> None:
-    schedule = SPACES["a legal set for each step"].decode((0, 46, 0, 20, 0, 5, 0, 0, 0, 30, 0, 46))
+    schedule = SPACES["a legal set for each step"].decode((46, 20, 5, 0, 30, 46))
     export(randomised(DEEP_NET), schedule, DDIM().describe(), {}, tmp_path / "model")
     script, picture = tmp_path / "model" / "sample.py", tmp_path / "samples.png"
     subprocess.run([sys.executable, script, "--count", "3", "--to", picture], check=True, cwd=tmp_path)
