@@ -157,6 +157,29 @@ def compare(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption 
 
 
 @app.command()
+def report(
+    study_file: StudyFile,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Write the run as one self-contained HTML page, <run>/report/index.html, with its pictures beside it."""
+    from nas.page import write_page
+    from nas.report import Run
+    from nas.study import load_study
+
+    study = load_study(study_file)
+    folder = _run_folder(study, out_dir)
+    _check_device(device)
+    path = write_page(study, study_file, Run.open(folder, storage), study.load(folder, device))
+    if as_json:
+        _print_json({"page": str(path)})
+    else:
+        out.print(f"{path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def audit(
     study_file: StudyFile,
     schedules: Annotated[int, typer.Option(min=10, help="How many; the whole space where it is no larger.")] = 200,

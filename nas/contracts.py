@@ -366,6 +366,10 @@ class Supernet(Protocol):
     def digest(self, folder: Path) -> str:
         """Identifies the trained weights in the folder. Raises UserError where there are none."""
 
+    def profile(self, step: Step) -> Mapping[str, float]:
+        """For each block of the full network, in the order of the forward pass, the share of its MACs that run at a step; -1 where its
+        output is reused."""
+
     def load(self, folder: Path, device: str) -> LoadedSupernet:
         """Reads `folder/weights.safetensors`. Raises UserError where the file is missing, damaged or of another shape."""
 

@@ -17,7 +17,22 @@ from matplotlib.ticker import MaxNLocator
 from nas.contracts import Trial
 from nas.report import against, verified_front
 
-mpl.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 150})
+INK = "#0a0b0c"
+"""What is neither data nor ground; a page that shows a picture replaces it by its own ink."""
+
+mpl.rcParams.update(
+    {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "savefig.dpi": 150,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "pictures",
+        **dict.fromkeys(
+            ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
+        ),
+    }
+)
 
 _COLOURS = ("#1f6f8b", "#c8553d", "#5b8c5a", "#8d6a9f", "#d19c1d", "#4a4a4a")
 _BASELINE_COLOUR = "#9a9a9a"
@@ -33,16 +48,7 @@ def draw_front(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any],
     figure = Figure(figsize=(7.5, 7.2), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
     _draw_scores(top, ledgers, objectives, baseline)
-    if "macs_share" in limits:
-        top.axvline(limits["macs_share"], color="#000000", linewidth=0.8, linestyle="-.")
-        top.annotate(
-            "limit",
-            (limits["macs_share"], 1),
-            (3, -10),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            fontsize=9,
-        )
+    _draw_limit(top, limits)
     top.set_xlabel("share of the full network's MACs")
     top.set_ylabel(
         label + "\n(lower is better; bars: ± 1 standard error;\nhollow: not told apart from the next cheaper)"
@@ -54,8 +60,7 @@ def draw_front(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any],
     else:
         _draw_schedules(figure, bottom, fronts[shown], facts["choices"])
         bottom.set_title(f"which option runs when, for the front of {shown}", fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], until: float, path: Path) -> None:
@@ -76,13 +81,54 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], until: float, path: Path) -> 
         axes.step(at, heights.mean(0), where="post", label=name, color=colour, linestyle=line)
         if len(curves) > 1:
             axes.fill_between(at, heights.min(0), heights.max(0), color=colour, alpha=0.12, linewidth=0)
-    axes.axvline(until, color="#000000", linewidth=0.8, linestyle=":")
+    axes.axvline(until, color=INK, linewidth=0.8, linestyle=":")
     axes.set_xlabel("MACs spent" + (", mean and range over seeds" if any(len(c) > 1 for c in groups.values()) else ""))
     axes.set_ylabel("hypervolume on search samples")
     if groups:
         axes.legend(frameon=False, fontsize=8, ncols=2)
+    _save(figure, path)
+
+
+def draw_scores(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], label: str, path: Path) -> None:
+    """The upper half of `draw_front` alone."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    _draw_scores(axes, ledgers, facts["objectives"], facts["baseline"])
+    _draw_limit(axes, facts["limits"])
+    axes.set_xlabel("share of the full network's MACs")
+    axes.set_ylabel(label)
+    _save(figure, path)
+
+
+def draw_profile(timesteps: Sequence[int], profiles: Mapping[int, Mapping[str, float]], path: Path) -> None:
+    """What runs when: the share of each block's MACs at each timestep, a cross where its output is reused, a gap where the step is
+    left out. `profiles[timestep][block]`, negative where reused."""
+    blocks = list(next(iter(profiles.values())))
+    shares = np.full((len(blocks), len(timesteps)), np.nan)
+    for column, timestep in enumerate(timesteps):
+        for row, block in enumerate(blocks):
+            if timestep in profiles:
+                shares[row, column] = profiles[timestep][block]
+    figure = Figure(figsize=(4.2, 0.9 + 0.19 * len(blocks)), layout="constrained")
+    axes = figure.subplots()
+    reused = shares < 0
+    axes.imshow(
+        np.where(reused, np.nan, shares), aspect="auto", cmap="YlGnBu", vmin=-0.15, vmax=1, interpolation="nearest"
+    )
+    rows, columns = np.nonzero(reused)
+    axes.scatter(columns, rows, marker="x", s=9, linewidths=0.7, color=_BASELINE_COLOUR)
+    axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
+    shown = np.unique(np.linspace(0, len(timesteps) - 1, min(6, len(timesteps))).round().astype(int))
+    axes.set_xticks(shown, [str(timesteps[i]) for i in shown], fontsize=8)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """By its suffix; an SVG has no ground of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, transparent=path.suffix == ".svg", metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _height(curve: Sequence[tuple[float, float]], at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -115,8 +161,7 @@ def draw_audit(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path
     right.set_xlabel(best)
     right.set_ylabel(facts["reference"])
     figure.colorbar(points, ax=right, label="share of the full network's MACs")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_intervals(facts: Mapping[str, Any], path: Path) -> None:
@@ -135,7 +180,7 @@ def draw_intervals(facts: Mapping[str, Any], path: Path) -> None:
     )
     for boundary in facts["boundaries"]["gradients"]:
         for line in (left.axvline, left.axhline):
-            line(boundary, color="#000000", linewidth=1.2)
+            line(boundary, color=INK, linewidth=1.2)
     left.set_xlabel("training timestep (0: clean)")
     left.set_ylabel("training timestep")
     left.set_title("cosine of the full network's gradients", fontsize=10)
@@ -164,13 +209,12 @@ def draw_intervals(facts: Mapping[str, Any], path: Path) -> None:
         for number, (start, stop) in enumerate(pairwise(ends)):
             bottom.barh(place, stop - start, left=start, height=0.7, color=_COLOURS[number % len(_COLOURS)], alpha=0.55)
     for timestep in facts["timesteps"]:
-        bottom.axvline(timestep, color="#000000", linewidth=0.5, linestyle=":")
+        bottom.axvline(timestep, color=INK, linewidth=0.5, linestyle=":")
     bottom.set_yticks(range(len(names)), names)
     bottom.invert_yaxis()
     bottom.set_xlim(-10, total + 10)
     bottom.set_xlabel("training timestep (dotted: the sampler's steps)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    _save(figure, path)
 
 
 def draw_samples(images: npt.NDArray[np.uint8], path: Path, columns: int = 8, scale: int = 1) -> None:
@@ -226,6 +270,15 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], objectives:
     axes.legend(frameon=False)
 
 
+def _draw_limit(axes: Axes, limits: Mapping[str, float]) -> None:
+    if "macs_share" in limits:
+        place = (limits["macs_share"], 1)
+        axes.axvline(place[0], color=INK, linewidth=0.8, linestyle="-.")
+        axes.annotate(
+            "limit", place, (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9
+        )
+
+
 def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices: Sequence[Any]) -> None:
     options = [option for _, option in choices]
     alike = all(option == options[0] for option in options)
@@ -245,7 +298,7 @@ def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices
         axes.set_xticks(range(len(choices)), [name.rpartition(".")[2] for name, _ in choices], rotation=90, fontsize=7)
         for place, (before, here) in enumerate(pairwise(homes)):
             if before != here:
-                axes.axvline(place + 0.5, color="#000000", linewidth=0.8)
+                axes.axvline(place + 0.5, color=INK, linewidth=0.8)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, ticks=range(len(options[0])) if alike else [0, 1])
     bar.set_ticklabels([str(option) for option in options[0]] if alike else ["least", "most"])

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from nas.contracts import Denoiser, Gated, Step, UserError
-from search_spaces.cost import CostModel
+from search_spaces.cost import Cost, CostModel
 from search_spaces.options import Options, Subnets
 from search_spaces.reuse import run
 from search_spaces.unet import Anatomy, Arch, Groups, StockUNet, arguments, predict, skeleton, take
@@ -178,6 +178,17 @@ class ElasticUNet:
             "attention": self.attention,
             "experts": self.experts,
             "pretrained": None if self.pretrained is None else _file_digest(_pretrained_weights(Path(self.pretrained))),
+        }
+
+    def profile(self, step: Step) -> dict[str, float]:
+        arch = Arch(*step.arch)
+        graph = self.cost.graph(arch)
+        reused = graph.expand(step.reuse)
+        whole = _by_block(self.cost.branches(self.anatomy.full))
+        mine = _by_block({name: cost for name, cost in self.cost.branches(arch).items() if name not in reused})
+        return {
+            block: -1.0 if graph.expand([block]) <= reused else mine[block] / whole[block]
+            for block in self.cost.graph(self.anatomy.full).blocks
         }
 
     def initial(self, seed: int, device: str = "cpu") -> LoadedElasticUNet:
@@ -374,6 +385,15 @@ class LoadedElasticUNet:
     def _slices(self, arch: Arch) -> dict[str, torch.Tensor]:
         full = dict(self.weights(arch.expert).named_parameters())
         return {name: take(full, source) for name, source in self.recipe.anatomy.segments(arch).items()}
+
+
+def _by_block(branches: Mapping[str, Cost]) -> dict[str, int]:
+    """MACs of the branches of each block together."""
+    found: dict[str, int] = {}
+    for branch, cost in branches.items():
+        block = branch.partition(".")[0]
+        found[block] = found.get(block, 0) + cost.macs
+    return found
 
 
 def _weights(folder: Path) -> Path:

@@ -1,0 +1,292 @@
+"""One HTML page of a run: self-contained, no network, for a screen, a phone or paper, light or dark. Its pictures also as files."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from nas.contracts import Schedule, Trial
+from nas.genetics import uniform_genomes
+from nas.plots import INK, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
+from nas.report import Run, against, verified_front
+from nas.study import BASELINE, Study
+
+MAPS = 12
+"""At most so many schedules of the front are drawn."""
+
+SAMPLES = 36
+"""Images in each grid."""
+
+
+def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
+    """Writes <run>/report/index.html and the pictures beside it; `loaded` is the study's evaluator, which draws the samples."""
+    folder = run.folder / "report"
+    folder.mkdir(exist_ok=True)
+    facts = run.compare()
+    ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], run.ledgers, strict=True)}
+    quality = study.objectives[0]
+    draw_scores(ledgers, run.facts, facts["label"], folder / "fronts.svg")
+    draw_curves(facts["searchers"], facts["area_until_macs"], folder / "compute.svg")
+    best = _best_searcher(facts)
+    full = _full(ledgers.get(BASELINE, ()))
+    winner = _winner(ledgers, run.facts["limits"], quality)
+    page = _template().render(
+        study=study.name,
+        searched=_searched(study, facts),
+        label=facts["label"],
+        cards=_cards(winner, full, quality),
+        front=_inline(folder / "fronts.svg"),
+        curves=_inline(folder / "compute.svg"),
+        mapped=best,
+        maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
+        grids=_grids(study, loaded, winner, full, ledgers.get(BASELINE, ()), folder) if winner else [],
+        audit=_audit(run.folder, folder),
+        spent=_spent(run, facts),
+        candidates=_candidates(study, study_file, run, ledgers, quality),
+        provenance=_provenance(run, study),
+    )
+    path = folder / "index.html"
+    path.write_text(page)
+    return path
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nas"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html")
+
+
+def _inline(picture: Path) -> Markup:
+    """An SVG to stand in the page, its ink that of the page."""
+    svg = picture.read_text()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
+    # Identifiers are unique in a file, not in a page.
+    prefix = picture.stem
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+    return Markup(svg.replace(INK, "currentColor"))
+
+
+def _best_searcher(facts: Mapping[str, Any]) -> str:
+    rows = [row for row in facts["searchers"] if not row["baseline"] and row["front"]]
+    return str(max(rows, key=lambda row: row["hypervolume"])["searcher"]) if rows else BASELINE
+
+
+def _full(uniform: Sequence[Trial]) -> Trial | None:
+    done = [trial for trial in uniform if trial.status == "complete" and trial.cost["macs_share"] == 1]
+    return done[-1] if done else None
+
+
+def _winner(
+    ledgers: Mapping[str, Sequence[Trial]], limits: Mapping[str, float], quality: str
+) -> tuple[str, Trial] | None:
+    """The best verified schedule of any searcher within the limits."""
+    done = [
+        (name, trial)
+        for name, trials in ledgers.items()
+        for trial in trials
+        if name != BASELINE
+        and trial.status == "complete"
+        and all(trial.cost.get(cost, 0) <= limit for cost, limit in limits.items())
+    ]
+    return min(done, key=lambda found: found[1].objectives((quality,))[0]) if done else None
+
+
+def _searched(study: Study, facts: Mapping[str, Any]) -> str:
+    choices = study.space.choices
+    intervals = len({choice.interval for choice in choices})
+    options = 1.0
+    for choice in choices:
+        options *= len(choice.options)
+    limits = ", ".join(f"{name} at most {limit:g}" for name, limit in study.limits.items()) or "no limit"
+    samples = ", then ".join(f"{rung:,}" for rung in study.evaluator.rungs)
+    return (
+        f"{options:.3g} schedules: {len(choices)} choices over {intervals} intervals of the denoising timesteps; {limits}. "
+        f"Minimised: {' and '.join(study.objectives)}, scored on {samples} samples; {facts['label']}."
+    )
+
+
+def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str) -> list[dict[str, str]]:
+    cards = []
+    if winner is not None:
+        name, trial = winner
+        assert trial.score is not None
+        shown = f"{trial.score.values[quality]:.3g} ± {trial.score.error(quality):.1g}"
+        cards.append(
+            {"what": f"best {quality} within the limits", "value": shown, "words": f"{name}, trial {trial.number}"}
+        )
+        cards.append(
+            {
+                "what": "of the full network's MACs",
+                "value": f"{trial.cost['macs_share']:.1%}",
+                "words": "at every step together",
+            }
+        )
+    if full is not None:
+        assert full.score is not None
+        shown = f"{full.score.values[quality]:.3g} ± {full.score.error(quality):.1g}"
+        difference = against(winner[1], full, quality) if winner else None
+        words = f"the best {difference['words']}" if difference else ""
+        cards.append({"what": f"{quality} of the full network", "value": shown, "words": words})
+    return cards
+
+
+def _maps(study: Study, front: Sequence[Trial], folder: Path) -> list[dict[str, Any]]:
+    found = []
+    cheapest_first = sorted(front, key=lambda trial: trial.cost["macs"])
+    places = range(len(cheapest_first))
+    if len(cheapest_first) > MAPS:
+        places = sorted({round(i * (len(cheapest_first) - 1) / (MAPS - 1)) for i in range(MAPS)})  # type: ignore[assignment]
+    timesteps = study.space.decode(tuple(len(c.options) - 1 for c in study.space.choices)).timesteps
+    for place in places:
+        trial = cheapest_first[place]
+        schedule = study.space.decode(trial.genome)
+        picture = folder / f"schedule-{trial.number}.svg"
+        draw_profile(timesteps, profiles(study, schedule), picture)
+        found.append({"trial": trial.number, "share": f"{trial.cost['macs_share']:.1%}", "picture": _inline(picture)})
+    return found
+
+
+def profiles(study: Study, schedule: Schedule) -> dict[int, Mapping[str, float]]:
+    """By timestep, what `Supernet.profile` says."""
+    return {step.timestep: study.supernet.profile(step) for step in schedule.steps}
+
+
+def _grids(
+    study: Study,
+    loaded: Any,
+    winner: tuple[str, Trial],
+    full: Trial | None,
+    uniform: Sequence[Trial],
+    folder: Path,
+) -> list[dict[str, str]]:
+    """The full network, the winner, and one option at every step that costs as much."""
+    from evaluators.images import to_uint8
+
+    chosen = winner[1]
+    same = [g for g in uniform_genomes(study.space) if study.space.cost(g)["macs"] <= chosen.cost["macs"]]
+    shown = [("best within the limits", chosen.genome)]
+    if full is not None:
+        shown.insert(0, ("full network", full.genome))
+    if same:
+        shown.append(("one option at every step, no dearer", same[-1]))
+    grids = []
+    for title, genome in shown:
+        picture = folder / f"samples-{title.partition(' ')[0]}.png"
+        images = loaded.sample(study.space.decode(genome), SAMPLES, study.seed).cpu().numpy()
+        draw_samples(to_uint8(images), picture, columns=6, scale=max(1, 64 // images.shape[-1]))
+        data = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+        grids.append(
+            {"title": title, "picture": data, "words": f"{study.space.cost(genome)['macs_share']:.1%} of the MACs"}
+        )
+    return grids
+
+
+def _audit(run: Path, folder: Path) -> dict[str, Any] | None:
+    import json
+
+    from nas.audit import TABLE, read_table
+
+    facts_file = run / "audit" / "audit.json"
+    if not facts_file.exists():
+        return None
+    facts = json.loads(facts_file.read_text())
+    draw_audit(read_table(run / "audit" / TABLE), facts, folder / "audit.svg")
+    best = facts["proxies"][0]
+    words = (
+        f"{facts['schedules']} schedules scored by each proxy and by the reference, {facts['reference']}. Best: {best['proxy']}, Kendall's tau "
+        f"{best['tau_in_band']:.2f} inside bands of equal MACs for {best['macs_share']:.1%} of the reference's MACs."
+    )
+    return {"picture": _inline(folder / "audit.svg"), "words": words}
+
+
+def _spent(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
+    columns = (
+        "searcher",
+        "scored",
+        "failed",
+        "MACs",
+        "saved by shared beginnings",
+        "learning MACs",
+        "seconds",
+        "wall seconds",
+        "hypervolume",
+    )
+    rows = []
+    for row in facts["searchers"]:
+        spent = row["spent"]
+        rows.append(
+            (
+                row["searcher"],
+                row["trials"],
+                row["failed"],
+                f"{spent['macs']:.3g}",
+                f"{spent['cached_macs'] / max(spent['macs'] + spent['cached_macs'], 1):.0%}",
+                f"{spent['learning_macs']:.3g}" if spent["learning_macs"] else "",
+                f"{spent['seconds']:.0f}",
+                f"{spent['wall_seconds']:.0f}",
+                f"{row['hypervolume']:.4g}",
+            )
+        )
+    training = sum(stage["macs"] for stage in run.status()["training"])
+    words = [f"Training the supernet took {training:.3g} multiply-adds."] if training else []
+    return {"columns": columns, "rows": rows, "words": words}
+
+
+def _candidates(
+    study: Study, study_file: str, run: Run, ledgers: Mapping[str, Sequence[Trial]], quality: str
+) -> dict[str, Any]:
+    titles = ("searcher", "trial", "MACs", quality, "±", "samples", "on the front", "told apart from the cheaper one")
+    text = {"searcher", "on the front", "told apart from the cheaper one"}
+    rows = []
+    seeds = {row: info.seed for row, (info, _) in zip(ledgers, run.ledgers, strict=True)}
+    for name, trials in ledgers.items():
+        front = sorted(verified_front(trials, study.objectives), key=lambda trial: trial.cost["macs"])
+        cheaper = {trial.number: before for before, trial in zip([None, *front], front, strict=False)}
+        for trial in trials:
+            if trial.status != "complete" or trial.score is None:
+                continue
+            member = trial.number in cheaper
+            difference = against(trial, cheaper[trial.number], quality) if member else None
+            said = "" if difference is None else "yes" if difference["conclusive"] else "inconclusive"
+            error = trial.score.error(quality)
+            cells = (
+                (name, name),
+                (trial.number, str(trial.number)),
+                (trial.cost["macs_share"], f"{trial.cost['macs_share']:.1%}"),
+                (trial.score.values[quality], f"{trial.score.values[quality]:.4g}"),
+                (error if error == error else "", f"{error:.2g}" if error == error else ""),
+                (trial.rung, f"{trial.rung:,}"),
+                ("front" if member else "", "front" if member else ""),
+                (said, said),
+            )
+            searcher = name.partition(" (seed")[0]
+            seed = f" --seed {seeds[name]}" if seeds[name] else ""
+            rows.append(
+                {
+                    "cells": [
+                        {"value": value, "shown": shown, "text": title in text}
+                        for title, (value, shown) in zip(titles, cells, strict=True)
+                    ],
+                    "command": f"nas export {study_file} --out {run.folder} --searcher {searcher}{seed} --trial {trial.number} --to exported",
+                }
+            )
+    return {"columns": [{"title": title, "text": title in text} for title in titles], "rows": rows}
+
+
+def _provenance(run: Run, study: Study) -> list[tuple[str, str]]:
+    found: dict[str, str] = {"objectives": ", ".join(study.objectives), "seed": str(study.seed)}
+    for info, _ in run.ledgers[-1:]:
+        found |= {
+            name: str(value) for name, value in info.provenance.items() if name not in found and name != "searcher"
+        }
+    for row, (info, _) in zip(run.status()["searchers"], run.ledgers, strict=True):
+        found[f"searcher {row['searcher']}"] = info.provenance["searcher"]
+    return [*found.items(), *((f"version of {name}", value) for name, value in run.facts["versions"].items())]

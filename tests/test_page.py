@@ -1,0 +1,132 @@
+"""The report, as a reader's browser has it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_cli import nas
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+STUDY = """
+from dataclasses import replace
+from evaluators.frechet import Frechet
+from evaluators.images import Digits
+from nas.searchers.evolution import Evolution
+from nas.searchers.random import Random
+from nas.study import Study
+from search_spaces.intervals import uniform
+from search_spaces.patterns import Every, Only
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import ElasticUNet
+from search_spaces.training import Sandwich
+from tests.conftest import TINY
+
+net, images, steps = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0)), Digits(), uniform(4)
+study = Study(
+    name="page",
+    space=Stepwise(net, steps, (2, 2), patterns=(Every(1), Every(2), Every(2, ("d0", "u1")), Only(()))),
+    supernet=net,
+    images=images,
+    training=Sandwich(steps=40, batch=16, warmup=5, checkpoint_every=10),
+    evaluator=Frechet(images, rungs=(32, 64)),
+    searchers={"evolution": Evolution(population=6), "random": Random()},
+    limits={"macs_share": 0.6},
+    trials=10,
+    verified=4,
+    proxies={"fd@16": Frechet(images, rungs=(16,))},
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "study.py").write_text(STUDY)
+    arguments = (folder / "study.py", "--out", folder / "run")
+    assert nas("run", *arguments, "--searcher", "all", "-q").returncode == 0
+    assert nas("audit", *arguments, "--schedules", 12, "-q").returncode == 0
+    result = nas("report", *arguments)
+    assert result.returncode == 0, result.stderr
+    found = folder / "run" / "report" / "index.html"
+    assert str(found) in result.stdout
+    return found
+
+
+def test_the_page_needs_no_other_file_and_no_network(page: Path) -> None:
+    text = page.read_text()
+    assert not re.findall(
+        r"""(?:src|href)=["'](?!#|data:|https?://www\.w3\.org)""", text.replace('xlink:href="#', 'href="#')
+    )
+    for heading in (
+        "Quality against cost",
+        "What runs when",
+        "Samples from the same noise",
+        "can be trusted",
+        "Provenance",
+    ):
+        assert heading in text
+    assert {path.name for path in page.parent.glob("*.svg")} >= {"fronts.svg", "compute.svg", "audit.svg"}
+    assert len(re.findall(r'id="([^"]+)"', text)) == len(set(re.findall(r'id="([^"]+)"', text))), "identifiers repeat"
+
+
+def test_every_command_of_the_page_exports_its_candidate(page: Path, tmp_path: Path) -> None:
+    commands = re.findall(r"<code>nas (export [^<]*)</code>", page.read_text())
+    assert len(commands) >= 6
+    words = commands[-1].split()
+    words[-1] = str(tmp_path / "exported")
+    result = nas(*words)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "exported" / "model_index.json").exists()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_browser_sorts_filters_and_follows_links_without_an_error(
+    page: Path, browser: Any, width: int, scheme: str
+) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    opened = context.new_page()
+    complaints: list[str] = []
+    requests: list[str] = []
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("request", lambda request: requests.append(request.url))
+    opened.goto(page.as_uri())
+    wide = opened.evaluate("document.documentElement.scrollWidth")
+    assert wide <= width
+
+    def column(place: int) -> list[float]:
+        cells = opened.locator(f"#table tbody tr:visible td:nth-child({place})")
+        return [float(cells.nth(i).get_attribute("data-value")) for i in range(cells.count())]
+
+    opened.get_by_role("button", name="fd").click()
+    assert column(4) == sorted(column(4))
+    opened.get_by_role("button", name="fd").click()
+    assert column(4) == sorted(column(4), reverse=True)
+    before = len(column(4))
+    opened.locator("#filter").fill("random")
+    assert 0 < len(column(4)) < before
+    assert opened.locator("#shown").inner_text() == f"{len(column(4))} of {before}"
+    opened.get_by_role("link", name="Provenance").click()
+    assert opened.url.endswith("#provenance")
+    assert opened.locator("#provenance").is_visible()
+    ground = opened.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    assert complaints == []
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
