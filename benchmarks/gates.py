@@ -140,7 +140,7 @@ def search(size: Size, arm: Arm, seed: int) -> Row:
     """What it finds for each budget by the scores of its search, and what that took."""
     torch.set_num_threads(1)
     study, name = size.study(arm), "".join(c if c.isalnum() else "-" for c in arm.name)
-    folder = borrow(size.trained, size.folder / name)
+    folder = borrow(size.trained, size.folder / f"{name}-{seed}")
     started = time.perf_counter()
     with open_session(study, folder) as session:
         for _ in session.learn("searcher", seed):
