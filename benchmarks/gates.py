@@ -66,7 +66,7 @@ class Arm:
     name: str
     space: Stepwise
     searcher: Searcher
-    trials: int = 150
+    trials: int = 100
 
 
 def per_step_space(*patterns: Pattern) -> Stepwise:
