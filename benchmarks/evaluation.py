@@ -188,6 +188,9 @@ class Untrained:
     def describe(self) -> Mapping[str, Any]:
         return {"class": "Untrained"}
 
+    def macs(self, supernet: Any) -> float:
+        return 0.0
+
     def run(self, supernet: Any, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / WEIGHTS).exists():

@@ -23,6 +23,7 @@ from nas.terminal import (
     print_audit,
     print_comparison,
     print_intervals,
+    print_outline,
     print_status,
     progress_bars,
 )
@@ -99,6 +100,17 @@ def run(
     workers: WorkersOption = 0,
     gpus_per_worker: GpusOption = 0.0,
     ray_address: AddressOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Build and check everything without data, weights or GPU; say what it would take."
+        ),
+    ] = False,
+    throughput: Annotated[
+        float | None,
+        typer.Option(min=1, help="With --dry-run: MACs a second that the device reaches.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON alone.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
     """Train what is missing, search, verify. The same command again goes on where it stopped."""
@@ -110,6 +122,15 @@ def run(
     names = list(study.searchers) if searcher == "all" else list(dict.fromkeys((searcher or first).split(",")))
     for name in names:
         study.searcher(name)
+    if dry_run:
+        from nas.outline import THROUGHPUT, outline
+
+        facts = outline(study, throughput or THROUGHPUT)
+        if as_json:
+            _print_json(facts)
+        else:
+            print_outline(facts)
+        return
     folder = _run_folder(study, out_dir)
     _check_device(device)
     pool = _pool(workers, gpus_per_worker, ray_address, device)

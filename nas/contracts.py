@@ -370,6 +370,11 @@ class Supernet(Protocol):
         """For each block of the full network, in the order of the forward pass, the share of its MACs that run at a step; -1 where its
         output is reused."""
 
+    def outline(self) -> Mapping[str, float]:
+        """What the full network is, without a weight: `params`, `macs` of one call, and how many numbers one image's `activations` are,
+        all modules' outputs together. Builds the largest and the smallest network on the meta device and runs them. Raises
+        UserError where one does not hand out what it is handed."""
+
     def load(self, folder: Path, device: str) -> LoadedSupernet:
         """Reads `folder/weights.safetensors`. Raises UserError where the file is missing, damaged or of another shape."""
 
@@ -378,6 +383,9 @@ class Training(Protocol):
     """Recipe of the supernet's training; resumes what it finds in the folder, does nothing where it is finished."""
 
     def describe(self) -> Mapping[str, Any]: ...
+
+    def macs(self, supernet: Any) -> float:
+        """What it takes in all, expected: forward and backward count thrice."""
 
     def run(self, supernet: Any, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]: ...
 

@@ -116,6 +116,35 @@ def print_status(facts: Mapping[str, Any]) -> None:
         out.print(f"supernet trained with {total} MACs: {spent}", highlight=False, soft_wrap=True)
 
 
+def print_outline(facts: Mapping[str, Any]) -> None:
+    """What `outline` returns, as a table."""
+    network, macs, share, hours = facts["network"], facts["macs"], facts["macs_share"], facts["hours"]
+    table = _table(f"{facts['study']}: what it would take")
+    table.add_column("")
+    table.add_column("", justify="right")
+    rows = {
+        "schedules": f"10^{facts['log10_schedules']:.0f}"
+        if facts["log10_schedules"] > 6
+        else f"{10 ** facts['log10_schedules']:.0f}",
+        "choices, intervals": f"{facts['choices']}, {facts['intervals']}",
+        "full network: parameters": _short(network["params"]),
+        "full network: MACs of one call": _short(network["macs"]),
+        "MACs of a trajectory: cheapest": f"{_short(macs['least'])}  ({share['least']:.1%})",
+        "MACs of a trajectory: budget": f"{_short(macs['budget'])}  ({share['budget']:.1%})",
+        "MACs of a trajectory: full": f"{_short(macs['most'])}  ({share['most']:.1%})",
+        "weights": f"{facts['bytes']['weights'] / 2**20:,.0f} MiB",
+        "state of training": f"{facts['bytes']['training_state'] / 2**20:,.0f} MiB",
+        "activations of one image": f"{facts['bytes']['activations_per_image'] / 2**20:,.1f} MiB",
+        "training": f"{_short(facts['training_macs'])} MACs, {hours['training']:,.1f} h",
+        "search, each searcher": f"{_short(facts['search_macs_per_searcher'])} MACs, {hours['search_per_searcher']:,.1f} h",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    out.print(table)
+    for line in facts["words"]:
+        out.print(line, highlight=False, soft_wrap=True)
+
+
 def print_comparison(facts: Mapping[str, Any]) -> None:
     """What `Run.compare` returns, as tables: the searchers, their best within budgets, and both over seeds."""
     rows = facts["searchers"]

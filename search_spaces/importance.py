@@ -17,7 +17,7 @@ import torch
 
 from nas.contracts import ImageSet, Progress, UserError, derive_seed
 from search_spaces.optimiser import Batches
-from search_spaces.supernet import LoadedElasticUNet
+from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
 from search_spaces.training import Checkpoints, OneStage
 from search_spaces.unet import Anatomy, Arch
 
@@ -51,6 +51,12 @@ class Order(OneStage):
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Order", **asdict(self)}
+
+    def macs(self, supernet: ElasticUNet) -> float:
+        """At most: of the whole visit."""
+        visited = -(-supernet.noise.timesteps // self.stride) if self.criterion == "gradient" else 0
+        full = supernet.cost(supernet.anatomy.full).macs
+        return 3.0 * visited * self.batch * full
 
     def fit(
         self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None

@@ -191,6 +191,29 @@ class ElasticUNet:
             for block in self.cost.graph(self.anatomy.full).blocks
         }
 
+    def outline(self) -> dict[str, float]:
+        smallest = self.subnets(self.options).flat(0)
+        activations = 0
+        for arch in (smallest, self.anatomy.full):
+            net, shape = (
+                skeleton(self.anatomy, arch),
+                (1, self.anatomy.config["in_channels"], *self.anatomy.sample_size),
+            )
+            sizes: list[int] = []
+            for module in net.modules():
+                module.register_forward_hook(lambda _, __, output, sizes=sizes: sizes.append(_numbers(output)))
+            x = torch.empty(shape, device="meta")
+            labels = (
+                torch.zeros(1, dtype=torch.long, device="meta") if self.anatomy.config["num_class_embeds"] else None
+            )
+            with torch.inference_mode():
+                handed = predict(net, x, torch.zeros(1, dtype=torch.long, device="meta"), labels).shape
+            if handed[0] != 1 or handed[2:] != shape[2:]:
+                raise UserError(f"the subnet {arch} makes {tuple(handed)} of an input of {shape}; check sample_size")
+            activations = sum(sizes)
+        cost = self.cost(self.anatomy.full)
+        return {"params": cost.params, "macs": cost.macs, "activations": activations}
+
     def initial(self, seed: int, device: str = "cpu") -> LoadedElasticUNet:
         """Freshly initialised weights, as the stock class draws them, or the pretrained ones."""
         if self.pretrained is not None:
@@ -385,6 +408,13 @@ class LoadedElasticUNet:
     def _slices(self, arch: Arch) -> dict[str, torch.Tensor]:
         full = dict(self.weights(arch.expert).named_parameters())
         return {name: take(full, source) for name, source in self.recipe.anatomy.segments(arch).items()}
+
+
+def _numbers(output: Any) -> int:
+    """How many a module hands out."""
+    if isinstance(output, torch.Tensor):
+        return output.numel()
+    return sum(map(_numbers, output)) if isinstance(output, tuple | list) else 0
 
 
 def _by_block(branches: Mapping[str, Cost]) -> dict[str, int]:

@@ -33,6 +33,9 @@ class Stage(Protocol):
     def parts(self, supernet: ElasticUNet) -> Sequence[Stage]:
         """What it consists of, itself where it is one piece."""
 
+    def macs(self, supernet: ElasticUNet) -> float:
+        """What it takes in all, expected: forward and backward count thrice."""
+
 
 @dataclass(frozen=True)
 class Checkpoints:
@@ -102,6 +105,10 @@ class Stages:
             (folder / CHECKPOINT).unlink(missing_ok=True)
         (folder / "training.json").write_text(json.dumps(spent, indent=1, default=list) + "\n")
         (folder / STAGE).replace(folder / WEIGHTS)
+
+    def macs(self, supernet: ElasticUNet) -> float:
+        """Of all stages."""
+        return sum(part.macs(supernet) for stage in self.stages for part in stage.parts(supernet))
 
 
 class OneStage:
@@ -180,6 +187,15 @@ class Sandwich(OneStage):
             yield Progress(name, optimiser.step, self.steps, losses)
         optimiser.adopt_average()
 
+    def macs(self, supernet: ElasticUNet) -> float:
+        full = supernet.cost(supernet.anatomy.full).macs
+        each = 3.0 * full
+        if not self.full_only:
+            table = supernet.subnets(supernet.options).macs
+            each += 3.0 * (float(table.min()) + self.between * float(table.mean()))
+        each += full if self.distillation else 0
+        return self.steps * self.batch * each
+
     def _members(self, recipe: ElasticUNet, generator: torch.Generator) -> list[Arch]:
         if self.full_only:
             return [recipe.anatomy.full]
@@ -204,6 +220,9 @@ class Experts(OneStage):
         if not supernet.experts:
             raise UserError("a training of experts needs a supernet with experts=(timesteps where another takes over)")
         return [replace(self.each, expert=name) for name in supernet.expert_names]
+
+    def macs(self, supernet: ElasticUNet) -> float:
+        return sum(part.macs(supernet) for part in self.parts(supernet))
 
     def fit(
         self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None

@@ -75,6 +75,9 @@ class NoTraining:
     def describe(self) -> dict[str, Any]:
         return {}
 
+    def macs(self, supernet: Any) -> float:
+        return 0.0
+
     def run(self, supernet: Any, images: Any, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from ()
 

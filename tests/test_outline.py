@@ -1,0 +1,70 @@
+"""`nas run --dry-run`: what a study would take, without data, weights or a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cost import DDPM_CIFAR10
+from nas.outline import outline
+from nas.study import Study, load_study
+from search_spaces.training import Experts, Sandwich, Stages
+from tests.test_cli import ROOT, nas, refused
+
+STUDIES = sorted(path for path in (ROOT / "studies").glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
+def test_every_study_passes_a_dry_run_without_its_data(study: Path, tmp_path: Path) -> None:
+    facts = outline(load_study(study))
+    assert facts["macs"]["least"] <= facts["macs"]["budget"] <= facts["macs"]["most"]
+    assert facts["hours"]["training"] > 0
+    assert facts["network"]["activations"] > 0
+    json.dumps(facts)
+
+
+def test_the_networks_are_the_published_ones() -> None:
+    found = {
+        path.stem: outline(load_study(path))["network"] for path in STUDIES if "lsun" in path.stem or "64" in path.stem
+    }
+    assert found["ddsm_celeba64"]["params"] == pytest.approx(78.7e6, rel=0.002)
+    assert found["ddsm_celeba64"]["macs"] == pytest.approx(23.9e9, rel=0.01)
+    assert found["diffpruning_lsun256"]["params"] == pytest.approx(113.7e6, rel=0.002)
+    cifar = load_study(ROOT / "studies" / "ddsm_cifar10.py").supernet
+    assert cifar.config == DDPM_CIFAR10  # type: ignore[attr-defined]  # whose MACs benchmarks.cost compares with the published ones
+
+
+def test_the_reckoned_training_is_what_training_spends(tiny_study: Study, tiny_run: Path) -> None:
+    """Up to what is drawn: a middle subnet of three widths is always the same one."""
+    [stage] = json.loads((tiny_run / "supernet" / "training.json").read_text())
+    assert tiny_study.training.macs(tiny_study.supernet) == pytest.approx(stage["macs"], rel=0.2)
+    net = tiny_study.supernet
+    alone, both = (
+        Sandwich(40, 16, full_only=True),
+        Stages((Sandwich(40, 16, full_only=True), Sandwich(10, 16, full_only=True))),
+    )
+    assert both.macs(net) == pytest.approx(1.25 * alone.macs(net))  # type: ignore[arg-type]
+    assert alone.macs(net) == 3 * 40 * 16 * outline(tiny_study)["network"]["macs"]  # type: ignore[arg-type]
+    from dataclasses import replace
+
+    experts = replace(net, experts=(300, 700))  # type: ignore[type-var]
+    assert Experts(alone).macs(experts) == 3 * alone.macs(net)  # type: ignore[arg-type]
+
+
+def test_the_command_says_it_in_a_table_or_as_json(tmp_path: Path) -> None:
+    study = ROOT / "studies" / "dip_go_cifar10.py"
+    table = nas("run", study, "--dry-run")
+    assert table.returncode == 0, table.stderr
+    assert "10^84" in table.stdout
+    assert "hours = MACs / 4e+13" in table.stdout
+    slow = json.loads(nas("run", study, "--dry-run", "--json", "--throughput", "4e12").stdout)
+    fast = json.loads(nas("run", study, "--dry-run", "--json").stdout)
+    assert slow["hours"]["training"] == pytest.approx(10 * fast["hours"]["training"])
+
+
+def test_a_study_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    text = (ROOT / "studies" / "ddsm_cifar10.py").read_text()
+    (tmp_path / "study.py").write_text(text.replace('"macs_share": 0.55', '"macs_share": 0.01'))
+    refused(nas("run", tmp_path / "study.py", "--dry-run"), "cannot be met: the cheapest schedule")
