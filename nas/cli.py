@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -184,8 +184,13 @@ def report(
     storage: StorageOption = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Write the run as one self-contained HTML page, <run>/report/index.html, with its pictures beside it."""
+    """Write the run as one self-contained HTML page, <run>/report/index.html, with its pictures beside it; and give the dashboard's trials
+    their pictures and notes."""
+    from importlib.util import find_spec
+
+    from nas.ledger import open_storage
     from nas.page import write_page
     from nas.report import Run
     from nas.study import load_study
@@ -193,7 +198,15 @@ def report(
     study = load_study(study_file)
     folder = _run_folder(study, out_dir)
     _check_device(device)
-    path = write_page(study, study_file, Run.open(folder, storage), study.load(folder, device))
+    found, loaded = Run.open(folder, storage), study.load(folder, device)
+    _comparison(folder, storage)
+    path = write_page(study, study_file, found, loaded)
+    if find_spec("optuna_dashboard"):
+        from nas.dashboard import attach
+
+        opened = open_storage(folder, storage or found.facts["storage"])
+        with _resumable(folder), progress_bars(quiet or as_json) as bars:
+            follow(bars, attach(study, study_file, found, opened, loaded))
     if as_json:
         _print_json({"page": str(path)})
     else:
@@ -302,19 +315,12 @@ def dashboard(
     from nas.report import Run
 
     facts = Run.open(run_dir, storage).facts
-    try:
-        from optuna_dashboard import run_server
-    except ImportError as error:
-        raise UserError("optuna-dashboard is not installed; run `pip install 'step-aware-nas[dashboard]'`") from error
+    from nas.dashboard import serve
     from nas.ledger import open_storage
 
     notes.print(f"http://127.0.0.1:{port}/dashboard  (Ctrl-C ends it)", highlight=False)
-    try:
-        run_server(open_storage(run_dir, storage or facts["storage"]), host="127.0.0.1", port=port)
-    except OSError as error:
-        raise UserError(f"port {port} cannot be used ({error.strerror}); choose another --port") from error
-    except KeyboardInterrupt:
-        return
+    with suppress(KeyboardInterrupt):
+        serve(run_dir, open_storage(run_dir, storage or facts["storage"]), port)
 
 
 @app.command()

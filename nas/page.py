@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from nas.contracts import Schedule, Trial
+from nas.contracts import Genome, Schedule, Trial
 from nas.genetics import uniform_genomes
 from nas.plots import INK, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
 from nas.report import Run, against, verified_front
@@ -168,8 +168,6 @@ def _grids(
     folder: Path,
 ) -> list[dict[str, str]]:
     """The full network, the winner, and one option at every step that costs as much."""
-    from evaluators.images import to_uint8
-
     chosen = winner[1]
     same = [g for g in uniform_genomes(study.space) if study.space.cost(g)["macs"] <= chosen.cost["macs"]]
     shown = [("best within the limits", chosen.genome)]
@@ -180,13 +178,25 @@ def _grids(
     grids = []
     for title, genome in shown:
         picture = folder / f"samples-{title.partition(' ')[0]}.png"
-        images = loaded.sample(study.space.decode(genome), SAMPLES, study.seed).cpu().numpy()
-        draw_samples(to_uint8(images), picture, columns=6, scale=max(1, 64 // images.shape[-1]))
+        draw_grid(study, loaded, genome, picture)
         data = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
         grids.append(
             {"title": title, "picture": data, "words": f"{study.space.cost(genome)['macs_share']:.1%} of the MACs"}
         )
     return grids
+
+
+def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
+    """Samples of a genome's schedule, from the noise that all grids share."""
+    from evaluators.images import to_uint8
+
+    images = loaded.sample(study.space.decode(genome), SAMPLES, study.seed).cpu().numpy()
+    draw_samples(to_uint8(images), path, columns=6, scale=max(1, 64 // images.shape[-1]))
+
+
+def export_command(study_file: str, run: Run, searcher: str, seed: int, trial: int) -> str:
+    seeded = f" --seed {seed}" if seed else ""
+    return f"nas export {study_file} --out {run.folder} --searcher {searcher}{seeded} --trial {trial} --to exported"
 
 
 def _audit(run: Path, folder: Path) -> dict[str, Any] | None:
@@ -268,14 +278,13 @@ def _candidates(
                 (said, said),
             )
             searcher = name.partition(" (seed")[0]
-            seed = f" --seed {seeds[name]}" if seeds[name] else ""
             rows.append(
                 {
                     "cells": [
                         {"value": value, "shown": shown, "text": title in text}
                         for title, (value, shown) in zip(titles, cells, strict=True)
                     ],
-                    "command": f"nas export {study_file} --out {run.folder} --searcher {searcher}{seed} --trial {trial.number} --to exported",
+                    "command": export_command(study_file, run, searcher, seeds[name], trial.number),
                 }
             )
     return {"columns": [{"title": title, "text": title in text} for title in titles], "rows": rows}

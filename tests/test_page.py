@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -130,3 +131,57 @@ def test_a_browser_sorts_filters_and_follows_links_without_an_error(
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     assert complaints == []
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+
+
+def test_the_dashboard_shows_each_verified_trials_pictures_and_command(page: Path, browser: Any) -> None:
+    """What the dashboard's own page loads: artifacts of a trial, its note, and the study's pictures."""
+    import subprocess
+    import sys
+    import time
+    import urllib.request
+
+    run = page.parents[1]
+    port = 18431
+    served = subprocess.Popen([sys.executable, "-m", "nas.cli", "dashboard", str(run), "--port", str(port)])
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(100):
+            try:
+                listed = json.load(urllib.request.urlopen(f"{address}/api/studies"))
+                break
+            except OSError:
+                time.sleep(0.2)
+        names = {study["study_name"]: study["study_id"] for study in listed["study_summaries"]}
+        detail = json.load(urllib.request.urlopen(f"{address}/api/studies/{names['page.evolution']}?after=0"))
+        verified = [trial for trial in detail["trials"] if trial["state"] == "Complete"]
+        assert len(verified) == 4
+        for trial in verified:
+            kinds = [artifact["filename"].partition("-")[0] for artifact in trial["artifacts"]]
+            assert sorted(kinds) == ["samples", "schedule"]
+            assert f"--searcher evolution --trial {trial['number']} " in trial["note"]["body"]
+        assert {artifact["filename"] for artifact in detail["artifacts"]} == {"front.png", "curves.png"}
+        opened = browser.new_page()
+        opened.goto(f"{address}/dashboard/studies/{names['page.evolution']}/trials?numbers={verified[0]['number']}")
+        opened.get_by_text("samples-").first.wait_for(timeout=30_000)
+        shown = opened.evaluate(
+            "[...document.images].filter(i => i.src.includes('artifacts')).map(i => i.naturalWidth)"
+        )
+        assert len(shown) >= 2
+        assert min(shown) > 0
+    finally:
+        served.terminate()
+        served.wait(30)
+
+
+def test_a_second_report_books_nothing_twice(page: Path) -> None:
+    from nas.ledger import open_storage
+
+    run = page.parents[1]
+
+    def booked() -> int:
+        storage = open_storage(run)
+        return sum(len(storage.get_study_system_attrs(study._study_id)) for study in storage.get_all_studies())
+
+    before = booked()
+    assert nas("report", page.parents[2] / "study.py", "--out", run, "-q").returncode == 0
+    assert booked() == before
