@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -399,6 +399,103 @@ def sample(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def train(
+    export_dir: Annotated[
+        Path, typer.Argument(metavar="EXPORT_DIR", help="Folder that `nas export` wrote.", show_default=False)
+    ],
+    images: Annotated[
+        str,
+        typer.Option(
+            help="Folder of pictures, .npy in [-1, 1], or `digits` (`digits:16` enlarged).", show_default=False
+        ),
+    ],
+    study_file: Annotated[
+        str | None,
+        typer.Option("--study", help="Study whose evaluator scores it, before and after.", show_default=False),
+    ] = None,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Gradient steps of all networks together.", show_default=False)
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images of a step.", show_default=False)] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak of a cosine.", show_default=False)] = None,
+    distillation: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the full network's prediction in the target.", show_default=False),
+    ] = None,
+    features: Annotated[
+        float | None,
+        typer.Option(min=0, help="Weight of the distance of blocks' maps to the full network's.", show_default=False),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the noises.", show_default=False)] = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Fine-tune the networks of an exported folder into EXPORT_DIR/trained, each on the timesteps it serves, with distillation from the full
+    network. The same command goes on after a stop. With --study, score and book the result."""
+    from nas.handover import fine_tune, read_plan, score_and_book
+    from nas.study import load_study
+
+    folder = export_dir.resolve()
+    plan = read_plan(folder)
+    _check_device(device)
+    study = load_study(study_file) if study_file else None
+    run_folder = _run_folder(study, out_dir) if study else None
+    given = {
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "distillation": distillation,
+        "features": features,
+        "precision": precision,
+        "seed": seed,
+    }
+    settings = {**plan["settings"], **{name: value for name, value in given.items() if value is not None}}
+    bars = progress_bars(quiet or as_json)
+    facts: dict[str, Any] = {"trained": str(folder / "trained")}
+    with _resumable(folder), bars:
+        from search_spaces.train_diffusers import Settings
+        from search_spaces.train_diffusers import train as begin
+
+        ticks = begin(folder, _pixels(images, plan["shape"]), Settings(**settings), device == "cpu")
+        follow(bars, fine_tune(ticks, folder))
+        if study is not None and run_folder is not None:
+            facts |= follow(bars, score_and_book(study, run_folder, storage, folder / "trained", device))
+    if as_json:
+        _print_json(facts)
+    elif not quiet:
+        out.print(facts["trained"], highlight=False, soft_wrap=True)
+        if "words" in facts:
+            out.print(facts["words"], highlight=False, soft_wrap=True)
+
+
+def _pixels(images: str, shape: Sequence[int]) -> Any:
+    """Of a named set, a folder or an array; (n, channels, height, width) in [-1, 1]."""
+    from search_spaces.train_diffusers import read_images
+
+    name, _, size = images.partition(":")
+    if name == "digits":
+        from evaluators.images import Digits
+
+        pixels = Digits(int(size or 8)).load().pixels
+        if pixels.shape[1:] != tuple(shape):
+            raise UserError(
+                f"--images {images} are {pixels.shape[1:]}, the networks take {tuple(shape)}; use digits:{shape[-1]}"
+            )
+        return pixels
+    path = Path(images)
+    if not path.exists():
+        raise UserError(f"--images {images} does not exist; give a folder of pictures, an .npy file, or digits")
+    try:
+        return read_images(path, shape[0], shape[1:])
+    except SystemExit as error:
+        raise UserError(str(error)) from error
 
 
 def main() -> None:

@@ -351,7 +351,14 @@ class LoadedSupernet(Protocol):
     @property
     def pipeline_files(self) -> Sequence[Path]:
         """Stand-alone Python: the diffusers pipeline that samples with the stock models, in which "unet_0: Any" and "unet_0=unet_0" stand
-        for all of them, and what it imports."""
+        for all of them, what it imports, and a script that trains them."""
+
+    @property
+    def training_settings(self) -> Mapping[str, Any]:
+        """Defaults of that script."""
+
+    def adopt(self, arch: Arch, model: torch.nn.Module) -> None:
+        """From now on this stock model is what serves the arch."""
 
     def run_as(self, channels_last: bool, compiled: bool) -> None:
         """How denoisers run from now on: a matter of speed alone."""

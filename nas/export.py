@@ -5,6 +5,8 @@ DIR/schedule.json           which folder at which timestep with which blocks reu
 DIR/model_index.json        the same as a diffusers pipeline, with
 DIR/scheduler, pipeline.py  its scheduler and its code, and what that imports
 DIR/sample.py               a script that samples
+DIR/train_diffusers.py      a script that fine-tunes the models, and DIR/train.json, which timesteps each serves and what else it needs
+DIR/teacher                 the full network, unless it is among the models
 DIR/provenance.json         hashes of weights and images, versions, the trial with its score
 DIR/README.md               how to use it
 """
@@ -15,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,7 @@ def export(
             "shape": net.image_shape,
         }
         _write(partial / "schedule.json", plan)
+        _write_training(net, schedule, names, provenance, partial)
         _write(partial / "provenance.json", {**provenance, "parity": differences, "versions": package_versions()})
         _write_pipeline(net, plan, list(names.values()), partial)
         (partial / "README.md").write_text(_README)
@@ -115,6 +119,35 @@ def _write_pipeline(net: LoadedSupernet, plan: Mapping[str, Any], names: Sequenc
     _write(folder / "model_index.json", index)
 
 
+def _write_training(
+    net: LoadedSupernet, schedule: Schedule, names: Mapping[Any, str], provenance: Mapping[str, Any], folder: Path
+) -> None:
+    """A step serves the timesteps from its own down to the next step's, the first one all above it too, and the last one down to 0."""
+    teacher = names.get(net.full_arch)
+    if teacher is None:
+        teacher = "teacher"
+        net.extract(net.full_arch).save_pretrained(folder / teacher)  # type: ignore[operator]
+    bounds = [len(net.alphas_cumprod), *(t + 1 for t in schedule.timesteps[1:]), 0]
+    timesteps: dict[str, list[list[int]]] = {name: [] for name in names.values()}
+    for step, (stop, start) in zip(schedule.steps, pairwise(bounds), strict=True):
+        mine = timesteps[names[step.arch]]
+        if mine and mine[-1][0] == stop:
+            mine[-1][0] = start
+        else:
+            mine.append([start, stop])
+    plan = {
+        "timesteps": timesteps,
+        "teacher": teacher,
+        "loss": "mean squared error to lerp(noise, the teacher's prediction, distillation), timesteps uniform over those served; plus features x the "
+        "distance of normalised spatial maps of the blocks",
+        "settings": dict(net.training_settings),
+        "images": provenance.get("images"),
+        "scheduler": dict(net.scheduler),
+        "shape": net.image_shape,
+    }
+    _write(folder / "train.json", plan)
+
+
 def _class_name(folder: Path) -> str:
     name: str = json.loads((folder / "config.json").read_text())["_class_name"]
     return name
@@ -136,6 +169,12 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)
 images = pipeline(batch_size=16, seed=0, output_type="pt").images  # (batch, channels, height, width) in [0, 1]
+```
+
+To fine-tune each network on the timesteps that it serves (`train.json`), with distillation from the full network:
+
+```
+python train_diffusers.py --images folder/of/pictures
 ```
 
 With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines.

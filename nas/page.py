@@ -47,6 +47,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
         grids=_grids(study, loaded, winner, full, ledgers.get(BASELINE, ()), folder) if winner else [],
         audit=_audit(run.folder, folder),
+        trained=_trained(facts["trained"], quality),
         spent=_spent(run, facts),
         candidates=_candidates(study, study_file, run, ledgers, quality),
         provenance=_provenance(run, study),
@@ -215,6 +216,29 @@ def _audit(run: Path, folder: Path) -> dict[str, Any] | None:
         f"{best['tau_in_band']:.2f} inside bands of equal MACs for {best['macs_share']:.1%} of the reference's MACs."
     )
     return {"picture": _inline(folder / "audit.svg"), "words": words}
+
+
+def _trained(found: Mapping[str, Any] | None, quality: str) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    rows = [
+        (
+            f"{row['ledger']} #{row['trial']}",
+            f"{row['macs_share']:.1%}",
+            f"{row['before']:.4g}",
+            f"{row['after']:.4g}",
+            row["difference"]["words"] if row["difference"] else "",
+        )
+        for row in found["schedules"]
+    ]
+    words = "The same noises judge the supernet's subnets and the exported networks after their fine-tuning."
+    if found["tau"] is not None:
+        words += f" Kendall's tau between the two over {len(rows)} schedules: {found['tau']:.2f}."
+    return {
+        "columns": ("trial", "MACs", f"{quality} before", f"{quality} after", "difference"),
+        "rows": rows,
+        "words": words,
+    }
 
 
 def _spent(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:

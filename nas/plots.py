@@ -125,6 +125,22 @@ def draw_profile(timesteps: Sequence[int], profiles: Mapping[int, Mapping[str, f
     _save(figure, path)
 
 
+def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Losses over the steps of each network's training, smoothed over a fiftieth of them. `rows`: "model", "step", "loss"."""
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for number, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        losses = np.array([row["loss"] for row in rows if row["model"] == name])
+        width = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(np.arange(len(smooth)) + width, smooth, color=_COLOURS[number % len(_COLOURS)], label=name)
+    axes.set_xlabel("gradient step")
+    axes.set_ylabel("loss")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
 def _save(figure: Figure, path: Path) -> None:
     """By its suffix; an SVG has no ground of its own."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,9 @@ from nas.ledger import LedgerInfo, open_storage, read_ledgers
 from nas.pareto import front, hypervolume
 
 RUN = "study.json"
+TRAINED = "trained"
+"""Searcher of the ledger of schedules trained after export."""
+
 SHARES = (0.25, 0.4, 0.5, 0.6)
 """Budgets, as shares of the full net's MACs, at which searchers are compared."""
 
@@ -55,6 +58,8 @@ class Run:
     folder: Path
     facts: Mapping[str, Any]
     ledgers: Sequence[tuple[LedgerInfo, Sequence[Trial]]]
+    trained: Sequence[Trial] = ()
+    """Schedules whose networks were fine-tuned after export."""
 
     @classmethod
     def open(cls, folder: Path, storage: BaseStorage | str | None = None) -> Run:
@@ -67,7 +72,9 @@ class Run:
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); run the same `nas run` command again") from error
         opened = open_storage(folder, storage or facts["storage"]) if not isinstance(storage, BaseStorage) else storage
-        return cls(folder, facts, read_ledgers(opened, facts["study"]))
+        ledgers = read_ledgers(opened, facts["study"])
+        trained = [trial for info, trials in ledgers if info.searcher == TRAINED for trial in trials]
+        return cls(folder, facts, [ledger for ledger in ledgers if ledger[0].searcher != TRAINED], trained)
 
     def status(self) -> dict[str, Any]:
         """Counts by state for each ledger."""
@@ -153,7 +160,35 @@ class Run:
             "area_until_macs": common,
             "searchers": rows,
             "over_seeds": self._over_seeds(rows, quality),
+            "trained": self._after_training(quality),
         }
+
+    def _after_training(self, quality: str) -> dict[str, Any] | None:
+        """What the supernet scored and what the exported networks score after their fine-tuning, on the same noises, and how well the one
+        ranks the other: Kendall's tau, from three schedules on."""
+        known = {(info.name, t.number): t for info, trials in self.ledgers for t in trials}
+        pairs = []
+        for trial in self.trained:
+            before = known.get((trial.origin["ledger"], trial.origin["trial"]))
+            if trial.status == "complete" and before is not None and before.rung == trial.rung:
+                pairs.append((before, trial))
+        if not pairs:
+            return None
+        rows = [
+            {
+                "ledger": trial.origin["ledger"],
+                "trial": before.number,
+                "macs_share": trial.cost["macs_share"],
+                "before": before.objectives((quality,))[0],
+                "after": trial.objectives((quality,))[0],
+                "difference": against(trial, before, quality, same=True),
+            }
+            for before, trial in pairs
+        ]
+        scores = np.array([[row["before"], row["after"]] for row in rows])
+        ones = np.ones((1, len(rows)))
+        tau = float(Agreement(scores[:, 0], scores[:, 1]).tau(ones)[0]) if len(rows) >= 3 else None
+        return {"schedules": rows, "tau": tau}
 
     def _curves(self, quality: str) -> dict[str, list[tuple[float, float]]]:
         """By ledger; against the worst feasible score of any ledger's first rung, and all of the full net's MACs."""
@@ -275,10 +310,10 @@ def _spent(trials: Sequence[Trial]) -> dict[str, float]:
     return {key: sum(t.score.spent.get(key, 0.0) for t in trials if t.score) for key in SPENT}
 
 
-def against(trial: Trial, other: Trial | None, quality: str) -> dict[str, Any] | None:
+def against(trial: Trial, other: Trial | None, quality: str, same: bool = False) -> dict[str, Any] | None:
     """`trial` minus `other`: the paired difference, its error, and whether it is outside of that error. None where the two
-    are one schedule. An evaluator without replicates has no error, as for the ladder."""
-    if other is None or trial.score is None or other.score is None or trial.digest == other.digest:
+    are one schedule, unless its weights are others (`same`). An evaluator without replicates has no error, as for the ladder."""
+    if other is None or trial.score is None or other.score is None or (trial.digest == other.digest and not same):
         return None
     difference, error = trial.score.difference(other.score, quality)
     known = math.isfinite(error)

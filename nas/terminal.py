@@ -84,10 +84,14 @@ def progress_bars(quiet: bool) -> Progress:
     )
 
 
-def follow(bars: Progress, ticks: Iterator[Tick]) -> None:
-    """One bar for each kind of work that the ticks name."""
+def follow(bars: Progress, ticks: Iterator[Tick]) -> Any:
+    """One bar for each kind of work that the ticks name. Returns what a generator of them returns."""
     tasks: dict[str, Any] = {}
-    for tick in ticks:
+    while True:
+        try:
+            tick = next(ticks)
+        except StopIteration as end:
+            return end.value
         if tick.what not in tasks:
             tasks[tick.what] = bars.add_task(tick.what, total=tick.total, detail="")
         values = "  ".join(f"{name} {value:.3f}" for name, value in sorted(tick.values.items()))

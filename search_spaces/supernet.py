@@ -11,7 +11,7 @@ import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -292,6 +292,7 @@ class LoadedElasticUNet:
         self.trained_macs = 0
         self._cache_size = cache_size
         self._subnets: OrderedDict[Arch, Any] = OrderedDict()
+        self._adopted: dict[Arch, torch.nn.Module] = {}
         self._form = (False, False)
         self._skeletons: OrderedDict[Arch, Any] = OrderedDict()
 
@@ -361,7 +362,17 @@ class LoadedElasticUNet:
     @property
     def pipeline_files(self) -> tuple[Path, ...]:
         here = Path(__file__).parent
-        return here / "pipeline.py", here / "reuse.py"
+        return here / "pipeline.py", here / "reuse.py", here / "train_diffusers.py"
+
+    @property
+    def training_settings(self) -> dict[str, Any]:
+        from search_spaces.train_diffusers import Settings
+
+        return asdict(Settings())
+
+    def adopt(self, arch: Arch, model: torch.nn.Module) -> None:
+        self._adopted[Arch(*arch)] = model.to(self.device).eval().requires_grad_(False)
+        self.forget()
 
     def forget(self) -> None:
         """Drops the materialised subnets and starts a new version; for whoever has changed the weights."""
@@ -389,7 +400,7 @@ class LoadedElasticUNet:
             self._subnets.move_to_end(arch)
         else:
             channels_last, compiled = self._form
-            net = self._copy(arch, self.device)
+            net: Any = self._adopted.get(arch) or self._copy(arch, self.device)
             net = net.to(memory_format=torch.channels_last) if channels_last else net
             self._subnets[arch] = torch.compile(net) if compiled else net
             if len(self._subnets) > self._cache_size:

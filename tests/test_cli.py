@@ -235,7 +235,7 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     assert result.returncode == 0, result.stderr
     theirs, ours = np.load(tmp_path / "theirs.npy"), np.load(tmp_path / "ours.npy")
     assert ours.shape == (16, 1, 8, 8)
-    assert np.abs(theirs - ours).max() <= 1e-6
+    assert np.abs(theirs - ours).max() <= 1e-5
     plan = json.loads((tmp_path / "model" / "schedule.json").read_text())
     assert [step["timestep"] for step in plan["steps"]] == [999, 749, 499, 249]
     assert {step["model"] for step in plan["steps"]} == {path.name for path in (tmp_path / "model").glob("unet_*")}
@@ -244,7 +244,18 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     assert provenance["trial"] == trial
     assert provenance["versions"]["diffusers"]
     refused(nas("export", study, "--trial", trial, "--to", tmp_path / "model", "--out", run), "is not empty; give --to")
-    assert len(list((tmp_path / "model").iterdir())) == len({step["model"] for step in plan["steps"]}) + 8
+    files = {
+        "README.md",
+        "model_index.json",
+        "pipeline.py",
+        "provenance.json",
+        "reuse.py",
+        "sample.py",
+        "schedule.json",
+        "scheduler",
+    }
+    names = {path.name for path in (tmp_path / "model").iterdir() if not path.name.startswith("unet_")}
+    assert names - {"teacher"} == files | {"train.json", "train_diffusers.py"}
     picture = nas("sample", study, "--trial", trial, "--to", tmp_path / "grid.png", "--out", run)
     assert picture.returncode == 0
     with Image.open(tmp_path / "grid.png") as grid:
@@ -283,7 +294,7 @@ def test_bad_studies_are_refused(tmp_path: Path) -> None:
     )
     refused(
         nas("run", study_file(tmp_path), "--searcher", "magic", *out),
-        "no searcher is called 'magic'; use one of ddsm, enumerate, evolution, knapsack, .*routing",
+        "no searcher is called 'magic'; use one of ddsm, enumerate, evolution, gates, knapsack, .*routing",
     )
     refused(nas("run", study_file(tmp_path), "--device", "cuda:7", *out), "device 'cuda:7' cannot be used")
     (tmp_path / "pictures").mkdir()

@@ -33,6 +33,8 @@ def test_each_distinct_net_is_written_once(tiny_net: ElasticUNet, tmp_path: Path
         "sample.py",
         "schedule.json",
         "scheduler",
+        "train.json",
+        "train_diffusers.py",
         "unet_0",
         "unet_1",
     ]

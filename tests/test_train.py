@@ -1,0 +1,198 @@
+"""Exported networks trained: by the command, by the stand-alone script, killed and resumed, scored and booked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from evaluators.images import Digits
+from nas.contracts import Schedule, Step
+from nas.export import export
+from nas.ledger import open_storage, read_ledgers
+from nas.report import Run
+from search_spaces.supernet import ElasticUNet
+from search_spaces.train_diffusers import Settings, train
+from tests.test_cli import nas, refused
+
+QUICK = Settings(steps=12, batch=8, warmup=2, checkpoint_every=3)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.parent.name}.{name}": tensor
+        for path in sorted(folder.glob("unet_*/*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.fixture
+def exported(tiny_net: ElasticUNet, tmp_path: Path) -> Path:
+    steps = ((900, 0.5), (600, 1.0), (300, 0.5), (50, 0.25))
+    schedule = Schedule(tuple(Step(t, tiny_net.uniform(width)) for t, width in steps))
+    export(tiny_net.initial(0), schedule, {"class": "DDIM", "clip": True}, {"images": "digits"}, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_plan_says_which_timesteps_each_network_serves(exported: Path) -> None:
+    plan = json.loads((exported / "train.json").read_text())
+    assert plan["timesteps"] == {"unet_0": [[601, 1000], [51, 301]], "unet_1": [[301, 601]], "unet_2": [[0, 51]]}
+    assert plan["teacher"] == "unet_1"  # the full network is among them
+    assert plan["images"] == "digits"
+    assert Settings(**plan["settings"]) == Settings()
+
+
+def test_each_network_is_trained_on_its_timesteps_and_resumes_exactly(exported: Path) -> None:
+    pixels = Digits().load().pixels
+    again = exported.parent / "again"
+    shutil.copytree(exported, again)
+    ticks = list(train(exported, pixels, QUICK, cpu=True))
+    assert [(t["model"], t["steps"]) for t in ticks if t["step"] == t["steps"]] == [
+        ("unet_0", 8),  # 649 of 1,000 timesteps
+        ("unet_1", 4),
+        ("unet_2", 1),
+    ]
+    for stop in (5, 2, 4):
+        for _, _ in zip(range(stop), stopped := train(again, pixels, QUICK, cpu=True), strict=False):
+            pass
+        stopped.close()
+    list(train(again, pixels, QUICK, cpu=True))
+    first, second = weights(exported / "trained"), weights(again / "trained")
+    assert first.keys() == second.keys() == weights(exported).keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], tensor) for name, tensor in weights(exported).items())
+    assert list(train(exported, pixels, QUICK, cpu=True)) == []
+    folder = str(exported / "trained")
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    assert pipeline(2, output_type="np").images.shape == (2, 8, 8, 1)
+
+
+@pytest.mark.parametrize("changed", [{"distillation": 1.0}, {"features": 0.1}])
+def test_losses_pull_towards_the_teacher(exported: Path, changed: dict[str, Any]) -> None:
+    """From other weights than the teacher's, distillation lowers the distance to it."""
+    pixels = Digits().load().pixels
+    settings = Settings(
+        **{"steps": 400, "batch": 16, "warmup": 5, "ema": 0.9, "distillation": 1.0, "learning_rate": 2e-3, **changed}
+    )
+    ticks = [tick for tick in train(exported, pixels, settings, cpu=True) if tick["model"] == "unet_0"]
+    losses = [tick["loss"] for tick in ticks]
+    assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
+
+
+ALONE = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("nas", "search_spaces", "evaluators", "optuna", "ray"):
+            raise ImportError(name + " must not be needed")
+sys.meta_path.insert(0, Refuse())
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_script_alone_trains_the_same(exported: Path) -> None:
+    pixels = Digits().load().pixels[:40]
+    for i, image in enumerate(pixels):
+        (exported.parent / "pictures").mkdir(exist_ok=True)
+        shown = ((image[0] + 1) * 127.5).round().astype(np.uint8)
+        Image.fromarray(shown).save(exported.parent / "pictures" / f"{i:03d}.png")
+    again = exported.parent / "again"
+    shutil.copytree(exported, again)
+    options = ["--steps", "12", "--batch", "8", "--cpu"]
+    script = [sys.executable, "-c", ALONE, exported / "train_diffusers.py", "--images", exported.parent / "pictures"]
+    done = subprocess.run([*script, *options], capture_output=True, text=True, cwd=exported.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "unet_0: step 8 of 8" in done.stdout
+    result = nas("train", again, "--images", exported.parent / "pictures", "--steps", 12, "--batch", 8, "-q")
+    assert result.returncode == 0, result.stderr
+    first, second = weights(exported / "trained"), weights(again / "trained")
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 1e-5
+    wrong = subprocess.run([*script[:-1], exported], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1
+    assert "holds no pictures" in wrong.stderr
+
+
+STUDY = """
+from tests.conftest import *
+from dataclasses import replace
+net, images, steps = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0), groups="count"), Digits(), uniform(4)
+study = Study(
+    name="tiny", space=Stepwise(net, steps, per_step(steps)), supernet=net, images=images,
+    training=Sandwich(steps=40, batch=16, warmup=5, checkpoint_every=10), evaluator=Frechet(images, rungs=(32, 64)),
+    searchers={"evolution": Evolution(population=6)}, limits={"macs_share": 0.6}, trials=10, verified=3,
+)
+"""
+
+
+@pytest.mark.slow
+def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_path: Path) -> None:
+    study, run = tmp_path / "study.py", tmp_path / "run"
+    study.write_text(STUDY)
+    shutil.copytree(tiny_run, run)
+    trained = []
+    for share in (0.6, 0.5, 0.4):
+        folder = tmp_path / f"model-{share}"
+        result = nas("export", study, "--within", f"macs_share={share}", "--to", folder, "--out", run)
+        if result.returncode:
+            continue
+        command = [
+            sys.executable,
+            "-m",
+            "nas.cli",
+            "train",
+            folder,
+            "--images",
+            "digits",
+            "--steps",
+            "60",
+            "--batch",
+            "16",
+        ]
+        if not trained:
+            killed = subprocess.Popen([*map(str, command), "-q"])
+            while not (folder / "trained" / "losses.jsonl").exists():
+                assert killed.poll() is None
+            killed.send_signal(signal.SIGKILL)
+            killed.wait(30)
+        result = nas(*command[3:], "--study", study, "--out", run, "--json")
+        assert result.returncode == 0, result.stderr
+        trained.append(json.loads(result.stdout))
+        assert (folder / "trained" / "losses.png").exists()
+    assert trained
+    found = Run.open(run)
+    assert [info.searcher for info, _ in found.ledgers] == [
+        "uniform",
+        "evolution",
+    ]  # a search is not compared with a training
+    after = found.compare()["trained"]
+    assert len(after["schedules"]) == len(trained)
+    for row, facts in zip(after["schedules"], trained, strict=True):
+        assert row["after"] == facts["fd"]
+        assert row["difference"]["difference"] == pytest.approx(row["after"] - row["before"])
+    # No search takes a trained schedule's score for the supernet's.
+    assert nas("run", study, "--out", run, "--trials", 14, "-q").returncode == 0
+    for info, trials in read_ledgers(open_storage(run)):
+        if info.searcher == "evolution":
+            assert not any("trained" in str(t.origin.get("scored_by", "")) for t in trials)
+    assert nas("report", study, "--out", run, "-q").returncode == 0
+    assert "After training" in (run / "report" / "index.html").read_text()
+
+
+def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> None:
+    refused(nas("train", tmp_path, "--images", "digits"), "no exported folder")
+    refused(nas("train", exported, "--images", tmp_path / "none"), "does not exist; give a folder")
+    refused(nas("train", exported, "--images", "digits:16"), "the networks take")
+    refused(nas("train", exported, "--images", "digits", "--device", "cuda:9"), "cannot be used")
