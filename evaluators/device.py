@@ -92,14 +92,15 @@ def _seconds(net: LoadedSupernet, batch: int, precision: Precision, repeats: int
     x = torch.zeros((batch, *net.image_shape), device=net.device)
     least = float("inf")
     for _ in range(repeats + 2):  # the first calls choose kernels and compile
-        _wait(net.device)
+        wait(net.device)
         started = time.perf_counter()
         predict(net, Step(0, net.full_arch), x, None, precision)
-        _wait(net.device)
+        wait(net.device)
         least = min(least, time.perf_counter() - started)
     return least
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until it has done what it was asked to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,0 +1,168 @@
+"""Measured time of a schedule beside its score, as one more objective: milliseconds for an image on this device.
+
+A call of each distinct subnet, with the blocks that it reuses, is timed once for each device and kept in <run>/latency.json; a schedule's time
+is the sum over its steps. Sampling itself, next to the calls, is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+
+from evaluators.device import fingerprint, wait
+from evaluators.sampling import Precision, predict
+from nas.contracts import (
+    Evaluator,
+    LoadedEvaluator,
+    LoadedSupernet,
+    Progress,
+    Schedule,
+    Score,
+    Step,
+    UserError,
+    digest_of,
+)
+
+FILE = "latency.json"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How calls are timed: `batch` images each, the median of `repeats` after `warmup`; compiled or in channels-last form where asked."""
+
+    batch: int = 64
+    precision: Precision = "float32"
+    compiled: bool = False
+    channels_last: bool = False
+    warmup: int = 3
+    repeats: int = 15
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.repeats) < 1 or self.warmup < 0:
+            raise UserError(
+                f"batch={self.batch} and repeats={self.repeats} must be at least 1, warmup={self.warmup} not negative"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "Latency", **self.__dict__}
+
+
+class Timer:
+    """Times of calls on one device, kept in the run folder. One process measures at a time."""
+
+    def __init__(self, settings: Latency, net: LoadedSupernet, folder: Path) -> None:
+        self._settings = settings
+        self._net = net
+        self._path = folder / FILE
+        threads = f", {torch.get_num_threads()} threads" if net.device.type == "cpu" else ""
+        self._device = f"{fingerprint(net.device)}{threads}, {digest_of(settings.describe())}"
+
+    def of_step(self, step: Step) -> list[float]:
+        """Milliseconds for an image, of each repeat; 0 where nothing runs."""
+        if not self._net.macs(step.arch, step.reuse):
+            return [0.0] * self._settings.repeats
+        key = json.dumps([step.arch, step.reuse])
+        with filelock.FileLock(self._path.with_suffix(".lock")):
+            known: dict[str, dict[str, list[float]]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+            times = known.setdefault(self._device, {})
+            if key not in times:
+                times[key] = self._measure(step)
+                partial = self._path.with_suffix(".partial")
+                partial.write_text(json.dumps(known, indent=1) + "\n")
+                os.replace(partial, self._path)
+            return times[key]
+
+    def of_schedule(self, schedule: Schedule) -> tuple[float, tuple[float, ...]]:
+        """The sum of the steps' medians, and as many replicates as there are repeats, whose spread is the error of the means."""
+        times = np.array([self.of_step(step) for step in schedule.steps])
+        value = float(np.median(times, axis=1).sum())
+        total = times.sum(axis=0)
+        if len(total) < 2:
+            return value, ()
+        left_out = (total.sum() - total) / (len(total) - 1)
+        return value, tuple((value + left_out - total.mean()).tolist())
+
+    def _measure(self, step: Step) -> list[float]:
+        settings, net = self._settings, self._net
+        net.run_as(settings.channels_last, settings.compiled)
+        x = torch.zeros((settings.batch, *net.image_shape), device=net.device)
+        cache = None
+        if step.reuse:
+            _, cache = predict(net, Step(step.timestep, step.arch), x, None, settings.precision, step.reuse)
+        found = []
+        for number in range(settings.warmup + settings.repeats):
+            wait(net.device)
+            started = time.perf_counter()
+            predict(net, step, x, cache, settings.precision, step.reuse)
+            wait(net.device)
+            if number >= settings.warmup:
+                found.append((time.perf_counter() - started) * 1e3 / settings.batch)
+        return found
+
+
+@dataclass(frozen=True)
+class Timed:
+    """An evaluator whose scores carry "latency_ms" too, an objective like any other: `objectives=("fd", "latency_ms")`.
+
+    Times are of the device that a worker has: give all workers the same one. They are measured once for each run folder, so that scores
+    compare; on a busy machine they say more about the machine.
+    """
+
+    base: Evaluator
+    latency: Latency = Latency()
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        return tuple(self.base.rungs)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return (*self.base.metrics, "latency_ms")
+
+    @property
+    def sampler(self) -> Any:
+        return getattr(self.base, "sampler", None)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {"class": "Timed", "base": self.base.describe(), "latency": self.latency.describe()}
+
+    def digest(self, folder: Path) -> str:
+        return digest_of({"base": self.base.digest(folder), "latency": self.latency.describe()})
+
+    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from self.base.prepare(folder, seed, device)
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedTimed:
+        return LoadedTimed(self.base.load(supernet, folder), Timer(self.latency, supernet, folder), self.latency)
+
+
+class LoadedTimed:
+    def __init__(self, base: LoadedEvaluator, timer: Timer, settings: Latency) -> None:
+        self.base = base
+        self.supernet = base.supernet
+        self.sampler = base.sampler
+        self._timer = timer
+        self._settings = settings
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        value, replicates = self._timer.of_schedule(schedule)
+        score = self.base(schedule, rung, seed)
+        label = f"ms an image, batch {self._settings.batch}, {self._settings.precision}, beside a score@{rung}"
+        return Score(
+            {**score.values, "latency_ms": value},
+            {**score.replicates, "latency_ms": replicates},
+            score.spent,
+            {**score.labels, "latency_ms": label},
+        )
+
+    def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+        return self.base.sample(schedule, count, seed)

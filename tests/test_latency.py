@@ -1,0 +1,87 @@
+"""Measured times beside scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from evaluators.frechet import Frechet
+from evaluators.images import Digits
+from evaluators.latency import FILE, Latency, Timed, Timer
+from nas.contracts import Schedule, Step, UserError
+from nas.genetics import cheapest, dearest
+from nas.session import open_session
+from nas.study import Study
+from nas.testing import check_evaluator
+from search_spaces.supernet import ElasticUNet
+from tests.test_reuse import DEEP_NET
+
+SETTINGS = Latency(batch=8, repeats=5, warmup=1)
+
+
+def test_timed_scores_keep_the_laws(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
+    for part in ("supernet", "features"):
+        (tmp_path / part).symlink_to(tiny_run / part)
+    evaluator = Timed(Frechet(Digits(), rungs=(32, 64)), SETTINGS)
+    check_evaluator(evaluator, tiny_study.supernet, tiny_study.space, tmp_path)
+
+
+def test_a_schedules_time_is_the_sum_of_its_steps_each_measured_once(
+    tiny_net: ElasticUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = tiny_net.initial(0)
+    timer = Timer(SETTINGS, net, tmp_path)
+    measured: list[Step] = []
+    real = Timer._measure
+    monkeypatch.setattr(Timer, "_measure", lambda self, step: measured.append(step) or real(self, step))
+    small, full = tiny_net.uniform(0.25), tiny_net.uniform(1.0)
+    schedule = Schedule((Step(900, full), Step(600, small), Step(300, full), Step(50, small)))
+    value, replicates = timer.of_schedule(schedule)
+    assert [step.arch for step in measured] == [full, small]
+    kept = json.loads((tmp_path / FILE).read_text())
+    [times] = kept.values()
+    assert value == pytest.approx(2 * sum(sorted(each)[2] for each in times.values()))
+    assert len(replicates) == 5
+    again = Timer(SETTINGS, tiny_net.initial(0), tmp_path).of_schedule(schedule)
+    assert again == (value, replicates)
+    assert len(measured) == 2
+    Timer(replace(SETTINGS, batch=4), net, tmp_path).of_schedule(schedule)
+    assert len(measured) == 4  # other settings, other times
+
+
+def test_a_step_that_runs_nothing_takes_no_time_and_reuse_is_timed_apart(tmp_path: Path) -> None:
+    net, full = DEEP_NET.initial(0), DEEP_NET.uniform(1.0)
+    timer = Timer(SETTINGS, net, tmp_path)
+    blocks = net.blocks(full)
+    assert timer.of_step(Step(5, full, tuple(blocks))) == [0.0] * 5
+    timer.of_step(Step(5, full, tuple(blocks[:-1])))
+    timer.of_step(Step(5, full))
+    [times] = json.loads((tmp_path / FILE).read_text()).values()
+    assert len(times) == 2
+
+
+def test_latency_is_an_objective_of_a_search(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
+    for part in ("supernet", "features"):
+        (tmp_path / part).symlink_to(tiny_run / part)
+    evaluator = Timed(tiny_study.evaluator, Latency(batch=64, repeats=5))
+    study = replace(tiny_study, evaluator=evaluator, objectives=("fd", "latency_ms"))
+    torch.set_num_threads(1)
+    with open_session(study, tmp_path) as session:
+        conductor = session.conductor("evolution", trials=6)
+        session.run(conductor)
+        uniform = session.conductor("uniform")
+        session.run(uniform)
+    times = {t.genome: t.objectives(("latency_ms",))[0] for t in uniform.ledger.trials if t.scored}
+    assert all(t.objectives(("latency_ms",))[0] > 0 for t in conductor.ledger.trials if t.scored)
+    assert times[cheapest(study.space)] < times[dearest(study.space)]
+
+
+def test_wrong_settings_are_refused(tiny_study: Study) -> None:
+    with pytest.raises(UserError, match="repeats=0"):
+        Latency(repeats=0)
+    with pytest.raises(UserError, match="'latency_ms' is not one that a search can keep to"):
+        replace(tiny_study, limits={"latency_ms": 1.0})
