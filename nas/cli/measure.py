@@ -1,0 +1,121 @@
+"""Commands that measure before anybody searches: which cheaper scores to trust, and where to divide the timesteps."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from nas.cli.options import (
+    AddressOption,
+    DeviceOption,
+    GpusOption,
+    JsonOption,
+    OutOption,
+    StorageOption,
+    StudyFile,
+    WorkersOption,
+    check_device,
+    print_json,
+    resumable,
+    run_folder,
+    worker_pool,
+)
+from nas.contracts import UserError
+from nas.terminal import (
+    follow,
+    print_audit,
+    print_intervals,
+    progress_bars,
+)
+
+
+def audit(
+    study_file: StudyFile,
+    schedules: Annotated[int, typer.Option(min=10, help="How many; the whole space where it is no larger.")] = 200,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "cpu",
+    workers: WorkersOption = 0,
+    gpus_per_worker: GpusOption = 0.0,
+    ray_address: AddressOption = None,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
+) -> None:
+    """Compare the study's proxies with its reference score. Writes <run>/audit/; the same command goes on after a stop."""
+    from nas.audit import TABLE, measure, read_table, schedules_to_audit, summary
+    from nas.plots import draw_audit
+    from nas.session import open_session
+    from nas.study import load_study
+
+    study = load_study(study_file)
+    if not study.proxies:
+        raise UserError(
+            f"study {study.name} names no proxies to audit; give it some, such as proxies={{'fd@128': ...}}"
+        )
+    folder = run_folder(study, out_dir)
+    check_device(device)
+    bars = progress_bars(quiet or as_json)
+    with resumable(folder), open_session(study, folder, storage, device) as session, bars:
+        follow(bars, session.prepare())
+        pool = worker_pool(workers, gpus_per_worker, ray_address, device)
+        follow(bars, session.on_one_thread(measure(study, folder, schedules, device, pool)))
+    rows = read_table(folder / "audit" / TABLE, set(schedules_to_audit(study.space, schedules, study.seed)))
+    facts = summary(rows)
+    (folder / "audit" / "audit.json").write_text(json.dumps(facts, indent=2) + "\n")
+    picture = folder / "audit" / "audit.png"
+    draw_audit(rows, facts, picture)
+    if as_json:
+        print_json({**facts, "picture": str(picture)})
+    elif not quiet:
+        print_audit({**facts, "picture": str(picture)})
+
+
+def intervals(
+    study_file: StudyFile,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="Intervals. Default: the elbow of the gradients' similarity.", show_default=False),
+    ] = None,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Budget, of the full net's MACs. Default: the study's, else 0.5.", show_default=False
+        ),
+    ] = None,
+    grid: Annotated[int, typer.Option(min=3, help="Training timesteps whose gradients are compared.")] = 32,
+    out_dir: OutOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
+) -> None:
+    """Divide the timesteps: by gradients, sensitivity, SNR, evenly; and say how well each does. Writes <run>/intervals/."""
+    from nas.plots import draw_intervals
+    from nas.session import open_session
+    from nas.study import load_study
+    from search_spaces.partitions import Partitions
+    from search_spaces.stepwise import Stepwise
+
+    study = load_study(study_file)
+    if not isinstance(study.space, Stepwise):
+        raise UserError(
+            f"study {study.name} searches a {type(study.space).__name__}; `nas intervals` divides a Stepwise space"
+        )
+    folder = run_folder(study, out_dir)
+    check_device(device)
+    bars = progress_bars(quiet or as_json)
+    with resumable(folder), open_session(study, folder, device=device) as session, bars:
+        follow(bars, session.prepare())
+        loaded = study.load(folder, device)
+        limit = share or study.limits.get("macs_share", 0.5)
+        found = Partitions(study.space, loaded, study.images, study.evaluator, folder, study.seed, grid, count, limit)
+        follow(bars, session.on_one_thread(found.measure()))
+    facts = found.facts()
+    (folder / "intervals" / "intervals.json").write_text(json.dumps(facts, indent=2) + "\n")
+    picture = folder / "intervals" / "intervals.png"
+    draw_intervals(facts, picture)
+    if as_json:
+        print_json({**facts, "picture": str(picture)})
+    elif not quiet:
+        print_intervals({**facts, "picture": str(picture)})

@@ -1,0 +1,206 @@
+"""Commands that hand a schedule over: export it, sample from it, train it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nas.cli.options import (
+    DeviceOption,
+    JsonOption,
+    OutOption,
+    SearcherOption,
+    SeedOption,
+    StorageOption,
+    StudyFile,
+    TrialOption,
+    WithinOption,
+    check_device,
+    choose,
+    print_json,
+    resumable,
+    run_folder,
+    summary_of,
+)
+from nas.contracts import UserError
+from nas.terminal import (
+    follow,
+    out,
+    progress_bars,
+)
+
+
+def export(
+    study_file: StudyFile,
+    to: Annotated[Path, typer.Option(help="New or empty folder.", show_default=False)],
+    trial: TrialOption = None,
+    within: WithinOption = None,
+    searcher: SearcherOption = None,
+    seed: SeedOption = 0,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+) -> None:
+    """Write a trial's networks as stock diffusers folders, with the schedule, provenance and a proof of equality."""
+    from nas.export import export as write
+    from nas.study import load_study
+
+    study = load_study(study_file)
+    folder = run_folder(study, out_dir)
+    chosen, ledger = choose(study, folder, storage, searcher, seed, trial, within)
+    evaluator = study.load(folder, "cpu")
+    assert chosen.score is not None
+    provenance = {
+        "study": study.name,
+        "ledger": ledger,
+        "trial": chosen.number,
+        "genome": chosen.genome,
+        "samples": chosen.rung,
+        "cost": dict(chosen.cost),
+        "score": chosen.score.to_json(),
+        "supernet": study.supernet.digest(folder / "supernet"),
+        "images": study.images.load().digest,
+    }
+    write(evaluator.supernet, study.space.decode(chosen.genome), evaluator.sampler, provenance, to.resolve())
+    out.print(
+        f"{ledger} trial {chosen.number} ({summary_of(chosen, study)}) is in {to}", highlight=False, soft_wrap=True
+    )
+
+
+def sample(
+    study_file: StudyFile,
+    to: Annotated[Path, typer.Option(help="A .png grid, or .npy with float32 images in [-1, 1].", show_default=False)],
+    trial: TrialOption = None,
+    within: WithinOption = None,
+    searcher: SearcherOption = None,
+    search_seed: Annotated[int, typer.Option(min=0, help="Seed of the search whose trial is meant.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Images.")] = 64,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise; image i depends on it and on i alone.")
+    ] = 0,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Draw images with a trial's schedule."""
+    import numpy as np
+
+    from nas.study import load_study
+
+    if to.suffix not in (".png", ".npy"):
+        raise UserError(f"--to {to} must end in .png or .npy")
+    check_device(device)
+    study = load_study(study_file)
+    folder = run_folder(study, out_dir)
+    chosen, _ = choose(study, folder, storage, searcher, search_seed, trial, within)
+    images = study.load(folder, device).sample(study.space.decode(chosen.genome), count, seed).cpu().numpy()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if to.suffix == ".npy":
+        np.save(to, images)
+    else:
+        from evaluators.images import to_uint8
+        from nas.plots import draw_samples
+
+        draw_samples(to_uint8(images), to, scale=max(1, 96 // images.shape[-1]))
+    out.print(
+        f"{count} images of trial {chosen.number} ({summary_of(chosen, study)}) are in {to}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def train(
+    export_dir: Annotated[
+        Path, typer.Argument(metavar="EXPORT_DIR", help="Folder that `nas export` wrote.", show_default=False)
+    ],
+    images: Annotated[
+        str,
+        typer.Option(
+            help="Folder of pictures, .npy in [-1, 1], or `digits` (`digits:16` enlarged).", show_default=False
+        ),
+    ],
+    study_file: Annotated[
+        str | None,
+        typer.Option("--study", help="Study whose evaluator scores it, before and after.", show_default=False),
+    ] = None,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Gradient steps of all networks together.", show_default=False)
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images of a step.", show_default=False)] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak of a cosine.", show_default=False)] = None,
+    distillation: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of the full network's prediction in the target.", show_default=False),
+    ] = None,
+    features: Annotated[
+        float | None,
+        typer.Option(min=0, help="Weight of the distance of blocks' maps to the full network's.", show_default=False),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the noises.", show_default=False)] = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Fine-tune an exported folder's networks into EXPORT_DIR/trained, each on the timesteps it serves. The same command goes on after a stop."""
+    from nas.handover import fine_tune, read_plan, score_and_book
+    from nas.study import load_study
+
+    folder = export_dir.resolve()
+    plan = read_plan(folder)
+    check_device(device)
+    study = load_study(study_file) if study_file else None
+    searched = run_folder(study, out_dir) if study else None
+    given = {
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "distillation": distillation,
+        "features": features,
+        "precision": precision,
+        "seed": seed,
+    }
+    settings = {**plan["settings"], **{name: value for name, value in given.items() if value is not None}}
+    bars = progress_bars(quiet or as_json)
+    facts: dict[str, Any] = {"trained": str(folder / "trained")}
+    with resumable(folder), bars:
+        from search_spaces.train_diffusers import Settings
+        from search_spaces.train_diffusers import train as begin
+
+        ticks = begin(folder, _pixels(images, plan["shape"]), Settings(**settings), device == "cpu")
+        follow(bars, fine_tune(ticks, folder))
+        if study is not None and searched is not None:
+            facts |= follow(bars, score_and_book(study, searched, storage, folder / "trained", device))
+    if as_json:
+        print_json(facts)
+    elif not quiet:
+        out.print(facts["trained"], highlight=False, soft_wrap=True)
+        if "words" in facts:
+            out.print(facts["words"], highlight=False, soft_wrap=True)
+
+
+def _pixels(images: str, shape: Sequence[int]) -> Any:
+    """Of a named set, a folder or an array; (n, channels, height, width) in [-1, 1]."""
+    from search_spaces.train_diffusers import read_images
+
+    name, _, size = images.partition(":")
+    if name == "digits":
+        from evaluators.images import Digits
+
+        pixels = Digits(int(size or 8)).load().pixels
+        if pixels.shape[1:] != tuple(shape):
+            raise UserError(
+                f"--images {images} are {pixels.shape[1:]}, the networks take {tuple(shape)}; use digits:{shape[-1]}"
+            )
+        return pixels
+    path = Path(images)
+    if not path.exists():
+        raise UserError(f"--images {images} does not exist; give a folder of pictures, an .npy file, or digits")
+    try:
+        return read_images(path, shape[0], shape[1:])
+    except SystemExit as error:
+        raise UserError(str(error)) from error

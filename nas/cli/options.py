@@ -1,0 +1,146 @@
+"""Options that several commands have, and what they all do with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nas.contracts import UserError
+from nas.terminal import notes
+
+if TYPE_CHECKING:
+    from nas.contracts import Trial
+    from nas.ray_runner import Workers
+    from nas.study import Study
+
+StudyFile = Annotated[
+    str, typer.Argument(metavar="STUDY", help="Python file that defines `study`.", show_default=False)
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder that `nas run` wrote.", show_default=False)]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Run folder. Default: runs/<study name>.", show_default=False)
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(help="Optuna storage URL (PostgreSQL, SQLite, ...). Default: <run>/journal.log.", show_default=False),
+]
+DeviceOption = Annotated[str, typer.Option(help="Where this process computes: cpu, cuda, cuda:1, mps.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+SearcherOption = Annotated[str | None, typer.Option(help="Searcher. Default: the study's first.", show_default=False)]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search; each seed has a ledger of its own.")
+]
+WorkersOption = Annotated[int, typer.Option(min=0, help="Ray workers; 0 computes in this process.")]
+GpusOption = Annotated[float, typer.Option(min=0, help="GPUs for each Ray worker; a fraction shares one.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Ray cluster to join. Default: one on this machine.", show_default=False)
+]
+TrialOption = Annotated[int | None, typer.Option(help="Trial of that searcher.", show_default=False)]
+WithinOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COST=LIMIT",
+        help="The best verified trial within a budget, such as macs_share=0.5.",
+        show_default=False,
+    ),
+]
+
+
+def choose(
+    study: Study,
+    folder: Path,
+    storage: str | None,
+    searcher: str | None,
+    seed: int,
+    trial: int | None,
+    within: str | None,
+) -> tuple[Trial, str]:
+    """The trial that --trial or --within means, and the name of its ledger."""
+    from nas.report import Run, best_within
+
+    if (trial is None) == (within is None):
+        raise UserError("say which trial: either --trial N or --within COST=LIMIT")
+    ledgers = {(info.searcher, info.seed): (info, trials) for info, trials in Run.open(folder, storage).ledgers}
+    wanted = (searcher or next(iter(study.searchers), "evolution"), seed)
+    if wanted not in ledgers:
+        known = ", ".join(f"{name} (seed {s})" for name, s in ledgers)
+        raise UserError(f"{folder} has no trials of searcher {wanted[0]} with seed {seed}; it has {known or 'none'}")
+    info, trials = ledgers[wanted]
+    if info.provenance != study.ledger_info(folder, *wanted).provenance:
+        raise UserError(
+            f"{folder} was searched under another study than {study.name} is now; restore the study file or its supernet"
+        )
+    if within is not None:
+        name, _, limit = within.partition("=")
+        try:
+            return best_within(trials, name, float(limit), study.objectives[0]), info.name
+        except ValueError:
+            raise UserError(f"--within {within} is not COST=LIMIT, such as macs_share=0.5") from None
+    chosen = next((t for t in trials if t.number == trial), None)
+    if chosen is None or chosen.score is None:
+        raise UserError(f"{info.name} has no scored trial {trial}; it has numbers 0 to {len(trials) - 1}")
+    return chosen, info.name
+
+
+def worker_pool(count: int, gpus: float, address: str | None, device: str) -> Workers | None:
+    """Ray workers, where any option asks for them."""
+    if not (count or gpus or address):
+        return None
+    from nas.ray_runner import Workers
+
+    return Workers(count or 1, gpus, address, device)
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Ctrl-C ends the work, not what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        notes.print(
+            f"interrupted; the same command goes on from the last trial or checkpoint ({folder})", highlight=False
+        )
+        raise SystemExit(130) from None
+
+
+def comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
+    from nas.plots import draw_curves, draw_front
+    from nas.report import Run
+
+    found = Run.open(run_dir, storage)
+    facts = found.compare()
+    ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], found.ledgers, strict=True)}
+    picture = run_dir / "report" / "front.png"
+    draw_front(ledgers, found.facts, facts["label"], picture)
+    curves = run_dir / "report" / "curves.png"
+    draw_curves(facts["searchers"], facts["area_until_macs"], curves)
+    return {**facts, "picture": str(picture), "curves": str(curves)}
+
+
+def summary_of(trial: Trial, study: Study) -> str:
+    values = zip(study.objectives, trial.objectives(study.objectives), strict=True)
+    return f"{trial.cost['macs_share']:.1%} of the MACs, " + ", ".join(f"{name} {value:.4g}" for name, value in values)
+
+
+def run_folder(study: Study, out_dir: Path | None) -> Path:
+    return (out_dir or Path("runs") / study.name).resolve()
+
+
+def check_device(device: str) -> None:
+    import torch
+
+    from nas.ledger import first_line
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used ({first_line(error)}); use --device cpu") from error
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    print(json.dumps(data, indent=2))

@@ -1,0 +1,187 @@
+"""Commands of a search: run it, see how far it is, compare, report, and look at it in the dashboard."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Annotated
+
+import typer
+
+from nas.cli.options import (
+    AddressOption,
+    DeviceOption,
+    GpusOption,
+    JsonOption,
+    OutOption,
+    RunDir,
+    SeedOption,
+    StorageOption,
+    StudyFile,
+    WorkersOption,
+    check_device,
+    comparison,
+    print_json,
+    resumable,
+    run_folder,
+    worker_pool,
+)
+from nas.terminal import (
+    SearchBar,
+    follow,
+    notes,
+    out,
+    print_comparison,
+    print_outline,
+    print_status,
+    progress_bars,
+)
+
+
+def run(
+    study_file: StudyFile,
+    searcher: Annotated[
+        str | None,
+        typer.Option(
+            help="Searcher to run, several with commas between, or `all` of the study's. Default: the first.",
+            show_default=False,
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Proposals. Default: the study's.", show_default=False)
+    ] = None,
+    seed: SeedOption = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds of each search, from --seed on.")] = 1,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "cpu",
+    threads: Annotated[
+        int, typer.Option(min=0, help="CPU threads for training; 0 takes all cores. Scores use one.")
+    ] = 0,
+    workers: WorkersOption = 0,
+    gpus_per_worker: GpusOption = 0.0,
+    ray_address: AddressOption = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Build and check everything without data, weights or GPU; say what it would take."
+        ),
+    ] = False,
+    throughput: Annotated[
+        float | None,
+        typer.Option(min=1, help="With --dry-run: MACs a second that the device reaches.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
+) -> None:
+    """Train what is missing, search, verify. The same command again goes on where it stopped."""
+    from nas.session import open_session
+    from nas.study import BASELINE, load_study
+
+    study = load_study(study_file)
+    first = next(iter(study.searchers), "evolution")
+    names = list(study.searchers) if searcher == "all" else list(dict.fromkeys((searcher or first).split(",")))
+    for name in names:
+        study.searcher(name)
+    if dry_run:
+        from nas.outline import THROUGHPUT, outline
+
+        facts = outline(study, throughput or THROUGHPUT)
+        if as_json:
+            print_json(facts)
+        else:
+            print_outline(facts)
+        return
+    folder = run_folder(study, out_dir)
+    check_device(device)
+    pool = worker_pool(workers, gpus_per_worker, ray_address, device)
+    with resumable(folder), open_session(study, folder, storage, device) as session:
+        started = time.monotonic()
+        with progress_bars(quiet) as bars:
+            follow(bars, session.prepare(threads))
+            searches = [(name, number) for number in range(seed, seed + seeds) for name in names if name != BASELINE]
+            for name, number in ((BASELINE, 0), *searches):
+                label = name + (f" (seed {number})" if number else "")
+                shown = SearchBar(bars, label, study.objectives[0])
+                follow(bars, session.learn(name, number, pool))
+                conductor = session.conductor(name, number, trials, shown)
+                shown.begin(conductor)
+                session.run(conductor, pool)
+                shown.end()
+        if not quiet:
+            print_comparison(comparison(folder, session.storage))
+            notes.print(
+                f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here",
+                highlight=False,
+            )
+
+
+def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption = False) -> None:
+    """How far a run is. Reads the run folder alone."""
+    from nas.report import Run
+
+    facts = Run.open(run_dir, storage).status()
+    if as_json:
+        print_json(facts)
+    else:
+        print_status(facts)
+
+
+def compare(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption = False) -> None:
+    """Searchers side by side: front, hypervolume, best within budgets, what was spent. Writes <run>/report/front.png and curves.png."""
+    facts = comparison(run_dir, storage)
+    if as_json:
+        print_json(facts)
+    else:
+        print_comparison(facts)
+
+
+def report(
+    study_file: StudyFile,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Write the run as one self-contained page, <run>/report/index.html; give the dashboard's trials their pictures and notes."""
+    from importlib.util import find_spec
+
+    from nas.ledger import open_storage
+    from nas.page import write_page
+    from nas.report import Run
+    from nas.study import load_study
+
+    study = load_study(study_file)
+    folder = run_folder(study, out_dir)
+    check_device(device)
+    found, loaded = Run.open(folder, storage), study.load(folder, device)
+    comparison(folder, storage)
+    path = write_page(study, study_file, found, loaded)
+    if find_spec("optuna_dashboard"):
+        from nas.dashboard import attach
+
+        opened = open_storage(folder, storage or found.facts["storage"])
+        with resumable(folder), progress_bars(quiet or as_json) as bars:
+            follow(bars, attach(study, study_file, found, opened, loaded))
+    if as_json:
+        print_json({"page": str(path)})
+    else:
+        out.print(f"{path}", highlight=False, soft_wrap=True)
+
+
+def dashboard(
+    run_dir: RunDir,
+    storage: StorageOption = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on the loopback address.")] = 8080,
+) -> None:
+    """Open the run in optuna-dashboard, on this machine only."""
+    from nas.report import Run
+
+    facts = Run.open(run_dir, storage).facts
+    from nas.dashboard import serve
+    from nas.ledger import open_storage
+
+    notes.print(f"http://127.0.0.1:{port}/dashboard  (Ctrl-C ends it)", highlight=False)
+    with suppress(KeyboardInterrupt):
+        serve(run_dir, open_storage(run_dir, storage or facts["storage"]), port)
