@@ -19,8 +19,7 @@ from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage
 
 from nas.contracts import Progress, Trial, UserError
-from nas.page import draw_grid, export_command, profiles
-from nas.plots import draw_profile
+from nas.page import draw_grid, draw_schedule, export_command
 from nas.report import Run
 from nas.study import Study
 
@@ -42,7 +41,6 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
         raise UserError("optuna-dashboard is not installed; run `pip install 'step-aware-nas[dashboard]'`") from error
     done = [(info, trial) for info, trials in run.ledgers for trial in trials if trial.status == "complete"]
     pictures = run.folder / "report"
-    timesteps = study.space.decode(tuple(len(c.options) - 1 for c in study.space.choices)).timesteps
     for number, (info, trial) in enumerate(done):
         study_id = storage.get_study_id_from_name(info.name)
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
@@ -50,7 +48,7 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
         schedule = pictures / "trials" / f"schedule-{trial.digest}.png"
         samples = pictures / "trials" / f"samples-{trial.digest}.png"
         if not schedule.exists():
-            draw_profile(timesteps, profiles(study, study.space.decode(trial.genome)), schedule)
+            draw_schedule(study, trial.genome, schedule)
         if not samples.exists():
             draw_grid(study, loaded, trial.genome, samples)
         for picture in (schedule, samples):

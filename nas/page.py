@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from nas.contracts import Genome, Schedule, Trial
-from nas.genetics import uniform_genomes
+from nas.contracts import Genome, Trial
+from nas.genetics import dearest, uniform_genomes
 from nas.plots import INK, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
 from nas.report import Run, against, verified_front
 from nas.study import BASELINE, Study
@@ -45,7 +45,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         curves=_inline(folder / "compute.svg"),
         mapped=best,
         maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
-        grids=_grids(study, loaded, winner, full, ledgers.get(BASELINE, ()), folder) if winner else [],
+        grids=_grids(study, loaded, winner, full, folder) if winner else [],
         audit=_audit(run.folder, folder),
         trained=_trained(facts["trained"], quality),
         spent=_spent(run, facts),
@@ -145,19 +145,21 @@ def _maps(study: Study, front: Sequence[Trial], folder: Path) -> list[dict[str, 
     places = range(len(cheapest_first))
     if len(cheapest_first) > MAPS:
         places = sorted({round(i * (len(cheapest_first) - 1) / (MAPS - 1)) for i in range(MAPS)})  # type: ignore[assignment]
-    timesteps = study.space.decode(tuple(len(c.options) - 1 for c in study.space.choices)).timesteps
     for place in places:
         trial = cheapest_first[place]
-        schedule = study.space.decode(trial.genome)
         picture = folder / f"schedule-{trial.number}.svg"
-        draw_profile(timesteps, profiles(study, schedule), picture)
+        draw_schedule(study, trial.genome, picture)
         found.append({"trial": trial.number, "share": f"{trial.cost['macs_share']:.1%}", "picture": _inline(picture)})
     return found
 
 
-def profiles(study: Study, schedule: Schedule) -> dict[int, Mapping[str, float]]:
-    """By timestep, what `Supernet.profile` says."""
-    return {step.timestep: study.supernet.profile(step) for step in schedule.steps}
+def draw_schedule(study: Study, genome: Genome, path: Path) -> None:
+    """What its schedule runs when, over all timesteps that the dearest schedule has."""
+    schedule = study.space.decode(genome)
+    timesteps = {*study.space.decode(dearest(study.space)).timesteps, *schedule.timesteps}
+    draw_profile(
+        sorted(timesteps, reverse=True), {step.timestep: study.supernet.profile(step) for step in schedule.steps}, path
+    )
 
 
 def _grids(
@@ -165,7 +167,6 @@ def _grids(
     loaded: Any,
     winner: tuple[str, Trial],
     full: Trial | None,
-    uniform: Sequence[Trial],
     folder: Path,
 ) -> list[dict[str, str]]:
     """The full network, the winner, and one option at every step that costs as much."""
