@@ -64,7 +64,7 @@ class Timer:
         self._net = net
         self._path = folder / FILE
         threads = f", {torch.get_num_threads()} threads" if net.device.type == "cpu" else ""
-        self._device = f"{fingerprint(net.device)}{threads}, {digest_of(settings.describe())}"
+        self.device = f"{fingerprint(net.device)}{threads}, {digest_of(settings.describe())}"
 
     def of_step(self, step: Step) -> list[float]:
         """Milliseconds for an image, of each repeat; 0 where nothing runs."""
@@ -73,7 +73,7 @@ class Timer:
         key = json.dumps([step.arch, step.reuse])
         with filelock.FileLock(self._path.with_suffix(".lock")):
             known: dict[str, dict[str, list[float]]] = json.loads(self._path.read_text()) if self._path.exists() else {}
-            times = known.setdefault(self._device, {})
+            times = known.setdefault(self.device, {})
             if key not in times:
                 times[key] = self._measure(step)
                 partial = self._path.with_suffix(".partial")
@@ -83,6 +83,8 @@ class Timer:
 
     def of_schedule(self, schedule: Schedule) -> tuple[float, tuple[float, ...]]:
         """The sum of the steps' medians, and as many replicates as there are repeats, whose spread is the error of the means."""
+        if self._settings.compiled and any(step.reuse for step in schedule.steps):
+            raise UserError("steps that reuse blocks are not compiled; time them with Latency(compiled=False)")
         times = np.array([self.of_step(step) for step in schedule.steps])
         value = float(np.median(times, axis=1).sum())
         total = times.sum(axis=0)
@@ -93,19 +95,22 @@ class Timer:
 
     def _measure(self, step: Step) -> list[float]:
         settings, net = self._settings, self._net
-        net.run_as(settings.channels_last, settings.compiled)
+        before = net.run_as(settings.channels_last, settings.compiled)
         x = torch.zeros((settings.batch, *net.image_shape), device=net.device)
-        cache = None
-        if step.reuse:
-            _, cache = predict(net, Step(step.timestep, step.arch), x, None, settings.precision, step.reuse)
         found = []
-        for number in range(settings.warmup + settings.repeats):
-            wait(net.device)
-            started = time.perf_counter()
-            predict(net, step, x, cache, settings.precision, step.reuse)
-            wait(net.device)
-            if number >= settings.warmup:
-                found.append((time.perf_counter() - started) * 1e3 / settings.batch)
+        try:
+            cache = None
+            if step.reuse:
+                _, cache = predict(net, Step(step.timestep, step.arch), x, None, settings.precision, step.reuse)
+            for number in range(settings.warmup + settings.repeats):
+                wait(net.device)
+                started = time.perf_counter()
+                predict(net, step, x, cache, settings.precision, step.reuse)
+                wait(net.device)
+                if number >= settings.warmup:
+                    found.append((time.perf_counter() - started) * 1e3 / settings.batch)
+        finally:
+            net.run_as(*before)
         return found
 
 
@@ -113,8 +118,8 @@ class Timer:
 class Timed:
     """An evaluator whose scores carry "latency_ms" too, an objective like any other: `objectives=("fd", "latency_ms")`.
 
-    Times are of the device that a worker has: give all workers the same one. They are measured once for each run folder, so that scores
-    compare; on a busy machine they say more about the machine.
+    Times are of the device that a worker has, which their label names: give all workers the same one, and go on with a run on the same.
+    They are measured once for each device and run folder; on a busy machine they say more about the machine.
     """
 
     base: Evaluator
@@ -156,7 +161,7 @@ class LoadedTimed:
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
         value, replicates = self._timer.of_schedule(schedule)
         score = self.base(schedule, rung, seed)
-        label = f"ms an image, batch {self._settings.batch}, {self._settings.precision}, beside a score@{rung}"
+        label = f"ms an image, batch {self._settings.batch}, on {self._timer.device}, beside a score@{rung}"
         return Score(
             {**score.values, "latency_ms": value},
             {**score.replicates, "latency_ms": replicates},

@@ -360,8 +360,8 @@ class LoadedSupernet(Protocol):
     def adopt(self, arch: Arch, model: torch.nn.Module) -> None:
         """From now on this stock model is what serves the arch."""
 
-    def run_as(self, channels_last: bool, compiled: bool) -> None:
-        """How denoisers run from now on: a matter of speed alone."""
+    def run_as(self, channels_last: bool, compiled: bool) -> tuple[bool, bool]:
+        """How denoisers run from now on, a matter of speed alone; how they did before is returned."""
 
 
 class Supernet(Protocol):

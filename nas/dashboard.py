@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import mimetypes
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,10 +49,8 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
         booked = storage.get_study_system_attrs(study_id)
         schedule = pictures / "trials" / f"schedule-{trial.digest}.png"
         samples = pictures / "trials" / f"samples-{trial.digest}.png"
-        if not schedule.exists():
-            draw_schedule(study, trial.genome, schedule)
-        if not samples.exists():
-            draw_grid(study, loaded, trial.genome, samples)
+        draw_once(schedule, partial(draw_schedule, study, trial.genome))
+        draw_once(samples, partial(draw_grid, study, loaded, trial.genome))
         for picture in (schedule, samples):
             _book(run.folder, storage, study_id, f"dashboard:artifacts:{trial_id}:", picture, booked)
         if f"dashboard:{trial_id}:note_ver" not in booked:
@@ -63,6 +63,14 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
         for name in ("front.png", "curves.png"):
             if (pictures / name).exists():
                 _book(run.folder, storage, study_id, "artifacts:", pictures / name, booked)
+
+
+def draw_once(picture: Path, draw: Callable[[Path], None]) -> None:
+    """Whole or not at all, unless it is there."""
+    if not picture.exists():
+        torn = picture.with_name(f".partial-{picture.name}")
+        draw(torn)
+        os.replace(torn, picture)
 
 
 def _book(

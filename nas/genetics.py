@@ -107,6 +107,13 @@ def check_reachable(problem: Problem) -> None:
                 f"limit {name}={limit:g} cannot be met: the cheapest schedule, "
                 f"{_option_names(problem.space, least)}, costs {name}={cost[name]:.4g}; raise the limit"
             )
+    bound = IntervalCosts(problem.space).macs(least)
+    if bound > macs_budget(problem):
+        share = bound * cost["macs_share"] / cost["macs"]
+        raise UserError(
+            f"searches keep to what intervals cost whatever the one before them runs, at least {bound:.4g} MACs (macs_share={share:.4g}), "
+            f"above the limit of {macs_budget(problem):.4g}; raise the limit, or let intervals be longer"
+        )
 
 
 def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:

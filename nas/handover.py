@@ -6,17 +6,19 @@ supernet scored; its origin says which trial it was exported from.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nas.contracts import LoadedEvaluator, Progress, Proposal, UserError, derive_seed, frozen
+from nas.contracts import LoadedEvaluator, Progress, Proposal, UserError, derive_seed, digest_of, frozen
 from nas.ledger import Ledger, LedgerInfo
 from nas.plots import draw_losses
-from nas.report import TRAINED, Run
-from nas.session import open_session
+from nas.report import RUN, TRAINED, Run
+from nas.session import open_session, torch_threads
 from nas.study import BASELINE, Study
 
 
@@ -40,45 +42,99 @@ def adopt(evaluator: LoadedEvaluator, folder: Path) -> None:
         evaluator.supernet.adopt(arch, model)
 
 
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Notes how `folder/trained` is trained. Raises UserError where it was begun otherwise."""
+    path = folder / "trained" / "settings.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [
+            f"{name} was {before.get(name)}, now {value}"
+            for name, value in settings.items()
+            if before.get(name) != value
+        ]
+        if changed:
+            raise UserError(
+                f"{folder / 'trained'} was trained otherwise: {'; '.join(changed)}. Delete it to train again"
+            )
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(dict(settings), indent=1) + "\n")
+
+
 def fine_tune(ticks: Iterator[Mapping[str, Any]], folder: Path) -> Iterator[Progress]:
     """Follows a training: `ticks` name the network, its step, how many there are, and the loss. Keeps the losses in
-    trained/losses.jsonl and draws them."""
+    trained/losses.jsonl and draws them. Raises UserError where the loss is no number any more."""
     log = folder / "trained" / "losses.jsonl"
     for tick in ticks:
+        if not math.isfinite(tick["loss"]):
+            raise UserError(
+                f"the loss of {tick['model']} is {tick['loss']} at step {tick['step']}; delete {log.parent} and lower --learning-rate"
+            )
         with log.open("a") as file:
             file.write(json.dumps(dict(tick)) + "\n")
         yield Progress(f"training {tick['model']}", tick["step"], tick["steps"], {"loss": tick["loss"]})
     if log.exists():
-        draw_losses([json.loads(line) for line in log.read_text().splitlines()], log.with_suffix(".png"))
+        draw_losses(_losses(log), log.with_suffix(".png"))
+
+
+def _losses(log: Path) -> list[dict[str, Any]]:
+    """The last loss of each step: a training that was stopped repeats those after its checkpoint, and may have torn a line."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in log.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        found[row["model"], row["step"]] = row
+    return sorted(found.values(), key=lambda row: (row["model"], row["step"]))
 
 
 def score_and_book(
-    study: Study, folder: Path, storage: str | None, trained: Path, device: str
+    study: Study, folder: Path, storage: str | None, exported: Path, device: str
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Scores the trained networks on the last rung and books them; what `nas train` says of it is returned. Raises UserError for a folder
-    that was exported from another study."""
-    provenance = json.loads((trained / "provenance.json").read_text())
-    info = ledger_info(study, folder, provenance)
-    samples = study.evaluator.rungs[-1]
-    with open_session(study, folder, storage, device) as session:
+    """Scores the trained networks on the last rung and books them, once; what `nas train` says of it is returned."""
+    trained = exported / "trained"
+    provenance = json.loads((exported / "provenance.json").read_text())
+    info = check_origin(study, folder, exported)
+    samples, genome = study.evaluator.rungs[-1], tuple(provenance["genome"])
+    weights = digest_of([[path.parent.name, _hash(path)] for path in sorted(trained.glob("unet_*/*.safetensors"))])
+    with open_session(study, folder, storage or _storage_of(folder), device) as session:
         ledger = Ledger(session.storage, info, study.unlimited())
+        booked = [t for t in ledger.trials if t.status == "complete" and t.origin.get("weights") == weights]
         yield Progress("scoring the trained networks", 0, 1)
-        evaluator = study.load(folder, device)
-        adopt(evaluator, trained)
-        genome = tuple(provenance["genome"])
-        schedule = study.space.decode(genome)
-        score = evaluator(schedule, samples, verification_seed(study))
-        origin = {"ledger": provenance["ledger"], "trial": provenance["trial"], "folder": str(trained)}
-        opened = ledger.open(Proposal(genome, origin), schedule, samples)
-        closed = ledger.close(opened.number, score)
+        if not booked:
+            schedule = study.space.decode(genome)
+            with torch_threads(1):
+                evaluator = study.load(folder, device)
+                adopt(evaluator, trained)
+                try:
+                    score = evaluator(schedule, samples, verification_seed(study))
+                except FloatingPointError as error:
+                    raise UserError(
+                        f"the trained networks cannot be scored: {error}; train them with a lower rate"
+                    ) from error
+            origin = {"ledger": provenance["ledger"], "trial": provenance["trial"], "weights": weights}
+            opened = ledger.open(Proposal(genome, origin), schedule, samples)
+            booked = [ledger.close(opened.number, score)]
         yield Progress("scoring the trained networks", 1, 1)
         quality = study.objectives[0]
         found = Run.open(folder, session.storage).compare()["trained"]
-    rows = [] if found is None else [row for row in found["schedules"] if row["trial"] == provenance["trial"]]
-    words = f"{quality} {score.values[quality]:.4g} ± {score.error(quality):.2g} after training"
-    if rows and rows[-1]["difference"]:
-        words += f", {rows[-1]['before']:.4g} before: {rows[-1]['difference']['words']}"
-    return {"booked": f"{info.name} trial {closed.number}", quality: score.values[quality], "words": words}
+    [trial] = booked[-1:]
+    assert trial.score is not None
+    words = f"{quality} {trial.score.values[quality]:.4g} ± {trial.score.error(quality):.2g} after training"
+    for row in [] if found is None else found["schedules"]:
+        if row["booked"] == trial.number and row["difference"]:
+            words += f", {row['before']:.4g} before: {row['difference']['words']}"
+    return {"booked": f"{info.name} trial {trial.number}", quality: trial.score.values[quality], "words": words}
+
+
+def _storage_of(folder: Path) -> str | None:
+    """Where the run's ledgers are, unless that is the run folder itself."""
+    storage: str | None = json.loads((folder / RUN).read_text())["storage"]
+    return storage
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def verification_seed(study: Study) -> int:
@@ -86,13 +142,24 @@ def verification_seed(study: Study) -> int:
     return derive_seed(study.seed, "verification noise" if len(study.evaluator.rungs) > 1 else "search noise")
 
 
-def ledger_info(study: Study, folder: Path, provenance: Mapping[str, Any]) -> LedgerInfo:
-    """Of the trained schedules. Raises UserError where the folder was exported from another study or supernet."""
+def check_origin(study: Study, folder: Path, exported: Path) -> LedgerInfo:
+    """The ledger of the trained schedules. Raises UserError where the folder was exported from another study, supernet or space."""
+    provenance = json.loads((exported / "provenance.json").read_text())
     if provenance["study"] != study.name or provenance["supernet"] != study.supernet.digest(folder / "supernet"):
         raise UserError(
-            f"the folder was exported from study {provenance['study']} with another supernet than {folder} holds; give its study and --out"
+            f"{exported} was exported from study {provenance['study']} with another supernet than {folder} holds; give its study and --out"
+        )
+    plan = json.loads((exported / "schedule.json").read_text())
+    steps = [[step["timestep"], frozen(step["arch"]), frozen(step["reuse"])] for step in plan["steps"]]
+    try:
+        decoded = study.space.decode(tuple(provenance["genome"]))
+    except ValueError:
+        decoded = None
+    if decoded is None or steps != [[step.timestep, frozen(step.arch), step.reuse] for step in decoded.steps]:
+        raise UserError(
+            f"{exported} was exported from another search space than study {study.name} has now; restore its study file"
         )
     like = study.ledger_info(folder, BASELINE, 0)
     # Its scores are not the supernet's: no search may take them for its own.
-    provenance = {**like.provenance, "supernet": "networks fine-tuned after export", "searcher": "none"}
-    return replace(like, searcher=TRAINED, rungs=like.rungs[-1:], limits={}, provenance=provenance)
+    kept = {**like.provenance, "supernet": "networks fine-tuned after export", "searcher": "none"}
+    return replace(like, searcher=TRAINED, rungs=like.rungs[-1:], limits={}, provenance=kept)

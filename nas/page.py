@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import jinja2
@@ -103,13 +105,12 @@ def _winner(
 def _searched(study: Study, facts: Mapping[str, Any]) -> str:
     choices = study.space.choices
     intervals = len({choice.interval for choice in choices})
-    options = 1.0
-    for choice in choices:
-        options *= len(choice.options)
+    size = sum(math.log10(len(choice.options)) for choice in choices)
+    schedules = f"10^{size:.0f}" if size > 6 else f"{round(10**size):,}"
     limits = ", ".join(f"{name} at most {limit:g}" for name, limit in study.limits.items()) or "no limit"
     samples = ", then ".join(f"{rung:,}" for rung in study.evaluator.rungs)
     return (
-        f"{options:.3g} schedules: {len(choices)} choices over {intervals} intervals of the denoising timesteps; {limits}. "
+        f"{schedules} schedules: {len(choices)} choices over {intervals} intervals of the denoising timesteps; {limits}. "
         f"Minimised: {' and '.join(study.objectives)}, scored on {samples} samples; {facts['label']}."
     )
 
@@ -119,7 +120,7 @@ def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str) -
     if winner is not None:
         name, trial = winner
         assert trial.score is not None
-        shown = f"{trial.score.values[quality]:.3g} ± {trial.score.error(quality):.1g}"
+        shown = _with_error(trial, quality)
         cards.append(
             {"what": f"best {quality} within the limits", "value": shown, "words": f"{name}, trial {trial.number}"}
         )
@@ -132,11 +133,17 @@ def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str) -
         )
     if full is not None:
         assert full.score is not None
-        shown = f"{full.score.values[quality]:.3g} ± {full.score.error(quality):.1g}"
+        shown = _with_error(full, quality)
         difference = against(winner[1], full, quality) if winner else None
         words = f"the best {difference['words']}" if difference else ""
         cards.append({"what": f"{quality} of the full network", "value": shown, "words": words})
     return cards
+
+
+def _with_error(trial: Trial, quality: str) -> str:
+    assert trial.score is not None
+    value, error = trial.score.values[quality], trial.score.error(quality)
+    return f"{value:.3g} ± {error:.1g}" if math.isfinite(error) else f"{value:.3g}"
 
 
 def _maps(study: Study, front: Sequence[Trial], folder: Path) -> list[dict[str, Any]]:
@@ -198,7 +205,7 @@ def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
 
 def export_command(study_file: str, run: Run, searcher: str, seed: int, trial: int) -> str:
     seeded = f" --seed {seed}" if seed else ""
-    return f"nas export {study_file} --out {run.folder} --searcher {searcher}{seeded} --trial {trial} --to exported"
+    return f"nas export {quote(study_file)} --out {quote(str(run.folder))} --searcher {quote(searcher)}{seeded} --trial {trial} --to exported"
 
 
 def _audit(run: Path, folder: Path) -> dict[str, Any] | None:

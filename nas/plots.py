@@ -283,7 +283,8 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], objectives:
         ties = [i for i, found in enumerate(compared, 1) if found and not found["conclusive"]]
         axes.plot([x[i] for i in ties], [y[i] for i in ties], "o", color="white", markersize=3, zorder=4)
     axes.set_xlim(0, 1.03)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
 
 
 def _draw_limit(axes: Axes, limits: Mapping[str, float]) -> None:
@@ -297,7 +298,7 @@ def _draw_limit(axes: Axes, limits: Mapping[str, float]) -> None:
 
 def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices: Sequence[Any]) -> None:
     options = [option for _, option in choices]
-    alike = all(option == options[0] for option in options)
+    alike = all(option == options[0] for option in options) and len(options[0]) <= 8
     genes = np.array([trial.genome for trial in trials], dtype=float)
     if not alike:
         genes /= np.maximum([len(option) - 1 for option in options], 1)

@@ -58,6 +58,8 @@ class Pruner:
             raise UserError(
                 f"steps={self.steps}, batch={self.batch}, dimension={self.dimension} and noises={self.noises} must be at least 1"
             )
+        if self.dimension % 4:
+            raise UserError(f"dimension={self.dimension} must be a multiple of the encoder's 4 heads")
         if self.scores not in ("network", "plain") or self.scope not in ("trajectory", "step"):
             raise UserError(
                 f"scores={self.scores!r} must be network or plain, and scope={self.scope!r} trajectory or step"

@@ -178,6 +178,7 @@ class Run:
             {
                 "ledger": trial.origin["ledger"],
                 "trial": before.number,
+                "booked": trial.number,
                 "macs_share": trial.cost["macs_share"],
                 "before": before.objectives((quality,))[0],
                 "after": trial.objectives((quality,))[0],

@@ -52,13 +52,13 @@ class Session:
 
     def prepare(self, threads: int = 0) -> Iterator[Progress]:
         """Trains the supernet and the features where they are missing, on `threads` CPU threads (0: all cores)."""
-        with _torch_threads(threads or os.cpu_count() or 1):
+        with torch_threads(threads or os.cpu_count() or 1):
             yield from self.study.prepare(self.folder, self.device)
 
     def learn(self, searcher: str, seed: int = 0, workers: Workers | None = None) -> Iterator[Progress]:
         """Lets a searcher that learns from the supernet do so, once, on one CPU thread or on a Ray worker."""
         if workers is None:
-            with _torch_threads(1):
+            with torch_threads(1):
                 yield from learn_once(self.study, self.folder, self.device, searcher, seed)
         elif wants_to_learn(self.study, self.folder, searcher, seed):
             from nas.ray_runner import map_on_ray
@@ -95,7 +95,7 @@ class Session:
     def run(self, conductor: Conductor, workers: Workers | None = None) -> None:
         """Runs the conductor's jobs: in this process on one CPU thread, or on Ray workers."""
         if workers is None:
-            with _torch_threads(1):
+            with torch_threads(1):
                 # Loaded anew, so that no searcher profits from states that another one paid for.
                 run_here(conductor, self.study.load(self.folder, self.device))
         else:
@@ -105,7 +105,7 @@ class Session:
 
     def on_one_thread(self, ticks: Iterator[Progress]) -> Iterator[Progress]:
         """Work that scores, on one CPU thread, as scores always are."""
-        with _torch_threads(1):
+        with torch_threads(1):
             yield from ticks
 
     def _write_facts(self) -> None:
@@ -150,7 +150,8 @@ def package_versions() -> dict[str, str]:
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """CPU threads of torch, for a while."""
     import torch
 
     before = torch.get_num_threads()

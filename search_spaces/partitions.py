@@ -144,6 +144,14 @@ class Partitions:
         if not isinstance(net, LoadedElasticUNet):
             raise UserError(f"gradients are those of an ElasticUNet; this supernet is a {type(net).__name__}")
         space, last = self.space, self.space.net.noise.timesteps - 1
+        least = (
+            space.net.cost(space.net.uniform(space.net.widths[0])).macs / space.net.cost(space.net.anatomy.full).macs
+        )
+        if least > self.share:
+            raise UserError(
+                f"no width of {space.net.widths} keeps {self.share:.0%} of the MACs, the smallest takes {least:.0%}; raise --share, or give the "
+                "supernet a smaller width"
+            )
         self.points = [int(t) for t in np.round(np.linspace(0, last, self.grid))]
         trained = space.net.digest(self.folder / "supernet")
         similarity = GradientSimilarity(net, self.images.load(), self.seed)

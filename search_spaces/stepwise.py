@@ -143,10 +143,29 @@ class Stepwise:
                 (sum(self._macs(full, one) for one in pattern.steps(count)), pattern) for pattern in self.patterns
             ]
             order.append(tuple(pattern for _, pattern in sorted(priced, key=lambda pair: pair[0])))
+            for pattern in self.patterns:
+                for computed in pattern.steps(count):
+                    self._check_computed(pattern, computed)
             labels = [pattern.label for pattern in order[k]]
             if len(set(labels)) != len(labels):
                 raise UserError(f"patterns {labels} must be distinct")
         return tuple(order)
+
+    def _check_computed(self, pattern: Pattern, computed: Computed) -> None:
+        """Raises UserError for blocks that the network lacks, and for a set of which nothing would run."""
+        if not computed or computed == ALL:
+            return
+        graph = self.net.cost.graph(self.net.anatomy.full)
+        unknown = [name for name in computed if not graph.expand([name])]
+        if unknown:
+            raise UserError(
+                f"pattern {pattern.label!r} names {', '.join(unknown)}; the network's blocks are {', '.join(graph.blocks)}"
+            )
+        if not graph.live(computed, self.finer):
+            hint = "" if self.finer else ", whole blocks, or branches with finer=True"
+            raise UserError(
+                f"pattern {pattern.label!r} would run nothing, since nobody reads {', '.join(computed)}; name {graph.blocks[-1]} and what leads to it{hint}"
+            )
 
     def _subnet_genes(self, subnets: Subnets) -> list[tuple[str, tuple[float | int | str, ...]]]:
         """None where one subnet is all there is and patterns are to be chosen."""

@@ -379,13 +379,15 @@ class LoadedElasticUNet:
         self._subnets.clear()
         self.version += 1
 
-    def run_as(self, channels_last: bool, compiled: bool) -> None:
+    def run_as(self, channels_last: bool, compiled: bool) -> tuple[bool, bool]:
+        before = self._form
         if (channels_last, compiled) != self._form:
             self._form = (channels_last, compiled)
             self._subnets.clear()
         if compiled:
             # All subnets are of one class, and torch counts what it compiles for it in one place.
             torch._dynamo.config.recompile_limit = max(256, torch._dynamo.config.recompile_limit)
+        return before
 
     def _skeleton(self, arch: Arch) -> Any:
         key = arch._replace(expert="")

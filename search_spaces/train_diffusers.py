@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 TRAINED = "trained"
+PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,16 @@ def train(
             yield from _train_one(folder, name, ranges, teacher, data, scheduler, settings, accelerator)
     if accelerator.is_main_process:
         for part in folder.iterdir():
-            if part.name not in (TRAINED, *plan["timesteps"]) and not (into / part.name).exists():
-                (shutil.copytree if part.is_dir() else shutil.copy)(part, into / part.name)
+            if part.name not in (TRAINED, PROVENANCE, *plan["timesteps"]) and not (into / part.name).exists():
+                partial = into / f".{part.name}.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                (shutil.copytree if part.is_dir() else shutil.copy)(part, partial)
+                os.replace(partial, into / part.name)
+        if (folder / PROVENANCE).exists():
+            exported = json.loads((folder / PROVENANCE).read_text())
+            (into / PROVENANCE).write_text(
+                json.dumps({"exported": exported, "trained": asdict(settings)}, indent=2) + "\n"
+            )
 
 
 def _train_one(
@@ -124,6 +133,7 @@ def _train_one(
         os.replace(partial, folder / TRAINED / name)
         state.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
+    accelerator.free_memory()
 
 
 def _loss(
@@ -212,10 +222,15 @@ def _restore(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tens
 
 def read_images(path: Path, channels: int, size: Sequence[int]) -> npt.NDArray[np.float32]:
     """Every picture below a folder, or the array of an .npy file in [-1, 1]. Raises SystemExit naming what does not fit."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if path.suffix == ".npy":
-        found: npt.NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32)
+        try:
+            found: npt.NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{path} cannot be read as an array ({error})") from error
+        if not found.size or not np.abs(found).max() <= 1:
+            raise SystemExit(f"{path} must hold images in [-1, 1]; divide bytes by 127.5 and take 1 off")
     else:
         files = sorted(
             file for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -224,8 +239,11 @@ def read_images(path: Path, channels: int, size: Sequence[int]) -> npt.NDArray[n
             raise SystemExit(f"{path} holds no pictures; give a folder of them, or an .npy file")
         pictures = []
         for file in files:
-            with Image.open(file) as image:
-                array = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32)
+            try:
+                with Image.open(file) as image:
+                    array = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.float32)
+            except (UnidentifiedImageError, OSError, ValueError) as error:
+                raise SystemExit(f"{file} cannot be read as a picture ({error}); repair or remove it") from error
             pictures.append(array.reshape(*array.shape[:2], channels).transpose(2, 0, 1) / 127.5 - 1)
             if pictures[-1].shape[1:] != tuple(size):
                 raise SystemExit(

@@ -96,6 +96,8 @@ class Stages:
         else:
             net = supernet.initial(derive_seed(seed, "supernet", "weights"), device)
         parts = self.parts(supernet)
+        if not parts:  # the weights are pretrained, or meant to stay as they are drawn
+            write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": "[]"})
         for number, part in enumerate(parts[len(spent) :], len(spent)):
             net.trained_macs = 0
             files = Checkpoints(folder / CHECKPOINT, digest_of([digest, number]), self.checkpoint_every)

@@ -39,7 +39,7 @@ images = ImageFolder("data/cifar10", size=(32, 32))
 inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
 net = ElasticUNet(
     UNET, widths=(1.0,)
-)  # or ElasticUNet.from_pretrained("data/ddpm-cifar10", widths=(1.0,)), and no training
+)  # or ElasticUNet.from_pretrained("data/ddpm-cifar10", widths=(1.0,)) with training=Stages(())
 steps = uniform(50)
 
 study = Study(

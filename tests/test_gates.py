@@ -328,6 +328,16 @@ def test_killed_while_it_learns_and_while_it_searches_it_ends_alike(tiny_run: Pa
     assert len(found[0]) > 10
 
 
+def test_a_space_that_gates_cannot_serve_is_refused_before_anything_is_learned() -> None:
+    for patterns in ((Every(2), Every(3)), (Subset(3), Subset(3, "quadratic"))):
+        space = Stepwise(DEEP_NET, STEPS, (5,), Options((1.0,)), patterns=patterns)
+        learning = Gates(QUICK).learn(Problem(space, ("fd", "macs"), {}), DEEP_NET.initial(0), Digits().load(), 0)
+        with pytest.raises(UserError, match=r"give the space a pattern that runs all steps"):
+            next(learning)
+    with pytest.raises(UserError, match="dimension=30"):
+        Pruner(dimension=30)
+
+
 def test_a_space_without_reuse_is_refused(tiny_study: Study, tiny_run: Path, tiny_net: ElasticUNet) -> None:
     learning = Gates(QUICK).learn(tiny_study.problem, tiny_net.load(tiny_run / "supernet", "cpu"), Digits().load(), 0)
     with pytest.raises(UserError, match="offers no blocks to reuse"):

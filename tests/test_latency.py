@@ -64,6 +64,16 @@ def test_a_step_that_runs_nothing_takes_no_time_and_reuse_is_timed_apart(tmp_pat
     assert len(times) == 2
 
 
+def test_timing_leaves_the_network_in_the_form_that_it_found(tmp_path: Path) -> None:
+    net, full = DEEP_NET.initial(0), DEEP_NET.uniform(1.0)
+    net.run_as(True, False)
+    Timer(SETTINGS, net, tmp_path).of_step(Step(5, full))
+    assert net.run_as(False, False) == (True, False)
+    reusing = Schedule((Step(9, full), Step(5, full, ("d0",))))
+    with pytest.raises(UserError, match="are not compiled"):
+        Timer(replace(SETTINGS, compiled=True), net, tmp_path).of_schedule(reusing)
+
+
 def test_latency_is_an_objective_of_a_search(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
     for part in ("supernet", "features"):
         (tmp_path / part).symlink_to(tiny_run / part)

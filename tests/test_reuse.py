@@ -22,9 +22,9 @@ from evaluators.images import Digits
 from evaluators.proxies import DenoisingLoss, TrajectoryDistance
 from evaluators.sampling import DDIM, DDPM, sample
 from evaluators.trajectories import Trajectories
-from nas.contracts import Genome, Schedule, Step, UserError
+from nas.contracts import Genome, Problem, Schedule, Step, UserError
 from nas.export import export
-from nas.genetics import IntervalCosts
+from nas.genetics import IntervalCosts, check_reachable
 from nas.study import Study
 from nas.testing import check_space
 from search_spaces.intervals import per_step, uniform
@@ -316,6 +316,30 @@ def test_genomes_that_come_to_the_same_share_a_digest() -> None:
     assert digest((1, whole), (0, outer)) == digest((1, whole), (0, whole))  # nothing to reuse of another width
     assert digest((1, whole), (0, nothing)) == digest((1, whole), (1, nothing))  # a step left out has no width
     assert digest((1, whole), (1, outer)) != digest((1, whole), (1, whole))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ((Every(2, ("d0", "u3")),), "names u3; the network's blocks are d0, d1, mid, u0, u1"),
+        (legal(4), "the network's blocks are"),
+        ((Only(("d0",)),), "would run nothing, since nobody reads d0; name u1"),
+        ((Only(("u1.1",)),), "branches with finer=True"),
+    ],
+)
+def test_patterns_that_the_network_cannot_have_are_refused(
+    tiny_net: ElasticUNet, patterns: tuple[Any, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        assert space_of(tiny_net, intervals=(3, 3), patterns=(*patterns, Every(1))).choices
+
+
+def test_a_limit_below_what_intervals_surely_cost_is_refused(tiny_net: ElasticUNet) -> None:
+    """Where each interval may have another subnet, reuse across them is not counted on, and a search would find nothing."""
+    space = space_of(tiny_net, patterns=(Only(("d0", "u1")), Every(1)))
+    assert space.cost((0,) * 12)["macs_share"] < 0.1
+    with pytest.raises(UserError, match="searches keep to what intervals cost whatever the one before them runs"):
+        check_reachable(Problem(space, ("fd", "macs"), {"macs_share": 0.06}))
 
 
 def test_subsets_of_steps_are_uniform_or_denser_at_the_clean_end() -> None:

@@ -73,6 +73,9 @@ def test_each_network_is_trained_on_its_timesteps_and_resumes_exactly(exported: 
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], tensor) for name, tensor in weights(exported).items())
     assert list(train(exported, pixels, QUICK, cpu=True)) == []
+    provenance = json.loads((exported / "trained" / "provenance.json").read_text())
+    assert provenance["exported"]["images"] == "digits"
+    assert provenance["trained"]["steps"] == 12
     folder = str(exported / "trained")
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     assert pipeline(2, output_type="np").images.shape == (2, 8, 8, 1)
@@ -171,6 +174,10 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
         assert result.returncode == 0, result.stderr
         trained.append(json.loads(result.stdout))
         assert (folder / "trained" / "losses.png").exists()
+        again = nas(*command[3:], "--study", study, "--out", run, "--json")
+        assert json.loads(again.stdout)["booked"] == trained[-1]["booked"]  # booked once
+        (tmp_path / "other.py").write_text(STUDY.replace("per_step(steps)", "(2, 2)"))
+        refused(nas(*command[3:], "--study", tmp_path / "other.py", "--out", run), "from another search space")
     assert trained
     found = Run.open(run)
     assert [info.searcher for info, _ in found.ledgers] == [
@@ -178,8 +185,9 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
         "evolution",
     ]  # a search is not compared with a training
     after = found.compare()["trained"]
-    assert len(after["schedules"]) == len(trained)
-    for row, facts in zip(after["schedules"], trained, strict=True):
+    once = {facts["booked"]: facts for facts in trained}  # budgets may have one winner
+    assert len(after["schedules"]) == len(once)
+    for row, facts in zip(after["schedules"], once.values(), strict=True):
         assert row["after"] == facts["fd"]
         assert row["difference"]["difference"] == pytest.approx(row["after"] - row["before"])
     # No search takes a trained schedule's score for the supernet's.
@@ -189,6 +197,10 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
             assert not any("trained" in str(t.origin.get("scored_by", "")) for t in trials)
     assert nas("report", study, "--out", run, "-q").returncode == 0
     assert "After training" in (run / "report" / "index.html").read_text()
+    refused(
+        nas("report", tmp_path / "other.py", "--out", run, "-q"),
+        "was searched with another space than study tiny has now",
+    )
 
 
 def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> None:
@@ -196,3 +208,13 @@ def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> N
     refused(nas("train", exported, "--images", tmp_path / "none"), "does not exist; give a folder")
     refused(nas("train", exported, "--images", "digits:16"), "the networks take")
     refused(nas("train", exported, "--images", "digits", "--device", "cuda:9"), "cannot be used")
+    refused(nas("train", exported, "--images", "digits:x"), "does not exist; give a folder")
+    np.save(tmp_path / "bytes.npy", np.full((20, 1, 8, 8), 200, dtype=np.uint8))
+    refused(nas("train", exported, "--images", tmp_path / "bytes.npy"), r"must hold images in \[-1, 1\]")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_text("no picture")
+    refused(nas("train", exported, "--images", tmp_path / "broken"), "cannot be read as a picture")
+    assert nas("train", exported, "--images", "digits", "--precision", "bf15").returncode == 2
+    quick = ("train", exported, "--images", "digits", "--batch", 8, "-q")
+    assert nas(*quick, "--steps", 6).returncode == 0
+    refused(nas(*quick, "--steps", 60), "was trained otherwise: steps was 6, now 60. Delete it to train again")

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
 from evaluators.images import Digits
-from nas.contracts import Progress, Schedule, Step, UserError
+from nas.contracts import Progress, Schedule, Step, UserError, derive_seed
 from nas.testing import check_supernet
 from search_spaces.importance import Order
 from search_spaces.optimiser import Teacher
@@ -254,3 +254,10 @@ def test_a_net_that_was_sampled_from_can_be_trained(tiny_net: ElasticUNet) -> No
         loaded.denoiser(Step(5, net.uniform(0.75)))(torch.zeros(1, 1, 8, 8), 5)
     schedule = Schedule((Step(900, net.uniform(0.75)),))
     assert len(list(FineTune(steps=2, batch=4).fit(loaded, schedule, Digits().load(), 0))) == 2
+
+
+def test_a_training_without_stages_keeps_the_weights_that_it_finds(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    for _ in Stages(()).run(tiny_net, Digits(), tmp_path, 3, "cpu"):
+        raise AssertionError("there is nothing to train")
+    loaded, drawn = tiny_net.load(tmp_path, "cpu"), tiny_net.initial(derive_seed(3, "supernet", "weights"))
+    assert torch.equal(loaded.full.conv_in.weight, drawn.full.conv_in.weight)

@@ -108,7 +108,7 @@ def intervals(
     with resumable(folder), open_session(study, folder, device=device) as session, bars:
         follow(bars, session.prepare())
         loaded = study.load(folder, device)
-        limit = share or study.limits.get("macs_share", 0.5)
+        limit = study.limits.get("macs_share", 0.5) if share is None else share
         found = Partitions(study.space, loaded, study.images, study.evaluator, folder, study.seed, grid, count, limit)
         follow(bars, session.on_one_thread(found.measure()))
     facts = found.facts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,12 @@ from nas.terminal import (
     out,
     progress_bars,
 )
+
+
+class Precision(enum.StrEnum):
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
 
 
 def export(
@@ -140,14 +147,14 @@ def train(
         float | None,
         typer.Option(min=0, help="Weight of the distance of blocks' maps to the full network's.", show_default=False),
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="no, bf16 or fp16.", show_default=False)] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Of the networks' calls.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noises.", show_default=False)] = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Fine-tune an exported folder's networks into EXPORT_DIR/trained, each on the timesteps it serves. The same command goes on after a stop."""
-    from nas.handover import fine_tune, read_plan, score_and_book
+    from nas.handover import check_origin, fine_tune, keep_settings, read_plan, score_and_book
     from nas.study import load_study
 
     folder = export_dir.resolve()
@@ -161,9 +168,11 @@ def train(
         "learning_rate": learning_rate,
         "distillation": distillation,
         "features": features,
-        "precision": precision,
+        "precision": None if precision is None else precision.value,
         "seed": seed,
     }
+    if study is not None and searched is not None:
+        check_origin(study, searched, folder)
     settings = {**plan["settings"], **{name: value for name, value in given.items() if value is not None}}
     bars = progress_bars(quiet or as_json)
     facts: dict[str, Any] = {"trained": str(folder / "trained")}
@@ -171,10 +180,16 @@ def train(
         from search_spaces.train_diffusers import Settings
         from search_spaces.train_diffusers import train as begin
 
-        ticks = begin(folder, _pixels(images, plan["shape"]), Settings(**settings), device == "cpu")
+        if device.startswith("cuda:"):
+            import torch
+
+            torch.cuda.set_device(device)
+        pixels = _pixels(images, plan["shape"])
+        keep_settings(folder, settings)
+        ticks = begin(folder, pixels, Settings(**settings), device == "cpu")
         follow(bars, fine_tune(ticks, folder))
         if study is not None and searched is not None:
-            facts |= follow(bars, score_and_book(study, searched, storage, folder / "trained", device))
+            facts |= follow(bars, score_and_book(study, searched, storage, folder, device))
     if as_json:
         print_json(facts)
     elif not quiet:
@@ -188,7 +203,7 @@ def _pixels(images: str, shape: Sequence[int]) -> Any:
     from search_spaces.train_diffusers import read_images
 
     name, _, size = images.partition(":")
-    if name == "digits":
+    if name == "digits" and (not size or size.isdigit()):
         from evaluators.images import Digits
 
         pixels = Digits(int(size or 8)).load().pixels

@@ -16,6 +16,7 @@ from nas.terminal import notes
 if TYPE_CHECKING:
     from nas.contracts import Trial
     from nas.ray_runner import Workers
+    from nas.report import Run
     from nas.study import Study
 
 StudyFile = Annotated[
@@ -85,6 +86,19 @@ def choose(
     if chosen is None or chosen.score is None:
         raise UserError(f"{info.name} has no scored trial {trial}; it has numbers 0 to {len(trials) - 1}")
     return chosen, info.name
+
+
+def check_study(study: Study, folder: Path, run: Run) -> None:
+    """Raises UserError where the run was searched under another space, supernet or evaluator than the study has now."""
+    from nas.study import BASELINE
+
+    now = study.ledger_info(folder, BASELINE, 0).provenance
+    for info, _ in run.ledgers:
+        changed = [name for name in ("space", "supernet", "evaluator") if info.provenance.get(name) != now[name]]
+        if changed:
+            raise UserError(
+                f"{folder} was searched with another {' and '.join(changed)} than study {study.name} has now; restore the study file"
+            )
 
 
 def worker_pool(count: int, gpus: float, address: str | None, device: str) -> Workers | None:

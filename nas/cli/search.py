@@ -20,6 +20,7 @@ from nas.cli.options import (
     StudyFile,
     WorkersOption,
     check_device,
+    check_study,
     comparison,
     print_json,
     resumable,
@@ -155,7 +156,9 @@ def report(
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
     check_device(device)
-    found, loaded = Run.open(folder, storage), study.load(folder, device)
+    found = Run.open(folder, storage)
+    check_study(study, folder, found)
+    loaded = study.load(folder, device)
     comparison(folder, storage)
     path = write_page(study, study_file, found, loaded)
     if find_spec("optuna_dashboard"):

@@ -66,9 +66,9 @@ class Gates:
         """Keep probabilities, (steps - 1, blocks), and what each option of the space means for the gates. Raises UserError for a
         space that offers no reuse."""
         full = problem.space.decode(dearest(problem.space))
+        meanings = _meanings(problem, supernet, full, self.pruner.finer)
         keep, spent = yield from learn_gates(self.pruner, supernet, full, seed, so_far)
-        tensors = {"keep": keep, **_meanings(problem, supernet, full, self.pruner.finer)}
-        return tensors, spent
+        return {"keep": keep, **meanings}, spent
 
     def start(self, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None) -> GatesSearch:
         return GatesSearch(self, problem, seed, learned)
@@ -203,6 +203,8 @@ def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: bool
     """What the options of the space mean for the gates, see `Chooser`."""
     space, costs = problem.space, IntervalCosts(problem.space)
     top = dearest(space)
+    if len(full.archs) > 1:
+        raise UserError("gates are learned for one subnet on all steps; a space of experts has several")
     [arch] = full.archs
     names = net.blocks(arch, finer)
     whole = net.macs(arch)
@@ -237,6 +239,11 @@ def _running(
     """Whether each block runs at each step but the first, (steps - 1, blocks); a step that is left out runs none."""
     runs = torch.zeros(len(places) - 1, len(names))
     for step in schedule.steps:
+        if step.timestep not in places:
+            raise UserError(
+                f"gates are learned on the steps of the dearest schedule, and timestep {step.timestep} is none of them; give the space a pattern "
+                "that runs all steps, such as Every(1)"
+            )
         if places[step.timestep] >= 0:
             reused = set(net.expanded(step.arch, step.reuse, finer))
             runs[places[step.timestep]] = torch.tensor([float(name not in reused) for name in names])
