@@ -33,31 +33,32 @@ class Sizes:
 
 
 def compare(net: LoadedSupernet, schedules: dict[str, Schedule], sizes: Sizes) -> dict[str, Row]:
-    """Milliseconds for an image: predicted, and the median of whole trajectories."""
-    settings = Latency(batch=sizes.batch, repeats=sizes.repeats)
-    with tempfile.TemporaryDirectory() as folder:
-        timer = Timer(settings, net, Path(folder))
-        predicted = {name: timer.of_schedule(schedule) for name, schedule in schedules.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in schedules}
+    """Milliseconds for an image, in rounds: calls timed alone, then whole trajectories, so that a busy machine is busy for both. The medians
+    over the rounds, and the median ratio of a round."""
+    settings = Latency(batch=sizes.batch, warmup=1, repeats=3)
+    predicted: dict[str, list[float]] = {name: [] for name in schedules}
+    measured: dict[str, list[float]] = {name: [] for name in schedules}
     for _ in range(sizes.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            timer = Timer(settings, net, Path(folder))
+            for name, schedule in schedules.items():
+                predicted[name].append(timer.of_schedule(schedule)[0])
         for name, schedule in schedules.items():
             states = trajectory(net, schedule, DDIM(), 0, 0, sizes.batch)
             next(states)  # the noise is drawn before the clock runs
             started = time.perf_counter()
             for _ in states:
                 pass
-            seconds[name].append(time.perf_counter() - started)
-    found = {}
-    for name, (value, _) in predicted.items():
-        measured = 1e3 * float(np.median(seconds[name])) / sizes.batch
-        spread = float(np.subtract(*np.percentile(seconds[name], [75, 25]))) * 1e3 / sizes.batch
-        found[name] = {
-            "predicted_ms": value,
-            "measured_ms": measured,
-            "quartiles_apart_ms": spread,
-            "error": abs(value / measured - 1),
+            measured[name].append(1e3 * (time.perf_counter() - started) / sizes.batch)
+    return {
+        name: {
+            "predicted_ms": float(np.median(predicted[name])),
+            "measured_ms": float(np.median(measured[name])),
+            "quartiles_apart_ms": float(np.subtract(*np.percentile(measured[name], [75, 25]))),
+            "error": abs(float(np.median(np.divide(predicted[name], measured[name]))) - 1),
         }
-    return found
+        for name in schedules
+    }
 
 
 def main() -> None:
