@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
 import platform
 import shutil
@@ -27,17 +26,19 @@ RUNS = Path("runs") / "benchmarks"
 
 @dataclass(frozen=True)
 class Target:
-    """A promise and what was measured, None where that has no value. `met` follows from the two and the direction."""
+    """A promise, None where a figure is only reported, and what was measured, None where that has no value. `met` follows from the two and
+    the direction."""
 
     id: str
     what: str
-    target: float
+    target: float | None
     measured: float | None
     at_most: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        difference = math.nan if self.measured is None else self.measured - self.target
-        met = difference <= 0 if self.at_most else difference >= 0
+        met = self.measured is not None
+        if self.measured is not None and self.target is not None:
+            met = self.measured <= self.target if self.at_most else self.measured >= self.target
         return {**asdict(self), "met": met}
 
 

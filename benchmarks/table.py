@@ -16,13 +16,11 @@ def table() -> str:
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
         for target in result["targets"]:
-            relation = "≤" if target["at_most"] else "≥"
+            goal = "-" if target["target"] is None else f"{'≤' if target['at_most'] else '≥'} {target['target']:g}"
             value = "no value" if target["measured"] is None else f"{target['measured']:.3g}"
             measured = value + ("" if target["met"] else " (not met)")
             command = f"`python -m benchmarks.{result['name']}`"
-            lines.append(
-                f"| {target['what']} | {relation} {target['target']:g} | {measured} | {command} | {result['date']} |"
-            )
+            lines.append(f"| {target['what']} | {goal} | {measured} | {command} | {result['date']} |")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -94,16 +97,37 @@ def test_losses_pull_towards_the_teacher(exported: Path, changed: dict[str, Any]
 
 
 ALONE = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("nas", "search_spaces", "evaluators", "optuna", "ray"):
-            raise ImportError(name + " must not be needed")
-sys.meta_path.insert(0, Refuse())
-import runpy
-sys.argv = sys.argv[1:]
+import json, runpy, sys
+from importlib.machinery import PathFinder
+refused = set(json.loads(sys.argv[1]))
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in refused else super().find_spec(name, path, target)
+sys.meta_path = [each for each in sys.meta_path if each is not PathFinder and "editable" not in repr(each)] + [Finder]
+sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+def alone(script: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """Runs it where torch, diffusers, accelerate, numpy, pillow and what these require are all that can be imported."""
+    allowed, waiting = set(), ["torch", "diffusers", "accelerate", "numpy", "pillow"]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name not in allowed:
+            allowed.add(name)
+            needed = [Requirement(line) for line in metadata.requires(name) or []]
+            waiting += [each.name for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+    refused = [
+        module
+        for module, owners in metadata.packages_distributions().items()
+        if not any(canonicalize_name(owner) in allowed for owner in owners)
+    ]
+    assert {"optuna", "ray", "scipy"} <= set(refused)
+    refused += ["nas", "search_spaces", "evaluators"]
+    words = [sys.executable, "-c", ALONE, json.dumps(refused), script, *options]
+    return subprocess.run(map(str, words), capture_output=True, text=True, cwd=script.parent, check=False)
 
 
 def test_the_script_alone_trains_the_same(exported: Path) -> None:
@@ -115,15 +139,19 @@ def test_the_script_alone_trains_the_same(exported: Path) -> None:
     again = exported.parent / "again"
     shutil.copytree(exported, again)
     options = ["--steps", "12", "--batch", "8", "--cpu"]
-    script = [sys.executable, "-c", ALONE, exported / "train_diffusers.py", "--images", exported.parent / "pictures"]
-    done = subprocess.run([*script, *options], capture_output=True, text=True, cwd=exported.parent, check=False)
+    done = alone(exported / "train_diffusers.py", "--images", exported.parent / "pictures", *options)
     assert done.returncode == 0, done.stderr
     assert "unet_0: step 8 of 8" in done.stdout
     result = nas("train", again, "--images", exported.parent / "pictures", "--steps", 12, "--batch", 8, "-q")
     assert result.returncode == 0, result.stderr
     first, second = weights(exported / "trained"), weights(again / "trained")
     assert max(float((first[name] - second[name]).abs().max()) for name in first) <= 1e-5
-    wrong = subprocess.run([*script[:-1], exported], capture_output=True, text=True, check=False)
+    for folder in (exported, exported / "trained"):
+        sampled = alone(folder / "sample.py", "--count", 2, "--to", exported.parent / "grid.png")
+        assert sampled.returncode == 0, sampled.stderr
+        with Image.open(exported.parent / "grid.png") as grid:
+            assert grid.size == (16, 8)
+    wrong = alone(exported / "train_diffusers.py", "--images", exported / "unet_0")
     assert wrong.returncode == 1
     assert "holds no pictures" in wrong.stderr
 
