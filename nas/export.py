@@ -1,6 +1,6 @@
 """From a chosen trial to a folder of stock diffusers models that needs nothing of this project.
 
-DIR/unet_0, unet_1, ...     one stock model folder per distinct arch
+DIR/unet_0, unet_1, ...     one stock model folder per distinct arch; where asked for, with model.pt2, a torch.export program of it
 DIR/schedule.json           which folder at which timestep with which blocks reused, and the scheduler's settings
 DIR/model_index.json        the same as a diffusers pipeline, with
 DIR/scheduler, pipeline.py  its scheduler and its code, and what that imports
@@ -14,6 +14,7 @@ DIR/README.md               how to use it
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -30,11 +31,21 @@ TOLERANCE = 1e-5
 SAMPLERS = ("DDIM", "DDPM")
 """Those that an exported pipeline knows."""
 
+PROGRAM = "model.pt2"
+BATCHES = 2, 63
+"""What a program accepts: torch.export specialises to a batch of 1, and diffusers' upsampling to those of 64 and more."""
+
 
 def export(
-    net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any], provenance: Mapping[str, Any], folder: Path
-) -> None:
-    """Writes the folder, whole or not at all. `sampler` is in words, as `LoadedEvaluator.sampler`.
+    net: LoadedSupernet,
+    schedule: Schedule,
+    sampler: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    folder: Path,
+    programs: bool = False,
+) -> dict[str, str]:
+    """Writes the folder, whole or not at all. `sampler` is in words, as `LoadedEvaluator.sampler`. `programs`: each network also as a
+    torch.export program, where that works; returned is why it did not, for each network of which there is none.
 
     Raises UserError where `folder` is not empty, and RuntimeError where a reloaded model's output differs from the
     supernet's subnet by more than 1e-5: then nothing is left behind.
@@ -56,6 +67,8 @@ def export(
             raise RuntimeError(
                 f"exported models differ from the supernet by {wrong}, more than {TOLERANCE}; nothing was exported"
             )
+        failed = {name: _write_program(net, partial / name) for name in names.values()} if programs else {}
+        failed = {name: reason for name, reason in failed.items() if reason}
         plan = {
             "steps": [
                 {"timestep": step.timestep, "model": names[step.arch], "arch": step.arch, "reuse": step.reuse}
@@ -74,17 +87,14 @@ def export(
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
+        return failed
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path) -> float:
     """Largest output difference between the model as reloaded from disk and the supernet's subnet, on fixed inputs."""
-    import diffusers
-
-    reloaded = (
-        getattr(diffusers, _class_name(folder)).from_pretrained(folder, low_cpu_mem_usage=False).to(net.device).eval()
-    )
+    reloaded = _reloaded(folder).to(net.device)
     x = torch.randn((4, *net.image_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
     worst = 0.0
     for step in schedule.steps:
@@ -94,6 +104,47 @@ def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path
                 theirs = reloaded(x, step.timestep, None).sample
             worst = max(worst, float((ours - theirs).abs().max()))
     return worst
+
+
+def _write_program(net: LoadedSupernet, folder: Path) -> str:
+    """Writes call(sample, timestep, return_dict=False), sample: (batch, *shape), timestep: (batch,). Why it cannot, "" where it can."""
+    model = _reloaded(folder)
+    least, most = BATCHES
+    batch = torch.export.Dim("batch", min=least, max=most)
+    dynamic: dict[str, Any] = {"sample": {0: batch}, "timestep": {0: batch}, "return_dict": None}
+    inputs: dict[int, tuple[Any, ...]] = {
+        count: (torch.randn((count, *net.image_shape)), torch.full((count,), len(net.alphas_cumprod) // 2))
+        for count in (least, most)
+    }
+    if _class_name(folder) == "UNet2DConditionModel":  # which asks for a condition even where no block of it reads one
+        inputs = {count: (*pair, None) for count, pair in inputs.items()}
+        dynamic["encoder_hidden_states"] = None
+    try:
+        program = torch.export.export(
+            model, inputs[least], {"return_dict": False}, dynamic_shapes=dynamic, strict=False
+        )
+        torch.export.save(program, folder / PROGRAM)
+        again = torch.export.load(folder / PROGRAM).module()
+        with torch.inference_mode():
+            worst = max(
+                float((again(*given, return_dict=False)[0] - model(*given, return_dict=False)[0]).abs().max())
+                for given in inputs.values()
+            )
+    except Exception as error:  # torch.export raises whatever its tracing meets
+        worst, reason = math.inf, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    else:
+        reason = f"its outputs differ by {worst:.2g}"
+    if worst <= TOLERANCE:
+        return ""
+    (folder / PROGRAM).unlink(missing_ok=True)
+    return reason
+
+
+def _reloaded(folder: Path) -> Any:
+    import diffusers
+
+    kind = getattr(diffusers, _class_name(folder))
+    return kind.from_pretrained(folder, low_cpu_mem_usage=False, local_files_only=True).eval()
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
@@ -176,6 +227,9 @@ To fine-tune each network on the timesteps that it serves (`train.json`), with d
 ```
 python train_diffusers.py --images folder/of/pictures
 ```
+
+Where a model folder holds model.pt2, `torch.export.load` reads the same network: module(sample, timestep, return_dict=False)[0], for batches
+of 2 to 63, timestep one for each image.
 
 With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines.
 """

@@ -227,7 +227,7 @@ np.save(sys.argv[1], images.numpy() * 2 - 1)
 
 def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_path: Path) -> None:
     study, run = workplace / "study.py", workplace / "run"
-    result = nas("export", study, "--within", "macs_share=0.6", "--to", tmp_path / "model", "--out", run)
+    result = nas("export", study, "--within", "macs_share=0.6", "--to", tmp_path / "model", "--out", run, "--programs")
     assert result.returncode == 0, result.stderr
     trial = int(re.search(r"trial (\d+)", result.stdout).group(1))  # type: ignore[union-attr]
     subprocess.run([sys.executable, "-c", FRESH, tmp_path / "theirs.npy"], cwd=tmp_path / "model", check=True)

@@ -10,7 +10,7 @@ import torch
 
 from evaluators.sampling import DDIM, DDPM, sample
 from nas.contracts import Schedule, Step, UserError
-from nas.export import export
+from nas.export import PROGRAM, export
 from search_spaces.supernet import ElasticUNet
 from search_spaces.unet import Arch
 from tests.conftest import TINY
@@ -94,10 +94,31 @@ def test_models_of_both_classes_and_of_experts_stand_alone(tmp_path: Path, monke
         loaded.experts[name] = net.initial(seed).full
     archs = (Arch((0.5, 1.0), (1, 2), (), "500-999"), net.uniform(1.0)._replace(expert="0-499"))
     both = Schedule((Step(900, archs[0]), Step(400, archs[1])))
-    export(loaded, both, DDIM().describe(), {}, tmp_path / "model")
+    assert export(loaded, both, DDIM().describe(), {}, tmp_path / "model", programs=True) == {}
+    x, t = torch.randn(3, *loaded.image_shape), torch.full((3,), 400)
+    program = torch.export.load(tmp_path / "model" / "unet_1" / PROGRAM).module()
+    with torch.inference_mode():
+        expected, _ = loaded.denoiser(both.steps[1])(x, 400)
+        assert torch.allclose(program(x, t, return_dict=False)[0], expected, atol=1e-5)
+        program = torch.export.load(tmp_path / "model" / "unet_0" / PROGRAM).module()
+        expected, _ = loaded.denoiser(Step(400, archs[0]))(x, 400)
+        assert torch.allclose(program(x, t, None, return_dict=False)[0], expected, atol=1e-5)
     kinds = [
         json.loads(path.read_text())["_class_name"] for path in sorted((tmp_path / "model").glob("unet_*/config.json"))
     ]
     assert kinds == ["UNet2DConditionModel", "UNet2DModel"]
     images = standing_alone(tmp_path / "model", monkeypatch)
     assert torch.allclose(images, sample(loaded, both, DDIM(), 0, 0, 16), atol=1e-5)
+
+
+def test_a_network_that_makes_no_program_is_exported_without(
+    tiny_net: ElasticUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **settings: Any) -> None:
+        raise RuntimeError("cannot be traced\nbecause of this and that")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    failed = export(tiny_net.initial(0), schedule(tiny_net), DDIM().describe(), {}, tmp_path / "model", programs=True)
+    assert set(failed.values()) == {"RuntimeError: cannot be traced"}
+    assert sorted(failed) == sorted(path.name for path in (tmp_path / "model").glob("unet_*"))
+    assert not list((tmp_path / "model").glob("*/model.pt2"))

@@ -27,11 +27,7 @@ from nas.cli.options import (
     summary_of,
 )
 from nas.contracts import UserError
-from nas.terminal import (
-    follow,
-    out,
-    progress_bars,
-)
+from nas.terminal import follow, notes, out, progress_bars
 
 
 class Precision(enum.StrEnum):
@@ -47,6 +43,9 @@ def export(
     within: WithinOption = None,
     searcher: SearcherOption = None,
     seed: SeedOption = 0,
+    programs: Annotated[
+        bool, typer.Option("--programs", help="Also each network as a torch.export program, model.pt2.")
+    ] = False,
     out_dir: OutOption = None,
     storage: StorageOption = None,
 ) -> None:
@@ -70,7 +69,10 @@ def export(
         "supernet": study.supernet.digest(folder / "supernet"),
         "images": study.images.load().digest,
     }
-    write(evaluator.supernet, study.space.decode(chosen.genome), evaluator.sampler, provenance, to.resolve())
+    schedule = study.space.decode(chosen.genome)
+    failed = write(evaluator.supernet, schedule, evaluator.sampler, provenance, to.resolve(), programs)
+    for name, reason in failed.items():
+        notes.print(f"{name} has no model.pt2: {reason}", highlight=False, soft_wrap=True)
     out.print(
         f"{ledger} trial {chosen.number} ({summary_of(chosen, study)}) is in {to}", highlight=False, soft_wrap=True
     )
