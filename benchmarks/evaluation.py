@@ -237,7 +237,7 @@ def bit_equal(place: Place, study: Study, genomes: Sequence[Genome], samples: in
 def enumeration(place: Place, study: Study, samples: int) -> Row:
     """The whole space in lexicographic order."""
     evaluate = place.load(study)
-    genomes = sorted(feasible_genomes(study.unlimited()))
+    genomes = sorted(feasible_genomes(replace(study.problem, limits={})))
     scores = [evaluate(study.space.decode(genome), samples, SEED) for genome in genomes]
     ran, kept = (sum(score.spent[name] for score in scores) for name in ("macs", "cached_macs"))
     return {"schedules": len(genomes), "saved": kept / (ran + kept)}

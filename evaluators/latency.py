@@ -116,7 +116,8 @@ class Timer:
 
 @dataclass(frozen=True)
 class Timed:
-    """An evaluator whose scores carry "latency_ms" too, an objective like any other: `objectives=("fd", "latency_ms")`.
+    """An evaluator whose scores carry "latency_ms" too, an objective like any other: `objectives=("fd", "latency_ms")`. A limit,
+    `limits={"latency_ms": 40}`, is kept by what each call of the space takes, measured before the search begins.
 
     Times are of the device that a worker has, which their label names: give all workers the same one, and go on with a run on the same.
     They are measured once for each device and run folder; on a busy machine they say more about the machine.
@@ -139,6 +140,14 @@ class Timed:
 
     def describe(self) -> Mapping[str, Any]:
         return {"class": "Timed", "base": self.base.describe(), "latency": self.latency.describe()}
+
+    def timed_on(self, net: LoadedSupernet) -> str:
+        """The device and the settings that times depend on, in words."""
+        return Timer(self.latency, net, Path()).device
+
+    def milliseconds(self, step: Step, net: LoadedSupernet, folder: Path) -> float:
+        """Of one call, for an image; the median."""
+        return float(np.median(Timer(self.latency, net, folder).of_step(step)))
 
     def digest(self, folder: Path) -> str:
         return digest_of({"base": self.base.digest(folder), "latency": self.latency.describe()})

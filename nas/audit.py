@@ -68,7 +68,7 @@ def _near(space: SearchSpace, target: float, rng: np.random.Generator) -> Genome
     """A random genome of at most, and about, so many MACs."""
     costs = IntervalCosts(space)
     genome = [int(rng.integers(len(choice.options))) for choice in space.choices]
-    macs = costs.macs(tuple(genome))
+    macs = costs.total(tuple(genome))
     for i in rng.permutation(len(genome)).tolist():
         row = costs.by_option(genome, i)
         dearer = [option for option, price in enumerate(row) if price > row[genome[i]]]

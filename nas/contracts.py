@@ -10,7 +10,7 @@ import enum
 import hashlib
 import json
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -67,6 +67,10 @@ class Step:
     timestep: int
     arch: Arch
     reuse: tuple[str, ...] = ()
+
+
+Price = Callable[[Step], int]
+"""What a network call costs, in a unit of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,10 +276,11 @@ class SearchSpace(Protocol):
         """Exact cost of the decoded schedule, per sample: `macs`, `macs_share` (of the full net on all timesteps), and
         `params` (stored weights of the distinct subnets)."""
 
-    def interval_costs(self) -> Sequence[npt.NDArray[np.int64]]:
-        """MACs of each interval, in order, by its options: an array with one axis for each choice of the interval. Additive: summed
-        over the intervals, at a genome's options, they equal `cost(genome)["macs"]`, or exceed it where an interval can save more thanks
-        to the one before it, as where it reuses that one's blocks: who keeps to a budget by them keeps to it."""
+    def interval_costs(self, price: Price | None = None) -> Sequence[npt.NDArray[np.int64]]:
+        """What each interval costs, in order, by its options: an array with one axis for each choice of the interval. In MACs, or in
+        whatever `price` says of a step, of which its subnet and what it reuses count alone. Additive: summed over the intervals, at a
+        genome's options, they equal `cost(genome)["macs"]`, or exceed it where an interval can save more thanks to the one before it,
+        as where it reuses that one's blocks: who keeps to a budget by them keeps to it."""
 
 
 class Denoiser(Protocol):

@@ -22,7 +22,7 @@ from optuna.storages import BaseStorage
 
 from nas.contracts import Progress, Trial, UserError
 from nas.page import draw_grid, draw_schedule, export_command
-from nas.report import Run
+from nas.report import Run, cost_in_words
 from nas.study import Study
 
 ARTIFACTS = "artifacts"
@@ -93,7 +93,7 @@ def _note(study_file: str, run: Run, searcher: str, seed: int, trial: Trial) -> 
     )
     spent = trial.score.spent
     return (
-        f"Verified on {trial.rung:,} samples, {trial.cost['macs_share']:.1%} of the full network's MACs.\n\n{values}\n"
+        f"Verified on {trial.rung:,} samples, {cost_in_words(trial)}.\n\n{values}\n"
         f"- spent: {spent.get('macs', 0):.3g} MACs, {spent.get('seconds', 0):.1f} s\n\n"
         f"```\n{export_command(study_file, run, searcher, seed, trial.number)}\n```\n"
     )

@@ -1,10 +1,10 @@
-"""Pure functions on genomes: enumerate, sample, mutate, cross, repair. MACs are additive over intervals, so a budget is a
+"""Pure functions on genomes: enumerate, sample, mutate, cross, repair. Costs are additive over intervals, so a budget is a
 number to subtract from, and what is feasible can be enumerated without visiting what is not."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -12,12 +12,19 @@ import numpy.typing as npt
 
 from nas.contracts import Genome, Problem, SearchSpace, UserError
 
+LATENCY = "latency_ms"
+"""A cost that is measured: only a space with measured times has it (`nas.timing`)."""
+
+NANOSECONDS = 1e6
+"""Of a millisecond."""
+
 TRIES = 32
 """Random attempts at a new genome before the exhaustive order takes over."""
 
 
 class IntervalCosts:
-    """MACs of genomes by interval. `genes[k]` are the places of interval k's genes, `tables[k]` has an axis for each of them."""
+    """Costs of genomes by interval: MACs, or nanoseconds where time is limited. `genes[k]` are the places of interval k's genes,
+    `tables[k]` has an axis for each of them."""
 
     def __init__(self, space: SearchSpace) -> None:
         intervals = [choice.interval for choice in space.choices]
@@ -32,14 +39,14 @@ class IntervalCosts:
         self._home = [k for k, genes in enumerate(self.genes) for _ in range(genes.start, genes.stop)]
 
     def of(self, k: int, option: Genome) -> int:
-        """MACs of interval k, its genes given."""
+        """Cost of interval k, its genes given."""
         return int(self.tables[k][option])
 
-    def macs(self, genome: Genome) -> int:
+    def total(self, genome: Genome) -> int:
         return sum(self.of(k, genome[genes]) for k, genes in enumerate(self.genes))
 
     def least(self, gene: int, before: tuple[int | npt.NDArray[np.int64], ...]) -> npt.NDArray[np.int64]:
-        """For each option of the gene, the fewest MACs of its interval, (..., options); `before` are the interval's genes that stand
+        """For each option of the gene, the least cost of its interval, (..., options); `before` are the interval's genes that stand
         before it, or an array of many genomes' for each."""
         found: npt.NDArray[np.int64] = self._least[gene][before]
         return found
@@ -49,7 +56,7 @@ class IntervalCosts:
         return self._home[gene]
 
     def by_option(self, genome: Sequence[int], gene: int) -> list[int]:
-        """MACs of the gene's interval for each option of that gene, the interval's other genes as they are."""
+        """Costs of the gene's interval for each option of that gene, the interval's other genes as they are."""
         k = self._home[gene]
         genes = self.genes[k]
         place: list[int | slice] = list(genome[genes])
@@ -71,12 +78,12 @@ class IntervalCosts:
 
 
 def cheapest(space: SearchSpace) -> Genome:
-    """The genome with the fewest MACs."""
+    """The genome of least cost."""
     return IntervalCosts(space).cheapest()
 
 
 def dearest(space: SearchSpace) -> Genome:
-    """The genome with the most MACs."""
+    """The genome of the highest cost."""
     return IntervalCosts(space).dearest()
 
 
@@ -87,32 +94,47 @@ def uniform_genomes(space: SearchSpace) -> list[Genome]:
     return sorted(dict.fromkeys(found), key=lambda genome: space.cost(genome)["macs"])
 
 
-def macs_budget(problem: Problem) -> float:
-    """The tighter of the limits on `macs` and `macs_share`, in MACs; infinite where there is neither."""
+def budget_of(problem: Problem) -> float:
+    """What a genome may cost, as `interval_costs` counts: the tighter of the limits on `macs` and `macs_share` in MACs, or the limit on
+    `latency_ms` in nanoseconds; infinite where there is none."""
+    if LATENCY in problem.limits:
+        return problem.limits[LATENCY] * NANOSECONDS
     least = cheapest(problem.space)
     cost = problem.space.cost(least)
     full = cost["macs"] / cost["macs_share"]
     return min(problem.limits.get("macs", math.inf), problem.limits.get("macs_share", math.inf) * full)
 
 
+def check_limits(limits: Mapping[str, float]) -> None:
+    """Raises UserError for limits that a search cannot keep to."""
+    for name in limits:
+        if name not in ("macs", "macs_share", LATENCY):
+            raise UserError(f"limit {name!r} is not one that a search can keep to; use macs, macs_share or {LATENCY}")
+    if LATENCY in limits and len(limits) > 1:
+        raise UserError(
+            f"limits on {LATENCY} and on {', '.join(set(limits) - {LATENCY})} cannot be kept at once; give one of them"
+        )
+
+
 def check_reachable(problem: Problem) -> None:
     """Raises UserError naming the cheapest genome where no genome keeps the limits, or a limit names no cost."""
     least = cheapest(problem.space)
     cost = problem.space.cost(least)
+    check_limits(problem.limits)
     for name, limit in problem.limits.items():
-        if name not in ("macs", "macs_share"):
-            raise UserError(f"limit {name!r} is not one that a search can keep to; use macs or macs_share")
         if cost[name] > limit:
             raise UserError(
                 f"limit {name}={limit:g} cannot be met: the cheapest schedule, "
                 f"{_option_names(problem.space, least)}, costs {name}={cost[name]:.4g}; raise the limit"
             )
-    bound = IntervalCosts(problem.space).macs(least)
-    if bound > macs_budget(problem):
-        share = bound * cost["macs_share"] / cost["macs"]
+    bound = IntervalCosts(problem.space).total(least)
+    if bound > budget_of(problem):
+        at_least = f"{bound:.4g} MACs (macs_share={bound * cost['macs_share'] / cost['macs']:.4g})"
+        if LATENCY in problem.limits:
+            at_least = f"{bound:.4g} ns"
         raise UserError(
-            f"searches keep to what intervals cost whatever the one before them runs, at least {bound:.4g} MACs (macs_share={share:.4g}), "
-            f"above the limit of {macs_budget(problem):.4g}; raise the limit, or let intervals be longer"
+            f"searches keep to what intervals cost whatever the one before them runs, at least {at_least}, "
+            f"above the limit of {budget_of(problem):.4g}; raise the limit, or let intervals be longer"
         )
 
 
@@ -146,9 +168,9 @@ def cross(first: Genome, second: Genome, rng: np.random.Generator) -> Genome:
 
 
 def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
-    """Moves random genes to cheaper options until the MACs budget holds. Unchanged where it already does."""
+    """Moves random genes to cheaper options until the budget holds. Unchanged where it already does."""
     costs = IntervalCosts(problem.space)
-    excess = costs.macs(genome) - macs_budget(problem)
+    excess = costs.total(genome) - budget_of(problem)
     if excess <= 0 or problem.feasible(genome):
         return genome
     repaired = list(genome)
@@ -168,17 +190,17 @@ def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome
         least = costs.cheapest()
         for k in rng.permutation(len(costs.genes)).tolist():
             repaired[costs.genes[k]] = least[costs.genes[k]]
-            if costs.macs(tuple(repaired)) <= macs_budget(problem):
+            if costs.total(tuple(repaired)) <= budget_of(problem):
                 break
     return tuple(repaired)
 
 
 def feasible_genomes(problem: Problem) -> Iterator[Genome]:
     """Every feasible genome once, in lexicographic order of the intervals' options sorted by cost. Branches whose cheapest
-    completion breaks the MACs budget are never entered, so the first k come in time proportional to k."""
+    completion breaks the budget are never entered, so the first k come in time proportional to k."""
     tables = problem.space.interval_costs()
     table: list[list[int]] = [each.ravel().tolist() for each in tables]
-    budget = macs_budget(problem)
+    budget = budget_of(problem)
     orders: list[list[int]] = [np.argsort(row, kind="stable").tolist() for row in table]
     cheapest_after = np.append(np.cumsum([min(row) for row in table][::-1])[::-1], 0).tolist()
     chosen: list[int] = []  # positions in `orders`

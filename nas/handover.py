@@ -98,7 +98,7 @@ def score_and_book(
     samples, genome = study.evaluator.rungs[-1], tuple(provenance["genome"])
     weights = digest_of([[path.parent.name, _hash(path)] for path in sorted(trained.glob("unet_*/*.safetensors"))])
     with open_session(study, folder, storage or _storage_of(folder), device) as session:
-        ledger = Ledger(session.storage, info, study.unlimited())
+        ledger = Ledger(session.storage, info, study.unlimited(folder))
         booked = [t for t in ledger.trials if t.status == "complete" and t.origin.get("weights") == weights]
         yield Progress("scoring the trained networks", 0, 1)
         if not booked:

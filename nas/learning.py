@@ -54,7 +54,9 @@ def learn_once(study: Study, folder: Path, device: str, searcher: str, seed: int
     path.parent.mkdir(parents=True, exist_ok=True)
     snapshot = path.with_suffix(".snapshot")
     seed = derive_seed(seed, "searcher's learning")
-    learning = recipe.learn(study.problem, supernet, study.images.load(), seed, _read_snapshot(snapshot, digest))
+    learning = recipe.learn(
+        study.problem_in(folder), supernet, study.images.load(), seed, _read_snapshot(snapshot, digest)
+    )
     while True:
         try:
             tick = next(learning)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from nas.genetics import cheapest, dearest, macs_budget
+from nas.genetics import budget_of, cheapest, dearest
 from nas.study import Study
 
 THROUGHPUT = 40e12
@@ -18,7 +18,7 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
     space, network = study.space, dict(study.supernet.outline())
     sizes = [len(choice.options) for choice in space.choices]
     least, most = space.cost(cheapest(space)), space.cost(dearest(space))
-    budget = min(macs_budget(study.problem), float(most["macs"]))
+    budget = float(most["macs"]) if study.limits_time else min(budget_of(study.problem), float(most["macs"]))
     typical = (float(least["macs"]) + budget) / 2
     training = float(study.training.macs(study.supernet))
     first, last = study.evaluator.rungs[0], study.evaluator.rungs[-1]
@@ -42,6 +42,11 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
         "throughput": throughput,
         "hours": {"training": training / throughput / 3600, "search_per_searcher": search / throughput / 3600},
         "words": [
+            *(
+                ["the limit on time is taken for none: calls are timed when the run begins"]
+                if study.limits_time
+                else []
+            ),
             f"hours = MACs / {throughput:.3g} per second / 3600; --throughput says what your device reaches",
             f"MACs of a search = ({study.trials} trials x {first:,} + {study.verified} verified x {last:,} samples) x the mean of the cheapest "
             "schedule and the budget; shared beginnings save part of it",

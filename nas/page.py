@@ -14,9 +14,9 @@ import jinja2
 from markupsafe import Markup
 
 from nas.contracts import Genome, Trial
-from nas.genetics import dearest, uniform_genomes
+from nas.genetics import LATENCY, dearest, uniform_genomes
 from nas.plots import INK, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
-from nas.report import Run, against, verified_front
+from nas.report import Run, against, cost_in_words, verified_front
 from nas.study import BASELINE, Study
 
 MAPS = 12
@@ -124,11 +124,14 @@ def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str) -
         cards.append(
             {"what": f"best {quality} within the limits", "value": shown, "words": f"{name}, trial {trial.number}"}
         )
+        [milliseconds] = trial.objectives((LATENCY,))
         cards.append(
             {
                 "what": "of the full network's MACs",
                 "value": f"{trial.cost['macs_share']:.1%}",
-                "words": "at every step together",
+                "words": "at every step together"
+                if math.isnan(milliseconds)
+                else f"{milliseconds:.3g} ms an image, all steps together",
             }
         )
     if full is not None:
@@ -156,7 +159,7 @@ def _maps(study: Study, front: Sequence[Trial], folder: Path) -> list[dict[str, 
         trial = cheapest_first[place]
         picture = folder / f"schedule-{trial.number}.svg"
         draw_schedule(study, trial.genome, picture)
-        found.append({"trial": trial.number, "share": f"{trial.cost['macs_share']:.1%}", "picture": _inline(picture)})
+        found.append({"trial": trial.number, "cost": cost_in_words(trial), "picture": _inline(picture)})
     return found
 
 
@@ -285,7 +288,19 @@ def _spent(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
 def _candidates(
     study: Study, study_file: str, run: Run, ledgers: Mapping[str, Sequence[Trial]], quality: str
 ) -> dict[str, Any]:
-    titles = ("searcher", "trial", "MACs", quality, "±", "samples", "on the front", "told apart from the cheaper one")
+    timed = any(trial.objectives((LATENCY,))[0] >= 0 for trials in ledgers.values() for trial in trials)
+    time = ("ms an image",) if timed else ()
+    titles = (
+        "searcher",
+        "trial",
+        "MACs",
+        *time,
+        quality,
+        "±",
+        "samples",
+        "on the front",
+        "told apart from the cheaper one",
+    )
     text = {"searcher", "on the front", "told apart from the cheaper one"}
     rows = []
     seeds = {row: info.seed for row, (info, _) in zip(ledgers, run.ledgers, strict=True)}
@@ -299,10 +314,13 @@ def _candidates(
             difference = against(trial, cheaper[trial.number], quality) if member else None
             said = "" if difference is None else "yes" if difference["conclusive"] else "inconclusive"
             error = trial.score.error(quality)
+            [milliseconds] = trial.objectives((LATENCY,))
+            known = (milliseconds, f"{milliseconds:.3g}") if milliseconds >= 0 else ("", "")
             cells = (
                 (name, name),
                 (trial.number, str(trial.number)),
                 (trial.cost["macs_share"], f"{trial.cost['macs_share']:.1%}"),
+                *((known,) if timed else ()),
                 (trial.score.values[quality], f"{trial.score.values[quality]:.4g}"),
                 (error if error == error else "", f"{error:.2g}" if error == error else ""),
                 (trial.rung, f"{trial.rung:,}"),

@@ -179,7 +179,7 @@ def _expected_macs(
     """MACs of each genome, each gene's own part relaxed while the other genes are as they are, (n,)."""
     found = []
     for genome, weight in zip(genomes, weights, strict=True):
-        total = torch.tensor(float(costs.macs(genome)), dtype=torch.float64)
+        total = torch.tensor(float(costs.total(genome)), dtype=torch.float64)
         for gene in range(len(homes)):
             row = torch.tensor(costs.by_option(genome, gene), dtype=torch.float64)
             total = total + weight[gene, : len(row)] @ row - row[genome[gene]]

@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage
 
 from nas.audit import Agreement, bands_of
 from nas.contracts import Trial, UserError
+from nas.genetics import LATENCY
 from nas.ladder import CONFIDENCE
 from nas.learning import learned_macs
 from nas.ledger import LedgerInfo, open_storage, read_ledgers
@@ -35,13 +36,21 @@ def best_within(trials: Sequence[Trial], name: str, limit: float, objective: str
     verified = [trial for trial in trials if trial.status == "complete" and trial.score is not None]
     if not verified:
         raise UserError("no trial is verified yet; let `nas run` finish, or name one with --trial")
-    if name not in verified[0].cost:
-        raise UserError(f"{name!r} is not a cost; use one of {', '.join(verified[0].cost)}")
-    within = [trial for trial in verified if trial.cost[name] <= limit]
+    known = [*verified[0].cost, *([LATENCY] if LATENCY in verified[0].score.values else [])]  # type: ignore[union-attr]
+    if name not in known:
+        raise UserError(f"{name!r} is not a cost; use one of {', '.join(dict.fromkeys(known))}")
+    within = [trial for trial in verified if trial.objectives([name])[0] <= limit]
     if not within:
-        least = min(trial.cost[name] for trial in verified)
+        least = min(trial.objectives([name])[0] for trial in verified)
         raise UserError(f"no verified trial keeps {name}<={limit:g}; the cheapest has {name}={least:.4g}")
     return min(within, key=lambda trial: (trial.objectives([objective])[0], trial.number))
+
+
+def cost_in_words(trial: Trial) -> str:
+    """Share of the MACs, and the time for an image where it is known."""
+    [milliseconds] = trial.objectives((LATENCY,))
+    time = "" if math.isnan(milliseconds) else f", {milliseconds:.3g} ms an image"
+    return f"{trial.cost['macs_share']:.1%} of the MACs{time}"
 
 
 def verified_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
@@ -264,10 +273,13 @@ class Run:
 
 def _member(trial: Trial, quality: str) -> dict[str, Any]:
     assert trial.score is not None
+    [milliseconds] = trial.objectives((LATENCY,))
     return {
         "trial": trial.number,
         "genome": trial.genome,
         "macs_share": trial.cost["macs_share"],
+        "cost": cost_in_words(trial),
+        **({LATENCY: milliseconds} if not math.isnan(milliseconds) else {}),
         quality: trial.score.values[quality],
         "error": trial.score.error(quality),
     }

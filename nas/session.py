@@ -54,6 +54,8 @@ class Session:
         """Trains the supernet and the features where they are missing, on `threads` CPU threads (0: all cores)."""
         with torch_threads(threads or os.cpu_count() or 1):
             yield from self.study.prepare(self.folder, self.device)
+        with torch_threads(1):  # as scores are computed
+            yield from self.study.time_calls(self.folder, self.device)
 
     def learn(self, searcher: str, seed: int = 0, workers: Workers | None = None) -> Iterator[Progress]:
         """Lets a searcher that learns from the supernet do so, once, on one CPU thread or on a Ray worker."""
@@ -77,12 +79,12 @@ class Session:
         """The searcher's ledger, opened and replayed. The baseline ignores the study's limits."""
         study = self.study
         info = study.ledger_info(self.folder, searcher, seed)
-        ledger = Ledger(self.storage, info, study.problem)
+        problem = study.problem_in(self.folder)
+        ledger = Ledger(self.storage, info, problem)
         self._write_facts()
-        problem = study.problem
         ladder = Ladder(info.rungs, study.objectives, trials or study.trials, study.verified)
         if searcher == BASELINE:  # all of it, at every rung, whatever the limits
-            problem = study.unlimited()
+            problem = study.unlimited(self.folder)
             ladder = replace(ladder, trials=len(uniform_genomes(study.space)), everything=True)
         recipe = study.searcher(searcher)
         if isinstance(recipe, LearningSearcher):

@@ -24,9 +24,10 @@ from nas.contracts import (
     UserError,
     digest_of,
 )
-from nas.genetics import check_reachable, dearest
+from nas.genetics import LATENCY, check_limits, check_reachable, dearest
 from nas.ledger import LedgerInfo
 from nas.searchers.uniform import Uniform
+from nas.timing import Timing, measure, timed
 
 ENTRY_POINTS = "nas.searchers"
 BASELINE = "uniform"
@@ -77,11 +78,30 @@ class Study:
                 "the space leaves out steps that compute nothing, which only a deterministic sampler does not notice; give it "
                 "deterministic=False, or the evaluator DDIM"
             )
-        check_reachable(self.problem)
+        check_limits(self.limits)
+        if not self.limits_time:
+            check_reachable(self.problem)
+        elif not isinstance(self.evaluator, Timing):
+            raise UserError(f"the limit on {LATENCY} needs measured times; use evaluator=Timed(..., Latency(batch=64))")
+
+    @property
+    def limits_time(self) -> bool:
+        """Whether its searches keep to a time instead of a number of MACs."""
+        return LATENCY in self.limits
 
     @property
     def problem(self) -> Problem:
+        """Without measured times."""
         return Problem(self.space, self.objectives, self.limits)
+
+    def problem_in(self, folder: Path) -> Problem:
+        """What searchers are bound to in a run folder, with its measured times where time is limited. Raises UserError where they are
+        missing, or the limit cannot be met."""
+        if not self.limits_time:
+            return self.problem
+        problem = replace(self.problem, space=timed(self.space, folder))
+        check_reachable(problem)
+        return problem
 
     @property
     def full(self) -> dict[str, float]:
@@ -108,6 +128,13 @@ class Study:
             yield from evaluator.prepare(folder, self.seed, device)
         yield from self.training.run(self.supernet, self.images, folder / "supernet", self.seed, device)
 
+    def time_calls(self, folder: Path, device: str) -> Iterator[Progress]:
+        """Measures what calls take that the run folder lacks, where time is limited."""
+        if self.limits_time:
+            assert isinstance(self.evaluator, Timing)
+            net = self.supernet.load(folder / "supernet", device)
+            yield from measure(self.space, self.evaluator, net, folder)
+
     def load(self, folder: Path, device: str) -> LoadedEvaluator:
         """Supernet and evaluator with their tensors; in a worker, once."""
         return self.evaluator.load(self.supernet.load(folder / "supernet", device), folder)
@@ -116,7 +143,7 @@ class Study:
         """Identity of the searcher's ledger: all that its scores and its replay depend on."""
         provenance = {
             "supernet": self.supernet.digest(folder / "supernet"),
-            "space": digest_of(self.space.describe()),
+            "space": digest_of(self.problem_in(folder).space.describe()),
             "evaluator": self.evaluator.digest(folder),
             "seed": str(self.seed),
             "objectives": ", ".join(self.objectives),
@@ -127,9 +154,9 @@ class Study:
             self.name, searcher, seed, self.objectives, tuple(self.evaluator.rungs), dict(self.limits), provenance
         )
 
-    def unlimited(self) -> Problem:
+    def unlimited(self, folder: Path) -> Problem:
         """The problem without limits, for baselines."""
-        return replace(self.problem, limits={})
+        return replace(self.problem_in(folder), limits={})
 
 
 def load_study(file: str | Path) -> Study:

@@ -210,7 +210,8 @@ def _best(member: Mapping[str, Any] | None, objective: str) -> str:
         return "-"
     against = member["against_leader"]
     mark = "~" if against and not against["conclusive"] else ""
-    return f"{mark}{member[objective]:.3g}±{member['error']:.1g} ({member['trial']})"
+    time = f"\n{member['latency_ms']:.3g} ms an image" if "latency_ms" in member else ""
+    return f"{mark}{member[objective]:.3g}±{member['error']:.1g} ({member['trial']}){time}"
 
 
 def _verdicts(rows: Any, budgets: list[str]) -> Iterator[str]:
@@ -227,7 +228,7 @@ def _verdicts(rows: Any, budgets: list[str]) -> Iterator[str]:
             against = member["against_cheaper"]
             if against and not against["conclusive"]:
                 yield (
-                    f"{row['searcher']}: trial {member['trial']} ({member['macs_share']:.0%} of the MACs) and the cheaper "
+                    f"{row['searcher']}: trial {member['trial']} ({member['cost']}) and the cheaper "
                     f"{against['trial']} are {against['words']}"
                 )
         if row["probes"] and not row["prediction"]:

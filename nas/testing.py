@@ -28,6 +28,7 @@ from nas.contracts import (
     Evaluator,
     Genome,
     LoadedSupernet,
+    Price,
     Problem,
     Proposal,
     Schedule,
@@ -40,7 +41,8 @@ from nas.contracts import (
     Trial,
     frozen,
 )
-from nas.genetics import IntervalCosts, cheapest, check_reachable, dearest, feasible_genomes
+from nas.genetics import LATENCY, IntervalCosts, cheapest, check_reachable, dearest, feasible_genomes
+from nas.timing import TimedSpace, calls, key
 
 SECONDS_PER_ASK = 10.0
 """An ask that takes longer on the tiny problems below is not bounded."""
@@ -74,11 +76,17 @@ class TableSpace:
         return Schedule(tuple(Step(len(options) - 1 - k, option) for k, option in enumerate(options)))
 
     def cost(self, genome: Genome) -> dict[str, float]:
-        macs = self._costs.macs(genome)
+        macs = self._costs.total(genome)
         return {"macs": macs, "macs_share": macs / self._full}
 
-    def interval_costs(self) -> tuple[npt.NDArray[np.int64], ...]:
-        return self._arrays
+    def interval_costs(self, price: Price | None = None) -> tuple[npt.NDArray[np.int64], ...]:
+        if price is None:
+            return self._arrays
+        found = []
+        for k, costs in enumerate(self._arrays):
+            prices = [price(Step(len(self._arrays) - 1 - k, option)) for option in np.ndindex(costs.shape)]
+            found.append(np.array(prices, dtype=np.int64).reshape(costs.shape))
+        return tuple(found)
 
     @cached_property
     def _costs(self) -> IntervalCosts:
@@ -104,6 +112,13 @@ def joint_problem(limit: float = 0.6) -> Problem:
     """Three intervals of two choices each, whose MACs multiply: what one gene saves depends on the other."""
     options = tuple(tuple((i + 1) ** 2 * (j + 2) for j in range(3)) for i in range(4))
     return Problem(TableSpace((options,) * 3), ("fd", "macs"), {"macs_share": limit})
+
+
+def timed_problem(limit: float = 2.0) -> Problem:
+    """A limit on time, in which calls that take fewer MACs are not faster throughout."""
+    space = TableSpace((tuple((j + 1) ** 2 for j in range(4)),) * 5)
+    times = {key(step): 0.1 + 0.2 * step.arch[0] + 0.15 * (step.arch[0] == 1) for step in calls(space)}
+    return Problem(TimedSpace(space, times), ("fd", LATENCY), {LATENCY: limit})
 
 
 def toy_score(genome: Genome) -> Score:
@@ -138,6 +153,9 @@ def check_searcher(searcher: Searcher, trials: int = 40) -> None:
         _check_replay(searcher, problem, history)
         _check_asynchronous(searcher, problem, trials)
         _check_failures(searcher, problem, trials)
+    problem = timed_problem()
+    history = _drive(searcher.start(problem, 7), problem, trials)
+    _check_replay(searcher, problem, history)
     _check_exhaustion(searcher)
 
 
@@ -265,7 +283,7 @@ def check_space(space: SearchSpace, samples: int = 50) -> None:
         assert Schedule.from_json(schedule.to_json()) == schedule, "a schedule must survive JSON"
         assert digests.setdefault(schedule.digest, schedule) == schedule, "one digest, one schedule"
         cost = space.cost(genome)
-        assert cost["macs"] <= costs.macs(genome), "interval_costs must add up to macs at least"
+        assert cost["macs"] <= costs.total(genome), "interval_costs must add up to macs at least"
         assert 0 < cost["macs_share"] <= 1 + 1e-12, "macs_share is a share of the full net on all timesteps"
     for wrong in ((0,) * (len(sizes) + 1), (sizes[0], *(0,) * (len(sizes) - 1)), (-1, *(0,) * (len(sizes) - 1))):
         try:
@@ -274,8 +292,8 @@ def check_space(space: SearchSpace, samples: int = 50) -> None:
             continue
         raise AssertionError(f"decoding {wrong} must raise ValueError")
     for genome in (cheapest(space), dearest(space)):
-        assert space.cost(genome)["macs"] <= costs.macs(genome)
-    assert space.cost(dearest(space))["macs"] == costs.macs(dearest(space)), "nothing is saved at full cost"
+        assert space.cost(genome)["macs"] <= costs.total(genome)
+    assert space.cost(dearest(space))["macs"] == costs.total(dearest(space)), "nothing is saved at full cost"
     least = space.cost(cheapest(space))["macs_share"]
     check_reachable(Problem(space, ("macs",), {"macs_share": least}))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.contracts import Choice, Genome, Schedule, Step, UserError
+from nas.contracts import Choice, Genome, Price, Schedule, Step, UserError
 from search_spaces.intervals import Intervals, Timesteps, free
 from search_spaces.options import Options, Subnets
 from search_spaces.patterns import ALL, Computed, Pattern
@@ -114,8 +114,8 @@ class Stepwise:
         params = sum(self.net.cost(arch).params for arch in archs)
         return {"macs": macs, "macs_share": macs / self._full_macs, "params": params}
 
-    def interval_costs(self) -> tuple[npt.NDArray[np.int64], ...]:
-        return self._tables
+    def interval_costs(self, price: Price | None = None) -> tuple[npt.NDArray[np.int64], ...]:
+        return self._tables if price is None else self._priced(price)
 
     def describe(self) -> dict[str, Any]:
         described: dict[str, Any] = {
@@ -213,6 +213,9 @@ class Stepwise:
 
     @cached_property
     def _tables(self) -> tuple[npt.NDArray[np.int64], ...]:
+        return self._priced(lambda step: self.net.cost.macs(step.arch, step.reuse))
+
+    def _priced(self, price: Price) -> tuple[npt.NDArray[np.int64], ...]:
         """What an interval takes whatever the one before runs: its first running step may reuse blocks only where all intervals
         run the same subnet."""
         alike = len({subnets.arch((0,) * len(subnets.shape)) for subnets in self.subnets}) == 1 and not self.net.experts
@@ -226,20 +229,27 @@ class Stepwise:
             patterns = [self._computed(k, gene) for gene in np.ndindex(*choices)]
             for option in np.ndindex(*subnets.shape):
                 arch = subnets.arch(option)
-                costs = [self._interval_macs(arch, steps, experts, first=k == 0, alike=alike) for steps in patterns]
+                costs = [self._interval_cost(price, arch, steps, experts, k == 0, alike) for steps in patterns]
                 table[option] = costs if len(self.patterns) > 1 else costs[0]
             found.append(table.reshape(self._shapes[k]))
             start += count
         return tuple(found)
 
-    def _interval_macs(
-        self, arch: Arch, steps: Sequence[Computed], experts: Sequence[str], first: bool, alike: bool
+    def _interval_cost(
+        self, price: Price, arch: Arch, steps: Sequence[Computed], experts: Sequence[str], first: bool, alike: bool
     ) -> int:
         total, before = 0, experts[0] if alike and not first else None
         for place, (computed, expert) in enumerate(zip(steps, experts, strict=True)):
-            whole = before != expert
             if computed or (first and place == 0):
-                total += self._macs(arch, ALL if whole else computed)
+                mine = arch._replace(expert=expert) if expert else arch
+                whole = price(Step(0, mine))
+                reused = Step(0, mine, self._reused(arch, computed)) if computed else Step(0, mine)
+                if before == expert:
+                    total += price(reused)
+                elif before is None and not (first and place == 0):  # the interval before may have run the same subnet
+                    total += max(whole, price(reused))
+                else:
+                    total += whole
                 before = expert
         return total
 

@@ -90,8 +90,61 @@ def test_latency_is_an_objective_of_a_search(tiny_study: Study, tiny_run: Path, 
     assert times[cheapest(study.space)] < times[dearest(study.space)]
 
 
+@pytest.mark.parametrize("searcher", ["evolution", "random"])
+def test_a_search_keeps_to_a_limit_on_time(
+    tiny_study: Study, tiny_run: Path, tmp_path: Path, searcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in ("supernet", "features"):
+        (tmp_path / part).symlink_to(tiny_run / part)
+    evaluator = Timed(tiny_study.evaluator, SETTINGS)
+    torch.set_num_threads(1)
+    study = replace(tiny_study, evaluator=evaluator, limits={"latency_ms": 1e-6})
+    with open_session(study, tmp_path) as session:
+        ticks = [tick for tick in session.prepare(threads=1) if tick.what == "timing calls"]
+        assert ticks[-1].total == 3  # one for each width
+        with pytest.raises(UserError, match="cannot be met: the cheapest schedule"):
+            session.conductor(searcher)
+    times = json.loads((tmp_path / "times.json").read_text())["milliseconds"]
+    limit = 0.6 * len(study.space.timesteps) * max(times.values())  # type: ignore[attr-defined]
+    study = replace(study, limits={"latency_ms": limit})
+    monkeypatch.setattr(Timer, "_measure", lambda self, step: pytest.fail("measured already"))
+    with open_session(study, tmp_path) as session:
+        for _ in session.prepare(threads=1):
+            pass
+        conductor = session.conductor(searcher, trials=6)
+        session.run(conductor)
+        ledger = session.conductor(searcher, trials=6).ledger
+    scored = [trial for trial in ledger.trials if trial.scored]
+    assert len(scored) >= 6
+    assert all(trial.cost["latency_ms"] <= limit and trial.violations["latency_ms"] <= 0 for trial in scored)
+    for trial in scored:
+        archs = [step.arch for step in study.space.decode(trial.genome).steps]
+        assert trial.cost["latency_ms"] == pytest.approx(sum(times[json.dumps([arch, []])] for arch in archs), abs=1e-5)
+
+
+def test_times_of_another_device_are_not_mixed(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
+    for part in ("supernet", "features"):
+        (tmp_path / part).symlink_to(tiny_run / part)
+    study = replace(tiny_study, evaluator=Timed(tiny_study.evaluator, SETTINGS), limits={"latency_ms": 1e9})
+    with open_session(study, tmp_path) as session:
+        with pytest.raises(UserError, match="measures what calls take"):
+            session.conductor("random")
+        for _ in session.prepare(threads=1):
+            pass
+    kept = json.loads((tmp_path / "times.json").read_text())
+    kept["milliseconds"].popitem()
+    (tmp_path / "times.json").write_text(json.dumps({**kept, "device": "another one"}))
+    with open_session(study, tmp_path) as session, pytest.raises(UserError, match="holds times of another one"):
+        for _ in session.prepare(threads=1):
+            pass
+
+
 def test_wrong_settings_are_refused(tiny_study: Study) -> None:
     with pytest.raises(UserError, match="repeats=0"):
         Latency(repeats=0)
-    with pytest.raises(UserError, match="'latency_ms' is not one that a search can keep to"):
+    with pytest.raises(UserError, match="needs measured times; use evaluator=Timed"):
         replace(tiny_study, limits={"latency_ms": 1.0})
+    with pytest.raises(UserError, match="cannot be kept at once"):
+        replace(tiny_study, limits={"latency_ms": 1.0, "macs": 1e6})
+    with pytest.raises(UserError, match="'watts' is not one that a search can keep to"):
+        replace(tiny_study, limits={"watts": 1.0})

@@ -89,7 +89,7 @@ def test_the_policy_learns_where_the_network_is_needed_and_to_use_its_budget() -
     def drawn(search: RoutingSearch) -> tuple[float, float]:
         genomes, budgets, _ = search.relaxed(200, np.random.default_rng(9))
         late_less_early = np.mean([sum(genome[2:]) - sum(genome[:2]) for genome in genomes])
-        used = np.mean([costs.macs(g) / b for g, b in zip(genomes, budgets.tolist(), strict=True)])
+        used = np.mean([costs.total(g) / b for g, b in zip(genomes, budgets.tolist(), strict=True)])
         return float(late_less_early), float(used)
 
     assert drawn(after)[0] > drawn(before)[0] + 1.0

@@ -27,6 +27,7 @@ from nas.export import export
 from nas.genetics import IntervalCosts, check_reachable
 from nas.study import Study
 from nas.testing import check_space
+from nas.timing import TimedSpace, calls, key
 from search_spaces.intervals import per_step, uniform
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only, Subset, legal
@@ -298,8 +299,23 @@ def test_every_genome_is_a_schedule_that_runs(name: str, data: st.DataObject) ->
         before = step.arch
     macs = sum(space.net.cost.macs(Arch(*step.arch), step.reuse) for step in schedule.steps)
     assert space.cost(genome)["macs"] == macs
-    added = IntervalCosts(space).macs(genome)
+    added = IntervalCosts(space).total(genome)
     assert added == macs if name in ADDITIVE else added >= macs
+
+
+@pytest.mark.parametrize("name", SPACES)
+@given(data=st.data())
+def test_times_of_calls_add_up_to_at_most_what_intervals_take(name: str, data: st.DataObject) -> None:
+    space = SPACES[name]
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    times = {key(step): float(rng.random()) for step in calls(space)}
+    timed = TimedSpace(space, times)
+    genome = tuple(data.draw(st.integers(0, len(choice.options) - 1)) for choice in space.choices)
+    running = [s for s in space.decode(genome).steps if space.net.cost.macs(Arch(*s.arch), s.reuse)]
+    total = sum(times[key(step)] for step in running)
+    assert timed.cost(genome)["latency_ms"] == pytest.approx(total, abs=1e-5)
+    added = IntervalCosts(timed).total(genome) / 1e6
+    assert added == pytest.approx(total, abs=1e-5) if name in ADDITIVE[:1] else added >= total - 1e-5
 
 
 def test_genomes_that_come_to_the_same_share_a_digest() -> None:

@@ -137,8 +137,10 @@ def comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
 
 
 def summary_of(trial: Trial, study: Study) -> str:
+    from nas.report import cost_in_words
+
     values = zip(study.objectives, trial.objectives(study.objectives), strict=True)
-    return f"{trial.cost['macs_share']:.1%} of the MACs, " + ", ".join(f"{name} {value:.4g}" for name, value in values)
+    return f"{cost_in_words(trial)}, " + ", ".join(f"{name} {value:.4g}" for name, value in values)
 
 
 def run_folder(study: Study, out_dir: Path | None) -> Path:

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import macs_budget, novel, random_genome, repair, uniform_genomes
+from nas.genetics import novel, random_genome, repair, uniform_genomes
 
 MUTATIONS = {"released": 1e-3, "intended": 1.0}
 """Expected mutations of a child. The paper's 0.001 for each of 1,000 genes is one; the released code applies its 0.001 twice,
@@ -78,8 +78,7 @@ class DDSMSearch:
 
     def _first(self) -> list[Genome]:
         rng = np.random.default_rng(derive_seed(self._seed, 0, "ddsm"))
-        budget = macs_budget(self._problem)
-        seeds = [g for g in uniform_genomes(self._problem.space) if self._problem.space.cost(g)["macs"] <= budget]
+        seeds = [g for g in uniform_genomes(self._problem.space) if self._problem.feasible(g)]
         found = dict.fromkeys(seeds[: self._settings.population])
         return self._filled(found, lambda: random_genome(self._problem, rng))
 

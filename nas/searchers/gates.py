@@ -36,7 +36,7 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.genetics import IntervalCosts, dearest, macs_budget, near, novel, random_genome
+from nas.genetics import IntervalCosts, budget_of, dearest, near, novel, random_genome
 from nas.pruner import Pruner, learn_gates
 
 Choosing = Literal["bisection", "greedy", "knapsack"]
@@ -134,7 +134,7 @@ class Chooser:
         """MACs of the cheapest and of the dearest schedule that it can make within the limit."""
         least = float(sum(prices.min() for prices in self._prices))
         most = float(sum(prices.max() for prices in self._prices))
-        return least, min(most, macs_budget(self._problem))
+        return least, min(most, budget_of(self._problem))
 
     def genome(self, way: Choosing, budget: float) -> Genome:
         """At most as dear as the budget; the cheapest where that is dearer still."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from nas.allocation import allocate
 from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import IntervalCosts, macs_budget, novel, random_genome
+from nas.genetics import IntervalCosts, budget_of, novel, random_genome
 from nas.pareto import front
 
 Option = tuple[int, ...]
@@ -159,7 +159,7 @@ class KnapsackSearch:
         base, table, pairs = self._table(options)
         costs = [[self._intervals.cost(k, option) for option in row] for k, row in enumerate(options)]
         least = sum(min(row) for row in costs)
-        most = min(macs_budget(self._problem), sum(max(row) for row in costs))
+        most = min(budget_of(self._problem), sum(max(row) for row in costs))
         budgets = [least + (most - least) * i / self._settings.budgets for i in range(1, self._settings.budgets + 1)]
         objective: Literal["sum", "minimax"] = "minimax" if self._settings.objective == "minimax" else "sum"
         top = self._settings.top

@@ -20,7 +20,7 @@ from nevergrad.common.errors import TellNotAskedNotSupportedError
 from scipy.special import ndtr, ndtri
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import TRIES, cheapest, macs_budget, near, repair
+from nas.genetics import LATENCY, TRIES, budget_of, cheapest, near, repair
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,12 @@ class NevergradSearch:
     def _measure_by(self, values: npt.NDArray[np.float64]) -> None:
         """Objectives are told as shares of what the first scored trial has, MACs of the budget, so that 1 bounds the front."""
         costs = self._problem.space.cost(self._first)
-        most = {"macs": macs_budget(self._problem), "macs_share": 1.0}
+        limits = self._problem.limits
+        most = (
+            {"macs_share": 1.0, **limits}
+            if LATENCY in limits
+            else {"macs": budget_of(self._problem), "macs_share": 1.0}
+        )
         scale = [
             value if name not in costs else min(most.get(name, value), costs["macs"] / costs["macs_share"])
             for name, value in zip(self._problem.objectives, values, strict=True)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import IntervalCosts, macs_budget, near
+from nas.genetics import IntervalCosts, budget_of, near
 from nas.proposers import Local, Option, Proposer, Question, RefusedError, Remembered, read_answer
 from nas.ranking import MOST, Ranking
 
@@ -58,8 +58,8 @@ class RoundsSearch:
         self._problem = problem
         self._seed = seed
         self._costs = IntervalCosts(problem.space)
-        least, most = (self._costs.macs(end) for end in (self._costs.cheapest(), self._costs.dearest()))
-        limit = min(float(most), macs_budget(problem))
+        least, most = (self._costs.total(end) for end in (self._costs.cheapest(), self._costs.dearest()))
+        limit = min(float(most), budget_of(problem))
         self._budgets = [least + (limit - least) * (i + 1) / settings.budgets for i in range(settings.budgets)]
         self._least = np.array([int(table.min()) for table in self._costs.tables], dtype=np.float64)
         self._shares = self._rule(settings.split if settings.split != "learned" else "equal")
@@ -96,7 +96,7 @@ class RoundsSearch:
             option = trial.genome[self._costs.genes[k]]
             self._memory.setdefault((k, budget), []).append((option, value, best - value))
         self._scored[trial.genome] = value
-        macs = self._costs.macs(trial.genome)
+        macs = self._costs.total(trial.genome)
         for place, most in enumerate(self._budgets if self._settings.remembered else ()):
             if macs <= most:
                 self._best[place] = min(self._best.get(place, (np.inf, ())), (value, trial.genome))
@@ -224,7 +224,7 @@ class RoundsSearch:
         genome = list(incumbent)
         own = self._costs.genes[k]
         genome[own] = option
-        excess = self._costs.macs(tuple(genome)) - budget
+        excess = self._costs.total(tuple(genome)) - budget
         others = [gene for gene in range(len(genome)) if not own.start <= gene < own.stop]
         while excess > 0:
             best: tuple[float, int, int, int] | None = None

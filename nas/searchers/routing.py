@@ -33,7 +33,7 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.genetics import IntervalCosts, macs_budget, near
+from nas.genetics import IntervalCosts, budget_of, near
 from nas.relaxation import Relaxation, learn
 
 Array = npt.NDArray[np.float64]
@@ -228,7 +228,7 @@ class Walk:
         self.sizes = [len(choice.options) for choice in problem.space.choices]
         least = np.array([int(table.min()) for table in costs.tables], dtype=np.float64)
         dearest = np.array([int(table.max()) for table in costs.tables], dtype=np.float64)
-        self.least, self.most = float(least.sum()), float(min(dearest.sum(), macs_budget(problem)))
+        self.least, self.most = float(least.sum()), float(min(dearest.sum(), budget_of(problem)))
         self._least_after = np.append(np.cumsum(least[::-1])[::-1], 0.0)[1:]
         self._most_after = np.append(np.cumsum(dearest[::-1])[::-1], 0.0)
         self._span = dearest - least

@@ -1,0 +1,121 @@
+"""A limit on time. The calls that a space may make are measured once for a run folder; a search then keeps to a budget of nanoseconds as
+otherwise to one of MACs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.contracts import (
+    Choice,
+    Genome,
+    LoadedSupernet,
+    Price,
+    Progress,
+    Schedule,
+    SearchSpace,
+    Step,
+    UserError,
+    digest_of,
+)
+from nas.genetics import LATENCY, NANOSECONDS
+
+FILE = "times.json"
+
+
+@runtime_checkable
+class Timing(Protocol):
+    """What an evaluator has that measures time."""
+
+    def timed_on(self, net: LoadedSupernet) -> str:
+        """The device and the settings that times depend on, in words."""
+
+    def milliseconds(self, step: Step, net: LoadedSupernet, folder: Path) -> float:
+        """Of one call, for an image."""
+
+
+class TimedSpace:
+    """A space that also costs `latency_ms`, milliseconds for an image, and whose intervals are priced in nanoseconds. `times`:
+    milliseconds of each call, by `key`."""
+
+    def __init__(self, space: SearchSpace, times: Mapping[str, float]) -> None:
+        self._space = space
+        self._times = times
+
+    @property
+    def choices(self) -> Sequence[Choice]:
+        return self._space.choices
+
+    def decode(self, genome: Genome) -> Schedule:
+        return self._space.decode(genome)
+
+    def cost(self, genome: Genome) -> dict[str, float]:
+        nanoseconds = sum(self._price(step) for step in self.decode(genome).steps)
+        return {**self._space.cost(genome), LATENCY: nanoseconds / NANOSECONDS}
+
+    def interval_costs(self, price: Price | None = None) -> Sequence[npt.NDArray[np.int64]]:
+        return self._tables if price is None else self._space.interval_costs(price)
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "TimedSpace", "space": self._space.describe(), "times": digest_of(dict(self._times))}
+
+    @cached_property
+    def _tables(self) -> Sequence[npt.NDArray[np.int64]]:
+        return self._space.interval_costs(self._price)
+
+    def _price(self, step: Step) -> int:
+        # What was not timed is no call: a step that holds the prediction before.
+        return round(self._times.get(key(step), 0.0) * NANOSECONDS)
+
+
+def key(step: Step) -> str:
+    """What the time of a step depends on."""
+    return json.dumps([step.arch, step.reuse])
+
+
+def calls(space: SearchSpace) -> list[Step]:
+    """One step for each call that schedules of the space may make."""
+    found: dict[str, Step] = {}
+
+    def note(step: Step) -> int:
+        found.setdefault(key(step), step)
+        return 0
+
+    space.interval_costs(note)
+    return list(found.values())
+
+
+def measure(space: SearchSpace, timing: Timing, net: LoadedSupernet, folder: Path) -> Iterator[Progress]:
+    """Measures what <folder>/times.json lacks. Times of one run are those of one device."""
+    path = folder / FILE
+    device = timing.timed_on(net)
+    kept: dict[str, Any] = {"device": device, "milliseconds": {}}
+    if path.exists():
+        kept = json.loads(path.read_text())
+    missing = [step for step in calls(space) if key(step) not in kept["milliseconds"]]
+    if missing and kept["device"] != device:
+        raise UserError(
+            f"{path} holds times of {kept['device']}, and the space has {len(missing)} calls more to be timed; go on there, or take another --out"
+        )
+    for number, step in enumerate(missing):
+        yield Progress("timing calls", number, len(missing))
+        kept["milliseconds"][key(step)] = timing.milliseconds(step, net, folder)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(kept, indent=1) + "\n")
+        os.replace(partial, path)
+    yield Progress("timing calls", len(missing), len(missing))
+
+
+def timed(space: SearchSpace, folder: Path) -> TimedSpace:
+    """The space with the folder's times. Raises UserError where they were not measured."""
+    path = folder / FILE
+    if not path.exists():
+        raise UserError(f"{path} does not exist: `nas run` measures what calls take, for the limit on {LATENCY}")
+    return TimedSpace(space, json.loads(path.read_text())["milliseconds"])
