@@ -205,12 +205,12 @@ def _over_seeds(rows: Any, budgets: list[str]) -> Table:
 
 
 def _best(member: Mapping[str, Any] | None, objective: str) -> str:
-    """A tilde marks what cannot be told apart from the best of all searchers."""
+    """A tilde marks what cannot be told apart from the best of all searchers; below it the time of an image, where it is known."""
     if member is None:
         return "-"
     against = member["against_leader"]
     mark = "~" if against and not against["conclusive"] else ""
-    time = f"\n{member['latency_ms']:.3g} ms an image" if "latency_ms" in member else ""
+    time = f"\n{member['latency_ms']:.3g} ms" if "latency_ms" in member else ""
     return f"{mark}{member[objective]:.3g}±{member['error']:.1g} ({member['trial']}){time}"
 
 

@@ -14,6 +14,7 @@ from evaluators.images import Digits
 from evaluators.latency import FILE, Latency, Timed, Timer
 from nas.contracts import Schedule, Step, UserError
 from nas.genetics import cheapest, dearest
+from nas.report import Run, best_within, cost_in_words
 from nas.session import open_session
 from nas.study import Study
 from nas.testing import check_evaluator
@@ -87,7 +88,11 @@ def test_latency_is_an_objective_of_a_search(tiny_study: Study, tiny_run: Path, 
         session.run(uniform)
     times = {t.genome: t.objectives(("latency_ms",))[0] for t in uniform.ledger.trials if t.scored}
     assert all(t.objectives(("latency_ms",))[0] > 0 for t in conductor.ledger.trials if t.scored)
-    assert times[cheapest(study.space)] < times[dearest(study.space)]
+    [known] = json.loads((tmp_path / FILE).read_text()).values()
+    for genome in (cheapest(study.space), dearest(study.space)):
+        steps = study.space.decode(genome).steps
+        expected = sum(sorted(known[json.dumps([step.arch, step.reuse])])[2] for step in steps)
+        assert times[genome] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("searcher", ["evolution", "random"])
@@ -119,7 +124,25 @@ def test_a_search_keeps_to_a_limit_on_time(
     assert all(trial.cost["latency_ms"] <= limit and trial.violations["latency_ms"] <= 0 for trial in scored)
     for trial in scored:
         archs = [step.arch for step in study.space.decode(trial.genome).steps]
+        assert cost_in_words(trial).endswith(f"{trial.cost['latency_ms']:.3g} ms an image")
         assert trial.cost["latency_ms"] == pytest.approx(sum(times[json.dumps([arch, []])] for arch in archs), abs=1e-5)
+
+
+def test_the_best_within_a_time_is_found_measured_or_limited(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
+    for part in ("supernet", "features"):
+        (tmp_path / part).symlink_to(tiny_run / part)
+    torch.set_num_threads(1)
+    study = replace(tiny_study, evaluator=Timed(tiny_study.evaluator, SETTINGS))
+    with open_session(study, tmp_path) as session:
+        conductor = session.conductor("uniform")
+        session.run(conductor)
+    verified = {t.objectives(("latency_ms",))[0]: t for t in conductor.ledger.trials if t.status == "complete"}
+    middle = sorted(verified)[1]
+    assert best_within(conductor.ledger.trials, "latency_ms", middle, "latency_ms") == verified[min(verified)]
+    with pytest.raises(UserError, match="no verified trial keeps latency_ms<="):
+        best_within(conductor.ledger.trials, "latency_ms", 1e-9, "fd")
+    members = Run.open(tmp_path).compare()["searchers"][0]["front"]
+    assert {member["latency_ms"] for member in members} <= set(verified)
 
 
 def test_times_of_another_device_are_not_mixed(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
