@@ -12,14 +12,17 @@ import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nas.contracts import LoadedEvaluator, Progress, Proposal, UserError, derive_seed, digest_of, frozen
+from nas.contracts import LoadedEvaluator, Progress, Proposal, Score, UserError, derive_seed, digest_of, frozen
 from nas.ledger import Ledger, LedgerInfo
 from nas.plots import draw_losses
 from nas.report import RUN, TRAINED, Run
 from nas.session import open_session, torch_threads
 from nas.study import BASELINE, Study
+
+if TYPE_CHECKING:
+    import torch
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -33,13 +36,48 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 def adopt(evaluator: LoadedEvaluator, folder: Path) -> None:
     """Lets the evaluator's supernet run the folder's models in place of its own subnets."""
+    for name, arch in _archs(folder).items():
+        evaluator.supernet.adopt(arch, _read(folder / name))
+
+
+def _archs(folder: Path) -> dict[str, Any]:
+    """Of an exported folder's networks."""
+    plan = json.loads((folder / "schedule.json").read_text())
+    return {step["model"]: frozen(step["arch"]) for step in plan["steps"]}
+
+
+def _read(folder: Path) -> Any:
     import diffusers
 
-    plan = json.loads((folder / "schedule.json").read_text())
-    for name, arch in {step["model"]: frozen(step["arch"]) for step in plan["steps"]}.items():
-        kind = json.loads((folder / name / "config.json").read_text())["_class_name"]
-        model = getattr(diffusers, kind).from_pretrained(folder / name, low_cpu_mem_usage=False, local_files_only=True)
-        evaluator.supernet.adopt(arch, model)
+    kind = json.loads((folder / "config.json").read_text())["_class_name"]
+    return getattr(diffusers, kind).from_pretrained(folder, low_cpu_mem_usage=False, local_files_only=True)
+
+
+class Validation:
+    """The schedule's score as its training goes, on the samples and noises of the search's first rung: networks trained so far, the
+    one in training by the average of its weights, and the others as they were exported."""
+
+    def __init__(self, study: Study, searched: Path, exported: Path, device: str) -> None:
+        self.quality = study.objectives[0]
+        self._study = study
+        self._exported = exported
+        self._archs = _archs(exported)
+        self._evaluator = study.load(searched, device)
+        self._schedule = study.space.decode(tuple(json.loads((exported / "provenance.json").read_text())["genome"]))
+        trained = [name for name in self._archs if (exported / "trained" / name / "config.json").exists()]
+        self.begun = bool(trained)
+        for name in trained:
+            self._evaluator.supernet.adopt(self._archs[name], _read(exported / "trained" / name))
+
+    def __call__(self, name: str = "", average: Mapping[str, torch.Tensor] | None = None) -> Score:
+        if average is not None:
+            model = _read(self._exported / name)
+            model.load_state_dict(average)
+            self._evaluator.supernet.adopt(self._archs[name], model)
+        with torch_threads(1):
+            return self._evaluator(
+                self._schedule, self._study.evaluator.rungs[0], derive_seed(self._study.seed, "search noise")
+            )
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -60,32 +98,66 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(dict(settings), indent=1) + "\n")
 
 
-def fine_tune(ticks: Iterator[Mapping[str, Any]], folder: Path) -> Iterator[Progress]:
-    """Follows a training: `ticks` name the network, its step, how many there are, and the loss. Keeps the losses in
-    trained/losses.jsonl and draws them. Raises UserError where the loss is no number any more."""
-    log = folder / "trained" / "losses.jsonl"
+def fine_tune(
+    ticks: Iterator[Mapping[str, Any]], folder: Path, validation: Validation | None = None, every: int | None = None
+) -> Iterator[Progress]:
+    """Follows a training: `ticks` name the network, its step, how many there are, the loss and the weights' average. Keeps the losses in
+    trained/losses.jsonl, the scores of `validation`, after every so many steps of a network (a quarter of them by default) and its last
+    one, in trained/validation.jsonl, and draws both. Raises UserError where the loss is no number any more."""
+    log, scores = folder / "trained" / "losses.jsonl", folder / "trained" / "validation.jsonl"
+    known = {(row["model"], row["step"]): row for row in _rows(scores)}
+    values: dict[str, float] = {}
+
+    def validate(name: str, step: int, average: Mapping[str, torch.Tensor] | None) -> None:
+        assert validation is not None
+        if (name, step) not in known:
+            try:
+                score = validation(name, average)
+            except FloatingPointError as error:
+                raise UserError(
+                    f"the networks cannot be scored at step {step} of {name}: {error}; delete {log.parent} and lower --learning-rate"
+                ) from error
+            quality = validation.quality
+            known[name, step] = {"model": name, "step": step, quality: score.values[quality]}
+            with scores.open("a") as file:
+                file.write(json.dumps({**known[name, step], "error": score.error(quality)}) + "\n")
+        values[validation.quality] = known[name, step][validation.quality]
+
+    if validation is not None and not validation.begun and not known:
+        yield Progress("scoring the exported networks", 0, 1)
+        validate("", 0, None)
+        yield Progress("scoring the exported networks", 1, 1, values)
     for tick in ticks:
         if not math.isfinite(tick["loss"]):
             raise UserError(
                 f"the loss of {tick['model']} is {tick['loss']} at step {tick['step']}; delete {log.parent} and lower --learning-rate"
             )
         with log.open("a") as file:
-            file.write(json.dumps(dict(tick)) + "\n")
-        yield Progress(f"training {tick['model']}", tick["step"], tick["steps"], {"loss": tick["loss"]})
+            file.write(json.dumps({name: tick[name] for name in ("model", "step", "steps", "loss")}) + "\n")
+        step, last = tick["step"], tick["steps"]
+        if validation is not None and (step == last or step % (every or max(1, last // 4)) == 0):
+            validate(tick["model"], step, tick["average"])
+            draw_losses(_losses(log), _rows(scores), log.with_suffix(".png"))
+        yield Progress(f"training {tick['model']}", step, last, {"loss": tick["loss"], **values})
     if log.exists():
-        draw_losses(_losses(log), log.with_suffix(".png"))
+        draw_losses(_losses(log), _rows(scores), log.with_suffix(".png"))
 
 
 def _losses(log: Path) -> list[dict[str, Any]]:
-    """The last loss of each step: a training that was stopped repeats those after its checkpoint, and may have torn a line."""
+    """In the order of the networks' names and their steps."""
+    return sorted(_rows(log), key=lambda row: (row["model"], row["step"]))
+
+
+def _rows(log: Path) -> list[dict[str, Any]]:
+    """The last row of each step: a training that was stopped repeats those after its checkpoint, and may have torn a line."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in log.read_text().splitlines():
+    for line in log.read_text().splitlines() if log.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         found[row["model"], row["step"]] = row
-    return sorted(found.values(), key=lambda row: (row["model"], row["step"]))
+    return list(found.values())
 
 
 def score_and_book(

@@ -125,10 +125,11 @@ def draw_profile(timesteps: Sequence[int], profiles: Mapping[int, Mapping[str, f
     _save(figure, path)
 
 
-def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Losses over the steps of each network's training, smoothed over a fiftieth of them. `rows`: "model", "step", "loss"."""
-    figure = Figure(figsize=(7.5, 4), layout="constrained")
-    axes = figure.subplots()
+def draw_losses(rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Losses over the steps of each network's training, smoothed over a fiftieth of them; and the schedule's scores on the way, one network
+    after another. `rows`: "model", "step", "loss"; `scores`: "model", "step", the score by its name, and its "error"."""
+    figure = Figure(figsize=(11 if scores else 7.5, 4), layout="constrained")
+    axes, *others = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
     for number, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
         losses = np.array([row["loss"] for row in rows if row["model"] == name])
         width = max(1, len(losses) // 50)
@@ -138,6 +139,15 @@ def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     axes.set_ylabel("loss")
     axes.set_yscale("log")
     axes.legend(frameon=False, fontsize=8)
+    for right in others:
+        [quality] = set(scores[0]) - {"model", "step", "error"}
+        places = range(len(scores))
+        values, errors = ([score[name] for score in scores] for name in (quality, "error"))
+        right.errorbar(places, values, yerr=errors, fmt="o-", color=_COLOURS[0], capsize=3)
+        words = [f"{score['model']}: {score['step']}" if score["model"] else "as exported" for score in scores]
+        right.set_xticks(places, words, rotation=90, fontsize=7)
+        right.set_xlabel("network and gradient step")
+        right.set_ylabel(quality)
     _save(figure, path)
 
 

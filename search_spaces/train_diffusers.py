@@ -53,7 +53,8 @@ class Settings:
 def train(
     folder: Path, pixels: npt.NDArray[np.float32], settings: Settings, cpu: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Trains what `folder/trained` lacks; yields after each step the network's name, its step, how many there are, and the loss.
+    """Trains what `folder/trained` lacks; yields after each step the network's name, its step, how many there are, the loss, and the
+    average of its weights, which the next step changes.
 
     pixels: (n, channels, height, width) in [-1, 1].
     """
@@ -124,7 +125,7 @@ def _train_one(
             average[key].lerp_(tensor.detach().to(average[key]), 1 - decay)
         if (step + 1) % settings.checkpoint_every == 0 and accelerator.is_main_process:
             _keep(state, bare, optimiser, average, step + 1)
-        yield {"model": name, "step": step + 1, "steps": total, "loss": float(loss.detach())}
+        yield {"model": name, "step": step + 1, "steps": total, "loss": float(loss.detach()), "average": average}
     if accelerator.is_main_process:
         bare.load_state_dict(average)
         partial = folder / TRAINED / f".{name}"

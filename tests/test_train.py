@@ -21,10 +21,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from evaluators.images import Digits
-from nas.contracts import Schedule, Step
+from nas.contracts import Schedule, Step, derive_seed
 from nas.export import export
+from nas.handover import adopt
 from nas.ledger import open_storage, read_ledgers
 from nas.report import Run
+from nas.study import load_study
 from search_spaces.supernet import ElasticUNet
 from search_spaces.train_diffusers import Settings, train
 from tests.test_cli import nas, refused
@@ -193,7 +195,7 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
             "16",
         ]
         if not trained:
-            killed = subprocess.Popen([*map(str, command), "-q"])
+            killed = subprocess.Popen([*map(str, command), "--study", str(study), "--out", str(run), "-q"])
             while not (folder / "trained" / "losses.jsonl").exists():
                 assert killed.poll() is None
             killed.send_signal(signal.SIGKILL)
@@ -202,6 +204,19 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
         assert result.returncode == 0, result.stderr
         trained.append(json.loads(result.stdout))
         assert (folder / "trained" / "losses.png").exists()
+        scored = [json.loads(line) for line in (folder / "trained" / "validation.jsonl").read_text().splitlines()]
+        at = [(row["model"], row["step"]) for row in scored]
+        assert len(set(at)) == len(at)
+        assert at[0] == ("", 0)
+        losses = [json.loads(line) for line in (folder / "trained" / "losses.jsonl").read_text().splitlines()]
+        assert {(row["model"], row["steps"]) for row in losses} <= set(at)  # the end of each network's training
+        # What was scored last is what was trained, on the noises and samples of the search.
+        recipe = load_study(study)
+        evaluator = recipe.load(run, "cpu")
+        adopt(evaluator, folder / "trained")
+        genome = tuple(json.loads((folder / "provenance.json").read_text())["genome"])
+        again_scored = evaluator(recipe.space.decode(genome), 32, derive_seed(recipe.seed, "search noise"))
+        assert scored[-1]["fd"] == pytest.approx(again_scored.values["fd"], abs=1e-4)
         again = nas(*command[3:], "--study", study, "--out", run, "--json")
         assert json.loads(again.stdout)["booked"] == trained[-1]["booked"]  # booked once
         (tmp_path / "other.py").write_text(STUDY.replace("per_step(steps)", "(2, 2)"))

@@ -151,12 +151,21 @@ def train(
     ] = None,
     precision: Annotated[Precision | None, typer.Option(help="Of the networks' calls.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noises.", show_default=False)] = None,
+    validate_every: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Gradient steps of a network between two scores with --study, on its first rung's samples; 0 for none. "
+            "By default a quarter of the network's steps.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Fine-tune an exported folder's networks into EXPORT_DIR/trained, each on the timesteps it serves. The same command goes on after a stop."""
-    from nas.handover import check_origin, fine_tune, keep_settings, read_plan, score_and_book
+    from nas.handover import Validation, check_origin, fine_tune, keep_settings, read_plan, score_and_book
     from nas.study import load_study
 
     folder = export_dir.resolve()
@@ -189,7 +198,10 @@ def train(
         pixels = _pixels(images, plan["shape"])
         keep_settings(folder, settings)
         ticks = begin(folder, pixels, Settings(**settings), device == "cpu")
-        follow(bars, fine_tune(ticks, folder))
+        validation = None
+        if study is not None and searched is not None and validate_every != 0:
+            validation = Validation(study, searched, folder, device)
+        follow(bars, fine_tune(ticks, folder, validation, validate_every))
         if study is not None and searched is not None:
             facts |= follow(bars, score_and_book(study, searched, storage, folder, device))
     if as_json:
