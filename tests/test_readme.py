@@ -1,0 +1,100 @@
+"""README's commands and code, run as they are written, on the digits study made small."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SMALLER = {
+    r"Sandwich\(steps=1500\)": "Sandwich(steps=30, batch=16)",
+    r"rungs=\(512, 2048\)": "rungs=(32, 64)",
+    r"rungs=\(\d+,\)": "rungs=(32,)",
+    r"trials=60": "trials=6",
+    r"verified=10": "verified=3",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_the_study_shown_is_the_study_that_runs() -> None:
+    real = " ".join((ROOT / "studies" / "digits.py").read_text().split())
+    shown, *_ = blocks("python")
+    lines = [line.partition("#")[0].split() for line in shown.splitlines()]
+    for line in (" ".join(words) for words in lines if words):
+        if not line.startswith(("proxies=", "searchers=", "}", ")")):
+            assert line in real, f"{line!r} is not in studies/digits.py"
+
+
+def test_the_table_of_searchers_names_what_is_registered() -> None:
+    table = README.partition("## Searchers")[2].partition("## Adding a searcher")[0]
+    named = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert named | {"uniform"} == {point.name for point in entry_points(group="nas.searchers")} | {"uniform"}
+
+
+def test_files_that_are_named_exist() -> None:
+    built = README.partition("## How it is built")[2].partition("```\n\n")[0]
+    folder = ""
+    for line in built.splitlines():
+        if found := re.match(r"(\w+)/ ", line):
+            folder = found.group(1)
+        for name in re.findall(r"[\w/]+\.py\b", line) if folder else ():
+            assert (ROOT / folder / name).exists(), f"{folder}/{name}"
+    for name in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_three_jobs_run_as_written(tmp_path: Path) -> None:
+    study = (ROOT / "studies" / "digits.py").read_text()
+    for pattern, small in SMALLER.items():
+        study, count = re.subn(pattern, small, study)
+        assert count, f"{pattern} is no longer in studies/digits.py"
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "digits.py").write_text(study)
+    bin_folder = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    commands = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    assert {"run", "status", "compare", "report", "dashboard", "audit", "intervals", "export", "train", "sample"} == {
+        command.split()[1] for command in commands if command.startswith("nas ")
+    }
+    for command in commands:
+        started = time.monotonic()
+        if command.startswith("nas dashboard"):
+            serving = subprocess.Popen(shlex.split(command), cwd=tmp_path, env=environment, start_new_session=True)
+            try:
+                page = None
+                while page is None:
+                    assert serving.poll() is None
+                    try:
+                        page = urllib.request.urlopen("http://127.0.0.1:8080/dashboard", timeout=5).read()
+                    except OSError:
+                        time.sleep(0.2)
+                assert b"Optuna Dashboard" in page
+            finally:
+                os.killpg(serving.pid, signal.SIGKILL)
+                serving.wait(30)
+            continue
+        done = subprocess.run(
+            shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        print(f"{time.monotonic() - started:.1f} s: {command}")
+    for made in ("runs/digits/report/index.html", "runs/digits/report/front.png", "samples.png", "model/trained"):
+        assert (tmp_path / made).exists(), made
+    [pipeline] = [block for block in blocks("python") if "DiffusionPipeline" in block]
+    check = pipeline + "assert len(images) == 16\n"
+    subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
