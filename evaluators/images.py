@@ -155,11 +155,6 @@ def check_shape(images: ImageSet, shape: tuple[int, int, int]) -> None:
         )
 
 
-def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """[-1, 1] to 0..255, (n, channels, h, w) to (n, h, w, channels)."""
-    return np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
-
-
 def _halved(photo: npt.NDArray[np.float64], times: int) -> npt.NDArray[np.float64]:
     for _ in range(times):
         height, width = (side // 2 * 2 for side in photo.shape[:2])

@@ -200,10 +200,8 @@ def _grids(
 
 def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
     """Samples of a genome's schedule, from the noise that all grids share."""
-    from evaluators.images import to_uint8
-
     images = loaded.sample(study.space.decode(genome), SAMPLES, study.seed).cpu().numpy()
-    draw_samples(to_uint8(images), path, columns=6, scale=max(1, 64 // images.shape[-1]))
+    draw_samples(images, path, columns=6, scale=max(1, 64 // images.shape[-1]))
 
 
 def export_command(study_file: str, run: Run, searcher: str, seed: int, trial: int) -> str:

@@ -243,15 +243,20 @@ def draw_intervals(facts: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def draw_samples(images: npt.NDArray[np.uint8], path: Path, columns: int = 8, scale: int = 1) -> None:
-    """Writes a grid of (n, height, width, channels) images as PNG, each pixel `scale` pixels wide."""
+def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """[-1, 1] to 0..255, (n, channels, height, width) to (n, height, width, channels)."""
+    return np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def draw_samples(images: npt.NDArray[np.float32], path: Path, columns: int = 8, scale: int = 1) -> None:
+    """Writes a grid of (n, channels, height, width) images in [-1, 1] as PNG, each pixel `scale` pixels wide."""
     from PIL import Image
 
-    count, height, width, channels = images.shape
+    count, channels, height, width = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
     canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, dtype=np.uint8)
-    for i, image in enumerate(images):
+    for i, image in enumerate(to_uint8(images)):
         top, left = i // columns * (height + 1), i % columns * (width + 1)
         canvas[top : top + height, left : left + width] = image
     picture = canvas.repeat(scale, 0).repeat(scale, 1)

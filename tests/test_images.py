@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, check_shape, to_uint8
+from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, check_shape
 from nas.contracts import UserError
+from nas.plots import to_uint8
 
 
 def folder_of(path: Path, count: int = 16, size: int = 8, classes: int = 1) -> Path:

@@ -109,10 +109,9 @@ def sample(
     if to.suffix == ".npy":
         np.save(to, images)
     else:
-        from evaluators.images import to_uint8
         from nas.plots import draw_samples
 
-        draw_samples(to_uint8(images), to, scale=max(1, 96 // images.shape[-1]))
+        draw_samples(images, to, scale=max(1, 96 // images.shape[-1]))
     out.print(
         f"{count} images of trial {chosen.number} ({summary_of(chosen, study)}) are in {to}",
         highlight=False,
