@@ -23,7 +23,7 @@ import diffusers
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from safetensors.torch import load_file, save_file
 
 TRAINED = "trained"
@@ -271,10 +271,12 @@ def main() -> None:
     chosen = vars(parser.parse_args())
     images, cpu = chosen.pop("images"), chosen.pop("cpu")
     channels, *size = plan["shape"]
+    speaks = PartialState(cpu=cpu).is_main_process
     for tick in train(folder, read_images(images, channels, size), Settings(**chosen), cpu):
-        if tick["step"] % 50 == 0 or tick["step"] == tick["steps"]:
+        if speaks and (tick["step"] % 50 == 0 or tick["step"] == tick["steps"]):
             print(f"{tick['model']}: step {tick['step']} of {tick['steps']}, loss {tick['loss']:.4f}", flush=True)
-    print(folder / TRAINED)
+    if speaks:
+        print(folder / TRAINED)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,34 @@ def test_the_script_alone_trains_the_same(exported: Path) -> None:
     assert "holds no pictures" in wrong.stderr
 
 
+def test_two_processes_train_one_network_on_noises_of_their_own(exported: Path) -> None:
+    pictures = exported.parent / "pictures.npy"
+    np.save(pictures, Digits().load().pixels[:40])
+    alone_too = exported.parent / "one"
+    shutil.copytree(exported, alone_too)
+    options = [
+        "train_diffusers.py",
+        "--images",
+        str(pictures),
+        "--steps",
+        "12",
+        "--batch",
+        "8",
+        "--warmup",
+        "1",
+        "--cpu",
+    ]
+    pair = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options]
+    for folder, words in ((exported, pair), (alone_too, [sys.executable, *options])):
+        done = subprocess.run(words, capture_output=True, text=True, cwd=folder, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("unet_0: step 8 of 8") == 1
+    both, one = weights(exported / "trained"), weights(alone_too / "trained")
+    assert both.keys() == one.keys()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in both.values())
+    assert max(float((both[name] - one[name]).abs().max()) for name in both) > 1e-4
+
+
 STUDY = """
 from tests.conftest import *
 from dataclasses import replace

@@ -42,9 +42,9 @@ from nas.terminal import (
 def run(
     study_file: StudyFile,
     searcher: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Searcher to run, several with commas between, or `all` of the study's. Default: the first.",
+            help="Searcher to run, several with commas between or as several options, or `all` of the study's. Default: the first.",
             show_default=False,
         ),
     ] = None,
@@ -81,7 +81,8 @@ def run(
 
     study = load_study(study_file)
     first = next(iter(study.searchers), "evolution")
-    names = list(study.searchers) if searcher == "all" else list(dict.fromkeys((searcher or first).split(",")))
+    asked = ",".join(searcher or [first])
+    names = list(study.searchers) if asked == "all" else list(dict.fromkeys(asked.split(",")))
     for name in names:
         study.searcher(name)
     if dry_run:
