@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import kendalltau
+from scipy.stats import t as student
 
 from benchmarks.common import Benchmark, Target
 from evaluators.frechet import Frechet
@@ -44,7 +45,7 @@ from studies.digits import images, net
 from studies.digits import study as digits
 
 BUDGET = 0.4
-COUNTS = (10, 15, 20, 30, 40)
+COUNTS = (10, 15, 20, 25, 30, 40)
 """Sampler steps of the full net, of which the fewest that lose nothing are the reference."""
 
 NO_LOSS = 0.05
@@ -82,7 +83,7 @@ class Setting:
 
     @property
     def fresh(self) -> tuple[int, ...]:
-        """Noises on which nothing was chosen."""
+        """Noises on which no schedule was chosen."""
         return tuple(derive_seed(self.seed, i, "handover benchmark") for i in range(2 if self.quick else 3))
 
     @property
@@ -91,8 +92,8 @@ class Setting:
         return Settings(steps=20 if self.quick else 600, learning_rate=3e-4, distillation=0.0, seed=self.seed)
 
     def exported(self, schedule: Schedule) -> Path:
-        """All that matters of a schedule to its training is which net serves which timesteps."""
-        if len(schedule.archs) == 1:
+        """The full net serves all timesteps, whatever the steps."""
+        if schedule.archs == (net.anatomy.full,):
             return self.folder / "exports" / FULL
         return self.folder / "exports" / schedule.digest
 
@@ -185,7 +186,9 @@ def compared(mine: Sequence[Row], theirs: Sequence[Row]) -> Row:
     error = math.hypot(*errors) / len(errors)
     spread = jackknife_error([(sum(each) - x) / (len(each) - 1) for x in each])
     fd, other_fd = (float(np.mean([row["fd"] for row in rows])) for rows in (mine, theirs))
-    upper = (mean + 1.96 * max(error, spread)) / other_fd
+    # Of sampling, many blocks of samples tell the error; of training, as many values as there are seeds.
+    beyond = max(1.96 * error, float(student.ppf(0.975, len(each) - 1)) * spread)
+    upper = (mean + beyond) / other_fd
     return {
         "fd": fd,
         "against_fd": other_fd,
@@ -195,6 +198,7 @@ def compared(mine: Sequence[Row], theirs: Sequence[Row]) -> Row:
         "spread_over_training_seeds": spread,
         "upper_bound_share": upper,
         "no_loss": upper <= NO_LOSS,
+        "better": mean + beyond < 0,
     }
 
 
@@ -263,7 +267,9 @@ def cifar(folder: Path, quick: bool) -> Row:
     widths = (0.5, 1.0) if quick else (0.5, 0.5, 0.5, 1.0)
     timesteps = linspace(len(widths), 999, 20)
     schedule = Schedule(tuple(Step(t, recipe.uniform(w)) for t, w in zip(timesteps, widths, strict=True)))
-    return speed(loaded, schedule, folder, batch=1 if quick else 16, repeats=1 if quick else 7)
+    return speed(
+        loaded, schedule, folder / f"cifar-{schedule.digest}", batch=1 if quick else 16, repeats=1 if quick else 7
+    )
 
 
 def main() -> None:
@@ -272,7 +278,7 @@ def main() -> None:
     counts = (4, 6) if bench.quick else COUNTS
     settings = [Setting(bench.folder / f"seed-{seed}", seed, bench.quick) for seed in seeds]
     torch.set_num_threads(1)
-    efficiency = bench.row("speed, DDPM CIFAR-10", lambda: cifar(bench.folder / "cifar", bench.quick))["efficiency"]
+    efficiency = bench.row("speed, DDPM CIFAR-10", lambda: cifar(bench.folder, bench.quick))["efficiency"]
     bench.rows({f"training, seed {s.seed}": (prepare, s) for s in settings})
     bench.rows({f"full net fine-tuned, seed {s.seed}": (fine_tune, s, full_net(uniform(counts[0]))) for s in settings})
     whole = bench.rows(
@@ -367,23 +373,19 @@ def main() -> None:
         lambda: speed(
             digits_net,
             winners[settings[0]],
-            bench.folder / "digits",
+            bench.folder / f"digits-{winners[settings[0]].digest}",
             16 if bench.quick else 256,
             2 if bench.quick else 9,
         ),
-    )
-    beaten = (
-        steps_row["difference"] + 1.96 * max(steps_row["error_of_sampling"], steps_row["spread_over_training_seeds"])
-        < 0
     )
     bench.finish(
         [
             Target(
                 "saved_at_no_loss",
-                "share of the MACs that the winner saves at no loss against the full net, both fine-tuned for the same MACs, the full net with the "
+                "share of the MACs that the winner (the best of 9 trained schedules) saves at no loss against the full net, each fine-tuned for the same MACs, the full net with the "
                 "fewest steps that lose nothing and beaten with fewer, digits, 3 training seeds",
                 0.6,
-                1 - share if main_row["no_loss"] and beaten else None,
+                1 - share if main_row["no_loss"] and steps_row["better"] else None,
                 at_most=False,
             ),
             Target(

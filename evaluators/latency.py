@@ -67,7 +67,9 @@ class Timer:
         self.device = f"{fingerprint(net.device)}{threads}, {digest_of(settings.describe())}"
 
     def of_step(self, step: Step) -> list[float]:
-        """Milliseconds for an image, of each repeat; 0 where nothing runs."""
+        """Milliseconds for an image, of each repeat; 0 where nothing runs. Raises UserError for a compiled step that reuses blocks."""
+        if self._settings.compiled and step.reuse:
+            raise UserError("steps that reuse blocks are not compiled; time them with Latency(compiled=False)")
         if not self._net.macs(step.arch, step.reuse):
             return [0.0] * self._settings.repeats
         key = json.dumps([step.arch, step.reuse])
@@ -83,8 +85,6 @@ class Timer:
 
     def of_schedule(self, schedule: Schedule) -> tuple[float, tuple[float, ...]]:
         """The sum of the steps' medians, and as many replicates as there are repeats, whose spread is the error of the means."""
-        if self._settings.compiled and any(step.reuse for step in schedule.steps):
-            raise UserError("steps that reuse blocks are not compiled; time them with Latency(compiled=False)")
         times = np.array([self.of_step(step) for step in schedule.steps])
         value = float(np.median(times, axis=1).sum())
         total = times.sum(axis=0)

@@ -67,7 +67,7 @@ def export(
             raise RuntimeError(
                 f"exported models differ from the supernet by {wrong}, more than {TOLERANCE}; nothing was exported"
             )
-        failed = {name: _write_program(net, partial / name) for name in names.values()} if programs else {}
+        failed = {name: write_program(partial / name, net.image_shape) for name in names.values()} if programs else {}
         failed = {name: reason for name, reason in failed.items() if reason}
         plan = {
             "steps": [
@@ -106,30 +106,32 @@ def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path
     return worst
 
 
-def _write_program(net: LoadedSupernet, folder: Path) -> str:
-    """Writes call(sample, timestep, return_dict=False), sample: (batch, *shape), timestep: (batch,). Why it cannot, "" where it can."""
-    model = _reloaded(folder)
+class _Call(torch.nn.Module):
+    """A stock model as (sample, timestep) -> prediction, whichever class it is."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        prediction: torch.Tensor = self.net(sample, timestep, None, return_dict=False)[0]
+        return prediction
+
+
+def write_program(folder: Path, shape: Sequence[int]) -> str:
+    """Writes a model folder's model.pt2: call(sample, timestep), (batch, *shape) and (batch,), returns the prediction. Why it cannot, ""
+    where it can."""
+    model = _Call(_reloaded(folder)).eval()
     least, most = BATCHES
     batch = torch.export.Dim("batch", min=least, max=most)
-    dynamic: dict[str, Any] = {"sample": {0: batch}, "timestep": {0: batch}, "return_dict": None}
-    inputs: dict[int, tuple[Any, ...]] = {
-        count: (torch.randn((count, *net.image_shape)), torch.full((count,), len(net.alphas_cumprod) // 2))
-        for count in (least, most)
-    }
-    if _class_name(folder) == "UNet2DConditionModel":  # which asks for a condition even where no block of it reads one
-        inputs = {count: (*pair, None) for count, pair in inputs.items()}
-        dynamic["encoder_hidden_states"] = None
+    dynamic = {"sample": {0: batch}, "timestep": {0: batch}}
+    inputs = {count: (torch.randn((count, *shape)), torch.full((count,), 10)) for count in (least, most)}
     try:
-        program = torch.export.export(
-            model, inputs[least], {"return_dict": False}, dynamic_shapes=dynamic, strict=False
-        )
+        program = torch.export.export(model, inputs[least], dynamic_shapes=dynamic, strict=False)
         torch.export.save(program, folder / PROGRAM)
         again = torch.export.load(folder / PROGRAM).module()
         with torch.inference_mode():
-            worst = max(
-                float((again(*given, return_dict=False)[0] - model(*given, return_dict=False)[0]).abs().max())
-                for given in inputs.values()
-            )
+            worst = max(float((again(*given) - model(*given)).abs().max()) for given in inputs.values())
     except Exception as error:  # torch.export raises whatever its tracing meets
         worst, reason = math.inf, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     else:
@@ -228,8 +230,8 @@ To fine-tune each network on the timesteps that it serves (`train.json`), with d
 python train_diffusers.py --images folder/of/pictures
 ```
 
-Where a model folder holds model.pt2, `torch.export.load` reads the same network: module(sample, timestep, return_dict=False)[0], for batches
-of 2 to 63, timestep one for each image.
+Where a model folder holds model.pt2, `torch.export.load` reads the same network: module(sample, timestep), for batches of 2 to 63, with
+one timestep for each image.
 
 With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines.
 """

@@ -105,6 +105,12 @@ def budget_of(problem: Problem) -> float:
     return min(problem.limits.get("macs", math.inf), problem.limits.get("macs_share", math.inf) * full)
 
 
+def exact_cost(space: SearchSpace, genome: Genome) -> int:
+    """Of the schedule that it decodes to, as `interval_costs` counts."""
+    cost = space.cost(genome)
+    return round(cost[LATENCY] * NANOSECONDS) if LATENCY in cost else int(cost["macs"])
+
+
 def check_limits(limits: Mapping[str, float]) -> None:
     """Raises UserError for limits that a search cannot keep to."""
     for name in limits:

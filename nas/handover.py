@@ -69,11 +69,13 @@ class Validation:
         for name in trained:
             self._evaluator.supernet.adopt(self._archs[name], _read(exported / "trained" / name))
 
-    def __call__(self, name: str = "", average: Mapping[str, torch.Tensor] | None = None) -> Score:
-        if average is not None:
-            model = _read(self._exported / name)
-            model.load_state_dict(average)
-            self._evaluator.supernet.adopt(self._archs[name], model)
+    def take(self, name: str, average: Mapping[str, torch.Tensor]) -> None:
+        """From now on this is the network."""
+        model = _read(self._exported / name)
+        model.load_state_dict(average)
+        self._evaluator.supernet.adopt(self._archs[name], model)
+
+    def __call__(self) -> Score:
         with torch_threads(1):
             return self._evaluator(
                 self._schedule, self._study.evaluator.rungs[0], derive_seed(self._study.seed, "search noise")
@@ -108,11 +110,11 @@ def fine_tune(
     known = {(row["model"], row["step"]): row for row in _rows(scores)}
     values: dict[str, float] = {}
 
-    def validate(name: str, step: int, average: Mapping[str, torch.Tensor] | None) -> None:
+    def validate(name: str, step: int) -> None:
         assert validation is not None
         if (name, step) not in known:
             try:
-                score = validation(name, average)
+                score = validation()
             except FloatingPointError as error:
                 raise UserError(
                     f"the networks cannot be scored at step {step} of {name}: {error}; delete {log.parent} and lower --learning-rate"
@@ -125,7 +127,7 @@ def fine_tune(
 
     if validation is not None and not validation.begun and not known:
         yield Progress("scoring the exported networks", 0, 1)
-        validate("", 0, None)
+        validate("", 0)
         yield Progress("scoring the exported networks", 1, 1, values)
     for tick in ticks:
         if not math.isfinite(tick["loss"]):
@@ -135,8 +137,9 @@ def fine_tune(
         with log.open("a") as file:
             file.write(json.dumps({name: tick[name] for name in ("model", "step", "steps", "loss")}) + "\n")
         step, last = tick["step"], tick["steps"]
-        if validation is not None and (step == last or step % (every or max(1, last // 4)) == 0):
-            validate(tick["model"], step, tick["average"])
+        if validation is not None and (step == last or step % (every or -(-last // 4)) == 0):
+            validation.take(tick["model"], tick["average"])
+            validate(tick["model"], step)
             draw_losses(_losses(log), _rows(scores), log.with_suffix(".png"))
         yield Progress(f"training {tick['model']}", step, last, {"loss": tick["loss"], **values})
     if log.exists():

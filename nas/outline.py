@@ -7,6 +7,7 @@ from typing import Any
 
 from nas.genetics import budget_of, cheapest, dearest
 from nas.study import Study
+from nas.timing import calls
 
 THROUGHPUT = 40e12
 """Multiply-adds in a second that the hours are reckoned with: a quarter of what one A100 is named for in bfloat16."""
@@ -43,7 +44,7 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
         "hours": {"training": training / throughput / 3600, "search_per_searcher": search / throughput / 3600},
         "words": [
             *(
-                ["the limit on time is taken for none: calls are timed when the run begins"]
+                [f"the limit on time is taken for none: {len(calls(space)):,} calls are timed when the run begins"]
                 if study.limits_time
                 else []
             ),

@@ -4,6 +4,7 @@
 <run>/supernet/      weights, or the checkpoint of an unfinished training
 <run>/features/      the feature extractor
 <run>/learned/       what searchers learned from the supernet before they searched
+<run>/times.json     what calls take, where time is limited; <run>/latency.json: all that was timed, by device
 <run>/journal.log    the ledgers, unless --storage names another place
 <run>/report/        pictures and tables
 """
@@ -51,7 +52,8 @@ class Session:
             self._write_facts()
 
     def prepare(self, threads: int = 0) -> Iterator[Progress]:
-        """Trains the supernet and the features where they are missing, on `threads` CPU threads (0: all cores)."""
+        """Trains the supernet and the features where they are missing, on `threads` CPU threads (0: all cores), and times calls where time is
+        limited, on one."""
         with torch_threads(threads or os.cpu_count() or 1):
             yield from self.study.prepare(self.folder, self.device)
         with torch_threads(1):  # as scores are computed

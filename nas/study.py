@@ -39,7 +39,7 @@ class Study:
     """Everything a search needs, as recipes: no tensors, picklable, printable.
 
     `trials`: proposals per searcher on the first rung. `verified`: how many of them reach the last one.
-    `limits`: upper limits on exact costs, `macs` or `macs_share`. `seed`: of weights and noises; searches have `--seed`.
+    `limits`: upper limits on costs, `macs`, `macs_share` or `latency_ms`. `seed`: of weights and noises; searches have `--seed`.
     `proxies`: cheaper scores, each at its first rung, that `nas audit` compares with the evaluator.
     Raises UserError where the parts do not fit together.
     """

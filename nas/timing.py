@@ -43,11 +43,20 @@ class Timing(Protocol):
 
 class TimedSpace:
     """A space that also costs `latency_ms`, milliseconds for an image, and whose intervals are priced in nanoseconds. `times`:
-    milliseconds of each call, by `key`."""
+    milliseconds of each of its `calls`, by `key`. Raises UserError where some are missing."""
 
     def __init__(self, space: SearchSpace, times: Mapping[str, float]) -> None:
         self._space = space
-        self._times = times
+        self._digest = digest_of(dict(times))
+        steps = calls(space)
+        missing = sum(key(step) not in times for step in steps)
+        if missing:
+            raise UserError(f"{missing} of {len(steps)} calls were not timed; `nas run` goes on with it")
+        # Where a step that reuses blocks seems slower than one that computes them, that is noise.
+        self._nanoseconds = {
+            (step.arch, step.reuse): round(min(times[key(step)], times[key(Step(0, step.arch))]) * NANOSECONDS)
+            for step in steps
+        }
 
     @property
     def choices(self) -> Sequence[Choice]:
@@ -64,15 +73,14 @@ class TimedSpace:
         return self._tables if price is None else self._space.interval_costs(price)
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "TimedSpace", "space": self._space.describe(), "times": digest_of(dict(self._times))}
+        return {"class": "TimedSpace", "space": self._space.describe(), "times": self._digest}
 
     @cached_property
     def _tables(self) -> Sequence[npt.NDArray[np.int64]]:
         return self._space.interval_costs(self._price)
 
     def _price(self, step: Step) -> int:
-        # What was not timed is no call: a step that holds the prediction before.
-        return round(self._times.get(key(step), 0.0) * NANOSECONDS)
+        return self._nanoseconds[step.arch, step.reuse]
 
 
 def key(step: Step) -> str:
@@ -99,11 +107,11 @@ def measure(space: SearchSpace, timing: Timing, net: LoadedSupernet, folder: Pat
     kept: dict[str, Any] = {"device": device, "milliseconds": {}}
     if path.exists():
         kept = json.loads(path.read_text())
-    missing = [step for step in calls(space) if key(step) not in kept["milliseconds"]]
-    if missing and kept["device"] != device:
+    if kept["device"] != device:
         raise UserError(
-            f"{path} holds times of {kept['device']}, and the space has {len(missing)} calls more to be timed; go on there, or take another --out"
+            f"{path} holds times of {kept['device']}, this is {device}; go on as they were taken, or delete the file to limit searches by new times"
         )
+    missing = [step for step in calls(space) if key(step) not in kept["milliseconds"]]
     for number, step in enumerate(missing):
         yield Progress("timing calls", number, len(missing))
         kept["milliseconds"][key(step)] = timing.milliseconds(step, net, folder)

@@ -251,6 +251,9 @@ class Stepwise:
                 else:
                     total += whole
                 before = expert
+            elif not computed and computed is not None and not self.deterministic:
+                # Holds a prediction that is priced wherever its subnet is.
+                total += price(Step(0, arch, self.net.cost.graph(arch).blocks))
         return total
 
     # ----------------------------------------------------------------------------------------------------- genomes

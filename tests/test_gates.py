@@ -19,13 +19,14 @@ from evaluators.frechet import Frechet
 from evaluators.images import Digits
 from evaluators.sampling import DDIM, sample
 from nas.contracts import Problem, Schedule, Snapshot, Step, UserError
-from nas.genetics import dearest
+from nas.genetics import dearest, exact_cost
 from nas.learning import learn_once, learned_file
 from nas.ledger import open_storage, read_ledgers
 from nas.pruner import Pruner, Scorer, dissimilarity, gammas, kept_share, learn_gates, straight_through
 from nas.searchers.gates import Chooser, Gates
 from nas.session import open_session
 from nas.study import Study
+from nas.timing import TimedSpace, calls, key
 from search_spaces.intervals import per_step, uniform
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Subset, legal
@@ -216,6 +217,21 @@ def test_the_knapsack_is_exact() -> None:
     every = ((whole, a, b) for a, b in itertools.product(range(47), repeat=2))
     best = min(regret(genome) for genome in every if space.cost(genome)["macs"] <= budget)
     assert regret(made.genome("knapsack", budget)) == pytest.approx(best)
+
+
+def test_choosers_reckon_in_the_time_that_is_limited() -> None:
+    from nas.searchers.gates import _meanings
+
+    rng = np.random.default_rng(0)
+    timed = TimedSpace(SPACE, {key(step): 1.0 + float(rng.random()) for step in calls(SPACE)})
+    full = exact_cost(timed, dearest(timed))
+    problem = Problem(timed, ("fd",), {"latency_ms": 0.7 * full / 1e6})
+    meanings = _meanings(problem, DEEP_NET.initial(0), timed.decode(dearest(timed)), False)
+    made = Chooser(problem, {"keep": torch.rand((4, 9), dtype=torch.float64), **meanings})
+    assert made.budgets[1] == pytest.approx(0.7 * full)
+    for share in (0.4, 0.5, 0.6):
+        genome = made.genome("bisection", share * full)
+        assert made.budgets[0] <= exact_cost(timed, genome) <= share * full
 
 
 def test_patterns_and_widths_too_and_within_limits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -12,8 +13,14 @@ import time
 import urllib.request
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from evaluators.frechet import Frechet
+from evaluators.latency import Latency, Timed
+from nas.searchers.evolution import Evolution
+from nas.searchers.gates import Gates
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -57,6 +64,30 @@ def test_files_that_are_named_exist() -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_the_spaces_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    known: dict[str, Any] = {}
+    for module in ("digits", "digits_wide", "digits_reuse"):
+        known |= vars(importlib.import_module(f"studies.{module}"))
+    known["net"].initial(0).extract(known["net"].uniform(1.0)).save_pretrained("model")
+    for module in ("contracts", "timing"):
+        known |= vars(importlib.import_module(f"nas.{module}"))
+    for module in ("options", "patterns", "stepwise", "supernet", "training", "importance", "intervals"):
+        known |= vars(importlib.import_module(f"search_spaces.{module}"))
+    known |= {"Gates": Gates, "Evolution": Evolution, "Timed": Timed, "Latency": Latency, "Frechet": Frechet}
+    ran = 0
+    for block in blocks("python"):
+        if "Stepwise(" in block or "Timed(" in block:
+            exec(block.replace("    ...,\n", SAME), known)
+            ran += 1
+    assert ran == 4
+
+
+SAME = "".join(
+    f"    {name}=study.{name},\n" for name in ("name", "space", "supernet", "images", "training", "searchers")
+)
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_three_jobs_run_as_written(tmp_path: Path) -> None:
     study = (ROOT / "studies" / "digits.py").read_text()
@@ -76,9 +107,10 @@ def test_the_commands_of_the_three_jobs_run_as_written(tmp_path: Path) -> None:
         if command.startswith("nas dashboard"):
             serving = subprocess.Popen(shlex.split(command), cwd=tmp_path, env=environment, start_new_session=True)
             try:
-                page = None
+                page, until = None, time.monotonic() + 60
                 while page is None:
                     assert serving.poll() is None
+                    assert time.monotonic() < until
                     try:
                         page = urllib.request.urlopen("http://127.0.0.1:8080/dashboard", timeout=5).read()
                     except OSError:

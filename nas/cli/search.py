@@ -27,6 +27,7 @@ from nas.cli.options import (
     run_folder,
     worker_pool,
 )
+from nas.contracts import UserError
 from nas.terminal import (
     SearchBar,
     follow,
@@ -97,6 +98,10 @@ def run(
     folder = run_folder(study, out_dir)
     check_device(device)
     pool = worker_pool(workers, gpus_per_worker, ray_address, device)
+    if study.limits_time and gpus_per_worker and not device.startswith("cuda"):
+        raise UserError(
+            f"calls are timed on --device {device}, but workers with GPUs compute on cuda; give --device cuda too"
+        )
     with resumable(folder), open_session(study, folder, storage, device) as session:
         started = time.monotonic()
         with progress_bars(quiet) as bars:

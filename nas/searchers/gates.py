@@ -36,7 +36,7 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.genetics import IntervalCosts, budget_of, dearest, near, novel, random_genome
+from nas.genetics import IntervalCosts, budget_of, dearest, exact_cost, near, novel, random_genome
 from nas.pruner import Pruner, learn_gates
 
 Choosing = Literal["bisection", "greedy", "knapsack"]
@@ -216,7 +216,7 @@ def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: bool
             (*top[: genes.start], *option, *top[genes.stop :]) for option in product(*(range(n) for n in table.shape))
         ]
         schedules = [space.decode(genome) for genome in changed]
-        saved = [int(space.cost(top)["macs"] - space.cost(genome)["macs"]) for genome in changed]
+        saved = [exact_cost(space, top) - exact_cost(space, genome) for genome in changed]
         found[f"price.{k}"] = int(table[top[genes]]) - torch.tensor(saved)
         runs = [_running(schedule, places, names, net, finer) for schedule in schedules]
         pure = torch.tensor([set(schedule.archs) <= {arch} for schedule in schedules])
