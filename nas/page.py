@@ -19,6 +19,8 @@ from nas.plots import INK, draw_audit, draw_curves, draw_profile, draw_samples, 
 from nas.report import Run, against, cost_in_words, verified_front
 from nas.study import BASELINE, Study
 
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 MAPS = 12
 """At most so many schedules of the front are drawn."""
 
@@ -106,7 +108,7 @@ def _searched(study: Study, facts: Mapping[str, Any]) -> str:
     choices = study.space.choices
     intervals = len({choice.interval for choice in choices})
     size = sum(math.log10(len(choice.options)) for choice in choices)
-    schedules = f"10^{size:.0f}" if size > 6 else f"{round(10**size):,}"
+    schedules = f"About 10{str(round(size)).translate(SUPERSCRIPTS)}" if size > 6 else f"{round(10**size):,}"
     limits = ", ".join(f"{name} at most {limit:g}" for name, limit in study.limits.items()) or "no limit"
     samples = ", then ".join(f"{rung:,}" for rung in study.evaluator.rungs)
     return (
@@ -256,10 +258,10 @@ def _spent(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
         "scored",
         "failed",
         "MACs",
-        "saved by shared beginnings",
-        "learning MACs",
+        "saved",
+        "learning",
         "seconds",
-        "wall seconds",
+        "wall",
         "hypervolume",
     )
     rows = []
@@ -279,7 +281,11 @@ def _spent(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
             )
         )
     training = sum(stage["macs"] for stage in run.status()["training"])
-    words = [f"Training the supernet took {training:.3g} multiply-adds."] if training else []
+    words = [
+        "MACs: multiply-adds of all networks' calls; saved: the share that schedules of equal beginnings did not run again; learning: "
+        "multiply-adds before the search. Seconds are those of scoring, wall those in which at least one candidate was scored."
+    ]
+    words += [f"Training the supernet took {training:.3g} multiply-adds."] if training else []
     return {"columns": columns, "rows": rows, "words": words}
 
 
@@ -297,9 +303,9 @@ def _candidates(
         "±",
         "samples",
         "on the front",
-        "told apart from the cheaper one",
+        "told apart",
     )
-    text = {"searcher", "on the front", "told apart from the cheaper one"}
+    text = {"searcher", "on the front", "told apart"}
     rows = []
     seeds = {row: info.seed for row, (info, _) in zip(ledgers, run.ledgers, strict=True)}
     for name, trials in ledgers.items():

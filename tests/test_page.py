@@ -78,7 +78,7 @@ def test_the_page_needs_no_other_file_and_no_network(page: Path) -> None:
 
 
 def test_every_command_of_the_page_exports_its_candidate(page: Path, tmp_path: Path) -> None:
-    commands = re.findall(r"<code>nas (export [^<]*)</code>", page.read_text())
+    commands = re.findall(r"<code[^>]*>nas (export [^<]*)</code>", page.read_text())
     assert len(commands) >= 6
     words = commands[-1].split()
     words[-1] = str(tmp_path / "exported")
