@@ -309,7 +309,7 @@ def _candidates(
     rows = []
     seeds = {row: info.seed for row, (info, _) in zip(ledgers, run.ledgers, strict=True)}
     for name, trials in ledgers.items():
-        front = sorted(verified_front(trials, study.objectives), key=lambda trial: trial.cost["macs"])
+        front = verified_front(trials, study.objectives)
         cheaper = {trial.number: before for before, trial in zip([None, *front], front, strict=False)}
         for trial in trials:
             if trial.status != "complete" or trial.score is None:
