@@ -29,8 +29,8 @@ from scipy.stats import t as student
 from benchmarks.common import Benchmark, Target
 from evaluators.frechet import Frechet
 from evaluators.sampling import DDIM
-from nas.contracts import LoadedSupernet, Schedule, Score, Step, derive_seed, frozen, jackknife_error
-from nas.export import export
+from nas.contracts import LoadedSupernet, Schedule, Score, Step, derive_seed, jackknife_error
+from nas.export import archs_of, export
 from nas.handover import adopt
 from nas.searchers.knapsack import Knapsack
 from nas.session import open_session
@@ -119,8 +119,7 @@ def fine_tune(setting: Setting, schedule: Schedule) -> Row:
         folder.parent.mkdir(exist_ok=True)
         export(loaded, schedule, DDIM().describe(), {}, folder)
     plan = json.loads((folder / "train.json").read_text())
-    steps = json.loads((folder / "schedule.json").read_text())["steps"]
-    archs = {step["model"]: frozen(step["arch"]) for step in steps}
+    archs = archs_of(folder)
     teacher = loaded.macs(loaded.full_arch) if setting.tune.distillation else 0
     mean = sum(  # of one gradient step: forward and backward count thrice
         sum(stop - start for start, stop in ranges)
@@ -272,70 +271,52 @@ def cifar(folder: Path, quick: bool) -> Row:
     )
 
 
-def main() -> None:
-    bench = Benchmark("handover", __doc__ or "")
-    seeds = (0, 1) if bench.quick else (0, 1, 2)
-    counts = (4, 6) if bench.quick else COUNTS
-    settings = [Setting(bench.folder / f"seed-{seed}", seed, bench.quick) for seed in seeds]
-    torch.set_num_threads(1)
-    efficiency = bench.row("speed, DDPM CIFAR-10", lambda: cifar(bench.folder, bench.quick))["efficiency"]
-    bench.rows({f"training, seed {s.seed}": (prepare, s) for s in settings})
+def settle(bench: Benchmark, settings: Sequence[Setting], counts: Sequence[int]) -> tuple[int, list[Row]]:
+    """How many steps the full net takes, and what it then has for each training seed, fine-tuned."""
     bench.rows({f"full net fine-tuned, seed {s.seed}": (fine_tune, s, full_net(uniform(counts[0]))) for s in settings})
-    whole = bench.rows(
+    rows = bench.rows(
         {
             f"full net fine-tuned, {count} steps, seed {s.seed}": (judge, s, full_net(uniform(count)), s.fresh, True)
             for count in reversed(counts)
             for s in settings
         }
     )
-
-    def full_at(count: int) -> list[Row]:
-        return [whole[f"full net fine-tuned, {count} steps, seed {s.seed}"] for s in settings]
-
-    count, words = reference({count: full_at(count) for count in counts})
+    full = {count: [rows[f"full net fine-tuned, {count} steps, seed {s.seed}"] for s in settings] for count in counts}
+    count, words = reference(full)
     bench.row("reference", lambda: words)
-    timesteps = uniform(count)
-    found = bench.rows({f"search over {count} steps, seed {s.seed}": (search, s, timesteps) for s in settings})
-    schedules = {
-        s: [
-            s.study(timesteps).space.decode(tuple(each["genome"]))
-            for each in found[f"search over {count} steps, seed {s.seed}"]["schedules"]
-        ]
-        for s in settings
-    }
-    trained = [(s, schedule) for s in settings for schedule in schedules[s]]
-    bench.rows({f"fine-tuning {schedule.digest}, seed {s.seed}": (fine_tune, s, schedule) for s, schedule in trained})
-    chosen_on = {s: (derive_seed(s.seed, "verification noise"),) for s in settings}
-    scored = {
-        after: bench.rows(
-            {
-                f"{schedule.digest} {after} training, seed {s.seed}": (
-                    judge,
-                    s,
-                    schedule,
-                    chosen_on[s],
-                    after == "after",
-                )
-                for s, schedule in trained
-            }
-        )
-        for after in ("before", "after")
-    }
+    return count, full[count]
 
-    def scores(s: Setting, after: str) -> list[float]:
-        return [
-            scored[after][f"{schedule.digest} {after} training, seed {s.seed}"]["fd"][0] for schedule in schedules[s]
-        ]
 
-    taus = [float(kendalltau(scores(s, "before"), scores(s, "after")).statistic) for s in settings]
-    for s, tau in zip(settings, taus, strict=True):
-        pairs = zip(scores(s, "before"), scores(s, "after"), schedules[s], strict=True)
-        shown = [{"before": a, "after": b, "macs_share": _share(schedule, count)} for a, b, schedule in pairs]
-        facts = {"tau": tau, "schedules": shown}
-        bench.row(f"supernet against trained, seed {s.seed}", lambda facts=facts: facts)  # type: ignore[misc]
-    winners = {s: schedules[s][int(np.argmin(scores(s, "after")))] for s in settings}
+def train_found(bench: Benchmark, s: Setting, count: int, found: Row) -> tuple[Schedule, float]:
+    """Of what a search has found the schedule with the best score after training; and the tau of scores before and after."""
+    space = s.study(uniform(count)).space
+    schedules = [space.decode(tuple(each["genome"])) for each in found["schedules"]]
+    bench.rows({f"fine-tuning {schedule.digest}, seed {s.seed}": (fine_tune, s, schedule) for schedule in schedules})
+    seeds = (derive_seed(s.seed, "verification noise"),)
+    keys = {after: [f"{x.digest} {after} training, seed {s.seed}" for x in schedules] for after in ("before", "after")}
+    jobs = {
+        key: (judge, s, schedule, seeds, after == "after")
+        for after, names in keys.items()
+        for key, schedule in zip(names, schedules, strict=True)
+    }
+    rows = bench.rows(jobs)
+    before, trained = ([rows[key]["fd"][0] for key in keys[after]] for after in ("before", "after"))
+    tau = float(kendalltau(before, trained).statistic)
+    shown = [
+        {"before": a, "after": b, "macs_share": _share(schedule, count)}
+        for a, b, schedule in zip(before, trained, schedules, strict=True)
+    ]
+    bench.row(f"supernet against trained, seed {s.seed}", lambda: {"tau": tau, "schedules": shown})
+    return schedules[int(np.argmin(trained))], tau
+
+
+def judge_winners(
+    bench: Benchmark, winners: Mapping[Setting, Schedule], count: int, full: Sequence[Row]
+) -> tuple[Row, Row]:
+    """The winners against the full net, both fine-tuned, and against as few steps of it as have their MACs."""
     share = float(np.mean([_share(winner, count) for winner in winners.values()]))
     fewer = math.ceil(max(_share(winner, count) for winner in winners.values()) * count)
+    frozen, short = f"full net frozen, {count} steps", f"full net fine-tuned, fewer steps ({fewer})"
     judged = bench.rows(
         {
             f"{name}, seed {s.seed}": (judge, s, schedule, s.fresh, after)
@@ -343,49 +324,54 @@ def main() -> None:
             for name, schedule, after in (
                 ("winner fine-tuned", winner, True),
                 ("winner frozen", winner, False),
-                (f"full net frozen, {count} steps", full_net(timesteps), False),
-                (f"full net fine-tuned, fewer steps ({fewer})", full_net(uniform(fewer)), True),
+                (frozen, full_net(uniform(count)), False),
+                (short, full_net(uniform(fewer)), True),
             )
         }
     )
 
     def of(name: str) -> list[Row]:
-        return [judged[f"{name}, seed {s.seed}"] for s in settings]
+        return [judged[f"{name}, seed {s.seed}"] for s in winners]
 
-    main_row = bench.row(
+    tuned = bench.row(
         "winner against full net, both fine-tuned",
-        lambda: {"macs_share": share, **compared(of("winner fine-tuned"), full_at(count))},
+        lambda: {"macs_share": share, **compared(of("winner fine-tuned"), full)},
     )
     bench.row(
         "winner against full net, both frozen",
-        lambda: {"macs_share": share, **compared(of("winner frozen"), of(f"full net frozen, {count} steps"))},
+        lambda: {"macs_share": share, **compared(of("winner frozen"), of(frozen))},
     )
-    steps_row = bench.row(
+    against_fewer = bench.row(
         "winner against full net with fewer steps, both fine-tuned",
-        lambda: {
-            "steps": fewer,
-            **compared(of("winner fine-tuned"), of(f"full net fine-tuned, fewer steps ({fewer})")),
-        },
+        lambda: {"steps": fewer, **compared(of("winner fine-tuned"), of(short))},
     )
-    digits_net = net.load(settings[0].folder / "supernet", "cpu")
-    bench.row(
-        "speed, digits",
-        lambda: speed(
-            digits_net,
-            winners[settings[0]],
-            bench.folder / f"digits-{winners[settings[0]].digest}",
-            16 if bench.quick else 256,
-            2 if bench.quick else 9,
-        ),
-    )
+    return tuned, against_fewer
+
+
+def main() -> None:
+    bench = Benchmark("handover", __doc__ or "")
+    seeds = (0, 1) if bench.quick else (0, 1, 2)
+    settings = [Setting(bench.folder / f"seed-{seed}", seed, bench.quick) for seed in seeds]
+    torch.set_num_threads(1)
+    efficiency = bench.row("speed, DDPM CIFAR-10", lambda: cifar(bench.folder, bench.quick))["efficiency"]
+    bench.rows({f"training, seed {s.seed}": (prepare, s) for s in settings})
+    count, full = settle(bench, settings, (4, 6) if bench.quick else COUNTS)
+    found = bench.rows({f"search over {count} steps, seed {s.seed}": (search, s, uniform(count)) for s in settings})
+    trained = {s: train_found(bench, s, count, found[f"search over {count} steps, seed {s.seed}"]) for s in settings}
+    winners = {s: winner for s, (winner, _) in trained.items()}
+    tuned, against_fewer = judge_winners(bench, winners, count, full)
+    first, winner = next(iter(winners.items()))
+    batch, repeats = (16, 2) if bench.quick else (256, 9)
+    loaded = net.load(first.folder / "supernet", "cpu")
+    bench.row("speed, digits", lambda: speed(loaded, winner, bench.folder / f"digits-{winner.digest}", batch, repeats))
     bench.finish(
         [
             Target(
                 "saved_at_no_loss",
-                "share of the MACs that the winner (the best of 9 trained schedules) saves at no loss against the full net, each fine-tuned for the same MACs, the full net with the "
+                f"share of the MACs that the winner (the best of {SCHEDULES} trained schedules) saves at no loss against the full net, each fine-tuned for the same MACs, the full net with the "
                 "fewest steps that lose nothing and beaten with fewer, digits, 3 training seeds",
                 0.6,
-                1 - share if main_row["no_loss"] and steps_row["better"] else None,
+                1 - tuned["macs_share"] if tuned["no_loss"] and against_fewer["better"] else None,
                 at_most=False,
             ),
             Target(
@@ -399,7 +385,7 @@ def main() -> None:
                 "trained_tau",
                 f"Kendall's tau of supernet and trained scores over {SCHEDULES} schedules, mean of 3 training seeds",
                 None,
-                float(np.mean(taus)),
+                float(np.mean([tau for _, tau in trained.values()])),
                 at_most=False,
             ),
         ]

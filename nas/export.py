@@ -17,14 +17,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nas.contracts import LoadedSupernet, Schedule, Step, UserError
+from nas.contracts import LoadedSupernet, Schedule, Step, UserError, frozen
 from nas.session import package_versions
 
 TOLERANCE = 1e-5
@@ -67,8 +67,7 @@ def export(
             raise RuntimeError(
                 f"exported models differ from the supernet by {wrong}, more than {TOLERANCE}; nothing was exported"
             )
-        failed = {name: write_program(partial / name, net.image_shape) for name in names.values()} if programs else {}
-        failed = {name: reason for name, reason in failed.items() if reason}
+        failed = write_programs(partial, names.values(), net.image_shape) if programs else {}
         plan = {
             "steps": [
                 {"timestep": step.timestep, "model": names[step.arch], "arch": step.arch, "reuse": step.reuse}
@@ -94,7 +93,7 @@ def export(
 
 def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path) -> float:
     """Largest output difference between the model as reloaded from disk and the supernet's subnet, on fixed inputs."""
-    reloaded = _reloaded(folder).to(net.device)
+    reloaded = read_model(folder).to(net.device)
     x = torch.randn((4, *net.image_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
     worst = 0.0
     for step in schedule.steps:
@@ -118,14 +117,26 @@ class _Call(torch.nn.Module):
         return prediction
 
 
-def write_program(folder: Path, shape: Sequence[int]) -> str:
-    """Writes a model folder's model.pt2: call(sample, timestep), (batch, *shape) and (batch,), returns the prediction. Why it cannot, ""
-    where it can."""
-    model = _Call(_reloaded(folder)).eval()
+def archs_of(folder: Path) -> dict[str, Any]:
+    """What each network of an exported folder is, by its name."""
+    plan = json.loads((folder / "schedule.json").read_text())
+    return {step["model"]: frozen(step["arch"]) for step in plan["steps"]}
+
+
+def write_programs(folder: Path, names: Iterable[str], shape: Sequence[int]) -> dict[str, str]:
+    """Writes model.pt2 into these model folders: call(sample, timestep), (batch, *shape) and (batch,), returns the prediction. Returned is
+    why there is none, for each of which that is so."""
+    reasons = {name: _write_program(folder / name, shape) for name in names}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _write_program(folder: Path, shape: Sequence[int]) -> str:
+    model = _Call(read_model(folder)).eval()
     least, most = BATCHES
     batch = torch.export.Dim("batch", min=least, max=most)
     dynamic = {"sample": {0: batch}, "timestep": {0: batch}}
-    inputs = {count: (torch.randn((count, *shape)), torch.full((count,), 10)) for count in (least, most)}
+    noise = torch.randn((most, *shape), generator=torch.Generator().manual_seed(0))
+    inputs = {count: (noise[:count], torch.full((count,), 10)) for count in (least, most)}
     try:
         program = torch.export.export(model, inputs[least], dynamic_shapes=dynamic, strict=False)
         torch.export.save(program, folder / PROGRAM)
@@ -142,7 +153,8 @@ def write_program(folder: Path, shape: Sequence[int]) -> str:
     return reason
 
 
-def _reloaded(folder: Path) -> Any:
+def read_model(folder: Path) -> Any:
+    """The stock model of a folder."""
     import diffusers
 
     kind = getattr(diffusers, _class_name(folder))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.contracts import LoadedEvaluator, Progress, Proposal, Score, UserError, derive_seed, digest_of, frozen
+from nas.export import archs_of, read_model
 from nas.ledger import Ledger, LedgerInfo
 from nas.plots import draw_losses
 from nas.report import RUN, TRAINED, Run
@@ -36,21 +37,8 @@ def read_plan(folder: Path) -> dict[str, Any]:
 
 def adopt(evaluator: LoadedEvaluator, folder: Path) -> None:
     """Lets the evaluator's supernet run the folder's models in place of its own subnets."""
-    for name, arch in _archs(folder).items():
-        evaluator.supernet.adopt(arch, _read(folder / name))
-
-
-def _archs(folder: Path) -> dict[str, Any]:
-    """Of an exported folder's networks."""
-    plan = json.loads((folder / "schedule.json").read_text())
-    return {step["model"]: frozen(step["arch"]) for step in plan["steps"]}
-
-
-def _read(folder: Path) -> Any:
-    import diffusers
-
-    kind = json.loads((folder / "config.json").read_text())["_class_name"]
-    return getattr(diffusers, kind).from_pretrained(folder, low_cpu_mem_usage=False, local_files_only=True)
+    for name, arch in archs_of(folder).items():
+        evaluator.supernet.adopt(arch, read_model(folder / name))
 
 
 class Validation:
@@ -61,17 +49,17 @@ class Validation:
         self.quality = study.objectives[0]
         self._study = study
         self._exported = exported
-        self._archs = _archs(exported)
+        self._archs = archs_of(exported)
         self._evaluator = study.load(searched, device)
         self._schedule = study.space.decode(tuple(json.loads((exported / "provenance.json").read_text())["genome"]))
         trained = [name for name in self._archs if (exported / "trained" / name / "config.json").exists()]
         self.begun = bool(trained)
         for name in trained:
-            self._evaluator.supernet.adopt(self._archs[name], _read(exported / "trained" / name))
+            self._evaluator.supernet.adopt(self._archs[name], read_model(exported / "trained" / name))
 
     def take(self, name: str, average: Mapping[str, torch.Tensor]) -> None:
         """From now on this is the network."""
-        model = _read(self._exported / name)
+        model = read_model(self._exported / name)
         model.load_state_dict(average)
         self._evaluator.supernet.adopt(self._archs[name], model)
 

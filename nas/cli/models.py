@@ -164,7 +164,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Fine-tune an exported folder's networks into EXPORT_DIR/trained, each on the timesteps it serves. The same command goes on after a stop."""
-    from nas.export import PROGRAM, write_program
+    from nas.export import PROGRAM, write_programs
     from nas.handover import Validation, check_origin, fine_tune, keep_settings, read_plan, score_and_book
     from nas.study import load_study
 
@@ -202,11 +202,9 @@ def train(
         if study is not None and searched is not None and validate_every != 0:
             validation = Validation(study, searched, folder, device)
         follow(bars, fine_tune(ticks, folder, validation, validate_every))
-        for name in plan["timesteps"]:
-            if (folder / name / PROGRAM).exists() and (
-                reason := write_program(folder / "trained" / name, plan["shape"])
-            ):
-                notes.print(f"trained/{name} has no model.pt2: {reason}", highlight=False, soft_wrap=True)
+        programs = [name for name in plan["timesteps"] if (folder / name / PROGRAM).exists()]
+        for name, reason in write_programs(folder / "trained", programs, plan["shape"]).items():
+            notes.print(f"trained/{name} has no model.pt2: {reason}", highlight=False, soft_wrap=True)
         if study is not None and searched is not None:
             facts |= follow(bars, score_and_book(study, searched, storage, folder, device))
     if as_json:
