@@ -14,9 +14,9 @@ import jinja2
 from markupsafe import Markup
 
 from nas.contracts import Genome, Trial
-from nas.genetics import LATENCY, dearest, uniform_genomes
+from nas.genetics import LATENCY, dearest
 from nas.plots import INK, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
-from nas.report import Run, against, cost_in_words, verified_front
+from nas.report import Run, Scale, against, cost_in_words, verified_front
 from nas.study import BASELINE, Study
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -35,7 +35,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
     facts = run.compare()
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], run.ledgers, strict=True)}
     quality = study.objectives[0]
-    draw_scores(ledgers, run.facts, facts["label"], folder / "fronts.svg")
+    draw_scores(ledgers, run.facts, run.scale, facts["label"], folder / "fronts.svg")
     draw_curves(facts["searchers"], facts["area_until_macs"], folder / "compute.svg")
     best = _best_searcher(facts)
     full = _full(ledgers.get(BASELINE, ()))
@@ -44,12 +44,13 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         study=study.name,
         searched=_searched(study, facts),
         label=facts["label"],
-        cards=_cards(winner, full, quality),
+        compared_by=facts["compared_by"],
+        cards=_cards(winner, full, quality, run.scale),
         front=_inline(folder / "fronts.svg"),
         curves=_inline(folder / "compute.svg"),
         mapped=best,
         maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
-        grids=_grids(study, loaded, winner, full, folder) if winner else [],
+        grids=_grids(study, loaded, winner[1], ledgers.get(BASELINE, ()), run.scale, folder) if winner else [],
         audit=_audit(run.folder, folder),
         trained=_trained(facts["trained"], quality),
         spent=_spent(run, facts),
@@ -117,7 +118,7 @@ def _searched(study: Study, facts: Mapping[str, Any]) -> str:
     )
 
 
-def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str) -> list[dict[str, str]]:
+def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str, scale: Scale) -> list[dict[str, str]]:
     cards = []
     if winner is not None:
         name, trial = winner
@@ -126,14 +127,11 @@ def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str) -
         cards.append(
             {"what": f"best {quality} within the limits", "value": shown, "words": f"{name}, trial {trial.number}"}
         )
-        [milliseconds] = trial.objectives((LATENCY,))
         cards.append(
             {
-                "what": "of the full network's MACs",
-                "value": f"{trial.cost['macs_share']:.1%}",
-                "words": "at every step together"
-                if math.isnan(milliseconds)
-                else f"{milliseconds:.3g} ms an image, all steps together",
+                "what": f"of the full network's {scale.words}",
+                "value": f"{scale.share(trial):.1%}",
+                "words": f"all steps together: {cost_in_words(trial)}",
             }
         )
     if full is not None:
@@ -177,26 +175,25 @@ def draw_schedule(study: Study, genome: Genome, path: Path) -> None:
 def _grids(
     study: Study,
     loaded: Any,
-    winner: tuple[str, Trial],
-    full: Trial | None,
+    winner: Trial,
+    uniform: Sequence[Trial],
+    scale: Scale,
     folder: Path,
 ) -> list[dict[str, str]]:
-    """The full network, the winner, and one option at every step that costs as much."""
-    chosen = winner[1]
-    same = [g for g in uniform_genomes(study.space) if study.space.cost(g)["macs"] <= chosen.cost["macs"]]
-    shown = [("best within the limits", chosen.genome)]
+    """The full network, the winner, and one option at every step that costs no more."""
+    full = _full(uniform)
+    same = [trial for trial in uniform if trial.scored and scale.share(trial) <= scale.share(winner)]
+    shown = [("best within the limits", winner)]
     if full is not None:
-        shown.insert(0, ("full network", full.genome))
+        shown.insert(0, ("full network", full))
     if same:
-        shown.append(("one option at every step, no dearer", same[-1]))
+        shown.append(("one option at every step, no dearer", max(same, key=scale.share)))
     grids = []
-    for title, genome in shown:
+    for title, trial in shown:
         picture = folder / f"samples-{title.partition(' ')[0]}.png"
-        draw_grid(study, loaded, genome, picture)
+        draw_grid(study, loaded, trial.genome, picture)
         data = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
-        grids.append(
-            {"title": title, "picture": data, "words": f"{study.space.cost(genome)['macs_share']:.1%} of the MACs"}
-        )
+        grids.append({"title": title, "picture": data, "words": cost_in_words(trial)})
     return grids
 
 

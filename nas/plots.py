@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nas.contracts import Trial
-from nas.report import against, verified_front
+from nas.report import Scale, against, verified_front
 
 INK = "#0a0b0c"
 """What is neither data nor ground; a page that shows a picture replaces it by its own ink."""
@@ -38,18 +38,18 @@ _COLOURS = ("#1f6f8b", "#c8553d", "#5b8c5a", "#8d6a9f", "#d19c1d", "#4a4a4a")
 _BASELINE_COLOUR = "#9a9a9a"
 
 
-def draw_front(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], label: str, path: Path) -> None:
-    """The verified trials of each searcher over the share of MACs, their front with error bars, the uniform schedules,
+def draw_front(
+    ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], scale: Scale, label: str, path: Path
+) -> None:
+    """The verified trials of each searcher over their share of the scale's cost, their front with error bars, the uniform schedules,
     and below it which option each member of the best front runs at which interval.
 
     `facts` is what `study.json` holds; `label` names the measured objective.
     """
-    objectives, limits, baseline = facts["objectives"], facts["limits"], facts["baseline"]
+    objectives, baseline = facts["objectives"], facts["baseline"]
     figure = Figure(figsize=(7.5, 7.2), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
-    _draw_scores(top, ledgers, objectives, baseline)
-    _draw_limit(top, limits)
-    top.set_xlabel("share of the full network's MACs")
+    _draw_scores(top, ledgers, facts, scale)
     top.set_ylabel(
         label + "\n(lower is better; bars: ± 1 standard error;\nhollow: not told apart from the next cheaper)"
     )
@@ -58,7 +58,7 @@ def draw_front(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any],
     if shown is None:
         bottom.set_axis_off()
     else:
-        _draw_schedules(figure, bottom, fronts[shown], facts["choices"])
+        _draw_schedules(figure, bottom, fronts[shown], facts["choices"], scale)
         bottom.set_title(f"which option runs when, for the front of {shown}", fontsize=10)
     _save(figure, path)
 
@@ -89,13 +89,13 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], until: float, path: Path) -> 
     _save(figure, path)
 
 
-def draw_scores(ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], label: str, path: Path) -> None:
+def draw_scores(
+    ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], scale: Scale, label: str, path: Path
+) -> None:
     """The upper half of `draw_front` alone."""
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.subplots()
-    _draw_scores(axes, ledgers, facts["objectives"], facts["baseline"])
-    _draw_limit(axes, facts["limits"])
-    axes.set_xlabel("share of the full network's MACs")
+    _draw_scores(axes, ledgers, facts, scale)
     axes.set_ylabel(label)
     _save(figure, path)
 
@@ -264,14 +264,15 @@ def draw_samples(images: npt.NDArray[np.float32], path: Path, columns: int = 8, 
     Image.fromarray(picture[..., 0] if channels == 1 else picture).save(path)
 
 
-def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], objectives: Sequence[str], baseline: str) -> None:
+def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], scale: Scale) -> None:
+    objectives, baseline = facts["objectives"], facts["baseline"]
     quality = objectives[0]
     colours = iter(_COLOURS * len(ledgers))
     for name, trials in ledgers.items():
-        done = sorted((t for t in trials if t.status == "complete"), key=lambda t: t.cost["macs"])
+        done = sorted((t for t in trials if t.status == "complete"), key=scale.share)
         if not done:
             continue
-        x, y, error = _points(done, quality)
+        x, y, error = _points(done, quality, scale)
         if name == baseline:
             axes.errorbar(
                 x,
@@ -289,8 +290,8 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], objectives:
             continue
         colour = next(colours)
         axes.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
-        front = sorted(verified_front(trials, objectives), key=lambda t: t.cost["macs"])
-        x, y, error = _points(front, quality)
+        front = sorted(verified_front(trials, objectives), key=scale.share)
+        x, y, error = _points(front, quality, scale)
         axes.errorbar(
             x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3
         )
@@ -298,20 +299,18 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], objectives:
         ties = [i for i, found in enumerate(compared, 1) if found and not found["conclusive"]]
         axes.plot([x[i] for i in ties], [y[i] for i in ties], "o", color="white", markersize=3, zorder=4)
     axes.set_xlim(0, 1.03)
+    axes.set_xlabel(f"share of the full network's {scale.words}")
+    if scale.cost in facts["limits"]:
+        limit = facts["limits"][scale.cost] / scale.full
+        axes.axvline(limit, color=INK, linewidth=0.8, linestyle="-.")
+        axes.annotate(
+            "limit", (limit, 1), (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9
+        )
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
 
 
-def _draw_limit(axes: Axes, limits: Mapping[str, float]) -> None:
-    if "macs_share" in limits:
-        place = (limits["macs_share"], 1)
-        axes.axvline(place[0], color=INK, linewidth=0.8, linestyle="-.")
-        axes.annotate(
-            "limit", place, (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9
-        )
-
-
-def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices: Sequence[Any]) -> None:
+def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices: Sequence[Any], scale: Scale) -> None:
     options = [option for _, option in choices]
     alike = all(option == options[0] for option in options) and len(options[0]) <= 8
     genes = np.array([trial.genome for trial in trials], dtype=float)
@@ -319,8 +318,8 @@ def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices
         genes /= np.maximum([len(option) - 1 for option in options], 1)
     highest = max(map(len, options)) - 1 if alike else 1
     image = axes.imshow(genes, aspect="auto", cmap="YlGnBu", vmin=0, vmax=highest, interpolation="nearest")
-    axes.set_yticks(range(len(trials)), [f"#{t.number}  {t.cost['macs_share']:.2f}" for t in trials])
-    axes.set_ylabel("trial, share of MACs")
+    axes.set_yticks(range(len(trials)), [f"#{t.number}  {scale.share(t):.2f}" for t in trials])
+    axes.set_ylabel(f"trial, share of {scale.words}")
     homes = [name.rpartition(".")[0] or name for name, _ in choices]
     if len(set(homes)) == len(choices):
         axes.set_xlabel("interval, noisy to clean")
@@ -337,7 +336,7 @@ def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices
     bar.set_label(choices[0][0].rpartition(".")[2] if alike else "option")
 
 
-def _points(trials: Sequence[Trial], quality: str) -> tuple[list[float], list[float], list[float]]:
+def _points(trials: Sequence[Trial], quality: str, scale: Scale) -> tuple[list[float], list[float], list[float]]:
     scores = [trial.score for trial in trials if trial.score is not None]
-    x = [trial.cost["macs_share"] for trial in trials]
+    x = [scale.share(trial) for trial in trials]
     return x, [score.values[quality] for score in scores], [score.error(quality) for score in scores]

@@ -25,7 +25,7 @@ TRAINED = "trained"
 """Searcher of the ledger of schedules trained after export."""
 
 SHARES = (0.25, 0.4, 0.5, 0.6)
-"""Budgets, as shares of the full net's MACs, at which searchers are compared."""
+"""Budgets, as shares of what the full net takes, at which searchers are compared."""
 
 
 def best_within(trials: Sequence[Trial], name: str, limit: float, objective: str) -> Trial:
@@ -61,6 +61,23 @@ def verified_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[T
 
 
 @dataclass(frozen=True)
+class Scale:
+    """The cost that schedules are compared by, as a share of the full net's at every step: multiply-adds, or time where that is limited."""
+
+    words: str
+    cost: str
+    full: float
+
+    @property
+    def name(self) -> str:
+        """Of the share."""
+        return self.cost.partition("_")[0] + "_share"
+
+    def share(self, trial: Trial) -> float:
+        return trial.cost[self.cost] / self.full
+
+
+@dataclass(frozen=True)
 class Run:
     """A run folder as it stands. Reads neither torch nor ray nor the study file."""
 
@@ -84,6 +101,15 @@ class Run:
         ledgers = read_ledgers(opened, facts["study"])
         trained = [trial for info, trials in ledgers if info.searcher == TRAINED for trial in trials]
         return cls(folder, facts, [ledger for ledger in ledgers if ledger[0].searcher != TRAINED], trained)
+
+    @property
+    def scale(self) -> Scale:
+        """What its schedules are compared by. The full net's time is that of the dearest uniform schedule."""
+        if LATENCY not in self.facts["limits"]:
+            return Scale("MACs", "macs_share", 1.0)
+        uniform = [t for info, trials in self.ledgers for t in trials if info.searcher == self.facts["baseline"]]
+        known = uniform or [t for _, trials in self.ledgers for t in trials]
+        return Scale("time", LATENCY, max((t.cost[LATENCY] for t in known), default=1.0))
 
     def status(self) -> dict[str, Any]:
         """Counts by state for each ledger."""
@@ -124,7 +150,7 @@ class Run:
         Each front member is compared with the next cheaper one, each best within a budget with the best of all searchers, on the
         same noise: where the paired difference is within two standard errors, `words` say that it is inconclusive.
         """
-        quality = self.facts["objectives"][0]
+        quality, scale = self.facts["objectives"][0], self.scale
         reference = self._reference(quality)
         curves = self._curves(quality)
         common = min(
@@ -134,7 +160,7 @@ class Run:
         for info, trials in self.ledgers:
             done = [t for t in trials if t.scored and t.score is not None]
             best = verified_front(trials, info.objectives)
-            points = [t.objectives((quality, "macs_share")) for t in best]
+            points = [(*t.objectives((quality,)), scale.share(t)) for t in best]
             rows.append(
                 {
                     "searcher": _label(info),
@@ -143,7 +169,7 @@ class Run:
                     "probes": sum("probe" in t.origin for t in done),
                     "failed": sum(t.status == "failed" for t in trials),
                     "front": [
-                        {**_member(t, quality), "against_cheaper": against(t, cheaper, quality)}
+                        {**_member(t, quality, scale), "against_cheaper": against(t, cheaper, quality)}
                         for t, cheaper in zip(best, [None, *best], strict=False)
                     ],
                     "hypervolume": hypervolume(points, reference) if points else 0.0,
@@ -165,7 +191,8 @@ class Run:
             "study": self.facts["study"],
             "objective": quality,
             "label": self.label(quality),
-            "hypervolume_reference": dict(zip((quality, "macs_share"), reference, strict=True)),
+            "compared_by": scale.words,
+            "hypervolume_reference": dict(zip((quality, scale.name), reference, strict=True)),
             "area_until_macs": common,
             "searchers": rows,
             "over_seeds": self._over_seeds(rows, quality),
@@ -201,11 +228,12 @@ class Run:
         return {"schedules": rows, "tau": tau}
 
     def _curves(self, quality: str) -> dict[str, list[tuple[float, float]]]:
-        """By ledger; against the worst feasible score of any ledger's first rung, and all of the full net's MACs."""
+        """By ledger; against the worst feasible score of any ledger's first rung, and all that the full net takes."""
+        scale = self.scale
 
-        def first_rung(info: LedgerInfo, trials: Sequence[Trial]) -> list[tuple[float, float]]:
+        def first_rung(info: LedgerInfo, trials: Sequence[Trial]) -> list[tuple[float, ...]]:
             within = [t for t in trials if t.scored and t.rung == info.rungs[0] and not _over(t)]
-            return [t.objectives((quality, "macs_share")) for t in within]  # type: ignore[misc]
+            return [(*t.objectives((quality,)), scale.share(t)) for t in within]
 
         worst = max((value for ledger in self.ledgers for value, _ in first_rung(*ledger)), default=0.0) * 1.0001
         found = {}
@@ -250,14 +278,14 @@ class Run:
         return labels[0] if labels else quality
 
     def _reference(self, quality: str) -> tuple[float, float]:
-        """Worst verified quality of the run, and all of the full net's MACs: the same for every searcher."""
+        """Worst verified quality of the run, and all that the full net takes: the same for every searcher."""
         worst = [t.objectives((quality,))[0] for _, trials in self.ledgers for t in trials if t.status == "complete"]
         return (max(worst) * 1.0001 if worst else 0.0), 1.0001
 
-    @staticmethod
-    def _best(trials: Sequence[Trial], share: float, quality: str) -> dict[str, Any] | None:
-        within = [t for t in trials if t.status == "complete" and t.cost["macs_share"] <= share]
-        return _member(min(within, key=lambda t: t.objectives((quality,))[0]), quality) if within else None
+    def _best(self, trials: Sequence[Trial], share: float, quality: str) -> dict[str, Any] | None:
+        scale = self.scale
+        within = [t for t in trials if t.status == "complete" and scale.share(t) <= share]
+        return _member(min(within, key=lambda t: t.objectives((quality,))[0]), quality, scale) if within else None
 
     def _mark_leaders(self, rows: Sequence[dict[str, Any]], quality: str) -> None:
         """Says for each searcher's best within each budget how it stands against the best of all searchers."""
@@ -271,13 +299,14 @@ class Run:
                     member["against_leader"] = None if trial is leader else against(trial, leader, quality)
 
 
-def _member(trial: Trial, quality: str) -> dict[str, Any]:
+def _member(trial: Trial, quality: str, scale: Scale) -> dict[str, Any]:
     assert trial.score is not None
     [milliseconds] = trial.objectives((LATENCY,))
     return {
         "trial": trial.number,
         "genome": trial.genome,
         "macs_share": trial.cost["macs_share"],
+        scale.name: scale.share(trial),
         "cost": cost_in_words(trial),
         **({LATENCY: milliseconds} if not math.isnan(milliseconds) else {}),
         quality: trial.score.values[quality],

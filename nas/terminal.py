@@ -168,7 +168,9 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
             *spent,
         )
     budgets = list(rows[0]["best_within"]) if rows else []
-    best = _table(f"best verified {facts['objective']} ± standard error (trial) within a share of the full net's MACs")
+    best = _table(
+        f"best verified {facts['objective']} ± standard error (trial) within a share of the full net's {facts['compared_by']}"
+    )
     best.add_column("searcher", no_wrap=True)
     for budget in budgets:
         best.add_column(f"{float(budget):.0%}", justify="right", no_wrap=True)

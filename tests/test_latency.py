@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from evaluators.images import Digits
 from evaluators.latency import FILE, Latency, Timed, Timer
 from nas.contracts import Schedule, Step, UserError
 from nas.genetics import cheapest, dearest, exact_cost
+from nas.plots import draw_scores
 from nas.report import Run, best_within, cost_in_words
 from nas.session import open_session
 from nas.study import Study
@@ -100,41 +102,66 @@ def test_latency_is_an_objective_of_a_search(tiny_study: Study, tiny_run: Path, 
         assert times[genome] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("searcher", ["evolution", "random"])
-def test_a_search_keeps_to_a_limit_on_time(
-    tiny_study: Study, tiny_run: Path, tmp_path: Path, searcher: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def limited(tiny_study: Study, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """A study under a limit on time, prepared in `tmp_path`, its three calls given times: a busy machine may measure anything."""
     for part in ("supernet", "features"):
         (tmp_path / part).symlink_to(tiny_run / part)
-    evaluator = Timed(tiny_study.evaluator, SETTINGS)
     torch.set_num_threads(1)
-    study = replace(tiny_study, evaluator=evaluator, limits={"latency_ms": 1e-6})
+    study = replace(tiny_study, evaluator=Timed(tiny_study.evaluator, SETTINGS), limits={"latency_ms": 1e-6})
     with open_session(study, tmp_path) as session:
         ticks = [tick for tick in session.prepare(threads=1) if tick.what == "timing calls"]
         assert ticks[-1].total == 3  # one for each width
         with pytest.raises(UserError, match="cannot be met: the cheapest schedule"):
-            session.conductor(searcher)
+            session.conductor("random")
     kept = json.loads((tmp_path / "times.json").read_text())
     assert all(time > 0 for time in kept["milliseconds"].values())
-    # A busy machine may measure anything; what follows is about keeping to it.
     times = {call: float(4 ** json.loads(call)[0][0][0]) for call in kept["milliseconds"]}
     (tmp_path / "times.json").write_text(json.dumps({**kept, "milliseconds": times}))
-    limit = 0.6 * len(study.space.timesteps) * max(times.values())  # type: ignore[attr-defined]
-    study = replace(study, limits={"latency_ms": limit})
     monkeypatch.setattr(Timer, "_measure", lambda self, step: pytest.fail("measured already"))
+    most = len(study.space.timesteps) * max(times.values())  # type: ignore[attr-defined]
+    study = replace(study, limits={"latency_ms": 0.6 * most})
     with open_session(study, tmp_path) as session:
         for _ in session.prepare(threads=1):
             pass
+    return study
+
+
+@pytest.mark.parametrize("searcher", ["evolution", "random"])
+def test_a_search_keeps_to_a_limit_on_time(limited: Study, tmp_path: Path, searcher: str) -> None:
+    with open_session(limited, tmp_path) as session:
         conductor = session.conductor(searcher, trials=6)
         session.run(conductor)
         ledger = session.conductor(searcher, trials=6).ledger
+    times, limit = json.loads((tmp_path / "times.json").read_text())["milliseconds"], limited.limits["latency_ms"]
     scored = [trial for trial in ledger.trials if trial.scored]
     assert len(scored) >= 6
     assert all(trial.cost["latency_ms"] <= limit and trial.violations["latency_ms"] <= 0 for trial in scored)
     for trial in scored:
-        archs = [step.arch for step in study.space.decode(trial.genome).steps]
+        archs = [step.arch for step in limited.space.decode(trial.genome).steps]
         assert cost_in_words(trial).endswith(f"{trial.cost['latency_ms']:.3g} ms an image")
         assert trial.cost["latency_ms"] == pytest.approx(sum(times[json.dumps([arch, []])] for arch in archs), abs=1e-5)
+
+
+def test_searches_under_a_limit_on_time_are_compared_by_time(limited: Study, tmp_path: Path) -> None:
+    with open_session(limited, tmp_path) as session:
+        for name in ("uniform", "random"):
+            session.run(session.conductor(name, trials=6))
+    run = Run.open(tmp_path)
+    full = max(trial.cost["latency_ms"] for _, trials in run.ledgers for trial in trials)
+    found = run.compare()
+    assert found["compared_by"] == "time"
+    for (_, trials), row in zip(run.ledgers, found["searchers"], strict=True):
+        for share, best in row["best_within"].items():
+            within = [t for t in trials if t.status == "complete" and t.cost["latency_ms"] <= float(share) * full]
+            assert (best is None) == (not within)
+            if best is not None:
+                assert best["fd"] == min(t.objectives(("fd",))[0] for t in within)
+                assert best["latency_share"] == pytest.approx(best["latency_ms"] / full)
+    ledgers = {row["searcher"]: trials for row, (_, trials) in zip(found["searchers"], run.ledgers, strict=True)}
+    draw_scores(ledgers, run.facts, run.scale, "FD", tmp_path / "front.svg")
+    texts = re.findall(r"<text[^>]*>([^<]*)<", (tmp_path / "front.svg").read_text())
+    assert {"share of the full network's time", "limit", "full network"} <= set(texts)
 
 
 def test_the_best_within_a_time_is_found_measured_or_limited(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
     facts = found.compare()
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], found.ledgers, strict=True)}
     picture = run_dir / "report" / "front.png"
-    draw_front(ledgers, found.facts, facts["label"], picture)
+    draw_front(ledgers, found.facts, found.scale, facts["label"], picture)
     curves = run_dir / "report" / "curves.png"
     draw_curves(facts["searchers"], facts["area_until_macs"], curves)
     return {**facts, "picture": str(picture), "curves": str(curves)}
