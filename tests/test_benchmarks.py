@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 
-from benchmarks import ddsm_loop, digits_table, pareto_problems
+from benchmarks import ddsm_loop, digits_table, handover, pareto_problems
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet, Moments
 from evaluators.images import Digits
@@ -98,3 +99,43 @@ def test_test_problems_have_their_published_fronts() -> None:
     assert values[0] == pytest.approx([1, 0, 0], abs=1e-12)
     corners[:, 2:] = 0.0
     assert (pareto_problems.dtlz2(corners) ** 2).sum(1) == pytest.approx(np.full(4, 3.5**2))
+
+
+@pytest.mark.parametrize("seeds", [3, 8])
+def test_no_loss_is_told_by_students_interval_over_training_seeds(seeds: int) -> None:
+    draw = np.random.default_rng(seeds)
+    theirs = draw.normal(1.0, 0.05, seeds)
+    mine = theirs + draw.normal(0.0, 0.02, seeds)
+
+    def row(value: float) -> dict[str, Any]:
+        return {"fd": [value, value], "replicates": [[value - 1e-6, value + 1e-6]] * 2}
+
+    found = handover.compared([row(x) for x in mine], [row(x) for x in theirs])
+    interval = ttest_1samp(mine - theirs, 0).confidence_interval(0.95)
+    assert found["of_each_training_seed"] == pytest.approx(mine - theirs)
+    assert found["upper_bound_share"] == pytest.approx(interval.high / theirs.mean())
+    assert found["no_loss"] == (interval.high <= 0.05 * theirs.mean())
+    assert handover.compared([row(x - 0.2) for x in mine], [row(x) for x in theirs])["better"]
+
+
+def test_the_error_of_sampling_can_forbid_what_training_seeds_would_allow() -> None:
+    same = {"fd": [1.0], "replicates": [[0.9, 1.1]]}
+    other = {"fd": [1.0], "replicates": [[1.1, 0.9]]}
+    found = handover.compared([same] * 3, [other] * 3)
+    assert found["spread_over_training_seeds"] == 0
+    assert found["upper_bound_share"] == pytest.approx(1.96 * found["error_of_sampling"])
+    assert not found["no_loss"]
+
+
+def test_the_reference_takes_the_fewest_steps_that_lose_nothing_against_any_more() -> None:
+    def rows(value: float) -> list[dict[str, Any]]:
+        return [{"fd": [value + i], "replicates": [[value + i] * 2]} for i in range(3)]
+
+    count, words = handover.reference({10: rows(1.3), 20: rows(1.08), 30: rows(1.0), 40: rows(1.02)})
+    assert count == 20  # 4 % of the mean of 2
+    assert words["worst_upper_bound_share_against_more"] == {
+        "10 steps": pytest.approx(0.15),
+        "20 steps": pytest.approx(0.04),
+        "30 steps": pytest.approx(-0.01, abs=0.001),
+        "40 steps": None,
+    }
