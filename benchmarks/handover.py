@@ -48,9 +48,6 @@ BUDGET = 0.4
 COUNTS = (10, 15, 20, 25, 30, 40)
 """Sampler steps of the full net, of which the fewest that lose nothing are the reference."""
 
-STEPS = 30
-"""Sampler steps of the schedules that are searched."""
-
 SEEDS = tuple(range(8))
 """Of training. The spread of the paired difference over three of them is too wide for Student's t to tell 5 %."""
 
@@ -73,6 +70,7 @@ class Setting:
         """The digits study with a deeper search, a width for each of these steps."""
         return replace(
             digits,
+            name=f"digits-{len(timesteps)}",
             space=Stepwise(net, timesteps, per_step(timesteps)),
             training=Sandwich(steps=60) if self.quick else digits.training,
             evaluator=Frechet(images, rungs=(64, self.samples) if self.quick else (512, self.samples)),
@@ -293,9 +291,9 @@ def settle(bench: Benchmark, settings: Sequence[Setting], counts: Sequence[int])
     return count, full[count]
 
 
-def train_found(bench: Benchmark, s: Setting, steps: int, found: Row) -> tuple[Schedule, float]:
+def train_found(bench: Benchmark, s: Setting, count: int, found: Row) -> tuple[Schedule, float]:
     """Of what a search has found the schedule with the best score after training; and the tau of scores before and after."""
-    space = s.study(uniform(steps)).space
+    space = s.study(uniform(count)).space
     schedules = [space.decode(tuple(each["genome"])) for each in found["schedules"]]
     bench.rows({f"fine-tuning {schedule.digest}, seed {s.seed}": (fine_tune, s, schedule) for schedule in schedules})
     seeds = (derive_seed(s.seed, "verification noise"),)
@@ -309,7 +307,7 @@ def train_found(bench: Benchmark, s: Setting, steps: int, found: Row) -> tuple[S
     before, trained = ([rows[key]["fd"][0] for key in keys[after]] for after in ("before", "after"))
     tau = float(kendalltau(before, trained).statistic)
     shown = [
-        {"before": a, "after": b, "macs_share": _share(schedule, steps)}
+        {"before": a, "after": b, "macs_share": _share(schedule, count)}
         for a, b, schedule in zip(before, trained, schedules, strict=True)
     ]
     bench.reckon(f"supernet against trained, seed {s.seed}", {"tau": tau, "schedules": shown})
@@ -360,10 +358,9 @@ def main() -> None:
     torch.set_num_threads(1)
     efficiency = bench.row("speed, DDPM CIFAR-10", lambda: cifar(bench.folder, bench.quick))["efficiency"]
     bench.rows({f"training, seed {s.seed}": (prepare, s) for s in settings})
-    steps = 6 if bench.quick else STEPS
     count, full = settle(bench, settings, (4, 6) if bench.quick else COUNTS)
-    found = bench.rows({f"search over {steps} steps, seed {s.seed}": (search, s, uniform(steps)) for s in settings})
-    trained = {s: train_found(bench, s, steps, found[f"search over {steps} steps, seed {s.seed}"]) for s in settings}
+    found = bench.rows({f"search over {count} steps, seed {s.seed}": (search, s, uniform(count)) for s in settings})
+    trained = {s: train_found(bench, s, count, found[f"search over {count} steps, seed {s.seed}"]) for s in settings}
     winners = {s: winner for s, (winner, _) in trained.items()}
     tuned, against_fewer = judge_winners(bench, winners, count, full)
     first, winner = next(iter(winners.items()))

@@ -129,9 +129,13 @@ def check_reachable(problem: Problem) -> None:
     check_limits(problem.limits)
     for name, limit in problem.limits.items():
         if cost[name] > limit:
+            again = (
+                ", or delete the run folder's times.json and latency.json if the machine was busy when calls were timed"
+            )
             raise UserError(
                 f"limit {name}={limit:g} cannot be met: the cheapest schedule, "
                 f"{_option_names(problem.space, least)}, costs {name}={cost[name]:.4g}; raise the limit"
+                + (again if name == LATENCY else "")
             )
     bound = IntervalCosts(problem.space).total(least)
     if bound > budget_of(problem):

@@ -300,11 +300,15 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapp
         axes.plot([x[i] for i in ties], [y[i] for i in ties], "o", color="white", markersize=3, zorder=4)
     axes.set_xlim(0, 1.03)
     axes.set_xlabel(f"share of the full network's {scale.words}")
-    if scale.cost in facts["limits"]:
-        limit = facts["limits"][scale.cost] / scale.full
-        axes.axvline(limit, color=INK, linewidth=0.8, linestyle="-.")
+    if scale.limit is not None:
+        axes.axvline(scale.limit, color=INK, linewidth=0.8, linestyle="-.")
         axes.annotate(
-            "limit", (limit, 1), (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points", fontsize=9
+            "limit",
+            (scale.limit, 1),
+            (3, -10),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=9,
         )
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)

@@ -67,6 +67,14 @@ class Scale:
     words: str
     cost: str
     full: float
+    limit: float | None
+    """Of the study, as such a share; None where it limits another cost or none."""
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Shares within which searchers are compared: the limit, and what is usual below it."""
+        most = 1.0 if self.limit is None else self.limit
+        return (*(share for share in SHARES if share < most), most)
 
     @property
     def name(self) -> str:
@@ -105,11 +113,15 @@ class Run:
     @property
     def scale(self) -> Scale:
         """What its schedules are compared by. The full net's time is that of the dearest uniform schedule."""
-        if LATENCY not in self.facts["limits"]:
-            return Scale("MACs", "macs_share", 1.0)
+        limits = self.facts["limits"]
         uniform = [t for info, trials in self.ledgers for t in trials if info.searcher == self.facts["baseline"]]
         known = uniform or [t for _, trials in self.ledgers for t in trials]
-        return Scale("time", LATENCY, max((t.cost[LATENCY] for t in known), default=1.0))
+        if LATENCY in limits:
+            full = max((t.cost[LATENCY] for t in known), default=limits[LATENCY])
+            return Scale("time", LATENCY, full, limits[LATENCY] / full)
+        shares = [limits[name] for name in ("macs_share",) if name in limits]
+        shares += [limits["macs"] * t.cost["macs_share"] / t.cost["macs"] for t in known[:1] if "macs" in limits]
+        return Scale("MACs", "macs_share", 1.0, min(shares, default=None))
 
     def status(self) -> dict[str, Any]:
         """Counts by state for each ledger."""
@@ -173,7 +185,7 @@ class Run:
                         for t, cheaper in zip(best, [None, *best], strict=False)
                     ],
                     "hypervolume": hypervolume(points, reference) if points else 0.0,
-                    "best_within": {f"{share:g}": self._best(trials, share, quality) for share in SHARES},
+                    "best_within": {f"{share:g}": self._best(trials, share, quality) for share in scale.budgets},
                     "curve": curves[_label(info)],
                     "area": area(curves[_label(info)], common),
                     "spent": {
@@ -290,7 +302,7 @@ class Run:
     def _mark_leaders(self, rows: Sequence[dict[str, Any]], quality: str) -> None:
         """Says for each searcher's best within each budget how it stands against the best of all searchers."""
         ledgers = {_label(info): {t.number: t for t in trials} for info, trials in self.ledgers}
-        for share in SHARES:
+        for share in self.scale.budgets:
             best = [(row["searcher"], row["best_within"][f"{share:g}"]) for row in rows]
             held = [(ledgers[name][m["trial"]], m) for name, m in best if m is not None]
             if held:

@@ -154,7 +154,7 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
     rows = facts["searchers"]
     table = _table(f"{facts['study']}: {facts['label']}")
     table.add_column("searcher", no_wrap=True)
-    for column in ("trials", "failed", "front", "hypervol.", "area", "MACs", "saved", "seconds", "wall"):
+    for column in ("trials", "failed", "front", "volume", "area", "MACs", "saved", "seconds", "wall"):
         table.add_column(column, justify="right")
     for row in rows:
         macs, seconds, kept, wall = (row["spent"][key] for key in ("macs", "seconds", "cached_macs", "wall_seconds"))
@@ -169,7 +169,7 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
         )
     budgets = list(rows[0]["best_within"]) if rows else []
     best = _table(
-        f"best verified {facts['objective']} ± standard error (trial) within a share of the full net's {facts['compared_by']}"
+        f"best verified {facts['objective']} ± standard error, and its trial, within a share of the full net's {facts['compared_by']}"
     )
     best.add_column("searcher", no_wrap=True)
     for budget in budgets:
@@ -185,8 +185,8 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
     for line in _verdicts(rows, budgets):
         out.print(line, highlight=False, soft_wrap=True)
     out.print(
-        f"area: mean hypervolume on search samples while the first {_short(facts['area_until_macs'])} MACs were spent, "
-        f"as all have; curves: {facts['curves']}",
+        "volume: hypervolume of the verified front; area: mean hypervolume on search samples while the first "
+        f"{_short(facts['area_until_macs'])} MACs were spent, as all have; curves: {facts['curves']}",
         highlight=False,
         soft_wrap=True,
     )
@@ -207,23 +207,27 @@ def _over_seeds(rows: Any, budgets: list[str]) -> Table:
 
 
 def _best(member: Mapping[str, Any] | None, objective: str) -> str:
-    """A tilde marks what cannot be told apart from the best of all searchers; below it the time of an image, where it is known."""
+    """A tilde marks what cannot be told apart from the best of all searchers; below it the trial, and the time of an image, where it is
+    known."""
     if member is None:
         return "-"
     against = member["against_leader"]
     mark = "~" if against and not against["conclusive"] else ""
-    time = f"\n{member['latency_ms']:.3g} ms" if "latency_ms" in member else ""
-    return f"{mark}{member[objective]:.3g}±{member['error']:.1g} ({member['trial']}){time}"
+    time = f", {member['latency_ms']:.3g} ms" if "latency_ms" in member else ""
+    return f"{mark}{member[objective]:.3g}±{member['error']:.1g}\n#{member['trial']}{time}"
 
 
 def _verdicts(rows: Any, budgets: list[str]) -> Iterator[str]:
     """What the tables do not decide, in words."""
     for row in rows:
+        ties: dict[str, list[str]] = {}
         for budget in budgets:
             member = row["best_within"][budget]
             against = member and member["against_leader"]
             if against and not against["conclusive"]:
-                yield f"~ within {float(budget):.0%}, {row['searcher']} and the best: {against['words']}"
+                ties.setdefault(against["words"], []).append(f"{float(budget):.0%}")
+        for words, within in ties.items():
+            yield f"~ within {' and '.join(within)}, {row['searcher']} and the best: {words}"
         if row["baseline"]:
             continue
         for member in row["front"]:

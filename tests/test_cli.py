@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from nas import cli
+from nas.cli.options import choose
 from nas.ledger import lock_run, open_storage, read_ledgers
 from nas.report import Run
 from nas.study import load_study
@@ -162,7 +163,7 @@ def test_compare_is_a_table_a_picture_and_json(workplace: Path) -> None:
     with Image.open(facts["picture"]) as picture:
         assert picture.size[0] > 800
     table = nas("compare", workplace / "run").stdout
-    assert f"({best['trial']})" in table
+    assert f"#{best['trial']}" in table
 
 
 def test_compare_says_in_words_what_cannot_be_told_apart(workplace: Path) -> None:
@@ -229,9 +230,10 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     study, run = workplace / "study.py", workplace / "run"
     result = nas("export", study, "--within", "macs_share=0.6", "--to", tmp_path / "model", "--out", run, "--programs")
     assert result.returncode == 0, result.stderr
-    trial = int(re.search(r"trial (\d+)", result.stdout).group(1))  # type: ignore[union-attr]
+    searcher, trial = re.search(r"\.(\w+) trial (\d+)", result.stdout).groups()  # type: ignore[union-attr]
+    same = (study, "--searcher", searcher, "--trial", trial, "--out", run)
     subprocess.run([sys.executable, "-c", FRESH, tmp_path / "theirs.npy"], cwd=tmp_path / "model", check=True)
-    result = nas("sample", study, "--trial", trial, "--count", 16, "--to", tmp_path / "ours.npy", "--out", run)
+    result = nas("sample", *same, "--count", 16, "--to", tmp_path / "ours.npy")
     assert result.returncode == 0, result.stderr
     theirs, ours = np.load(tmp_path / "theirs.npy"), np.load(tmp_path / "ours.npy")
     assert ours.shape == (16, 1, 8, 8)
@@ -241,9 +243,9 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     assert {step["model"] for step in plan["steps"]} == {path.name for path in (tmp_path / "model").glob("unet_*")}
     provenance = json.loads((tmp_path / "model" / "provenance.json").read_text())
     assert max(provenance["parity"].values()) <= 1e-5
-    assert provenance["trial"] == trial
+    assert provenance["trial"] == int(trial)
     assert provenance["versions"]["diffusers"]
-    refused(nas("export", study, "--trial", trial, "--to", tmp_path / "model", "--out", run), "is not empty; give --to")
+    refused(nas("export", *same, "--to", tmp_path / "model"), "is not empty; give --to")
     files = {
         "README.md",
         "model_index.json",
@@ -256,10 +258,26 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     }
     names = {path.name for path in (tmp_path / "model").iterdir() if not path.name.startswith("unet_")}
     assert names - {"teacher"} == files | {"train.json", "train_diffusers.py"}
-    picture = nas("sample", study, "--trial", trial, "--to", tmp_path / "grid.png", "--out", run)
+    picture = nas("sample", *same, "--to", tmp_path / "grid.png")
     assert picture.returncode == 0
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == ((8 * 9 - 1) * 12, (8 * 9 - 1) * 12)
+
+
+def test_within_a_budget_all_searchers_compete_unless_one_is_named(workplace: Path) -> None:
+    ledgers = {info.searcher: trials for info, trials in Run.open(workplace / "run").ledgers}
+    assert len(ledgers) > 1
+
+    def best(*names: str) -> float:
+        within = [t for name in names for t in ledgers[name] if t.status == "complete" and t.cost["macs_share"] <= 0.6]
+        return min(t.score.values["fd"] for t in within if t.score)
+
+    study = load_study(str(workplace / "study.py"))
+    for names in [tuple(ledgers), *((name,) for name in ledgers)]:
+        named = names[0] if len(names) == 1 else None
+        found, ledger = choose(study, workplace / "run", None, named, 0, None, "macs_share=0.6")
+        assert found.objectives(("fd",))[0] == best(*names)
+        assert found in ledgers[ledger.rpartition(".")[2]]
 
 
 def test_bad_choices_of_a_trial_are_refused(workplace: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def sample(
     check_device(device)
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
-    chosen, _ = choose(study, folder, storage, searcher, search_seed, trial, within)
+    chosen, ledger = choose(study, folder, storage, searcher, search_seed, trial, within)
     images = study.load(folder, device).sample(study.space.decode(chosen.genome), count, seed).cpu().numpy()
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".npy":
@@ -113,7 +113,7 @@ def sample(
 
         draw_samples(images, to, scale=max(1, 96 // images.shape[-1]))
     out.print(
-        f"{count} images of trial {chosen.number} ({summary_of(chosen, study)}) are in {to}",
+        f"{count} images of {ledger} trial {chosen.number} ({summary_of(chosen, study)}) are in {to}",
         highlight=False,
         soft_wrap=True,
     )

@@ -32,7 +32,12 @@ StorageOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="Where this process computes: cpu, cuda, cuda:1, mps.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-SearcherOption = Annotated[str | None, typer.Option(help="Searcher. Default: the study's first.", show_default=False)]
+SearcherOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Searcher. Default: with --within any of them, with --trial the study's first.", show_default=False
+    ),
+]
 SeedOption = Annotated[
     int, typer.Option(min=0, max=2**32 - 1, help="Seed of the search; each seed has a ledger of its own.")
 ]
@@ -61,27 +66,35 @@ def choose(
     trial: int | None,
     within: str | None,
 ) -> tuple[Trial, str]:
-    """The trial that --trial or --within means, and the name of its ledger."""
+    """The trial that --trial or --within means, and the name of its ledger. Within a budget all searchers of the seed compete, unless
+    one is named."""
     from nas.report import Run, best_within
 
     if (trial is None) == (within is None):
         raise UserError("say which trial: either --trial N or --within COST=LIMIT")
     ledgers = {(info.searcher, info.seed): (info, trials) for info, trials in Run.open(folder, storage).ledgers}
-    wanted = (searcher or next(iter(study.searchers), "evolution"), seed)
-    if wanted not in ledgers:
+    name = searcher or (None if within else next(iter(study.searchers), "evolution"))
+    meant = {key: ledger for key, ledger in ledgers.items() if key[1] == seed and name in (None, key[0])}
+    if not meant:
         known = ", ".join(f"{name} (seed {s})" for name, s in ledgers)
-        raise UserError(f"{folder} has no trials of searcher {wanted[0]} with seed {seed}; it has {known or 'none'}")
-    info, trials = ledgers[wanted]
-    if info.provenance != study.ledger_info(folder, *wanted).provenance:
-        raise UserError(
-            f"{folder} was searched under another study than {study.name} is now; restore the study file or its supernet"
-        )
+        wanted = f"trials of searcher {name}" if name else "trials"
+        raise UserError(f"{folder} has no {wanted} with seed {seed}; it has {known or 'none'}")
+    for key, (info, _) in meant.items():
+        if info.provenance != study.ledger_info(folder, *key).provenance:
+            raise UserError(
+                f"{folder} was searched by {key[0]} under another study than {study.name} is now; restore the study file or its "
+                "supernet, or name another --searcher"
+            )
     if within is not None:
-        name, _, limit = within.partition("=")
+        cost, _, limit = within.partition("=")
+        owners = {id(trial): info.name for info, trials in meant.values() for trial in trials}
+        candidates = [trial for _, trials in meant.values() for trial in trials]
         try:
-            return best_within(trials, name, float(limit), study.objectives[0]), info.name
+            best = best_within(candidates, cost, float(limit), study.objectives[0])
         except ValueError:
             raise UserError(f"--within {within} is not COST=LIMIT, such as macs_share=0.5") from None
+        return best, owners[id(best)]
+    [(info, trials)] = meant.values()
     chosen = next((t for t in trials if t.number == trial), None)
     if chosen is None or chosen.score is None:
         raise UserError(f"{info.name} has no scored trial {trial}; it has numbers 0 to {len(trials) - 1}")
@@ -127,6 +140,8 @@ def comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
     from nas.report import Run
 
     found = Run.open(run_dir, storage)
+    if not found.ledgers:
+        raise UserError(f"{run_dir} holds no search yet; the same `nas run` command goes on to it")
     facts = found.compare()
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], found.ledgers, strict=True)}
     picture = run_dir / "report" / "front.png"

@@ -164,8 +164,8 @@ def report(
     check_device(device)
     found = Run.open(folder, storage)
     check_study(study, folder, found)
-    loaded = study.load(folder, device)
     comparison(folder, storage)
+    loaded = study.load(folder, device)
     path = write_page(study, study_file, found, loaded)
     if find_spec("optuna_dashboard"):
         from nas.dashboard import attach
