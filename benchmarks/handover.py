@@ -275,17 +275,24 @@ def cifar(folder: Path, quick: bool) -> Row:
     )
 
 
+def judge_each(bench: Benchmark, words: str, schedules: Mapping[Setting, Schedule], trained: bool) -> list[Row]:
+    """On fresh noises, for each training seed. `words` name the rows; {} in them is the schedule's digest."""
+    jobs = {
+        f"{words.format(schedule.digest)}, seed {s.seed}": (judge, s, schedule, s.fresh, trained)
+        for s, schedule in schedules.items()
+    }
+    return list(bench.rows(jobs).values())
+
+
 def settle(bench: Benchmark, settings: Sequence[Setting], counts: Sequence[int]) -> tuple[int, list[Row]]:
     """How many steps the full net takes, and what it then has for each training seed, fine-tuned."""
     bench.rows({f"full net fine-tuned, seed {s.seed}": (fine_tune, s, full_net(uniform(counts[0]))) for s in settings})
-    rows = bench.rows(
-        {
-            f"full net fine-tuned, {count} steps, seed {s.seed}": (judge, s, full_net(uniform(count)), s.fresh, True)
-            for count in reversed(counts)
-            for s in settings
-        }
-    )
-    full = {count: [rows[f"full net fine-tuned, {count} steps, seed {s.seed}"] for s in settings] for count in counts}
+    full = {
+        count: judge_each(
+            bench, f"full net fine-tuned, {count} steps", dict.fromkeys(settings, full_net(uniform(count))), True
+        )
+        for count in counts
+    }
     count, words = reference(full)
     bench.reckon("reference", words)
     return count, full[count]
@@ -320,32 +327,20 @@ def judge_winners(
     """The winners against the full net, both fine-tuned, and against as few steps of it as have their MACs."""
     share = float(np.mean([_share(winner, count) for winner in winners.values()]))
     fewer = math.ceil(max(_share(winner, count) for winner in winners.values()) * count)
-    frozen, short = f"full net frozen, {count} steps", f"full net fine-tuned, fewer steps ({fewer})"
-    judged = bench.rows(
-        {
-            f"{name}, seed {s.seed}": (judge, s, schedule, s.fresh, after)
-            for s, winner in winners.items()
-            for name, schedule, after in (
-                ("winner fine-tuned", winner, True),
-                ("winner frozen", winner, False),
-                (frozen, full_net(uniform(count)), False),
-                (short, full_net(uniform(fewer)), True),
-            )
-        }
+    full_frozen = judge_each(
+        bench, f"full net frozen, {count} steps", dict.fromkeys(winners, full_net(uniform(count))), False
     )
-
-    def of(name: str) -> list[Row]:
-        return [judged[f"{name}, seed {s.seed}"] for s in winners]
-
-    tuned = bench.reckon(
-        "winner against full net, both fine-tuned", {"macs_share": share, **compared(of("winner fine-tuned"), full)}
+    full_fewer = judge_each(
+        bench, f"full net fine-tuned, {fewer} steps", dict.fromkeys(winners, full_net(uniform(fewer))), True
     )
-    bench.reckon(
-        "winner against full net, both frozen", {"macs_share": share, **compared(of("winner frozen"), of(frozen))}
+    frozen, trained = (
+        judge_each(bench, "winner {} frozen", winners, False),
+        judge_each(bench, "winner {} fine-tuned", winners, True),
     )
+    tuned = bench.reckon("winner against full net, both fine-tuned", {"macs_share": share, **compared(trained, full)})
+    bench.reckon("winner against full net, both frozen", {"macs_share": share, **compared(frozen, full_frozen)})
     against_fewer = bench.reckon(
-        "winner against full net with fewer steps, both fine-tuned",
-        {"steps": fewer, **compared(of("winner fine-tuned"), of(short))},
+        "winner against full net with fewer steps, both fine-tuned", {"steps": fewer, **compared(trained, full_fewer)}
     )
     return tuned, against_fewer
 
@@ -366,7 +361,10 @@ def main() -> None:
     first, winner = next(iter(winners.items()))
     batch, repeats = (16, 2) if bench.quick else (256, 9)
     loaded = net.load(first.folder / "supernet", "cpu")
-    bench.row("speed, digits", lambda: speed(loaded, winner, bench.folder / f"digits-{winner.digest}", batch, repeats))
+    bench.row(
+        f"speed, digits, {winner.digest}",
+        lambda: speed(loaded, winner, bench.folder / f"digits-{winner.digest}", batch, repeats),
+    )
     bench.finish(
         [
             Target(

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +111,17 @@ class Run:
         trained = [trial for info, trials in ledgers if info.searcher == TRAINED for trial in trials]
         return cls(folder, facts, [ledger for ledger in ledgers if ledger[0].searcher != TRAINED], trained)
 
-    @property
+    @cached_property
     def scale(self) -> Scale:
-        """What its schedules are compared by. The full net's time is that of the dearest uniform schedule."""
+        """What its schedules are compared by. The full net takes what the dearest uniform schedule takes."""
         limits = self.facts["limits"]
         uniform = [t for info, trials in self.ledgers for t in trials if info.searcher == self.facts["baseline"]]
         known = uniform or [t for _, trials in self.ledgers for t in trials]
-        if LATENCY in limits:
-            full = max((t.cost[LATENCY] for t in known), default=limits[LATENCY])
-            return Scale("time", LATENCY, full, limits[LATENCY] / full)
-        shares = [limits[name] for name in ("macs_share",) if name in limits]
-        shares += [limits["macs"] * t.cost["macs_share"] / t.cost["macs"] for t in known[:1] if "macs" in limits]
-        return Scale("MACs", "macs_share", 1.0, min(shares, default=None))
+        for words, cost in (("time", LATENCY), ("MACs", "macs")):
+            if cost in limits:
+                full = max((t.cost[cost] for t in known), default=limits[cost])
+                return Scale(words, cost, full, limits[cost] / full)
+        return Scale("MACs", "macs_share", 1.0, limits.get("macs_share"))
 
     def status(self) -> dict[str, Any]:
         """Counts by state for each ledger."""

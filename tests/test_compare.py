@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import pytest
 from PIL import Image
 
 from nas.contracts import Trial
+from nas.genetics import dearest
 from nas.ledger import open_storage, read_ledgers
 from nas.pareto import hypervolume
 from nas.report import Run, area, wall_seconds
+from nas.session import open_session
+from nas.study import Study
 from nas.testing import check_searcher
 from tests.test_cli import ROOT, nas, refused
 from tests.toy import toy_study
@@ -203,3 +207,18 @@ def test_a_searcher_of_a_third_party_is_found_by_its_entry_point(
     check_searcher(Greedy())
     ledgers = {info.searcher: trials for info, trials in read_ledgers(open_storage(tmp_path / "run"))}
     assert sum(trial.rung == 64 for trial in ledgers["greedy"]) == toy_study().trials
+
+
+def test_a_limit_in_multiply_adds_is_compared_as_a_share(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
+    for part in ("supernet", "features"):
+        (tmp_path / part).symlink_to(tiny_run / part)
+    full = tiny_study.space.cost(dearest(tiny_study.space))["macs"]
+    with open_session(replace(tiny_study, limits={"macs": 0.45 * full}), tmp_path) as session:
+        for name in ("uniform", "random"):
+            session.run(session.conductor(name, trials=6))
+    run = Run.open(tmp_path)
+    assert run.scale.limit == pytest.approx(0.45)
+    for (_, trials), row in zip(run.ledgers, run.compare()["searchers"], strict=True):
+        assert list(row["best_within"]) == ["0.25", "0.4", "0.45"]
+        within = [t for t in trials if t.status == "complete" and t.cost["macs"] <= 0.45 * full]
+        assert row["best_within"]["0.45"]["fd"] == min(t.objectives(("fd",))[0] for t in within)

@@ -87,13 +87,11 @@ def choose(
             )
     if within is not None:
         cost, _, limit = within.partition("=")
-        owners = {id(trial): info.name for info, trials in meant.values() for trial in trials}
-        candidates = [trial for _, trials in meant.values() for trial in trials]
         try:
-            best = best_within(candidates, cost, float(limit), study.objectives[0])
+            best = best_within([t for _, ts in meant.values() for t in ts], cost, float(limit), study.objectives[0])
         except ValueError:
             raise UserError(f"--within {within} is not COST=LIMIT, such as macs_share=0.5") from None
-        return best, owners[id(best)]
+        return best, next(info.name for info, trials in meant.values() if any(best is trial for trial in trials))
     [(info, trials)] = meant.values()
     chosen = next((t for t in trials if t.number == trial), None)
     if chosen is None or chosen.score is None:
