@@ -46,7 +46,7 @@ class Sleeper:
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
         time.sleep(self.seconds)
-        genome = tuple(step.arch for step in schedule.steps)
+        genome = tuple(gene for step in schedule.steps for gene in step.arch)
         return replace(toy_score(genome), spent={"seconds": self.seconds})
 
     def sample(self, schedule: Schedule, count: int, seed: int) -> Any:
@@ -93,7 +93,7 @@ def under_ray(folder: Path, trials: int, seconds: float, workers: int) -> dict[s
     with open_session(study(10, trials, seconds), folder) as session:
         conductor = session.conductor("evolution", on_settled=lambda trial: settled.append(time.perf_counter()))
         started = time.perf_counter()
-        session.run(conductor, Workers(workers))
+        session.run(conductor, workers=Workers(workers))
         ended = time.perf_counter()
     warm = max(settled[workers - 1], settled[0])
     steady = (settled[-1] - warm) / (trials - workers)

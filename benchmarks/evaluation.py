@@ -72,7 +72,7 @@ class Place:
         """Trials of an evolution run, in order of completion, in a run folder of their own that borrows the weights."""
         with open_session(study, borrow(self.folder, into), device=self.device) as session:
             conductor = session.conductor("evolution")
-            session.run(conductor, workers)
+            session.run(conductor, workers=workers)
             return conductor.ledger.finished
 
 

@@ -30,7 +30,8 @@ from benchmarks.common import Benchmark, Target
 from evaluators.frechet import Frechet
 from evaluators.sampling import DDIM
 from nas.contracts import LoadedSupernet, Schedule, Score, Step, derive_seed, jackknife_error
-from nas.export import archs_of, export
+from nas.export import export
+from nas.exported import read_export
 from nas.handover import adopt
 from nas.searchers.knapsack import Knapsack
 from nas.session import open_session
@@ -123,7 +124,7 @@ def fine_tune(setting: Setting, schedule: Schedule) -> Row:
         folder.parent.mkdir(exist_ok=True)
         export(loaded, schedule, DDIM().describe(), {}, folder)
     plan = json.loads((folder / "train.json").read_text())
-    archs = archs_of(folder)
+    archs = read_export(folder).networks
     teacher = loaded.macs(loaded.full_arch) if setting.tune.distillation else 0
     mean = sum(  # of one gradient step: forward and backward count thrice
         sum(stop - start for start, stop in ranges)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from zipfile import BadZipFile
@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nas.contracts import ImageSet, Progress, UserError, derive_seed, digest_of
+from nas.files import file_digest, first_line, tensors_digest
+from nas.recipes import Batch, Count, Few, Positive, recipe
 
 
 class LoadedFeatures(Protocol):
@@ -40,8 +42,11 @@ class Features(Protocol):
 
     def load(self, folder: Path, device: torch.device) -> LoadedFeatures: ...
 
+    def width(self) -> int | None:
+        """Numbers for each image; None where only running it tells."""
 
-@dataclass(frozen=True)
+
+@recipe
 class SmallClassifier:
     """A small CNN trained on the study's own images: on their labels, or where there are none, on telling by how many
     quarter turns an image was rotated. Features are its last hidden layer, `dimensions` tanh units.
@@ -49,11 +54,11 @@ class SmallClassifier:
     It judges what matters in these images, and its distance is comparable within one run folder only. It is no FID.
     """
 
-    dimensions: int = 64
-    channels: int = 32
-    steps: int = 400
-    batch: int = 128
-    learning_rate: float = 2e-3
+    dimensions: Few = 64
+    channels: Few = 32
+    steps: Count = 400
+    batch: Batch = 128
+    learning_rate: Positive = 2e-3
 
     def describe(self) -> dict[str, Any]:
         return {"class": "SmallClassifier", **self.__dict__}
@@ -89,6 +94,10 @@ class SmallClassifier:
             adam.zero_grad()
             torch.autograd.backward(loss)
             adam.step()
+            if not math.isfinite(loss.item()):
+                raise UserError(
+                    f"the features' loss is {loss.item()} at step {step + 1}; lower SmallClassifier's learning_rate, {self.learning_rate:g}"
+                )
             accuracy = float((logits.argmax(1) == target).float().mean())
             yield Progress("features", step + 1, self.steps, {"loss": loss.item(), "accuracy": accuracy})
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,25 +112,36 @@ class SmallClassifier:
         in_channels, classes = int(metadata["in_channels"]), int(metadata["classes"])
         net = _Classifier(in_channels, self.channels, self.dimensions, classes).to(device)
         net.load_state_dict(load_file(path, device=str(device)))
-        return _Extractor(net.eval(), f"small classifier {_digest(path)}", "FD")
+        return _Extractor(net.eval(), f"small classifier {self.digest(folder)}", "FD")
 
     def digest(self, folder: Path) -> str:
         self._metadata(self._path(folder))
+        return tensors_digest(self._path(folder))[:8]
+
+    def former_digest(self, folder: Path) -> str:
+        """By the bytes of the file, as ledgers were once written."""
         return _digest(self._path(folder))
+
+    def width(self) -> int | None:
+        return self.dimensions
 
     def _metadata(self, path: Path) -> dict[str, str]:
         try:
             with safe_open(path, "pt") as file:
                 metadata: dict[str, str] = file.metadata()
                 return metadata
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}); delete it, and `nas run` trains it again") from error
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; `nas run` trains it") from None
+        except SafetensorError as error:
+            raise UserError(
+                f"{path} is damaged ({first_line(error)}); delete it, and `nas run` trains it again"
+            ) from error
 
     def _path(self, folder: Path) -> Path:
         return folder / "features" / "classifier.safetensors"
 
 
-@dataclass(frozen=True)
+@recipe
 class ExternalFeatures:
     """Any extractor from a local TorchScript (`.pt`) or exported program (`.pt2`) file; the way to bring Inception-v3.
 
@@ -134,8 +154,9 @@ class ExternalFeatures:
     path: str
     name: str
     value_range: Literal["signed", "unit", "bytes"] = "signed"
-    size: int | None = None
+    size: Few | None = None
     rgb: bool = True
+    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -153,6 +174,19 @@ class ExternalFeatures:
 
     def digest(self, folder: Path) -> str:
         return _digest(self._file())
+
+    def width(self) -> int | None:
+        """Runs the file on one grey image of the size that it asks for. Raises UserError where it cannot take it."""
+        side = self.size or 64
+        try:
+            made = self.load(Path(), torch.device("cpu"))(torch.zeros((2, 3 if self.rgb else 1, side, side)))
+        except RuntimeError as error:
+            if self.size is None:
+                return None  # it may want a size of its own
+            raise UserError(
+                f"{self._file()} cannot take images of {side} pixels ({first_line(error)}); give its size="
+            ) from error
+        return int(made.shape[1])
 
     def load(self, folder: Path, device: torch.device) -> LoadedFeatures:
         path = self._file()
@@ -180,7 +214,7 @@ class ExternalFeatures:
         return unit if self.value_range == "unit" else (unit * 255).round().to(torch.uint8)
 
     def _file(self) -> Path:
-        path = Path(self.path)
+        path = Path(self.base) / Path(self.path).expanduser()
         if not path.is_file():
             raise UserError(f"feature extractor {path} does not exist; give the path of a local .pt or .pt2 file")
         return path
@@ -232,4 +266,4 @@ def _rotated(images: torch.Tensor, quarter_turns: torch.Tensor) -> torch.Tensor:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    return file_digest(path)[:8]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +19,8 @@ from evaluators.images import check_shape, load_once
 from evaluators.scoring import BLOCKS, Array, LoadedScore, Rows, Sampled
 from evaluators.trajectories import Trajectories, batches
 from nas.contracts import Images, LoadedSupernet, Progress, Schedule, UserError, digest_of
+from nas.files import file_digest
+from nas.recipes import recipe
 
 EXACT_DIMENSIONS = 256
 """Up to here each jackknife replicate is a distance of its own; above, its first-order expansion about the value."""
@@ -181,7 +183,7 @@ def feature_rows(trajectories: Trajectories, features: LoadedFeatures, identity:
     return Rows(f"features {identity}", make)
 
 
-@dataclass(frozen=True)
+@recipe
 class OfFeatures(Sampled):
     """Fields of the scores that compare features of samples with those of real images."""
 
@@ -197,10 +199,22 @@ class OfFeatures(Sampled):
         }
 
     def digest(self, folder: Path) -> str:
-        return digest_of({**self.describe(), "features": self.features.digest(folder)})
+        return self._digest(self.features.digest(folder))
+
+    def former_digest(self, folder: Path) -> str:
+        """As ledgers were written when features were known by the bytes of their file."""
+        former = getattr(self.features, "former_digest", self.features.digest)
+        return self._digest(former(folder))
+
+    def _digest(self, features: str) -> str:
+        return digest_of({**self.describe(), "features": features})
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from self.features.prepare(load_once(self.images), folder, seed, device)
+
+    def check(self) -> None:
+        """Raises UserError where a file that it needs is missing or of another kind; before anything is trained."""
+        self.features.width()
 
     def features_identity(self, folder: Path) -> str:
         return digest_of({"recipe": self.features.describe(), "prepared": self.features.digest(folder)})
@@ -219,7 +233,7 @@ class OfFeatures(Sampled):
         ]
 
 
-@dataclass(frozen=True)
+@recipe
 class Frechet(OfFeatures):
     """Frechet distance of a schedule's samples to the reference images. Value: "fd".
 
@@ -233,19 +247,26 @@ class Frechet(OfFeatures):
     """
 
     reference: str | None = None
+    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
     metrics = ("fd",)
 
     def describe(self) -> Mapping[str, Any]:
         return {**super().describe(), "reference": self.reference}
 
-    def digest(self, folder: Path) -> str:
-        reference = None if self.reference is None else hashlib.sha256(Path(self.reference).read_bytes()).hexdigest()
-        return digest_of({**self.describe(), "features": self.features.digest(folder), "reference": reference})
+    def _digest(self, features: str) -> str:
+        reference = None if self.reference is None else file_digest(self._reference())
+        return digest_of({**self.describe(), "features": features, "reference": reference})
 
-    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+    def _reference(self) -> Path:
+        path = Path(self.base) / Path(self.reference or "").expanduser()
+        if not path.is_file():
+            raise UserError(f"statistics {path} do not exist; give the path of an .npz file with mu and sigma")
+        return path
+
+    def check(self) -> None:
+        super().check()
         if self.reference is not None:
-            read_statistics(Path(self.reference))
-        yield from super().prepare(folder, seed, device)
+            read_statistics(self._reference(), self.features.width())
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         features = self.load_features(supernet, folder)
@@ -254,7 +275,7 @@ class Frechet(OfFeatures):
             moments = [Moments.of(rows) for rows in self.real_rows(features, supernet.device)]
             reference = sum(moments[1:], start=moments[0]).gaussian(device)
         else:
-            reference = replace(read_statistics(Path(self.reference)), device=device)
+            reference = replace(read_statistics(self._reference()), device=device)
         return LoadedScore(
             self,
             trajectories := self.trajectories(supernet, folder),
@@ -265,7 +286,7 @@ class Frechet(OfFeatures):
         )
 
 
-@dataclass(frozen=True)
+@recipe
 class KernelDistance(OfFeatures):
     """Kernel distance of a schedule's samples to the images (KID where the features are Inception's). Value: "kid".
 
@@ -290,13 +311,36 @@ class KernelDistance(OfFeatures):
         )
 
 
-def read_statistics(path: Path) -> Gaussian:
-    """The `mu` and `sigma` of a standard FID statistics file. Raises UserError where it holds anything else."""
+def read_statistics(path: Path, dimensions: int | None = None) -> Gaussian:
+    """The `mu` and `sigma` of a standard FID statistics file. Raises UserError where it holds anything else, such as what is no
+    covariance: finite, symmetric, without negative variance, all but for rounding. `dimensions`: of the features, where known."""
+    if not path.is_file():
+        raise UserError(f"statistics {path} cannot be read: there is no such file; give an .npz file with mu and sigma")
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as FID statistics with 'mu' and 'sigma' ({error})") from error
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{path}: mu of shape {mean.shape} and sigma of shape {covariance.shape} do not fit together")
+    if dimensions is not None and len(mean) != dimensions:
+        raise UserError(
+            f"{path}: mu and sigma are of {len(mean)} dimensions, the features of {dimensions}; use the extractor's own statistics"
+        )
+    for name, values in (("mu", mean), ("sigma", covariance)):
+        if not np.isfinite(values).all():
+            place = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+            raise UserError(f"{path}: {name}{list(place)} is {values[place]}; make the statistics anew")
+    scale = float(np.abs(covariance).max())
+    # Statistics are often kept in float32: symmetric sums differ by its rounding, and zero variances may come out below zero.
+    odd = np.abs(covariance - covariance.T)
+    if odd.max() > 1e-4 * scale:
+        i, j = (int(k) for k in np.unravel_index(int(odd.argmax()), odd.shape))
+        raise UserError(
+            f"{path}: sigma is not symmetric, sigma[{i}, {j}] is {covariance[i, j]:.6g} and sigma[{j}, {i}] {covariance[j, i]:.6g}; make it anew"
+        )
+    covariance = (covariance + covariance.T) / 2
+    least = float(np.linalg.eigvalsh(covariance)[0])
+    if least < -1e-3 * scale:
+        raise UserError(f"{path}: sigma has the negative eigenvalue {least:.4g}, so it is no covariance; make it anew")
     return Gaussian(mean, covariance)

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 import zipfile
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 
-from nas.contracts import Images, ImageSet, UserError
+from nas.contracts import Images, ImageSet, Progress, UserError, digest_of
+from nas.files import first_line, read_json, write_json
+from nas.pictures import WHITE, Found, PictureError, find_pictures, read_picture
+from nas.recipes import Few, Seed, recipe
+
+log = logging.getLogger("nas")
 
 MINIMUM = 16
 """Fewer images give neither a training batch nor a covariance."""
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+PEEKED = 8
+"""Files that are read to see whether a folder holds what it should."""
+
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
-@dataclass(frozen=True)
+@recipe
 class Digits:
     """scikit-learn's bundled handwritten digits: 1,797 real 8x8 grey images with labels, enlarged bilinearly to `size` pixels."""
 
-    size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.size < 8:
-            raise UserError(f"digits of size={self.size} cannot be had; they have 8 pixels, or more when enlarged")
+    size: Annotated[int, Field(ge=8, le=1024)] = 8
 
     def load(self) -> ImageSet:
         from sklearn.datasets import load_digits
@@ -41,17 +50,17 @@ class Digits:
         return _checked(pixels.numpy(), digits.target, "digits")
 
 
-@dataclass(frozen=True)
+@recipe
 class PhotoPatches:
     """RGB patches of scikit-learn's two bundled photographs (a temple and a flower), labelled by photograph.
 
     `count` patches of `size` x `size` pixels at places drawn from `seed`, each photograph first halved `halvings` times.
     """
 
-    count: int = 4096
-    size: int = 32
-    halvings: int = 1
-    seed: int = 0
+    count: Annotated[int, Field(ge=MINIMUM, le=10**6)] = 4096
+    size: Few = 32
+    halvings: Annotated[int, Field(ge=0, le=8)] = 1
+    seed: Seed = 0
 
     def load(self) -> ImageSet:
         from sklearn.datasets import load_sample_images
@@ -68,59 +77,131 @@ class PhotoPatches:
         for label in labels:
             top, left = (rng.integers(side - self.size + 1) for side in photos[label].shape[:2])
             patches.append(photos[label][top : top + self.size, left : left + self.size].transpose(2, 0, 1))
-        return _checked(
-            np.stack(patches) if patches else np.empty((0, 3, self.size, self.size)), labels, "photograph patches"
-        )
+        return _checked(np.stack(patches), labels, "photograph patches")
 
 
-@dataclass(frozen=True)
+@recipe
 class ImageFolder:
-    """Every image file below `path`, in order of its name. Sub-folders, where there are any, are the labels.
+    """Every picture below `path`, in order of its name; a relative path is one in the study file's folder.
 
-    `size`: (height, width) that every file must have; files are never resized silently. `channels`: 1 (grey) or 3 (RGB).
-    Raises UserError naming the file that is corrupt or of another size.
+    `size`: the side, or (height, width), that every file must have. `resize`: a resampling rule, for who wants files of other sizes cropped
+    and resized. `channels`: 1 (grey) or 3 (RGB). `labels`: "folders" makes the folders right below `path` the classes. `background`: RGB
+    of what is transparent. Raises UserError naming the file that is corrupt or of another size.
     """
 
     path: str
-    size: tuple[int, int]
-    channels: int = 3
+    size: Few | tuple[Few, Few]
+    channels: Literal[1, 3] = 3
+    labels: Literal["folders"] | None = None
+    resize: Literal["box", "bilinear", "bicubic", "lanczos"] | None = None
+    background: tuple[Byte, Byte, Byte] = WHITE
+    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
+
+    @property
+    def root(self) -> Path:
+        return Path(self.base) / Path(self.path).expanduser()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        return self.channels, height, width
+
+    def peek(self) -> ImageSet:
+        """The first few files alone, with all labels; to see whether the folder holds what it should."""
+        found = self._find()
+        labels, _ = self._labels(found)
+        return ImageSet(np.stack([self._read(file) for file in found.files[:PEEKED]]), labels, "")
 
     def load(self) -> ImageSet:
-        from PIL import Image, UnidentifiedImageError
+        for _ in self.prepare(_KEPT.get(self)):
+            pass
+        return _LOADED[self]
 
-        root = Path(self.path)
-        if not root.is_dir():
-            raise UserError(f"image folder {root} does not exist")
-        files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES)
-        pixels = np.empty((len(files), self.channels, *self.size), dtype=np.float32)
-        for i, file in enumerate(files):
-            try:
-                with Image.open(file) as image:
-                    array = np.asarray(image.convert("L" if self.channels == 1 else "RGB"), dtype=np.float32)
-            except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-                raise UserError(f"{file} cannot be read as an image ({error}); repair or remove it") from error
-            if array.shape[:2] != self.size:
-                height, width = array.shape[:2]
-                raise UserError(
-                    f"{file} is {height}x{width} pixels, not {self.size[0]}x{self.size[1]}; resize it or change size"
-                )
-            pixels[i] = array[None] / 127.5 - 1.0 if array.ndim == 2 else array.transpose(2, 0, 1) / 127.5 - 1.0
-        folders = sorted({file.parent for file in files})
-        labels = np.array([folders.index(file.parent) for file in files]) if len(folders) > 1 else None
-        return _checked(pixels, labels, str(root))
+    def prepare(self, folder: Path | None) -> Iterator[Progress]:
+        """Reads all files, or what an earlier call kept of the same files in `folder`/images; later loads take it from there."""
+        if folder is not None:
+            _KEPT[self] = folder
+        if self in _LOADED:
+            return
+        found = self._find()
+        labels, classes = self._labels(found)
+        key = self._key(found)
+        kept = None if folder is None else folder / "images" / f"{key}.npy"
+        if kept is None or not kept.with_suffix(".json").exists():
+            pixels = np.empty((len(found.files), *self.shape), dtype=np.float32)
+            for number, file in enumerate(found.files):
+                pixels[number] = self._read(file)
+                if number % 100 == 99 or number + 1 == len(found.files):
+                    yield Progress("reading images", number + 1, len(found.files))
+            made = _checked(pixels, labels, str(self.root))
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                partial = kept.with_suffix(f".{os.getpid()}.partial")
+                with partial.open("wb") as opened:
+                    np.save(opened, made.pixels)
+                os.replace(partial, kept)
+                write_json(kept.with_suffix(".json"), {"digest": made.digest})
+        else:
+            pixels = np.load(kept, mmap_mode="c", allow_pickle=False)
+            made = ImageSet(pixels, labels, read_json(kept.with_suffix(".json"), "delete it")["digest"])
+        log.info("%s%s", found.words(), classes)
+        _LOADED.clear()
+        _LOADED[self] = made
+
+    def _read(self, file: Path) -> npt.NDArray[np.float32]:
+        try:
+            return read_picture(file, self.shape[1:], self.channels, self.resize, self.background)
+        except PictureError as error:
+            raise UserError(str(error)) from error
+
+    def _find(self) -> Found:
+        try:
+            found = find_pictures(self.root)
+        except PictureError as error:
+            raise UserError(str(error)) from error
+        if len(found.files) < MINIMUM:
+            raise UserError(f"{self.root} has {len(found.files)} images; at least {MINIMUM} are needed")
+        return found
+
+    def _labels(self, found: Found) -> tuple[npt.NDArray[np.int64] | None, str]:
+        """One for each file, and the classes with their counts in words."""
+        if self.labels is None:
+            return None, ""
+        parts = [file.relative_to(self.root).parts for file in found.files]
+        bare = next((file for file, names in zip(found.files, parts, strict=True) if len(names) < 2), None)
+        if bare is not None:
+            raise UserError(f"{bare} lies in no class's folder; with labels='folders' each file does, so move it")
+        counts = Counter(names[0] for names in parts)
+        classes = sorted(counts)
+        numbers = {name: number for number, name in enumerate(classes)}
+        said = ", ".join(f"{name} ({counts[name]})" for name in classes[:20]) + (", ..." if len(classes) > 20 else "")
+        return np.array([numbers[names[0]] for names in parts]), f"; {len(classes)} classes: {said}"
+
+    def _key(self, found: Found) -> str:
+        """Of the files and of how they are read."""
+        facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in found.files]
+        return digest_of([facts, self.shape, self.resize, self.background])
 
 
-@dataclass(frozen=True)
+_KEPT: dict[ImageFolder, Path] = {}
+_LOADED: dict[ImageFolder, ImageSet] = {}
+"""The folder read last."""
+
+
+@recipe
 class ImageArray:
-    """An `.npz` file with uint8 `images` of shape (n, height, width) or (n, height, width, channels), and maybe `labels`.
+    """An `.npz` file with uint8 `images` of shape (n, height, width) or (n, height, width, channels), and maybe integer `labels`; a relative
+    path is one in the study file's folder.
 
     Raises UserError where the file or the array is not that.
     """
 
     path: str
+    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
 
     def load(self) -> ImageSet:
-        path = Path(self.path)
+        path = Path(self.base) / Path(self.path).expanduser()
         if not path.is_file():
             raise UserError(f"image array {path} does not exist")
         try:
@@ -128,15 +209,23 @@ class ImageArray:
                 if "images" not in file:
                     raise UserError(f"{path} holds {sorted(file)}, not an array named 'images'")
                 images, labels = file["images"], file.get("labels")
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} cannot be read as an .npz file ({error})") from error
+        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} cannot be read as an .npz file ({first_line(error)})") from error
         if images.dtype != np.uint8 or images.ndim not in (3, 4):
             raise UserError(
                 f"'images' of {path} is {images.dtype} of shape {images.shape}; it must be uint8, (n, height, width[, channels])"
             )
-        if labels is not None and labels.shape != images.shape[:1]:
-            raise UserError(f"'labels' of {path} has shape {labels.shape}; it must be ({len(images)},), one per image")
         channels_last = images[..., None] if images.ndim == 3 else images
+        if channels_last.shape[-1] not in (1, 3):
+            raise UserError(
+                f"'images' of {path} has {channels_last.shape[-1]} channels, the last axis of {images.shape}; 1 or 3 can be used"
+            )
+        if labels is not None and (labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
+            raise UserError(
+                f"'labels' of {path} is {labels.dtype} of shape {labels.shape}; it must be ({len(images)},), an integer, one per image"
+            )
+        if labels is not None and len(labels) and labels.min() < 0:
+            raise UserError(f"'labels' of {path} goes down to {labels.min()}; classes are numbered from 0")
         return _checked(channels_last.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0, labels, str(path))
 
 

@@ -10,13 +10,13 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import filelock
 import numpy as np
 import torch
+from pydantic import Field
 
 from evaluators.device import fingerprint, wait
 from evaluators.sampling import Precision, predict
@@ -31,26 +31,21 @@ from nas.contracts import (
     UserError,
     digest_of,
 )
+from nas.recipes import Batch, Few, recipe
 
 FILE = "latency.json"
 
 
-@dataclass(frozen=True)
+@recipe
 class Latency:
     """How calls are timed: `batch` images each, the median of `repeats` after `warmup`; compiled or in channels-last form where asked."""
 
-    batch: int = 64
+    batch: Batch = 64
     precision: Precision = "float32"
     compiled: bool = False
     channels_last: bool = False
-    warmup: int = 3
-    repeats: int = 15
-
-    def __post_init__(self) -> None:
-        if min(self.batch, self.repeats) < 1 or self.warmup < 0:
-            raise UserError(
-                f"batch={self.batch} and repeats={self.repeats} must be at least 1, warmup={self.warmup} not negative"
-            )
+    warmup: Annotated[int, Field(ge=0, le=4096)] = 3
+    repeats: Few = 15
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Latency", **self.__dict__}
@@ -114,7 +109,7 @@ class Timer:
         return found
 
 
-@dataclass(frozen=True)
+@recipe
 class Timed:
     """An evaluator whose scores carry "latency_ms" too, an objective like any other: `objectives=("fd", "latency_ms")`. A limit,
     `limits={"latency_ms": 40}`, is kept by what each call of the space takes, measured before the search begins.
@@ -150,7 +145,18 @@ class Timed:
         return float(np.median(Timer(self.latency, net, folder).of_step(step)))
 
     def digest(self, folder: Path) -> str:
-        return digest_of({"base": self.base.digest(folder), "latency": self.latency.describe()})
+        return self._digest(self.base.digest(folder))
+
+    def former_digest(self, folder: Path) -> str:
+        """With the base's own former digest."""
+        return self._digest(getattr(self.base, "former_digest", self.base.digest)(folder))
+
+    def _digest(self, base: str) -> str:
+        return digest_of({"base": base, "latency": self.latency.describe()})
+
+    def check(self) -> None:
+        """As the base's."""
+        getattr(self.base, "check", lambda: None)()
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from self.base.prepare(folder, seed, device)

@@ -8,7 +8,6 @@ a schedule is better than the full model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -34,6 +33,7 @@ from nas.contracts import (
     UserError,
     digest_of,
 )
+from nas.recipes import Count, recipe
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -43,7 +43,7 @@ def whole(arch: Arch, schedule: Schedule, timesteps: tuple[int, ...] | None = No
     return Schedule(tuple(Step(t, arch) for t in timesteps or schedule.timesteps))
 
 
-@dataclass(frozen=True)
+@recipe
 class TeacherFrechet(OfFeatures):
     """Frechet distance of a schedule's samples to the full model's with the same noise. Value: "fd_teacher".
 
@@ -78,7 +78,7 @@ class TeacherFrechet(OfFeatures):
         )
 
 
-@dataclass(frozen=True)
+@recipe
 class OfImages(Sampled):
     """Fields of the scores that need no features. The images say what the study is about."""
 
@@ -98,7 +98,7 @@ class OfImages(Sampled):
         yield from ()
 
 
-@dataclass(frozen=True)
+@recipe
 class TeacherDistance(OfImages):
     """Mean squared distance, per pixel, of the final samples to the full model's with the same noise. Value: "teacher_mse".
 
@@ -137,7 +137,7 @@ class TeacherDistance(OfImages):
         )
 
 
-@dataclass(frozen=True)
+@recipe
 class TeacherSimilarity(TeacherDistance):
     """1 - SSIM (Wang et al. 2004; Gaussian window of 11 pixels, sigma 1.5) of the final samples and the full model's with the same
     noise, mean over samples, as Diff-Pruning and DiP-GO report it. Value: "teacher_dissimilarity", 0 for equal samples.
@@ -157,7 +157,7 @@ class TeacherSimilarity(TeacherDistance):
         return 1 - found.reshape(len(mine)).double().cpu().numpy()
 
 
-@dataclass(frozen=True)
+@recipe
 class TrajectoryDistance(OfImages):
     """Squared distance, per pixel, that each step alone adds along the full model's trajectory, summed over steps. Value:
     "trajectory_mse".
@@ -205,7 +205,7 @@ class TrajectoryDistance(OfImages):
         )
 
 
-@dataclass(frozen=True)
+@recipe
 class DenoisingLoss(OfImages):
     """Noise-prediction loss on real images above the full net's, summed over the schedule's steps. Value: "loss_gap".
 
@@ -254,7 +254,7 @@ class DenoisingLoss(OfImages):
         )
 
 
-@dataclass(frozen=True)
+@recipe
 class Additive:
     """The sum over intervals of what changing that interval alone does to a base score. Value: "additive_" + the base's.
 
@@ -265,7 +265,7 @@ class Additive:
     """
 
     base: Evaluator
-    intervals: tuple[int, ...]
+    intervals: tuple[Count, ...]
     around: Literal["full", "smallest", "both"] = "full"
 
     @property

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from nas.contracts import LoadedSupernet, Schedule, Step
+from nas.recipes import recipe
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -31,10 +32,10 @@ class Sampler(Protocol):
     def update(
         self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None
     ) -> torch.Tensor:
-        """`alpha`, `alpha_next`: abar at t and at s (1 at the image). `noise`: standard normal, where stochastic."""
+        """`alpha`, `alpha_next`: abar at t and at s. `noise`: standard normal, where stochastic, and None in the last step."""
 
 
-@dataclass(frozen=True)
+@recipe
 class DDIM:
     """Deterministic DDIM, eta = 0 (Song et al. 2021, eq. 12), noise prediction.
 
@@ -54,7 +55,7 @@ class DDIM:
         return sqrt(alpha_next) * x0 + sqrt(1 - alpha_next) * prediction
 
 
-@dataclass(frozen=True)
+@recipe
 class DDPM:
     """Ancestral sampling (Ho et al. 2020, eq. 6-7) over any timestep subset, noise prediction.
 
@@ -76,9 +77,8 @@ class DDPM:
         of_image = sqrt(alpha_next) * beta / (1 - alpha)
         of_state = sqrt(alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)
         mean = of_image * x0 + of_state * x
-        if alpha_next == 1.0:
+        if noise is None:  # the last step
             return mean
-        assert noise is not None
         variance = beta if self.variance == "fixed_large" else (1 - alpha_next) / (1 - alpha) * beta
         return mean + sqrt(variance) * noise
 
@@ -136,7 +136,7 @@ def advance(
     keep = following.reuse if following else ()
     prediction, cache = predict(net, step, state.x, state.cache, precision, keep)
     with torch.inference_mode():
-        after = 1.0 if following is None else float(abar[following.timestep])
+        after = getattr(net, "final_alpha", 1.0) if following is None else float(abar[following.timestep])
         return State(sampler.update(state.x, prediction, float(abar[step.timestep]), after, noise), cache)
 
 

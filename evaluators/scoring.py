@@ -6,16 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 
 from evaluators.device import settle
 from evaluators.sampling import DDIM, Precision, Sampler
 from evaluators.trajectories import Trajectories
 from nas.contracts import LoadedSupernet, Schedule, Score, Step, UserError
+from nas.recipes import Batch, recipe
 
 Array = npt.NDArray[np.float64]
 
@@ -23,7 +25,7 @@ BLOCKS = 20
 """Blocks of neighbouring samples that the jackknife leaves out in turn."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@recipe(kw_only=True)
 class Sampled:
     """Fields of every score that looks at a schedule's samples.
 
@@ -32,19 +34,15 @@ class Sampled:
     some devices and gives other scores. `cache_bytes`: memory of each worker for states that schedules share.
     """
 
-    rungs: tuple[int, ...] = (512, 2048)
+    rungs: Annotated[tuple[Annotated[int, Field(ge=2, le=10**7)], ...], Field(min_length=1)] = (512, 2048)
     sampler: Sampler = field(default_factory=DDIM)
-    batch: int | None = None
+    batch: Batch | None = None
     precision: Precision = "float32"
-    cache_bytes: int = 2**29
+    cache_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**29
 
     def __post_init__(self) -> None:
-        if not self.rungs or min(self.rungs) < 2 or list(self.rungs) != sorted(set(self.rungs)):
-            raise UserError(f"rungs {self.rungs} must be increasing sample counts of at least 2")
-        if (self.batch is not None and self.batch < 1) or self.cache_bytes < 0:
-            raise UserError(f"batch={self.batch} must be at least 1 and cache_bytes={self.cache_bytes} at least 0")
-        if self.precision not in ("float32", "bfloat16"):
-            raise UserError(f"precision {self.precision!r} is not known; use float32 or bfloat16")
+        if list(self.rungs) != sorted(set(self.rungs)):
+            raise UserError(f"rungs {self.rungs} must be increasing sample counts")
 
     def describe_sampling(self) -> dict[str, Any]:
         """What decides how samples look."""

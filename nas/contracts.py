@@ -300,6 +300,11 @@ class Gated(Protocol):
     ) -> tuple[torch.Tensor, Any]: ...
 
 
+OPTIONAL = {"Supernet": ("profile", "outline"), "Training": ("macs",)}
+"""Members of a protocol that a search does without: a dry run asks for the outline and for what training takes, pictures of schedules for
+the profile."""
+
+
 class LoadedSupernet(Protocol):
     """A supernet with its weights on a device."""
 

@@ -6,8 +6,9 @@ DIR/model_index.json        the same as a diffusers pipeline, with
 DIR/scheduler, pipeline.py  its scheduler and its code, and what that imports
 DIR/sample.py               a script that samples
 DIR/train_diffusers.py      a script that fine-tunes the models, and DIR/train.json, which timesteps each serves and what else it needs
+DIR/exported.py, pictures.py  what the scripts read the folder and pictures with
 DIR/teacher                 the full network, unless it is among the models
-DIR/provenance.json         hashes of weights and images, versions, the trial with its score
+DIR/provenance.json         SHA-256 of the networks' files, versions, the trial with its score
 DIR/README.md               how to use it
 """
 
@@ -24,7 +25,9 @@ from typing import Any
 
 import torch
 
-from nas.contracts import LoadedSupernet, Schedule, Step, UserError, frozen
+from nas import exported, pictures
+from nas.contracts import LoadedSupernet, Schedule, Step, UserError
+from nas.exported import hashes_of, read_network
 from nas.session import package_versions
 
 TOLERANCE = 1e-5
@@ -78,8 +81,10 @@ def export(
             "shape": net.image_shape,
         }
         _write(partial / "schedule.json", plan)
-        _write_training(net, schedule, names, provenance, partial)
-        _write(partial / "provenance.json", {**provenance, "parity": differences, "versions": package_versions()})
+        teacher = _write_training(net, schedule, names, provenance, partial)
+        facts = {"parity": differences, "versions": package_versions()}
+        files = hashes_of(partial, dict.fromkeys([*names.values(), teacher]))
+        _write(partial / "provenance.json", {**provenance, **facts, "files": files})
         _write_pipeline(net, plan, list(names.values()), partial)
         (partial / "README.md").write_text(_README)
         (partial / "sample.py").write_text(_SAMPLE)
@@ -93,7 +98,7 @@ def export(
 
 def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path) -> float:
     """Largest output difference between the model as reloaded from disk and the supernet's subnet, on fixed inputs."""
-    reloaded = read_model(folder).to(net.device)
+    reloaded = read_network(folder).to(net.device)
     x = torch.randn((4, *net.image_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
     worst = 0.0
     for step in schedule.steps:
@@ -117,12 +122,6 @@ class _Call(torch.nn.Module):
         return prediction
 
 
-def archs_of(folder: Path) -> dict[str, Any]:
-    """What each network of an exported folder is, by its name."""
-    plan = json.loads((folder / "schedule.json").read_text())
-    return {step["model"]: frozen(step["arch"]) for step in plan["steps"]}
-
-
 def write_programs(folder: Path, names: Iterable[str], shape: Sequence[int]) -> dict[str, str]:
     """Writes model.pt2 into these model folders: call(sample, timestep), (batch, *shape) and (batch,), returns the prediction. Returned is
     why there is none, for each of which that is so."""
@@ -131,7 +130,7 @@ def write_programs(folder: Path, names: Iterable[str], shape: Sequence[int]) -> 
 
 
 def _write_program(folder: Path, shape: Sequence[int]) -> str:
-    model = _Call(read_model(folder)).eval()
+    model = _Call(read_network(folder)).eval()
     least, most = BATCHES
     batch = torch.export.Dim("batch", min=least, max=most)
     dynamic = {"sample": {0: batch}, "timestep": {0: batch}}
@@ -153,14 +152,6 @@ def _write_program(folder: Path, shape: Sequence[int]) -> str:
     return reason
 
 
-def read_model(folder: Path) -> Any:
-    """The stock model of a folder."""
-    import diffusers
-
-    kind = getattr(diffusers, _class_name(folder))
-    return kind.from_pretrained(folder, low_cpu_mem_usage=False, local_files_only=True).eval()
-
-
 def _write(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
@@ -169,8 +160,8 @@ def _write_pipeline(net: LoadedSupernet, plan: Mapping[str, Any], names: Sequenc
     from diffusers import DDIMScheduler, __version__
 
     DDIMScheduler(**plan["scheduler"]).save_pretrained(folder / "scheduler")
-    for file in net.pipeline_files:
-        code = file.read_text()
+    for file in (*net.pipeline_files, Path(exported.__file__), Path(pictures.__file__)):
+        code = file.read_text().replace("from nas.", "from ")
         for template in ("{}: Any", "{0}={0}"):
             code = code.replace(template.format("unet_0"), ", ".join(template.format(name) for name in names))
         (folder / file.name).write_text(code)
@@ -179,15 +170,18 @@ def _write_pipeline(net: LoadedSupernet, plan: Mapping[str, Any], names: Sequenc
         "_diffusers_version": __version__,
         "schedule": plan,
         "scheduler": ["diffusers", "DDIMScheduler"],
-        **{name: ["diffusers", _class_name(folder / name)] for name in names},
+        **{
+            name: ["diffusers", json.loads((folder / name / "config.json").read_text())["_class_name"]]
+            for name in names
+        },
     }
     _write(folder / "model_index.json", index)
 
 
 def _write_training(
     net: LoadedSupernet, schedule: Schedule, names: Mapping[Any, str], provenance: Mapping[str, Any], folder: Path
-) -> None:
-    """A step serves the timesteps from its own down to the next step's, the first one all above it too, and the last one down to 0."""
+) -> str:
+    """The teacher's name. A step serves the timesteps from its own down to the next step's, the first one all above it too, and the last one down to 0."""
     teacher = names.get(net.full_arch)
     if teacher is None:
         teacher = "teacher"
@@ -211,11 +205,7 @@ def _write_training(
         "shape": net.image_shape,
     }
     _write(folder / "train.json", plan)
-
-
-def _class_name(folder: Path) -> str:
-    name: str = json.loads((folder / "config.json").read_text())["_class_name"]
-    return name
+    return teacher
 
 
 _README = """# A step-aware diffusion model
@@ -245,6 +235,8 @@ python train_diffusers.py --images folder/of/pictures
 Where a model folder holds model.pt2, `torch.export.load` reads the same network: module(sample, timestep), for batches of 2 to 63, with
 one timestep for each image.
 
+`trust_remote_code` lets diffusers run this folder's `pipeline.py`: do so with folders that you or people you trust have written.
+
 With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines.
 """
 
@@ -256,6 +248,8 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from exported import ExportError, read_export
+
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--count", type=int, default=16)
 parser.add_argument("--seed", type=int, default=0)
@@ -264,6 +258,10 @@ parser.add_argument("--to", default="samples.png")
 arguments = parser.parse_args()
 
 folder = str(Path(__file__).resolve().parent)
+try:
+    read_export(Path(folder))
+except ExportError as error:
+    raise SystemExit(f"error: {error}") from error
 pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True).to(arguments.device)
 images = pipeline(batch_size=arguments.count, seed=arguments.seed).images
 columns = min(8, len(images))

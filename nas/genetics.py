@@ -4,7 +4,7 @@ number to subtract from, and what is feasible can be enumerated without visiting
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 
 import numpy as np
@@ -238,6 +238,20 @@ def feasible_genomes(problem: Problem) -> Iterator[Genome]:
             return
         position = chosen.pop() + 1
         spent.pop()
+
+
+class Taken:
+    """Genomes that were told and those pending, without a copy of the former."""
+
+    def __init__(self, told: Set[Genome], pending: Sequence[Genome]) -> None:
+        self._told = told
+        self._pending = {genome for genome in pending if genome not in told}
+
+    def __contains__(self, genome: object) -> bool:
+        return genome in self._told or genome in self._pending
+
+    def __len__(self) -> int:
+        return len(self._told) + len(self._pending)
 
 
 def novel(problem: Problem, draw: Callable[[], Genome], taken: Callable[[Genome], bool]) -> Genome | None:

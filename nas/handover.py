@@ -6,7 +6,6 @@ supernet scored; its origin says which trial it was exported from.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Generator, Iterator, Mapping
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.contracts import LoadedEvaluator, Progress, Proposal, Score, UserError, derive_seed, digest_of, frozen
-from nas.export import archs_of, read_model
+from nas.exported import WEIGHTS, Export, check_hashes, read_export, read_network
+from nas.files import read_json, tensors_digest
 from nas.ledger import Ledger, LedgerInfo
 from nas.plots import draw_losses
-from nas.report import RUN, TRAINED, Run
+from nas.report import TRAINED, Run, read_facts
+from nas.runner import noise_of
 from nas.session import open_session, torch_threads
 from nas.study import BASELINE, Study
 
@@ -26,42 +27,33 @@ if TYPE_CHECKING:
     import torch
 
 
-def read_plan(folder: Path) -> dict[str, Any]:
-    """`train.json` of an exported folder. Raises UserError where there is none."""
-    path = folder / "train.json"
-    if not path.exists():
-        raise UserError(f"{folder} is no exported folder: it holds no train.json; give one that `nas export` wrote")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
 def adopt(evaluator: LoadedEvaluator, folder: Path) -> None:
     """Lets the evaluator's supernet run the folder's models in place of its own subnets."""
-    for name, arch in archs_of(folder).items():
-        evaluator.supernet.adopt(arch, read_model(folder / name))
+    for name, arch in read_export(folder).networks.items():
+        evaluator.supernet.adopt(arch, read_network(folder / name))
 
 
 class Validation:
     """The schedule's score as its training goes, on the samples and noises of the search's first rung: networks trained so far, the
     one in training by the average of its weights, and the others as they were exported."""
 
-    def __init__(self, study: Study, searched: Path, exported: Path, device: str) -> None:
+    def __init__(self, study: Study, searched: Path, export: Export, device: str) -> None:
         self.quality = study.objectives[0]
         self._study = study
-        self._exported = exported
-        self._archs = archs_of(exported)
+        self._export = export
         self._evaluator = study.load(searched, device)
-        self._schedule = study.space.decode(tuple(json.loads((exported / "provenance.json").read_text())["genome"]))
-        trained = [name for name in self._archs if (exported / "trained" / name / "config.json").exists()]
+        self._schedule = study.space.decode(_origin(export)["genome"])
+        into = export.folder / "trained"
+        trained = [name for name in export.networks if (into / name / "config.json").exists()]
         self.begun = bool(trained)
         for name in trained:
-            self._evaluator.supernet.adopt(self._archs[name], read_model(exported / "trained" / name))
+            self._evaluator.supernet.adopt(export.networks[name], read_network(into / name))
 
     def take(self, name: str, average: Mapping[str, torch.Tensor]) -> None:
         """From now on this is the network."""
-        model = read_model(self._exported / name)
+        model = read_network(self._export.folder / name)
         model.load_state_dict(average)
-        self._evaluator.supernet.adopt(self._archs[name], model)
+        self._evaluator.supernet.adopt(self._export.networks[name], model)
 
     def __call__(self) -> Score:
         with torch_threads(1):
@@ -74,7 +66,7 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Notes how `folder/trained` is trained. Raises UserError where it was begun otherwise."""
     path = folder / "trained" / "settings.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path, f"delete {path.parent} to train again")
         changed = [
             f"{name} was {before.get(name)}, now {value}"
             for name, value in settings.items()
@@ -152,14 +144,17 @@ def _rows(log: Path) -> list[dict[str, Any]]:
 
 
 def score_and_book(
-    study: Study, folder: Path, storage: str | None, exported: Path, device: str
+    study: Study, folder: Path, storage: str | None, export: Export, device: str, changed_weights: bool = False
 ) -> Generator[Progress, None, dict[str, Any]]:
-    """Scores the trained networks on the last rung and books them, once; what `nas train` says of it is returned."""
-    trained = exported / "trained"
-    provenance = json.loads((exported / "provenance.json").read_text())
-    info = check_origin(study, folder, exported)
-    samples, genome = study.evaluator.rungs[-1], tuple(provenance["genome"])
-    weights = digest_of([[path.parent.name, _hash(path)] for path in sorted(trained.glob("unet_*/*.safetensors"))])
+    """Scores the trained networks on the last rung and books them, once; what `nas train` says of it is returned. Raises ExportError where
+    they were changed since, unless that is meant."""
+    trained = export.folder / "trained"
+    provenance = _origin(export)
+    if not changed_weights:
+        check_hashes(trained, export.networks, read_export(trained).provenance, "--changed-weights")
+    info = check_origin(study, folder, export)
+    samples, genome = study.evaluator.rungs[-1], provenance["genome"]
+    weights = digest_of([[name, tensors_digest(trained / name / WEIGHTS)] for name in sorted(export.networks)])
     with open_session(study, folder, storage or _storage_of(folder), device) as session:
         ledger = Ledger(session.storage, info, study.unlimited(folder))
         booked = [t for t in ledger.trials if t.status == "complete" and t.origin.get("weights") == weights]
@@ -192,37 +187,48 @@ def score_and_book(
 
 def _storage_of(folder: Path) -> str | None:
     """Where the run's ledgers are, unless that is the run folder itself."""
-    storage: str | None = json.loads((folder / RUN).read_text())["storage"]
+    storage: str | None = read_facts(folder)["storage"]
     return storage
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def verification_seed(study: Study) -> int:
     """Of the noises on which the study's winners are verified."""
-    return derive_seed(study.seed, "verification noise" if len(study.evaluator.rungs) > 1 else "search noise")
+    return derive_seed(study.seed, noise_of(study.evaluator.rungs[-1], study.evaluator.rungs))
 
 
-def check_origin(study: Study, folder: Path, exported: Path) -> LedgerInfo:
+def check_origin(study: Study, folder: Path, export: Export) -> LedgerInfo:
     """The ledger of the trained schedules. Raises UserError where the folder was exported from another study, supernet or space."""
-    provenance = json.loads((exported / "provenance.json").read_text())
-    if provenance["study"] != study.name or provenance["supernet"] != study.supernet.digest(folder / "supernet"):
+    provenance = _origin(export)
+    like = study.ledger_info(folder, BASELINE, 0)
+    if provenance["study"] != study.name or not like.same("supernet", provenance["supernet"]):
         raise UserError(
-            f"{exported} was exported from study {provenance['study']} with another supernet than {folder} holds; give its study and --out"
+            f"{export.folder} was exported from study {provenance['study']} with another supernet than {folder} holds; give its study and --out"
         )
-    plan = json.loads((exported / "schedule.json").read_text())
-    steps = [[step["timestep"], frozen(step["arch"]), frozen(step["reuse"])] for step in plan["steps"]]
+    steps = [[step["timestep"], frozen(step["arch"]), frozen(step["reuse"])] for step in export.plan["steps"]]
     try:
-        decoded = study.space.decode(tuple(provenance["genome"]))
-    except ValueError:
+        decoded = study.space.decode(provenance["genome"])
+    except (ValueError, IndexError):
         decoded = None
     if decoded is None or steps != [[step.timestep, frozen(step.arch), step.reuse] for step in decoded.steps]:
         raise UserError(
-            f"{exported} was exported from another search space than study {study.name} has now; restore its study file"
+            f"{export.folder} was exported from another search space than study {study.name} has now; restore its study file"
         )
-    like = study.ledger_info(folder, BASELINE, 0)
     # Its scores are not the supernet's: no search may take them for its own.
     kept = {**like.provenance, "supernet": "networks fine-tuned after export", "searcher": "none"}
     return replace(like, searcher=TRAINED, rungs=like.rungs[-1:], limits={}, provenance=kept)
+
+
+def _origin(export: Export) -> dict[str, Any]:
+    """Which trial of which study the folder was exported from. Raises UserError where it does not say."""
+    found = {name: export.provenance.get(name) for name in ("study", "ledger", "trial", "genome", "supernet")}
+    genome = found["genome"]
+    whole = isinstance(genome, list) and all(type(gene) is int and gene >= 0 for gene in genome)
+    if (
+        not whole
+        or type(found["trial"]) is not int
+        or not all(isinstance(found[n], str) for n in ("study", "ledger", "supernet"))
+    ):
+        raise UserError(
+            f"{export.folder / 'provenance.json'} does not say which trial of which study this is; give the folder that `nas export` wrote, or no --study"
+        )
+    return {**found, "genome": tuple(genome or ())}

@@ -6,14 +6,14 @@ Metadata of a file: what it was learned from (the ledger's provenance), and the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from nas.contracts import LearningSearcher, Progress, Snapshot, UserError, derive_seed, digest_of
+from nas.contracts import LearningSearcher, Progress, Snapshot, UserError, derive_seed
 from nas.ledger import LedgerInfo
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def learned_tensors(folder: Path, info: LedgerInfo) -> dict[str, torch.Tensor] |
 
     path = learned_file(folder, info)
     metadata = _metadata(path)
-    same = metadata is not None and metadata["recipe"] == digest_of(dict(info.provenance))
+    same = metadata is not None and metadata["recipe"] in info.digests()
     return load_file(path) if same else None
 
 
@@ -50,12 +50,12 @@ def learn_once(study: Study, folder: Path, device: str, searcher: str, seed: int
         return
     assert isinstance(recipe, LearningSearcher)
     supernet = study.supernet.load(folder / "supernet", device)
-    path, digest = learned_file(folder, info), digest_of(dict(info.provenance))
+    path, digest = learned_file(folder, info), info.digests()[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     snapshot = path.with_suffix(".snapshot")
     seed = derive_seed(seed, "searcher's learning")
     learning = recipe.learn(
-        study.problem_in(folder), supernet, study.images.load(), seed, _read_snapshot(snapshot, digest)
+        study.problem_in(folder), supernet, study.images.load(), seed, _read_snapshot(snapshot, info.digests())
     )
     while True:
         try:
@@ -80,12 +80,12 @@ def _write(tensors: Mapping[str, torch.Tensor], macs: int, digest: str, path: Pa
     os.replace(partial, path)
 
 
-def _read_snapshot(path: Path, digest: str) -> Snapshot | None:
+def _read_snapshot(path: Path, digests: Sequence[str]) -> Snapshot | None:
     """Where an interrupted learning under the same provenance stopped."""
     from safetensors.torch import load_file
 
     metadata = _metadata(path)
-    if metadata is None or metadata["recipe"] != digest:
+    if metadata is None or metadata["recipe"] not in digests:
         return None
     return Snapshot(load_file(path), int(metadata["macs"]))
 
@@ -97,7 +97,7 @@ def wants_to_learn(study: Study, folder: Path, searcher: str, seed: int) -> bool
         return False
     info = study.ledger_info(folder, searcher, seed)
     metadata = _metadata(learned_file(folder, info))
-    return metadata is None or metadata["recipe"] != digest_of(dict(info.provenance))
+    return metadata is None or metadata["recipe"] not in info.digests()
 
 
 @dataclass(frozen=True)

@@ -7,28 +7,21 @@ trials of lower rungs close as PRUNED with their values. One Optuna study holds 
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import filelock
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from nas.contracts import Problem, Proposal, Schedule, Score, Status, Trial, UserError
+from nas.contracts import Problem, Proposal, Schedule, Score, Status, Trial, UserError, digest_of
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-JOURNAL = "journal.log"
 RECORD = "nas:record"
 SCORE = "nas:score"
 REASON = "nas:reason"
@@ -43,88 +36,10 @@ _STATES: dict[TrialState, Status] = {
 }
 
 
-def lock_run(folder: Path) -> filelock.BaseFileLock:
-    """Holds the run folder until released or until this process ends, however it ends.
-
-    Raises UserError where another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    owner = folder / "lock.pid"
-    lock = filelock.FileLock(folder / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        holder = owner.read_text() if owner.exists() else "unknown"
-        raise UserError(
-            f"run folder {folder} is in use by process {holder}; wait for it, stop it, or use another --out"
-        ) from None
-    owner.write_text(str(os.getpid()))
-    return lock
-
-
-def open_storage(folder: Path, url: str | None = None, repair: bool = False) -> BaseStorage:
-    """The run's Optuna storage: `url`, or the journal file in the run folder.
-
-    `repair`, for the holder of the run lock alone, drops what a killed run left: a torn last line, a stale file lock.
-    Raises UserError where the storage cannot be opened.
-    """
-    try:
-        if url is not None:
-            return optuna.storages.get_storage(url)
-        path = folder.resolve() / JOURNAL
-        if repair:
-            _repair_journal(path)
-        elif not path.exists():
-            raise UserError(f"{path} does not exist; `nas run` writes it")
-        return JournalStorage(JournalFileBackend(str(path)))
-    except UserError:
-        raise
-    except Exception as error:  # each backend has exceptions of its own, from drivers that may not even be installed
-        reason = first_line(error)
-        where = url_without_password(url) if url else str(folder / JOURNAL)
-        raise UserError(f"storage {where} cannot be opened ({reason}); check --storage") from error
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def url_without_password(url: str) -> str:
-    """For messages and for files; a password is given anew by --storage or by the database's own environment."""
-    import sqlalchemy
-
-    try:
-        parts = sqlalchemy.engine.make_url(url)
-        bare = sqlalchemy.engine.URL.create(
-            parts.drivername, parts.username, None, parts.host, parts.port, parts.database, parts.query
-        )
-        return bare.render_as_string(hide_password=False)
-    except sqlalchemy.exc.ArgumentError:
-        return url
-
-
-def _repair_journal(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stale = path.with_name(path.name + ".lock")
-    if stale.is_symlink() and time.time() - stale.lstat().st_mtime > 2:
-        stale.unlink()
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        last = content[:whole].rstrip(b"\n").rfind(b"\n") + 1
-        try:
-            json.loads(content[last:whole] or b"{}")
-        except ValueError:
-            whole = last
-        file.truncate(whole)
-
-
 @dataclass(frozen=True)
 class LedgerInfo:
-    """What identifies a ledger. A ledger is not continued under another `provenance`."""
+    """What identifies a ledger. A ledger is not continued under another `provenance`. `former`: what parts of it were called once, by
+    other rules, for the very same thing."""
 
     study: str
     searcher: str
@@ -133,14 +48,27 @@ class LedgerInfo:
     rungs: tuple[int, ...]
     limits: Mapping[str, float]
     provenance: Mapping[str, str]
+    former: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def name(self) -> str:
         """Of the Optuna study: study, searcher, and the seed where it is not 0."""
         return f"{self.study}.{self.searcher}" + (f".seed{self.seed}" if self.seed else "")
 
+    def same(self, part: str, stored: str | None) -> bool:
+        """Whether this part of the provenance is what a ledger, or a file, has stored."""
+        return stored is not None and stored in (self.provenance.get(part), self.former.get(part))
+
+    def changed(self, stored: Mapping[str, str], without: Collection[str] = ()) -> list[str]:
+        """Parts of the provenance that are not what was stored."""
+        return [part for part in self.provenance if part not in without and not self.same(part, stored.get(part))]
+
+    def digests(self) -> tuple[str, ...]:
+        """Of the provenance as a whole, the present one first."""
+        return tuple(dict.fromkeys(digest_of({**self.provenance, **former}) for former in ({}, self.former)))
+
     def to_json(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        return {name: value for name, value in self.__dict__.items() if name != "former"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LedgerInfo:
@@ -148,13 +76,16 @@ class LedgerInfo:
 
 
 class Ledger:
-    """The trials of one searcher. One process writes at a time: the holder of the run lock.
+    """The trials of one searcher. One process writes at a time; `check` raises where this one may not any more.
 
     Raises UserError where the stored ledger was made under another provenance.
     """
 
-    def __init__(self, storage: BaseStorage, info: LedgerInfo, problem: Problem) -> None:
+    def __init__(
+        self, storage: BaseStorage, info: LedgerInfo, problem: Problem, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.info = info
+        self._check = check
         self._problem = problem
         self._storage = storage
         self._study_id = self._open_study()
@@ -164,6 +95,7 @@ class Ledger:
         self._ids: dict[int, int] = {}
         self._trials: dict[int, Trial] = {}
         self._closed: list[int] = []
+        self._order = 0
         self._load()
 
     @property
@@ -175,12 +107,18 @@ class Ledger:
         return self._trials[number]
 
     @property
+    def closed(self) -> int:
+        """How many trials are finished."""
+        return len(self._closed)
+
+    @property
     def finished(self) -> list[Trial]:
         """Closed trials in order of completion: what a searcher is told again on resume."""
         return [self._trials[number] for number in self._closed]
 
     def open(self, proposal: Proposal, schedule: Schedule, rung: int) -> Trial:
         """Writes a RUNNING trial. From here a crash loses nothing."""
+        self._check()
         genome = tuple(int(gene) for gene in proposal.genome)
         cost = dict(self._problem.space.cost(genome))
         violations = self._problem.violations(genome)
@@ -211,7 +149,8 @@ class Ledger:
 
     def close(self, number: int, score: Score) -> Trial:
         """Books the score: COMPLETE on the last rung, PRUNED below it."""
-        self._storage.set_trial_system_attr(self._ids[number], SCORE, {**score.to_json(), "order": len(self._closed)})
+        self._check()
+        self._storage.set_trial_system_attr(self._ids[number], SCORE, {**score.to_json(), "order": self._next()})
         self._storage.set_trial_user_attr(self._ids[number], "spent", dict(score.spent))
         for name, error in ((name, score.error(name)) for name in score.values):
             if math.isfinite(error):
@@ -220,13 +159,19 @@ class Ledger:
 
     def fail(self, number: int, reason: str) -> Trial:
         """Books a failure with its reason."""
+        self._check()
         trial_id = self._ids[number]
-        self._storage.set_trial_system_attr(trial_id, REASON, {"reason": reason, "order": len(self._closed)})
+        self._storage.set_trial_system_attr(trial_id, REASON, {"reason": reason, "order": self._next()})
         self._storage.set_trial_user_attr(
             trial_id, "failed", reason.strip().splitlines()[-1] if reason.strip() else "unknown"
         )
         self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
         return self._settled(replace(self._trials[number], status="failed", reason=reason))
+
+    def _next(self) -> int:
+        """Place in the order of completion."""
+        self._order += 1
+        return self._order - 1
 
     def _finish(self, number: int, score: Score) -> Trial:
         status: Status = "complete" if self._trials[number].rung == self.info.rungs[-1] else "pruned"
@@ -248,7 +193,8 @@ class Ledger:
         study_id = known.get(self.info.name)
         stored = None if study_id is None else self._storage.get_study_user_attrs(study_id).get(STUDY)
         if study_id is not None and stored is not None:
-            self._check_same(LedgerInfo.from_json(stored))
+            if self._check_same(LedgerInfo.from_json(stored)):
+                self._storage.set_study_user_attr(study_id, STUDY, self.info.to_json())
             return study_id
         if study_id is not None and self._storage.get_n_trials(study_id):
             raise UserError(f"the storage holds an Optuna study {self.info.name} of another program; rename the study")
@@ -280,22 +226,25 @@ class Ledger:
                 booked = frozen.system_attrs.get(SCORE) or frozen.system_attrs.get(REASON) or {"order": len(stored)}
                 orders[trial.number] = booked["order"]
             elif SCORE in frozen.system_attrs:
+                self._order = max(self._order, frozen.system_attrs[SCORE]["order"] + 1)
                 scored.append((trial.number, Score.from_json(frozen.system_attrs[SCORE])))
         self._closed = sorted(orders, key=orders.__getitem__)
+        self._order = max(self._order, max(orders.values(), default=-1) + 1)
         for number, score in scored:  # killed between booking the score and closing the trial
             self._finish(number, score)
 
-    def _check_same(self, stored: LedgerInfo) -> None:
+    def _check_same(self, stored: LedgerInfo) -> bool:
+        """Whether it is stored under a former name. Raises UserError where it is another."""
         changed = [
-            f"{key} was {stored.provenance.get(key)}, now {value}"
-            for key, value in self.info.provenance.items()
-            if stored.provenance.get(key) != value
+            f"{part} was {stored.provenance.get(part)}, now {self.info.provenance[part]}"
+            for part in self.info.changed(stored.provenance)
         ]
         if changed:
             raise UserError(
                 f"ledger {self.info.name} was written for something else: {'; '.join(changed)}. "
                 "Its scores do not compare with new ones; use another --out, or change it back"
             )
+        return dict(stored.provenance) != dict(self.info.provenance)
 
 
 def read_trial(frozen: FrozenTrial) -> Trial | None:
@@ -338,10 +287,9 @@ def read_ledgers(storage: BaseStorage, study: str | None = None) -> list[tuple[L
 
 def known_scores(storage: BaseStorage, info: LedgerInfo) -> dict[tuple[str, int], tuple[str, Score]]:
     """(digest, rung) -> (which trial, its score) over all ledgers whose scores compare with this one's."""
-    comparable = {key: value for key, value in info.provenance.items() if key not in ("searcher", "limits")}
     known: dict[tuple[str, int], tuple[str, Score]] = {}
     for other, trials in read_ledgers(storage, info.study):
-        if all(other.provenance.get(key) == value for key, value in comparable.items()):
+        if not info.changed(other.provenance, without=("searcher", "limits")):
             for trial in trials:
                 if trial.score is not None:
                     known.setdefault((trial.digest, trial.rung), (f"{other.name}#{trial.number}", trial.score))

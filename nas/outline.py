@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from nas.contracts import UserError
 from nas.genetics import budget_of, cheapest, dearest
 from nas.study import Study
 from nas.timing import calls
@@ -16,6 +17,11 @@ THROUGHPUT = 40e12
 def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
     """Size of the space, its range of MACs, the network, memory and hours; `words` says by which formulas. Raises UserError where a
     network cannot be built or run."""
+    for part, member in ((study.supernet, "outline"), (study.training, "macs")):
+        if not hasattr(part, member):
+            raise UserError(
+                f"{type(part).__name__} has no {member}, which --dry-run reports; give it one, or run without --dry-run"
+            )
     space, network = study.space, dict(study.supernet.outline())
     sizes = [len(choice.options) for choice in space.choices]
     least, most = space.cost(cheapest(space)), space.cost(dearest(space))

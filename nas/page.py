@@ -6,6 +6,7 @@ import base64
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -45,7 +46,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         searched=_searched(study, facts),
         label=facts["label"],
         compared_by=facts["compared_by"],
-        cards=_cards(winner, full, quality, run.scale),
+        cards=_cards(winner, full, quality, run),
         front=_inline(folder / "fronts.svg"),
         curves=_inline(folder / "compute.svg"),
         mapped=best,
@@ -118,14 +119,19 @@ def _searched(study: Study, facts: Mapping[str, Any]) -> str:
     )
 
 
-def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str, scale: Scale) -> list[dict[str, str]]:
-    cards = []
+def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str, run: Run) -> list[dict[str, str]]:
+    cards, scale = [], run.scale
     if winner is not None:
         name, trial = winner
-        assert trial.score is not None
-        shown = _with_error(trial, quality)
+        again = run.confirmed.get(trial.digest)
+        shown = _with_error(trial if again is None else replace(trial, score=again), quality)
+        noise = "on the noise that it was chosen on" if again is None else "on noise that nothing was chosen on"
         cards.append(
-            {"what": f"best {quality} within the limits", "value": shown, "words": f"{name}, trial {trial.number}"}
+            {
+                "what": f"best {quality} within the limits",
+                "value": shown,
+                "words": f"{name}, trial {trial.number}, {noise}",
+            }
         )
         cards.append(
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,10 +28,38 @@ def domination(values: Array, violations: Array) -> npt.NDArray[np.bool_]:
 
 
 def ranks(values: Array, violations: Array | None = None) -> npt.NDArray[np.int64]:
-    """0 for the front, 1 for the front of the rest, and so on. values (n, m)."""
+    """0 for the front, 1 for the front of the rest, and so on. values (n, m). O(n log n) for two objectives."""
+    values = np.where(np.isnan(values), np.inf, values)
+    excess = np.zeros(len(values)) if violations is None else np.maximum(violations, 0.0)
+    rank = np.zeros(len(values), dtype=np.int64)
+    feasible = excess == 0
+    if feasible.any():
+        chosen = values[feasible]
+        rank[feasible] = _ranks_of_two(chosen) if chosen.shape[1] == 2 else _ranks_of_many(chosen)
+    if not feasible.all():  # behind all of them, the less violating ones first
+        _, place = np.unique(excess[~feasible], return_inverse=True)
+        rank[~feasible] = place + (rank[feasible].max() + 1 if feasible.any() else 0)
+    return rank
+
+
+def _ranks_of_two(values: Array) -> npt.NDArray[np.int64]:
+    """In lexicographic order only a point before can dominate; of each rank so far, that with the least second value does so first."""
+    points, place = np.unique(values, axis=0, return_inverse=True)
+    least: list[float] = []  # second values of the ranks so far, rising
+    found = np.empty(len(points), dtype=np.int64)
+    for i, second in enumerate(points[:, 1].tolist()):
+        found[i] = bisect_right(least, second)
+        if found[i] == len(least):
+            least.append(second)
+        else:
+            least[found[i]] = second
+    return np.asarray(found[place.reshape(-1)])
+
+
+def _ranks_of_many(values: Array) -> npt.NDArray[np.int64]:
+    matrix = domination(values, np.zeros(len(values)))
     remaining = np.ones(len(values), dtype=bool)
     rank = np.zeros(len(values), dtype=np.int64)
-    matrix = domination(values, np.zeros(len(values)) if violations is None else violations)
     level = 0
     while remaining.any():
         front = remaining & ~matrix[remaining].any(0)

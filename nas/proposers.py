@@ -6,19 +6,28 @@ allowance becomes the nearest configuration that does not; what cannot be read i
 
 from __future__ import annotations
 
+import asyncio
 import json
-import math
 import os
 import re
-import urllib.error
-import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Annotated, Any, Protocol
 
+import httpx2
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from nas.contracts import Choice, UserError
+from nas.files import first_line
+from nas.recipes import Natural, Weight, recipe
+
+MOST_ANSWERED = 2**20
+"""Bytes of a reply that are read."""
+
+LONGEST_ANSWER = 4096
+"""Characters of an answer that are looked at, and booked."""
 
 Option = tuple[int, ...]
 """What one interval runs: an option index for each of its choices."""
@@ -103,20 +112,21 @@ def read_answer(text: str, question: Question) -> tuple[Option, str]:
 
     Raises RefusedError for an answer that holds no list of one known option for each choice.
     """
+    text = text[:LONGEST_ANSWER]
     lists = re.findall(r"\[[^\[\]]*\]", text)
     if not lists:
         raise RefusedError("it holds no JSON list")
     try:
         values = json.loads(lists[-1])
-    except ValueError as error:
-        raise RefusedError(f"its list is no JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(f"its list is no JSON ({first_line(error)[:200]})") from error
     if len(values) != len(question.choices):
         raise RefusedError(f"its list has {len(values)} entries, there are {len(question.choices)} choices")
     places, notes = [], []
     for value, choice in zip(values, question.choices, strict=True):
         place = _place(value, choice)
         if choice.options[place] != value:
-            notes.append(f"{choice.name} {value!r} became {choice.options[place]!r}")
+            notes.append(f"{choice.name} {_cut(value)} became {choice.options[place]!r}")
         places.append(place)
     option = tuple(places)
     if question.costs[option] > max(question.allowance, int(question.costs.min())):
@@ -129,12 +139,19 @@ def _place(value: object, choice: Choice) -> int:
     if isinstance(value, str) and value in choice.options:
         return choice.options.index(value)
     numbers = [option for option in choice.options if not isinstance(option, str)]
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
         if value in choice.options:
             return choice.options.index(value)
         if len(numbers) == len(choice.options):
             return int(np.abs(np.array(numbers, dtype=np.float64) - value).argmin())
-    raise RefusedError(f"{value!r} is no option of {choice.name}; it has {list(choice.options)}")
+    raise RefusedError(f"{_cut(value)} is no option of {choice.name}; it has {list(choice.options)}")
+
+
+def _cut(value: object) -> str:
+    try:
+        return repr(value)[:80]
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
 
 
 def nearest_within(option: Option, costs: npt.NDArray[np.int64], allowance: float) -> Option:
@@ -147,7 +164,7 @@ def nearest_within(option: Option, costs: npt.NDArray[np.int64], allowance: floa
     return tuple(int(i) for i in np.unravel_index(int(found.argmin()), costs.shape))
 
 
-@dataclass(frozen=True)
+@recipe
 class Local:
     """The offline proposer: local search guided by memory and importance.
 
@@ -155,8 +172,8 @@ class Local:
     importance, with a random term of the importance's own spread times `temperature`; without any memory it draws at random.
     """
 
-    reach: int = 2
-    temperature: float = 0.3
+    reach: Natural = 2
+    temperature: Weight = 0.3
 
     def propose(self, question: Question) -> str:
         rng = np.random.default_rng([question.seed, len(question.refused)])
@@ -183,7 +200,7 @@ class Local:
         return json.dumps(question.values(tuple(int(i) for i in np.unravel_index(int(found.argmin()), shape))))
 
 
-@dataclass(frozen=True)
+@recipe
 class Transcript:
     """Recorded answers: those of each round, in the order of its tries.
 
@@ -202,18 +219,19 @@ class Transcript:
             ) from None
 
 
-@dataclass(frozen=True)
+@recipe
 class Chat:
     """A language model behind an OpenAI-compatible endpoint of yours: POST `url`/chat/completions with `model`. The key is read from
-    the environment variable `key_variable` where that is set, and kept nowhere.
+    the environment variable `key_variable` where that is set, sent to this endpoint alone, and kept nowhere: redirects are not followed.
+    `timeout`: seconds for the whole answer.
 
-    Raises UserError where the endpoint does not answer.
+    Raises UserError where the endpoint does not answer in time, or not as it should.
     """
 
     url: str
     model: str
-    temperature: float = 0.0
-    timeout: float = 60.0
+    temperature: Weight = 0.0
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
     key_variable: str = "OPENAI_API_KEY"
     system: str = field(default="You design neural networks under a compute budget.", repr=False)
 
@@ -223,22 +241,54 @@ class Chat:
             "temperature": self.temperature,
             "messages": [{"role": "system", "content": self.system}, {"role": "user", "content": question.text()}],
         }
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(self.key_variable):
-            headers["Authorization"] = f"Bearer {key}"
+        key = os.environ.get(self.key_variable)
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         address = f"{self.url.rstrip('/')}/chat/completions"
         if not address.startswith(("http://", "https://")):
             raise UserError(f"chat endpoint {self.url!r} is no http address; give one such as http://127.0.0.1:8000/v1")
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        # In a thread of its own, where no other event loop runs.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(asyncio.run, self._asked(address, headers, body)).result()
+
+    async def _asked(self, address: str, headers: dict[str, str], body: dict[str, Any]) -> str:
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                answer = json.load(reply)
-            return str(answer["choices"][0]["message"]["content"])
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise UserError(
-                f"chat endpoint {self.url} did not answer ({error}); check it and run the same command again, or use the local proposer"
+            async with (
+                asyncio.timeout(self.timeout),
+                httpx2.AsyncClient(follow_redirects=False, timeout=None) as client,
+                client.stream("POST", address, headers=headers, json=body) as reply,
+            ):
+                if reply.status_code != 200:
+                    raise self._failed(f"status {reply.status_code}", "check it and its key")
+                if reply.headers.get("content-encoding", "identity") != "identity":
+                    raise self._failed("a compressed answer, which was not asked for", "mend the endpoint")
+                answer = bytearray()
+                async for part in reply.aiter_raw():
+                    answer += part
+                    if len(answer) > MOST_ANSWERED:
+                        raise self._failed(f"more than {MOST_ANSWERED >> 10} KiB", "mend the endpoint")
+        except TimeoutError:
+            raise self._failed(f"nothing whole within {self.timeout:g} s", "raise timeout=") from None
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+            raise self._failed(
+                f"nothing: {type(error).__name__} {first_line(error)}".replace("\r", " "), "check it"
             ) from error
-        except (KeyError, IndexError, TypeError) as error:
-            raise UserError(
-                f"chat endpoint {self.url} answered without choices[0].message.content; it must speak OpenAI's chat completions"
+        return self._content(bytes(answer))
+
+    def _content(self, answer: bytes) -> str:
+        try:
+            content = json.loads(answer)["choices"][0]["message"]["content"]
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError) as error:
+            raise self._failed(
+                f"without choices[0].message.content ({type(error).__name__})",
+                "it must speak OpenAI's chat completions",
             ) from error
+        if not isinstance(content, str):
+            raise self._failed(
+                f"with a {type(content).__name__} for a message", "it must speak OpenAI's chat completions"
+            )
+        return content[:LONGEST_ANSWER]
+
+    def _failed(self, answered: str, remedy: str) -> UserError:
+        return UserError(
+            f"chat endpoint {self.url} answered {answered[:200]}; {remedy} and run the same command again, or use the local proposer"
+        )

@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch.utils.checkpoint import checkpoint
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from nas.contracts import Gated, LoadedSupernet, Progress, Schedule, Snapshot, UserError, derive_seed
+from nas.recipes import Batch, Count, Positive, Share, Weight, recipe
 
 EVERY = 25
 """Gradient steps between two snapshots."""
 
 
-@dataclass(frozen=True)
+@recipe
 class Pruner:
     """`scores`: logits made by the published network, queries through an encoder layer and a branch of two layers for each gate, or
     "plain" logits of their own. `scope`: the whole "trajectory", or each "step". `finer`: gates for branches instead of blocks.
@@ -42,28 +43,16 @@ class Pruner:
     scores: Literal["network", "plain"] = "network"
     scope: Literal["trajectory", "step"] = "trajectory"
     finer: bool = False
-    steps: int = 200
-    batch: int = 4
-    noises: int | None = None
-    learning_rate: float = 0.5
-    weight_decay: float = 1e-4
-    sparsity: float = 2.0
-    floor: float = 0.2
-    dimension: int = 64
+    steps: Count = 200
+    batch: Batch = 4
+    noises: Count | None = None
+    learning_rate: Positive = 0.5
+    weight_decay: Weight = 1e-4
+    sparsity: Weight = 2.0
+    floor: Share = 0.2
+    dimension: Annotated[int, Field(ge=4, le=4096, multiple_of=4)] = 64
     checkpointing: bool = True
     clip: bool = True
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.dimension) < 1 or (self.noises is not None and self.noises < 1):
-            raise UserError(
-                f"steps={self.steps}, batch={self.batch}, dimension={self.dimension} and noises={self.noises} must be at least 1"
-            )
-        if self.dimension % 4:
-            raise UserError(f"dimension={self.dimension} must be a multiple of the encoder's 4 heads")
-        if self.scores not in ("network", "plain") or self.scope not in ("trajectory", "step"):
-            raise UserError(
-                f"scores={self.scores!r} must be network or plain, and scope={self.scope!r} trajectory or step"
-            )
 
 
 class Scorer(torch.nn.Module):
@@ -213,7 +202,7 @@ class _Walk:
         self._gated: Gated = net.gated(full.archs[0])
         self._timesteps = full.timesteps
         abar = net.alphas_cumprod
-        self._alphas = [*(float(abar[t]) for t in full.timesteps), 1.0]
+        self._alphas = [*(float(abar[t]) for t in full.timesteps), float(getattr(net, "final_alpha", 1.0))]
         self._settings = settings
 
     def call(

@@ -6,11 +6,18 @@ own results are thrown away and its `restore` is not used.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
+import atexit
 import json
+import math
 import os
+import secrets
+import socket
 import sys
 import tempfile
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +29,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 from nas.contracts import DONE, Schedule, Score, Signal, Step, UserError
-from nas.ledger import first_line
+from nas.failures import AGAIN
+from nas.files import first_line
+from nas.recipes import recipe
 from nas.runner import Conductor, attempt
 from nas.study import Study
 
@@ -38,6 +47,13 @@ os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 # Ctrl-C is the caller's: Tune's own handler would end the run as if it had finished.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+# Ray on Linux listens on the machine's outer address; told that there is no cluster, on loopback alone. A token keeps other users of
+# this machine out. Who joins a cluster says so by RAY_ADDRESS before this module is imported (`--ray-address` does); who has imported
+# Ray before has settled it.
+if not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules:
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import ray
 from ray import tune
@@ -48,7 +64,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
+@recipe
 class Workers:
     """`count` workers of one CPU each and `gpus` GPUs each (a fraction shares one), on this machine or on the cluster at
     `address`. With GPUs the workers' device is "cuda", else `device`."""
@@ -65,12 +81,12 @@ class Workers:
             )
 
 
-def run_on_ray(conductor: Conductor, study: Study, folder: Path, workers: Workers) -> None:
-    """Runs every job of the conductor on Ray workers. `folder` must be readable by all of them.
+def run_on_ray(conductors: Sequence[Conductor], study: Study, folder: Path, workers: Workers) -> None:
+    """Runs every job of the conductors on Ray workers, side by side. `folder` must be readable by all of them.
 
-    Raises UserError where the cluster cannot be reached or never has room for a worker.
+    Raises UserError where the cluster cannot be reached, never has room for a worker, or dies.
     """
-    with _cluster(workers), tempfile.TemporaryDirectory(prefix="nas-tune-") as scratch:
+    with cluster(workers), tempfile.TemporaryDirectory(prefix="nas-tune-") as scratch:
         resources = {"cpu": 1.0, "gpu": workers.gpus} if workers.gpus else {"cpu": 1.0}
         desk = _Desk.remote(min(workers.count, _room(resources)))  # type: ignore[attr-defined]
         # Workers start side by side; the bridge never has more trials under way than workers.
@@ -80,7 +96,7 @@ def run_on_ray(conductor: Conductor, study: Study, folder: Path, workers: Worker
             trainable = tune.with_parameters(
                 _Worker, study=study, folder=str(folder.resolve()), device=device, desk=desk
             )
-            bridge = _Bridge(conductor, workers.count, desk)
+            bridge = _Bridge(conductors, workers.count, desk)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, resources),
                 tune_config=tune.TuneConfig(
@@ -90,7 +106,11 @@ def run_on_ray(conductor: Conductor, study: Study, folder: Path, workers: Worker
                     storage_path=scratch, verbose=0, checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False)
                 ),
             )
-            tuner.fit()
+            try:
+                tuner.fit()
+            except (tune.TuneError, ray.exceptions.RayError) as error:
+                if bridge.error is None:
+                    raise UserError(f"Ray ended the run ({first_line(error)}); {AGAIN}") from error
     if bridge.error is not None:
         raise bridge.error
 
@@ -104,7 +124,7 @@ def map_on_ray(
     Raises UserError where the cluster cannot be reached or never has room for a worker.
     """
     resources = {"cpu": 1.0, "gpu": workers.gpus} if workers.gpus else {"cpu": 1.0}
-    with _cluster(workers), _sent_by_value(study):
+    with cluster(workers), _sent_by_value(study):
         count = min(workers.count, _room(resources))
         size = max(1, min(8, len(items) // (4 * count)))
         chunks = [items[start : start + size] for start in range(0, len(items), size)]
@@ -116,7 +136,7 @@ def map_on_ray(
                 yield from results
         except ray.exceptions.RayError as error:
             cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
-            raise UserError(f"a Ray worker failed ({first_line(cause)}); the same command goes on") from error
+            raise UserError(f"a Ray worker failed ({first_line(cause)}); {AGAIN}") from error
 
 
 @ray.remote
@@ -155,9 +175,9 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
         outcome = attempt(self._evaluate, Schedule.from_json(job.schedule), job.samples, job.seed)
         ray.get(self._desk.passed.remote())
         if isinstance(outcome, str):
-            return {"number": job.number, "failure": outcome, "done": True}
+            return {"number": json.dumps(job.number), "failure": outcome, "done": True}
         # As text: Tune flattens nested results.
-        return {"number": job.number, "score": json.dumps(outcome.to_json()), "done": True}
+        return {"number": json.dumps(job.number), "score": json.dumps(outcome.to_json()), "done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.config = new_config
@@ -171,9 +191,9 @@ class _Worker(tune.Trainable):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class _Task:
-    """A job as it travels: no tensors."""
+    """A job as it travels: no tensors. `number`: of the trial, and whose it is."""
 
-    number: int
+    number: tuple[int, int]
     schedule: str
     samples: int
     seed: int
@@ -210,7 +230,7 @@ class _Desk:
         self._under_way = 0
         self._changed = asyncio.Condition()
         self._waiting: list[_Task] = []
-        self._taken: dict[str, tuple[str, int]] = {}
+        self._taken: dict[str, tuple[str, tuple[int, int]]] = {}
         self._run: dict[str, deque[_Task]] = {}
 
     async def put(self, task: _Task) -> None:
@@ -225,7 +245,7 @@ class _Desk:
         self._taken[turn] = worker, chosen.number
         return chosen
 
-    async def lost(self, turn: str) -> int:
+    async def lost(self, turn: str) -> tuple[int, int]:
         """The number of the job that a dead worker had taken, or was to take."""
         if turn not in self._taken:
             return self._waiting.pop(0).number
@@ -275,27 +295,30 @@ class _Bridge(TuneSearcher):  # type: ignore[misc]
     All but one of the workers have a job more on the desk than they can run, so that there is a choice of kin and no waiting.
     """
 
-    def __init__(self, conductor: Conductor, workers: int, desk: Any) -> None:
+    def __init__(self, conductors: Sequence[Conductor], workers: int, desk: Any) -> None:
         super().__init__()
-        self._conductor = conductor
+        self._conductors = conductors
+        self._next = 0
         self._workers = workers
         self._desk = desk
         self._turns: set[str] = set()
-        self._jobs: set[int] = set()
+        self._jobs: set[tuple[int, int]] = set()
         self._done = False
-        self.error: UserError | None = None
+        self.error: Exception | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its search algorithm for a restore that is never used."""
         return {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        if len(self._turns) >= self._workers:
+        if self.error is None and len(self._turns) >= self._workers:
             return None
         try:
-            self._fill_desk()
-        except UserError as error:
-            self.error = error
+            if self.error is None:
+                self._fill_desk()
+        except Exception as error:  # Tune would bury it in a report of its own
+            self._note(error)
+        if self.error is not None:
             return str(TuneSearcher.FINISHED)
         if len(self._turns) == len(self._jobs):
             return str(TuneSearcher.FINISHED) if self._done else None
@@ -304,27 +327,47 @@ class _Bridge(TuneSearcher):  # type: ignore[misc]
         return {"turn": trial_id}
 
     def _fill_desk(self) -> None:
-        while len(self._jobs) < 2 * self._workers - 1:
-            job = self._conductor.next()
+        """In turn from each conductor that has a job."""
+        without = 0
+        done = 0
+        while len(self._jobs) < 2 * self._workers - 1 and without < len(self._conductors):
+            mine = self._next
+            self._next = (mine + 1) % len(self._conductors)
+            job = self._conductors[mine].next()
             if isinstance(job, Signal):
-                self._done = job is DONE
-                return
-            task = _Task(job.trial.number, job.schedule.to_json(), job.samples, job.seed)
+                without += 1
+                done += job is DONE
+                continue
+            without = done = 0
+            task = _Task((mine, job.trial.number), job.schedule.to_json(), job.samples, job.seed)
             ray.get(self._desk.put.remote(task))
             self._jobs.add(task.number)
+        self._done = done == len(self._conductors)
+
+    def _note(self, error: Exception) -> None:
+        """What ends the run."""
+        if isinstance(error, ray.exceptions.RayError):
+            error = UserError(f"a part of the Ray cluster died ({first_line(error)}); {AGAIN}")
+        self.error = self.error or error
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if trial_id not in self._turns:
-            return
+        try:
+            if trial_id in self._turns and self.error is None:
+                self._complete(trial_id, result, error)
+        except Exception as reason:
+            self._note(reason)
+
+    def _complete(self, trial_id: str, result: dict[str, Any] | None, error: bool) -> None:
         self._turns.remove(trial_id)
         self._desk.under_way.remote(len(self._turns))
         if result and "number" in result and not error:
             outcome = Score.from_json(json.loads(result["score"])) if "score" in result else str(result["failure"])
-            number = int(result["number"])
+            mine, trial = json.loads(result["number"])
+            number = (int(mine), int(trial))
         else:
             number, outcome = ray.get(self._desk.lost.remote(trial_id)), "the worker died before it returned a score"
         self._jobs.remove(number)
-        self._conductor.settle(number, outcome)
+        self._conductors[number[0]].settle(number[1], outcome)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to keep: the ledger is the only memory."""
@@ -334,25 +377,150 @@ class _Bridge(TuneSearcher):  # type: ignore[misc]
 
 
 @contextmanager
-def _cluster(workers: Workers) -> Iterator[None]:
-    """A cluster to run on: the one already joined by this process, the one at the address, or a local one."""
+def cluster(workers: Workers) -> Iterator[None]:
+    """A cluster to run on: the one already joined by this process, the one at the address, or a local one. Whoever runs several things holds
+    it around all of them.
+
+    Raises UserError where it cannot be used, and where it dies meanwhile.
+    """
     if ray.is_initialized():
         yield
         return
-    quiet = {"log_to_driver": False, "logging_level": "error", "include_dashboard": False}
+    check_workers(workers)
+    if workers.address:
+        with _Watch(
+            f"what listens at {workers.address} is no Ray cluster that answers; mend --ray-address", STARTS_WITHIN
+        ):
+            _join(workers)
+    else:
+        _join(workers)
+    mine = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    places = (ray.get_runtime_context().gcs_address, f"{mine['NodeManagerAddress']}:{mine['NodeManagerPort']}")
+    try:
+        with _Watch(f"the Ray cluster at {places[0]} died; {AGAIN}", None, places) as watch:
+            yield
+    finally:
+        _leave(dead=watch.died.is_set())
+
+
+class _Watch:
+    """Interrupts the main thread, and raises UserError in its stead, when nobody answers any more at one of the places, or `seconds` have
+    passed. Ray's calls wait for a dead head for a minute, deaf to interrupts, and then end this process without a word: so where the main
+    thread does not hear, the message is printed and the process ended here. The ledger needs no goodbye."""
+
+    EVERY, PATIENCE = 1.0, 4
+
+    def __init__(self, message: str, seconds: float | None, places: Sequence[str] = ()) -> None:
+        self.died = threading.Event()
+        self._message = message
+        self._until = math.inf if seconds is None else time.monotonic() + seconds
+        self._places = places
+        self._ended = threading.Event()
+
+    def __enter__(self) -> _Watch:
+        threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._ended.set()
+        if self.died.is_set() and isinstance(error, KeyboardInterrupt | ray.exceptions.RayError):
+            raise UserError(self._message) from None
+        if isinstance(error, ray.exceptions.RayError):
+            raise UserError(f"Ray failed ({first_line(error)}); {AGAIN}") from error
+
+    def _look(self) -> None:
+        missed = 0
+        while not self._ended.wait(self.EVERY):
+            missed = 0 if all(map(_listens, self._places)) else missed + 1
+            if missed < self.PATIENCE and time.monotonic() < self._until:
+                continue
+            self.died.set()
+            _thread.interrupt_main()
+            if not self._ended.wait(3 * self.EVERY):
+                sys.stderr.write(f"error: {self._message}\n")
+                sys.stderr.flush()
+                _leave(dead=True)
+                os._exit(1)
+            return
+
+
+def _listens(place: str) -> bool:
+    host, _, port = place.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _leave(dead: bool) -> None:
+    """Ends a local cluster, or leaves one that was joined. Who waits for a dead one to say goodbye waits for ever."""
+    if not dead:
+        ray.shutdown()
+        return
+    atexit.unregister(ray._private.worker.shutdown)
+    node = ray._private.worker._global_node
+    if node is not None and node.head:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+STARTS_WITHIN = 24.0
+"""Seconds within which a cluster answers that is there at all."""
+
+LONGEST_SOCKET = 107
+"""Bytes of the path of a Unix socket."""
+
+
+def check_workers(workers: Workers) -> None:
+    """Raises UserError where it can be told beforehand that the cluster cannot be used: nobody listens at its address, or the folder for its
+    sockets has too long a path."""
+    if workers.address:
+        _check_listening(workers.address)
+    else:
+        folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+        longest = folder / "ray" / "session_2026-01-01_00-00-00_000000_0000000" / "sockets" / "plasma_store"
+        if len(os.fsencode(longest)) > LONGEST_SOCKET:
+            raise UserError(
+                f"temporary folder {folder} has too long a path for Ray's sockets, which may have {LONGEST_SOCKET} bytes; set RAY_TMPDIR to a "
+                "short one, such as /tmp"
+            )
+
+
+def _check_listening(address: str) -> None:
+    bare = address.partition("://")[2] or address
+    host, _, port = bare.rpartition(":")
+    if address in ("auto", "local"):
+        return
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"Ray address {address!r} is not HOST:PORT, such as 10.0.0.5:6379, nor auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10.0).close()
+    except OSError as error:
+        raise UserError(
+            f"nobody listens at the Ray address {address} ({first_line(error)}); start the cluster, or mend --ray-address"
+        ) from None
+
+
+def _join(workers: Workers) -> None:
+    # What goes wrong is told once, by an error of ours.
+    quiet = {"log_to_driver": False, "logging_level": "critical"}
     try:
         if workers.address:
-            ray.init(address=workers.address, log_to_driver=False, logging_level="error")
+            ray.init(address=workers.address, **quiet)
         else:
-            # On loopback, so that nothing of a local cluster can be reached from outside.
             memory = 200 * 2**20
-            ray.init("local", num_cpus=workers.count, object_store_memory=memory, _node_ip_address="127.0.0.1", **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+            ray.init(
+                "local",
+                num_cpus=workers.count,
+                object_store_memory=memory,
+                _node_ip_address="127.0.0.1",
+                include_dashboard=False,
+                **quiet,
+            )
+        # Ray prints what happens to its processes whatever the settings, a log's last lines included.
+        ray._private.worker.print_to_stdstream = lambda *given, **settings: None
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise UserError(f"Ray at {workers.address or 'this machine'} cannot be used ({first_line(error)})") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _room(resources: dict[str, float]) -> int:

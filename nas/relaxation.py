@@ -10,7 +10,6 @@ denoising, plus distillation from the full network, plus weight x |log(r / p)| f
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -24,10 +23,10 @@ from nas.contracts import (
     Progress,
     Schedule,
     Snapshot,
-    UserError,
     derive_seed,
 )
 from nas.genetics import IntervalCosts, dearest
+from nas.recipes import Batch, Count, Few, Positive, Weight, recipe
 
 EVERY = 50
 """Gradient steps between two snapshots."""
@@ -36,26 +35,19 @@ HIDDEN = -1e4
 """Logit of an option that does not fit, where minus infinity would have no gradient."""
 
 
-@dataclass(frozen=True)
+@recipe
 class Relaxation:
     """`temperature`: of the gates. `denoising`, `distillation`, `budget`: weights of the losses. `batch`: images of a step, all at one
     timestep; `genomes`: draws of the policy that its budget loss is averaged over."""
 
-    steps: int = 400
-    batch: int = 64
-    genomes: int = 8
-    temperature: float = 0.4
-    learning_rate: float = 0.02
-    denoising: float = 1.0
-    distillation: float = 1.0
-    budget: float = 0.05
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.genomes) < 1 or self.temperature <= 0:
-            raise UserError(
-                f"steps={self.steps}, batch={self.batch} and genomes={self.genomes} must be at least 1, "
-                f"temperature={self.temperature:g} positive"
-            )
+    steps: Count = 400
+    batch: Batch = 64
+    genomes: Few = 8
+    temperature: Positive = 0.4
+    learning_rate: Positive = 0.02
+    denoising: Weight = 1.0
+    distillation: Weight = 1.0
+    budget: Weight = 0.05
 
 
 class RelaxedPolicy(Protocol):

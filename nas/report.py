@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,42 @@ import numpy as np
 from optuna.storages import BaseStorage
 
 from nas.audit import Agreement, bands_of
-from nas.contracts import Trial, UserError
+from nas.contracts import Score, Trial, UserError
+from nas.files import read_json
 from nas.genetics import LATENCY
 from nas.ladder import CONFIDENCE
 from nas.learning import learned_macs
-from nas.ledger import LedgerInfo, open_storage, read_ledgers
+from nas.ledger import LedgerInfo, read_ledgers
 from nas.pareto import front, hypervolume
+from nas.storage import open_storage
 
 RUN = "study.json"
 TRAINED = "trained"
 """Searcher of the ledger of schedules trained after export."""
 
+CONFIRMED = "confirmed"
+"""Searcher of the ledger of chosen schedules, scored on noises on which nothing was chosen."""
+
 SHARES = (0.25, 0.4, 0.5, 0.6)
 """Budgets, as shares of what the full net takes, at which searchers are compared."""
 
 
+def read_facts(folder: Path) -> dict[str, Any]:
+    """study.json of a run folder. Raises UserError where there is none, or it is damaged."""
+    if not (folder / RUN).is_file():
+        raise UserError(f"{folder} is no run folder: it holds no {RUN}; give the folder that `nas run` printed")
+    remedy = "run the same `nas run` command again, which writes it anew"
+    facts = read_json(folder / RUN, remedy)
+    kinds = {"study": str, "baseline": str, "trials": int, "objectives": list, "limits": dict, "choices": list}
+    odd = [name for name, kind in kinds.items() if not isinstance(facts.get(name), kind)]
+    if odd or "storage" not in facts or not facts["objectives"]:
+        raise UserError(f"{folder / RUN} is damaged (it has no {(odd or ['storage'])[0]}); {remedy}")
+    return facts
+
+
 def best_within(trials: Sequence[Trial], name: str, limit: float, objective: str) -> Trial:
-    """The verified trial of the lowest `objective` whose cost `name` is at most `limit`.
+    """The verified trial of the lowest `objective` whose cost `name` is at most `limit`. Its score is the least of several on the same
+    noise, so it flatters; what is said of it is a score on another noise (`Run.confirmed`).
 
     Raises UserError where there is none, naming the cheapest verified one.
     """
@@ -95,21 +114,32 @@ class Run:
     ledgers: Sequence[tuple[LedgerInfo, Sequence[Trial]]]
     trained: Sequence[Trial] = ()
     """Schedules whose networks were fine-tuned after export."""
+    confirmed: Mapping[str, Score] = field(default_factory=dict)
+    """By digest, scores of chosen schedules on noises on which nothing was chosen."""
 
     @classmethod
     def open(cls, folder: Path, storage: BaseStorage | str | None = None) -> Run:
         """Raises UserError where the folder is not of a run, or its storage cannot be opened."""
-        path = folder / RUN
-        if not path.is_file():
-            raise UserError(f"{folder} is no run folder: it holds no {RUN}; give the folder that `nas run` printed")
-        try:
-            facts = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); run the same `nas run` command again") from error
+        facts = read_facts(folder)
         opened = open_storage(folder, storage or facts["storage"]) if not isinstance(storage, BaseStorage) else storage
         ledgers = read_ledgers(opened, facts["study"])
         trained = [trial for info, trials in ledgers if info.searcher == TRAINED for trial in trials]
-        return cls(folder, facts, [ledger for ledger in ledgers if ledger[0].searcher != TRAINED], trained)
+        again = [trial for info, trials in ledgers if info.searcher == CONFIRMED for trial in trials]
+        confirmed = {trial.digest: trial.score for trial in again if trial.score is not None}
+        return cls(
+            folder, facts, [one for one in ledgers if one[0].searcher not in (TRAINED, CONFIRMED)], trained, confirmed
+        )
+
+    def chosen(self) -> list[Trial]:
+        """The trials whose numbers are said to be the best within a budget, one for each schedule."""
+        quality = self.facts["objectives"][0]
+        found: dict[str, Trial] = {}
+        for _, trials in self.ledgers:
+            for share in self.scale.budgets:
+                trial = self._best_trial(trials, share, quality)
+                if trial is not None:
+                    found.setdefault(trial.digest, trial)
+        return list(found.values())
 
     @cached_property
     def scale(self) -> Scale:
@@ -159,6 +189,8 @@ class Run:
         `area`: its mean height over the MACs that every searcher has spent. `over_seeds`: mean and standard deviation of searchers
         that ran with several seeds.
 
+        Of each best within a budget, `confirmed` is its score on noises on which nothing was chosen, None where that is still to be made.
+
         Each front member is compared with the next cheaper one, each best within a budget with the best of all searchers, on the
         same noise: where the paired difference is within two standard errors, `words` say that it is inconclusive.
         """
@@ -168,7 +200,7 @@ class Run:
         common = min(
             (curve[-1][0] for name, curve in curves.items() if curve and name != self.facts["baseline"]), default=0.0
         )
-        rows = []
+        rows: list[dict[str, Any]] = []
         for info, trials in self.ledgers:
             done = [t for t in trials if t.scored and t.score is not None]
             best = verified_front(trials, info.objectives)
@@ -295,9 +327,16 @@ class Run:
         return (max(worst) * 1.0001 if worst else 0.0), 1.0001
 
     def _best(self, trials: Sequence[Trial], share: float, quality: str) -> dict[str, Any] | None:
-        scale = self.scale
-        within = [t for t in trials if t.status == "complete" and scale.share(t) <= share]
-        return _member(min(within, key=lambda t: t.objectives((quality,))[0]), quality, scale) if within else None
+        trial = self._best_trial(trials, share, quality)
+        if trial is None:
+            return None
+        score = self.confirmed.get(trial.digest)
+        confirmed = None if score is None else {quality: score.values[quality], "error": score.error(quality)}
+        return {**_member(trial, quality, self.scale), "confirmed": confirmed}
+
+    def _best_trial(self, trials: Sequence[Trial], share: float, quality: str) -> Trial | None:
+        within = [t for t in trials if t.status == "complete" and self.scale.share(t) <= share]
+        return min(within, key=lambda t: t.objectives((quality,))[0], default=None)
 
     def _mark_leaders(self, rows: Sequence[dict[str, Any]], quality: str) -> None:
         """Says for each searcher's best within each budget how it stands against the best of all searchers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -22,7 +22,7 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.ladder import Ladder
+from nas.ladder import Climb, Ladder
 from nas.ledger import Ledger
 
 FAILURES_PER_GENOME = 2
@@ -39,12 +39,17 @@ class Job:
     seed: int
 
 
+def noise_of(rung: int, rungs: Sequence[int]) -> str:
+    """Purpose of the noises on which a rung is scored: the last one verifies, on others than those that its schedules were chosen on."""
+    return "verification noise" if rung == rungs[-1] and len(rungs) > 1 else "search noise"
+
+
 class Conductor:
     """Hands out jobs and books their outcomes, for one searcher and its ledger. Where jobs run is the runner's affair.
 
     On creation it replays the ledger: finished trials are told to the search in order of completion, RUNNING ones of a
     killed run are handed out again first. `known` holds scores of other ledgers of the run, by (digest, rung): they are
-    taken instead of run again. `on_settled` sees every trial that is closed in this run.
+    taken instead of run again; this one's are added. `noise`: purpose of the noises of all rungs, where it is not the rung's own. `on_settled` sees every trial that is closed in this run.
     """
 
     def __init__(
@@ -54,15 +59,19 @@ class Conductor:
         problem: Problem,
         ladder: Ladder,
         seed: int,
-        known: Mapping[tuple[str, int], tuple[str, Score]] | None = None,
+        known: dict[tuple[str, int], tuple[str, Score]] | None = None,
         on_settled: Callable[[Trial], None] = lambda trial: None,
+        noise: str | None = None,
     ) -> None:
         self.ledger = ledger
+        self._noise = noise
         self._search = search
         self._problem = problem
         self._ladder = ladder
+        self._climb = Climb(ladder, ledger.trials)
+        self._proposed = sum(self._counts(trial) for trial in ledger.trials)
         self._seed = seed
-        self._known = dict(known or {})
+        self._known = {} if known is None else known
         self._on_settled = on_settled
         self._rungs = ledger.info.rungs
         self._failures: Counter[tuple[str, int]] = Counter()
@@ -95,7 +104,10 @@ class Conductor:
     @property
     def proposed(self) -> int:
         """Proposals on the first rung so far; a second attempt at a failed one does not count."""
-        return sum(trial.rung == self._rungs[0] and "retry" not in trial.origin for trial in self.ledger.trials)
+        return self._proposed
+
+    def _counts(self, trial: Trial) -> bool:
+        return trial.rung == self.ledger.info.rungs[0] and "retry" not in trial.origin
 
     @property
     def planned(self) -> int:
@@ -109,7 +121,7 @@ class Conductor:
         Raises UserError after several failures in a row without any success.
         """
         if self._failed_in_a_row >= FAILURES_IN_A_ROW:
-            last = [trial.reason for trial in self.ledger.finished if trial.status == "failed"][-1]
+            last = next(trial.reason for trial in reversed(self.ledger.finished) if trial.status == "failed")
             raise UserError(
                 f"{self._failed_in_a_row} evaluations in a row failed, the last with: {last.strip().splitlines()[-1]}"
             )
@@ -136,6 +148,7 @@ class Conductor:
                 outcome = f"a score is not finite: {dict(outcome.values)}"
         trial = self.ledger.fail(number, outcome) if isinstance(outcome, str) else self.ledger.close(number, outcome)
         self._failed_in_a_row = self._failed_in_a_row + 1 if trial.status == "failed" else 0
+        self._climb.note(trial)
         self._absorb(trial)
         self._on_settled(trial)
         return trial
@@ -145,7 +158,7 @@ class Conductor:
             failed = self._retries.popleft()
             return self._open(Proposal(failed.genome, {**failed.origin, "retry": failed.number}), failed.rung)
         searching = not self._search_done and self.proposed < self._ladder.trials
-        leader = self._ladder.next(self.ledger.trials, searching)
+        leader = self._climb.next(searching)
         if leader is not None:
             return self._open(Proposal(leader.genome, {"rises_from": leader.number}), self._above(leader.rung))
         if searching:
@@ -180,11 +193,12 @@ class Conductor:
             proposal = Proposal(proposal.genome, {**proposal.origin, "scored_by": known[0]})
         trial = self.ledger.open(proposal, schedule, rung)
         self._running[trial.number] = trial
+        self._climb.note(trial)
+        self._proposed += self._counts(trial)
         return trial
 
     def _job(self, trial: Trial) -> Job:
-        verifying = trial.rung == self._rungs[-1] and len(self._rungs) > 1
-        purpose = "verification noise" if verifying else "search noise"
+        purpose = self._noise or noise_of(trial.rung, self._rungs)
         return Job(trial, self._problem.space.decode(trial.genome), trial.rung, derive_seed(self._seed, purpose))
 
     def _absorb(self, trial: Trial) -> None:

@@ -11,24 +11,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.contracts import LearningSearcher, Progress, Trial
+from nas.contracts import Genome, LearningSearcher, Progress, Score, Trial
+from nas.files import write_json
 from nas.genetics import uniform_genomes
 from nas.ladder import Ladder
 from nas.learning import Learner, learn_once, learned_tensors, wants_to_learn
-from nas.ledger import Ledger, known_scores, lock_run, open_storage, url_without_password
-from nas.report import RUN
+from nas.ledger import Ledger, LedgerInfo, known_scores
+from nas.report import CONFIRMED, RUN
 from nas.runner import Conductor, run_here
+from nas.searchers.uniform import UniformSearch
+from nas.storage import kept_url, lock_run, open_storage
 from nas.study import BASELINE, Study
+from nas.writers import Wait, only_writer
 
 if TYPE_CHECKING:
     from nas.ray_runner import Workers
@@ -46,7 +49,9 @@ class Session:
         self.study = study
         self.folder = folder.resolve()
         self.device = device
-        self.storage = open_storage(self.folder, storage, repair=True)
+        self.storage = open_storage(self.folder, storage, writing=True)
+        self._writers = ExitStack()
+        self._known: dict[tuple[str, int], tuple[str, Score]] = {}
         self._url = storage
         if not (self.folder / RUN).exists():
             self._write_facts()
@@ -77,12 +82,19 @@ class Session:
         seed: int = 0,
         trials: int | None = None,
         on_settled: Callable[[Trial], None] = lambda t: None,
+        wait: Wait | None = None,
     ) -> Conductor:
-        """The searcher's ledger, opened and replayed. The baseline ignores the study's limits."""
+        """The searcher's ledger, opened and replayed, and held until the session ends. The baseline ignores the study's limits; where
+        another run is scoring it, on the same database, it is waited for, and `wait` is told.
+
+        Raises UserError where another writer holds the ledger of any other searcher.
+        """
         study = self.study
         info = study.ledger_info(self.folder, searcher, seed)
         problem = study.problem_in(self.folder)
-        ledger = Ledger(self.storage, info, problem)
+        patient = (wait or (lambda holder: None)) if searcher == BASELINE else None
+        check = self._writers.enter_context(only_writer(self._url, info.name, patient))
+        ledger = Ledger(self.storage, info, problem, check)
         self._write_facts()
         ladder = Ladder(info.rungs, study.objectives, trials or study.trials, study.verified)
         if searcher == BASELINE:  # all of it, at every rung, whatever the limits
@@ -93,19 +105,35 @@ class Session:
             search = recipe.start(problem, seed, learned_tensors(self.folder, info))
         else:
             search = recipe.start(problem, seed)
-        known = known_scores(self.storage, info)
-        return Conductor(ledger, search, problem, ladder, study.seed, known, on_settled)
+        # Shared by all searchers of the session: what one has scored no other scores again.
+        for key, score in known_scores(self.storage, info).items():
+            self._known.setdefault(key, score)
+        return Conductor(ledger, search, problem, ladder, study.seed, self._known, on_settled)
 
-    def run(self, conductor: Conductor, workers: Workers | None = None) -> None:
-        """Runs the conductor's jobs: in this process on one CPU thread, or on Ray workers."""
-        if workers is None:
+    def confirmation(self, genomes: Sequence[Genome]) -> Conductor:
+        """Scores chosen schedules once more, on noises on which nothing was chosen, with as many samples as verified them."""
+        study, problem = self.study, self.study.unlimited(self.folder)
+        info = confirmed_ledger(study, self.folder)
+        check = self._writers.enter_context(only_writer(self._url, info.name, lambda holder: None))
+        ledger = Ledger(self.storage, info, problem, check)
+        ladder = Ladder(info.rungs, study.objectives, len(ledger.trials) + len(genomes), 1, everything=True)
+        return Conductor(ledger, UniformSearch(genomes), problem, ladder, study.seed, {}, noise="confirmation noise")
+
+    def run(self, *conductors: Conductor, workers: Workers | None = None) -> None:
+        """Runs the conductors' jobs: one after another in this process, on one CPU thread, or side by side on Ray workers."""
+        if workers is not None:
+            from nas.ray_runner import run_on_ray
+
+            run_on_ray(conductors, self.study, self.folder, workers)
+            return
+        for conductor in conductors:
             with torch_threads(1):
                 # Loaded anew, so that no searcher profits from states that another one paid for.
                 run_here(conductor, self.study.load(self.folder, self.device))
-        else:
-            from nas.ray_runner import run_on_ray
 
-            run_on_ray(conductor, self.study, self.folder, workers)
+    def close(self) -> None:
+        """Lets go of the ledgers."""
+        self._writers.close()
 
     def on_one_thread(self, ticks: Iterator[Progress]) -> Iterator[Progress]:
         """Work that scores, on one CPU thread, as scores always are."""
@@ -117,7 +145,7 @@ class Session:
         study = self.study
         facts = {
             "study": study.name,
-            "storage": url_without_password(self._url) if self._url else None,
+            "storage": kept_url(self._url) if self._url else None,
             "baseline": BASELINE,
             "trials": study.trials,
             "objectives": study.objectives,
@@ -127,9 +155,7 @@ class Session:
             "seed": study.seed,
             "versions": package_versions(),
         }
-        partial = self.folder / f"{RUN}.partial"
-        partial.write_text(json.dumps(facts, indent=2) + "\n")
-        os.replace(partial, self.folder / RUN)
+        write_json(self.folder / RUN, facts)
 
 
 @contextmanager
@@ -137,9 +163,20 @@ def open_session(study: Study, folder: Path, storage: str | None = None, device:
     """Raises UserError where another process holds the folder, or the storage cannot be opened."""
     lock = lock_run(folder)
     try:
-        yield Session(study, folder, storage, device)
+        session = Session(study, folder, storage, device)
+        try:
+            yield session
+        finally:
+            session.close()
     finally:
         lock.release()
+
+
+def confirmed_ledger(study: Study, folder: Path) -> LedgerInfo:
+    """Its scores are of other noises than those of searches, so no search may take them for its own."""
+    like = study.ledger_info(folder, BASELINE, 0)
+    kept = {**like.provenance, "seed": f"{study.seed}, confirmation noise", "searcher": "none", "limits": ""}
+    return replace(like, searcher=CONFIRMED, rungs=like.rungs[-1:], limits={}, provenance=kept)
 
 
 def package_versions() -> dict[str, str]:

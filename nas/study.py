@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import chdir
+from dataclasses import field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from nas.contracts import (
     Evaluator,
@@ -24,17 +28,22 @@ from nas.contracts import (
     UserError,
     digest_of,
 )
+from nas.files import first_line
 from nas.genetics import LATENCY, check_limits, check_reachable, dearest
 from nas.ledger import LedgerInfo
+from nas.recipes import Positive, Seed, check_recipes, recipe
 from nas.searchers.uniform import Uniform
 from nas.timing import Timing, measure, timed
 
 ENTRY_POINTS = "nas.searchers"
+RESERVED = ("all", "uniform", "trained", "confirmed")
+"""Names of ledgers that are no searcher's, and of all searchers."""
+
 BASELINE = "uniform"
 """Ledger of the uniform schedules, the full net among them, scored at every rung whatever the limits."""
 
 
-@dataclass(frozen=True)
+@recipe
 class Study:
     """Everything a search needs, as recipes: no tensors, picklable, printable.
 
@@ -51,11 +60,11 @@ class Study:
     training: Training
     evaluator: Evaluator
     searchers: Mapping[str, Searcher]
-    objectives: tuple[str, ...] = ("fd", "macs")
-    limits: Mapping[str, float] = field(default_factory=dict)
-    trials: int = 60
-    verified: int = 12
-    seed: int = 0
+    objectives: Annotated[tuple[str, ...], Field(min_length=1)] = ("fd", "macs")
+    limits: Mapping[str, Positive] = field(default_factory=dict)
+    trials: Annotated[int, Field(ge=1, le=10**7)] = 60
+    verified: Annotated[int, Field(ge=1, le=10**7)] = 12
+    seed: Seed = 0
     proxies: Mapping[str, Evaluator] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,11 +72,27 @@ class Study:
             raise UserError(
                 f"study name {self.name!r} names files and Optuna studies; use letters, digits, '_' and '-'"
             )
-        if self.trials < 1 or self.verified < 1:
-            raise UserError(f"trials={self.trials} and verified={self.verified} must be at least 1")
+        for name in self.searchers:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED:
+                raise UserError(
+                    f"a searcher cannot be called {name!r}: names are of letters, digits, '_' and '-', and {', '.join(RESERVED)} mean something else"
+                )
+        check_recipes(
+            self.space,
+            self.supernet,
+            self.images,
+            self.training,
+            self.evaluator,
+            *self.searchers.values(),
+            *self.proxies.values(),
+        )
         known = {*self.evaluator.metrics, *self.space.cost(_first_genome(self.space))}
         unknown = [name for name in self.objectives if name not in known]
-        if unknown or not self.objectives or self.objectives[0] not in self.evaluator.metrics:
+        if (
+            unknown
+            or len(set(self.objectives)) != len(self.objectives)
+            or self.objectives[0] not in self.evaluator.metrics
+        ):
             raise UserError(
                 f"objectives {self.objectives} must be among {', '.join(sorted(known))}, and the first one measured: "
                 f"{' or '.join(self.evaluator.metrics)}"
@@ -122,8 +147,21 @@ class Study:
         searcher: Searcher = registered[name].load()()
         return searcher
 
+    def check(self) -> None:
+        """Checks all that can be checked without training: the images' first files, what trains on them, what the evaluators read. Raises
+        UserError for the first thing that would end a run later."""
+        peek = getattr(self.images, "peek", self.images.load)
+        for part, given in (
+            (self.training, (self.supernet, peek())),
+            *((one, ()) for one in (self.evaluator, *self.proxies.values())),
+        ):
+            check = getattr(part, "check", None)
+            if check is not None:
+                check(*given)
+
     def prepare(self, folder: Path, device: str) -> Iterator[Progress]:
         """Makes the feature extractor and trains the supernet where the run folder lacks them, the quick one first."""
+        yield from self._read_images(folder)
         for evaluator in (self.evaluator, *self.proxies.values()):
             yield from evaluator.prepare(folder, self.seed, device)
         yield from self.training.run(self.supernet, self.images, folder / "supernet", self.seed, device)
@@ -137,10 +175,30 @@ class Study:
 
     def load(self, folder: Path, device: str) -> LoadedEvaluator:
         """Supernet and evaluator with their tensors; in a worker, once."""
+        self._find_images(folder)
         return self.evaluator.load(self.supernet.load(folder / "supernet", device), folder)
+
+    def _read_images(self, folder: Path) -> Iterator[Progress]:
+        """A source that takes long to read keeps what it has read in the run folder."""
+        prepare = getattr(self.images, "prepare", None)
+        if prepare is not None:
+            yield from prepare(folder)
+
+    def _find_images(self, folder: Path) -> None:
+        for _ in self._read_images(folder):
+            pass
 
     def ledger_info(self, folder: Path, searcher: str, seed: int) -> LedgerInfo:
         """Identity of the searcher's ledger: all that its scores and its replay depend on."""
+        self._find_images(folder)
+        former = {
+            name: part.former_digest(where)
+            for name, part, where in (
+                ("supernet", self.supernet, folder / "supernet"),
+                ("evaluator", self.evaluator, folder),
+            )
+            if hasattr(part, "former_digest")
+        }
         provenance = {
             "supernet": self.supernet.digest(folder / "supernet"),
             "space": digest_of(self.problem_in(folder).space.describe()),
@@ -151,7 +209,14 @@ class Study:
             "searcher": repr(self.searcher(searcher)),
         }
         return LedgerInfo(
-            self.name, searcher, seed, self.objectives, tuple(self.evaluator.rungs), dict(self.limits), provenance
+            self.name,
+            searcher,
+            seed,
+            self.objectives,
+            tuple(self.evaluator.rungs),
+            dict(self.limits),
+            provenance,
+            former,
         )
 
     def unlimited(self, folder: Path) -> Problem:
@@ -160,7 +225,8 @@ class Study:
 
 
 def load_study(file: str | Path) -> Study:
-    """The `study` of a Python file. Raises UserError where there is none, with the file's own error where it has one."""
+    """The `study` of a Python file, which runs in its own folder and may import its neighbours. Raises UserError where there is none, with
+    the file's own error where it has one."""
     path = Path(file).resolve()
     if not path.is_file():
         raise UserError(f"study file {path} does not exist; give the path of a Python file that defines `study`")
@@ -170,16 +236,29 @@ def load_study(file: str | Path) -> Study:
         raise UserError(f"{path} is not a Python file; a study file ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    # An empty entry means the folder that one is in, which is another one while the file runs.
+    sys.path[:] = [entry or str(Path.cwd()) for entry in sys.path]
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
     try:
-        spec.loader.exec_module(module)
+        with chdir(path.parent):
+            spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as error:  # the file is the user's: whatever it raises is its message
-        raise UserError(f"study file {path} fails: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is its message
+        raise UserError(
+            f"study file {path} fails{_line_of(error, path)}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     study: Any = getattr(module, "study", None)
     if not isinstance(study, Study):
         raise UserError(f"{path} defines no `study`; it must hold `study = Study(...)`")
     return study
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    """Where in the file, as far as that is known."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f" in line {lines[-1]}" if lines else ""
 
 
 def _first_genome(space: SearchSpace) -> tuple[int, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,6 +31,21 @@ out = Console()
 notes = Console(stderr=True)
 
 
+class _Words(logging.Handler):
+    """What parts of the engine say by the logger "nas", for people, beside progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notes.print(escape(record.getMessage()), highlight=False, soft_wrap=True)
+
+
+def say_in_words() -> None:
+    """From now on what the engine notices by the way is printed, to the error stream."""
+    log = logging.getLogger("nas")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.handlers = [_Words()]
+
+
 class SearchBar:
     """The progress bar of one search: closed trials, rate, best so far, time left."""
 
@@ -46,6 +63,7 @@ class SearchBar:
         self._task = self._bars.add_task(self._name, total=None, detail="")
         for trial in conductor.ledger.finished:
             self._note(trial)
+        self._started = time.monotonic()
         self._update()
 
     def __call__(self, trial: Trial) -> None:
@@ -54,7 +72,7 @@ class SearchBar:
         self._update()
 
     def end(self) -> None:
-        done = len(self._conductor.ledger.finished)
+        done = self._conductor.ledger.closed
         self._bars.update(self._task, completed=done, total=done)
 
     def _note(self, trial: Trial) -> None:
@@ -62,7 +80,7 @@ class SearchBar:
             self._best = min(self._best, trial.objectives((self._objective,))[0])
 
     def _update(self) -> None:
-        done = len(self._conductor.ledger.finished)
+        done = self._conductor.ledger.closed
         rate = self._new / max(time.monotonic() - self._started, 1e-9)
         detail = f"best {self._objective} {self._best:.4g}" if self._best < float("inf") else ""
         self._bars.update(
@@ -85,17 +103,23 @@ def progress_bars(quiet: bool) -> Progress:
 
 
 def follow(bars: Progress, ticks: Iterator[Tick]) -> Any:
-    """One bar for each kind of work that the ticks name. Returns what a generator of them returns."""
+    """One bar for each kind of work that the ticks name. Returns what a generator of them returns. Work that is interrupted is closed, so
+    that it keeps what it has."""
     tasks: dict[str, Any] = {}
-    while True:
-        try:
-            tick = next(ticks)
-        except StopIteration as end:
-            return end.value
-        if tick.what not in tasks:
-            tasks[tick.what] = bars.add_task(tick.what, total=tick.total, detail="")
-        values = "  ".join(f"{name} {value:.3f}" for name, value in sorted(tick.values.items()))
-        bars.update(tasks[tick.what], completed=tick.done, detail=values)
+    try:
+        while True:
+            try:
+                tick = next(ticks)
+            except StopIteration as end:
+                return end.value
+            if tick.what not in tasks:
+                tasks[tick.what] = bars.add_task(tick.what, total=tick.total, detail="")
+            values = "  ".join(f"{name} {value:.3f}" for name, value in sorted(tick.values.items()))
+            bars.update(tasks[tick.what], completed=tick.done, detail=values)
+    finally:
+        close = getattr(ticks, "close", None)
+        if close is not None:
+            close()
 
 
 def _table(title: str) -> Table:
@@ -169,7 +193,7 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
         )
     budgets = list(rows[0]["best_within"]) if rows else []
     best = _table(
-        f"best verified {facts['objective']} ± standard error, and its trial, within a share of the full net's {facts['compared_by']}"
+        f"best verified {facts['objective']}, ± standard error on a third noise, and its trial, within a share of the full net's {facts['compared_by']}"
     )
     best.add_column("searcher", no_wrap=True)
     for budget in budgets:
@@ -207,18 +231,22 @@ def _over_seeds(rows: Any, budgets: list[str]) -> Table:
 
 
 def _best(member: Mapping[str, Any] | None, objective: str) -> str:
-    """A tilde marks what cannot be told apart from the best of all searchers; below it the trial, and the time of an image, where it is
-    known."""
+    """A tilde marks what cannot be told apart from the best of all searchers, brackets what was not scored on a third noise yet; below it
+    the trial, and the time of an image, where it is known."""
     if member is None:
         return "-"
     against = member["against_leader"]
     mark = "~" if against and not against["conclusive"] else ""
     time = f", {member['latency_ms']:.3g} ms" if "latency_ms" in member else ""
-    return f"{mark}{member[objective]:.3g}±{member['error']:.1g}\n#{member['trial']}{time}"
+    shown = member["confirmed"] or member
+    words = f"{shown[objective]:.3g}±{shown['error']:.1g}"
+    return f"{mark}{words if member['confirmed'] else f'({words})'}\n#{member['trial']}{time}"
 
 
 def _verdicts(rows: Any, budgets: list[str]) -> Iterator[str]:
     """What the tables do not decide, in words."""
+    if any(m and not m["confirmed"] for row in rows for m in row["best_within"].values()):
+        yield "in brackets: on the noise that it was chosen on, which flatters; `nas run` goes on to score it on another"
     for row in rows:
         ties: dict[str, list[str]] = {}
         for budget in budgets:

@@ -9,13 +9,15 @@ full network's function as it is, and makes the leading share of each group the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from nas.contracts import ImageSet, Progress, UserError, derive_seed
+from nas.recipes import Batch, Count, recipe
 from search_spaces.optimiser import Batches
 from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
 from search_spaces.training import Checkpoints, OneStage
@@ -26,7 +28,7 @@ Scores = dict[str, torch.Tensor]
 """One number per channel, by the channels' name in the `Anatomy`."""
 
 
-@dataclass(frozen=True)
+@recipe
 class Order(OneStage):
     """A stage that reorders the channels by importance; the full network computes what it did.
 
@@ -36,18 +38,10 @@ class Order(OneStage):
     """
 
     criterion: Criterion = "gradient"
-    threshold: float = 0.05
-    batch: int = 128
-    stride: int = 1
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    batch: Batch = 128
+    stride: Count = 1
     squared: bool = False
-
-    def __post_init__(self) -> None:
-        if self.criterion not in ("gradient", "magnitude", "random"):
-            raise UserError(f"criterion {self.criterion!r} is not known; use gradient, magnitude or random")
-        if not 0 <= self.threshold < 1 or min(self.batch, self.stride) < 1:
-            raise UserError(
-                f"threshold={self.threshold} must be in [0, 1), batch={self.batch} and stride={self.stride} at least 1"
-            )
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Order", **asdict(self)}

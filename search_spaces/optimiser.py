@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nas.contracts import ImageSet, UserError
+from nas.files import first_line
 from search_spaces.supernet import LoadedElasticUNet
 
 
@@ -182,7 +183,9 @@ def check_recipe(path: Path, digest: str) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and the same command trains again") from error
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}); delete it, and the same command trains again"
+        ) from error
     if metadata.get("recipe") != digest:
         raise UserError(
             f"{path} was trained with another network, training, seed or images; use another --out, or delete it to train again"

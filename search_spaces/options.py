@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from nas.contracts import UserError
+from nas.recipes import recipe
 from search_spaces.cost import Cost, CostModel
 from search_spaces.unet import Anatomy, Arch
 
@@ -19,14 +21,14 @@ MOST = 2**16
 """Options of one interval whose costs are still tabulated."""
 
 
-@dataclass(frozen=True)
+@recipe
 class Options:
     """`widths`: shares of a level's channels. `depths`: residual blocks of a level; empty for as many as the full net has.
     `per_level`: what each level chooses on its own, else all alike. `attention`: whether a place that has attention may go
     without it."""
 
-    widths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    depths: tuple[int, ...] = ()
+    widths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.25, 0.5, 0.75, 1.0)
+    depths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = ()
     per_level: tuple[Literal["width", "depth"], ...] = ()
     attention: bool = False
 
@@ -187,6 +189,11 @@ class Subnets:
             anatomy.check_depths()
         if options.attention and not anatomy.attention_places:
             raise UserError("attention=True, but the network has no attention to leave out")
+        for key in ("downsample_type", "upsample_type"):
+            if options.attention and anatomy.config[key] != "conv":
+                raise UserError(
+                    f"attention=True needs {key}='conv': stock blocks without attention have no {key}={anatomy.config[key]!r}"
+                )
 
     def _check_width(self, level: int | None, share: float) -> None:
         widths = [share if level in (None, i) else 1.0 for i in range(self._anatomy.levels)]

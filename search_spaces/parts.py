@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DModel
 
 from nas.contracts import UserError
+from nas.files import first_line
 
 _BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D")
 
@@ -80,7 +81,15 @@ class Parts:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         with torch.device("meta"):
-            self._full = UNet2DModel(**config)
+            try:
+                self._full = UNet2DModel(**config)
+            except (
+                Exception
+            ) as error:  # the stock class checks little itself: whatever its parts raise is about the config
+                reason = first_line(error).replace("UNet2DModel.__init__() ", "")
+                raise UserError(
+                    f"diffusers cannot make a UNet2DModel of this config ({reason}); mend the config"
+                ) from error
         self.config: dict[str, Any] = {k: v for k, v in self._full.config.items() if not k.startswith("_")}
         self._check_config()
         self.channels: tuple[int, ...] = tuple(self.config["block_out_channels"])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 
 from nas.contracts import UserError
+from nas.recipes import Count, recipe
 from search_spaces.reuse import Graph
 
 ALL = ("all",)
@@ -29,17 +29,13 @@ class Pattern(Protocol):
         """What each of `count` steps computes, noisy to clean."""
 
 
-@dataclass(frozen=True)
+@recipe
 class Every:
     """Whole steps `period` apart, the interval's first among them; `computed` is what runs at those between. `Every(1)` is the whole
     network at each step."""
 
-    period: int
+    period: Count
     computed: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.period < 1:
-            raise UserError(f"period={self.period} must be at least 1: whole steps are so many steps apart")
 
     @property
     def label(self) -> str:
@@ -50,7 +46,7 @@ class Every:
         return tuple(self.computed if place % self.period else ALL for place in range(count))
 
 
-@dataclass(frozen=True)
+@recipe
 class Only:
     """The same blocks at every step; the others are reused from the step before."""
 
@@ -64,17 +60,13 @@ class Only:
         return (self.computed,) * count
 
 
-@dataclass(frozen=True)
+@recipe
 class Subset:
     """`kept` of the interval's steps run, whole; the others are left out. "uniform": evenly spaced, "quadratic": the denser the cleaner,
     as in Song et al. 2021 (appendix D.3). The first step stays."""
 
-    kept: int
+    kept: Count
     spacing: Literal["uniform", "quadratic"] = "uniform"
-
-    def __post_init__(self) -> None:
-        if self.kept < 1 or self.spacing not in ("uniform", "quadratic"):
-            raise UserError(f"a subset keeps at least 1 step, uniform or quadratic, not {self.kept} {self.spacing}")
 
     @property
     def label(self) -> str:

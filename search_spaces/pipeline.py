@@ -51,7 +51,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         plan = self.config.schedule
         steps = _subset(plan["steps"], num_inference_steps)
         noise = _noise(batch_size, plan["shape"], generator, seed)
-        alphas = [*self.scheduler.alphas_cumprod.double().tolist(), 1.0]
+        alphas = [*self.scheduler.alphas_cumprod.double().tolist(), float(self.scheduler.final_alpha_cumprod)]
         x = next(noise).to(self.device)
         cache: Any = None
         with self.progress_bar(total=len(steps)) as bar:
@@ -70,7 +70,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                     beta = 1 - a / b
                     x = b**0.5 * beta / (1 - a) * image + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
                     large = plan["sampler"]["variance"] == "fixed_large"
-                    if b < 1:
+                    if number + 1 < len(steps):
                         x = x + (beta if large else (1 - b) / (1 - a) * beta) ** 0.5 * drawn
                 bar.update()
         return self._output(x, output_type, return_dict)

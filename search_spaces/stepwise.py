@@ -4,22 +4,24 @@ it reuses from the step before."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from nas.contracts import Choice, Genome, Price, Schedule, Step, UserError
-from search_spaces.intervals import Intervals, Timesteps, free
+from nas.recipes import Count, recipe
+from search_spaces.intervals import Timesteps, free
 from search_spaces.options import Options, Subnets
 from search_spaces.patterns import ALL, Computed, Pattern
 from search_spaces.supernet import ElasticUNet
 from search_spaces.unet import Arch
 
 
-@dataclass(frozen=True)
+@recipe
 class Stepwise:
     """For each interval, noisy to clean, one gene for each decision: width, and what else the options leave open.
 
@@ -36,10 +38,10 @@ class Stepwise:
     """
 
     net: ElasticUNet
-    timesteps: Timesteps
-    intervals: Intervals
+    timesteps: Annotated[Timesteps, Field(min_length=1)]
+    intervals: Annotated[tuple[Count, ...], Field(min_length=1)]
     options: Options | tuple[Options, ...] | None = None
-    budgets: tuple[float, ...] = ()
+    budgets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     patterns: tuple[Pattern, ...] = ()
     finer: bool = False
     deterministic: bool = True

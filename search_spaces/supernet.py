@@ -6,67 +6,37 @@ slices of the shared weights, so gradients reach them; in evaluation it is a mat
 
 from __future__ import annotations
 
-import hashlib
 import math
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.func import functional_call
 
 from nas.contracts import Denoiser, Gated, Step, UserError
+from nas.files import file_digest, first_line, tensors_digest
+from nas.recipes import recipe
 from search_spaces.cost import Cost, CostModel
+from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options, Subnets
+from search_spaces.pretrained import find, read_weights, weights_digest
 from search_spaces.reuse import run
 from search_spaces.unet import Anatomy, Arch, Groups, StockUNet, arguments, predict, skeleton, take
 
 WEIGHTS = "weights.safetensors"
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I); the network predicts the noise.
-
-    Named as in diffusers, whose schedulers compute it.
-    """
-
-    timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-
-    @property
-    def scheduler(self) -> dict[str, Any]:
-        """Arguments of any diffusers scheduler for the same process."""
-        return {
-            "num_train_timesteps": self.timesteps,
-            "beta_start": self.beta_start,
-            "beta_end": self.beta_end,
-            "beta_schedule": self.beta_schedule,
-            "prediction_type": "epsilon",
-        }
-
-    @property
-    def alphas_cumprod(self) -> npt.NDArray[np.float64]:
-        """abar_t for t = 0..timesteps-1."""
-        abar: npt.NDArray[np.float64] = DDPMScheduler(**self.scheduler).alphas_cumprod.double().numpy()
-        return abar
-
-
-@dataclass(frozen=True)
+@recipe
 class ElasticUNet:
     """Recipe of the supernet.
 
@@ -104,21 +74,13 @@ class ElasticUNet:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **settings: Any) -> ElasticUNet:
-        """The elastic network of a trained diffusers UNet2DModel folder; `settings` as for the class. Reads the folder alone, no hub.
+        """The elastic network of a trained diffusers model: the folder of a UNet2DModel, or of a pipeline with one, whose scheduler says
+        which noise process it was trained on. `settings` as for the class. Reads the folder alone, no hub.
 
-        Raises UserError where the folder holds no such model.
+        Raises UserError where the folder holds no such model, its weights are not that network's, or its process cannot be kept.
         """
-        folder = Path(path).resolve()
-        try:
-            config = UNet2DModel.load_config(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{folder} holds no diffusers model ({_first_line(error)}); give a UNet2DModel folder"
-            ) from error
-        if config.get("_class_name") != "UNet2DModel":
-            raise UserError(f"{folder} holds a {config.get('_class_name')}, not a UNet2DModel")
-        known = {name: value for name, value in config.items() if not name.startswith("_")}
-        return cls(known, pretrained=str(folder), **settings)
+        found = find(path, settings.pop("noise", None))
+        return cls(found.config, pretrained=str(found.folder), noise=found.noise or NoiseSchedule(), **settings)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -177,7 +139,7 @@ class ElasticUNet:
             "per_level": self.per_level,
             "attention": self.attention,
             "experts": self.experts,
-            "pretrained": None if self.pretrained is None else _file_digest(_pretrained_weights(Path(self.pretrained))),
+            "pretrained": None if self.pretrained is None else weights_digest(Path(self.pretrained)),
         }
 
     def profile(self, step: Step) -> dict[str, float]:
@@ -203,9 +165,8 @@ class ElasticUNet:
             for module in net.modules():
                 module.register_forward_hook(lambda _, __, output, sizes=sizes: sizes.append(_numbers(output)))
             x = torch.empty(shape, device="meta")
-            labels = (
-                torch.zeros(1, dtype=torch.long, device="meta") if self.anatomy.config["num_class_embeds"] else None
-            )
+            classes = self.anatomy.config["num_class_embeds"] or self.anatomy.config["class_embed_type"]
+            labels = torch.zeros(1, dtype=torch.long, device="meta") if classes else None
             with torch.inference_mode():
                 handed = predict(net, x, torch.zeros(1, dtype=torch.long, device="meta"), labels).shape
             if handed[0] != 1 or handed[2:] != shape[2:]:
@@ -217,10 +178,10 @@ class ElasticUNet:
     def initial(self, seed: int, device: str = "cpu") -> LoadedElasticUNet:
         """Freshly initialised weights, as the stock class draws them, or the pretrained ones."""
         if self.pretrained is not None:
-            _pretrained_weights(Path(self.pretrained))
-            full = UNet2DModel.from_pretrained(
-                self.pretrained, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
-            ).train()
+            with torch.device("meta"):
+                empty = UNet2DModel(**self.anatomy.config)
+            full = empty.to_empty(device="cpu").train()
+            full.load_state_dict(read_weights(Path(self.pretrained), self.anatomy.config))
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -228,7 +189,11 @@ class ElasticUNet:
         return LoadedElasticUNet(self, full.to(device))
 
     def digest(self, folder: Path) -> str:
-        return _file_digest(_weights(folder))
+        return tensors_digest(_weights(folder))
+
+    def former_digest(self, folder: Path) -> str:
+        """By the bytes of the file, as ledgers were once written."""
+        return file_digest(_weights(folder))[:16]
 
     def load(self, folder: Path, device: str) -> LoadedElasticUNet:
         loaded = self.read(_weights(folder), device)
@@ -248,9 +213,14 @@ class ElasticUNet:
                 copies.setdefault(expert, {})[parameter] = tensor
             full = self._full(copies.get("", {}), device)
             experts = {name: self._full(copies[name], device) for name in self.expert_names if name in copies}
-        except (SafetensorError, RuntimeError) as error:
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({first_line(error)}); move it away to train again") from error
+        except RuntimeError as error:
+            # Only what does not fit is the file's fault: memory that is short says nothing about it.
+            if "state_dict" not in str(error):
+                raise
             raise UserError(
-                f"{path} cannot be read as weights of this supernet ({_first_line(error)}); delete it to train again"
+                f"{path} holds the weights of another supernet ({' '.join(str(error).split())[:200]}); restore the study, or use another --out"
             ) from error
         return LoadedElasticUNet(self, full, experts)
 
@@ -284,6 +254,7 @@ class LoadedElasticUNet:
         self.experts = dict(experts)
         self.device = next(full.parameters()).device
         self.alphas_cumprod = recipe.noise.alphas_cumprod
+        self.final_alpha = recipe.noise.end
         self.scheduler = recipe.noise.scheduler
         self.image_shape = (recipe.anatomy.config["in_channels"], *recipe.anatomy.sample_size)
         self.full_arch = recipe.anatomy.full
@@ -444,18 +415,3 @@ def _weights(folder: Path) -> Path:
     if not path.exists():
         raise UserError(f"{path} does not exist; `nas run` trains it")
     return path
-
-
-def _pretrained_weights(folder: Path) -> Path:
-    path = folder / str(SAFETENSORS_WEIGHTS_NAME)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; save the model with safetensors, in one file")
-    return path
-
-
-def _file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

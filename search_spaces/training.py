@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import Field
 
 from nas.contracts import Images, ImageSet, Progress, Schedule, UserError, derive_seed, digest_of
+from nas.interrupts import whole
+from nas.recipes import Batch, Count, Natural, Positive, Share, Weight, recipe
 from search_spaces.optimiser import Batches, Optimiser, Teacher, check_recipe, gather, write_tensors
 from search_spaces.supernet import WEIGHTS, ElasticUNet, LoadedElasticUNet
 from search_spaces.unet import Arch
@@ -53,13 +57,19 @@ class Checkpoints:
         if optimiser.step % self.every == 0 or optimiser.step == last:
             optimiser.save(self.path)
 
+    def keep_now(self, optimiser: Optimiser) -> None:
+        """For a training that is stopped, in between."""
+        if optimiser.step % self.every:
+            with whole():
+                optimiser.save(self.path)
 
-@dataclass(frozen=True)
+
+@recipe
 class Stages:
     """One stage after another, on one set of weights."""
 
     stages: tuple[Stage, ...]
-    checkpoint_every: int = 250
+    checkpoint_every: Count = 250
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Stages", "stages": [stage.describe() for stage in self.stages]}
@@ -81,7 +91,7 @@ class Stages:
         Raises UserError where the folder holds a damaged checkpoint or weights of another recipe.
         """
         data = images.load()
-        _check_trainable(supernet, data)
+        check_trainable(supernet, data)
         digest = digest_of(
             {"supernet": supernet.describe(), "training": self.describe(), "seed": seed, "images": data.digest}
         )
@@ -108,6 +118,11 @@ class Stages:
         (folder / "training.json").write_text(json.dumps(spent, indent=1, default=list) + "\n")
         (folder / STAGE).replace(folder / WEIGHTS)
 
+    def check(self, supernet: ElasticUNet, data: ImageSet) -> None:
+        """Raises UserError where it cannot train this network on these images, of which a few will do; before anything is trained."""
+        self.parts(supernet)
+        check_trainable(supernet, data)
+
     def macs(self, supernet: ElasticUNet) -> float:
         """Of all stages."""
         return sum(part.macs(supernet) for stage in self.stages for part in stage.parts(supernet))
@@ -125,8 +140,12 @@ class OneStage:
         """As `Stages.run`, this stage alone."""
         return Stages((self,), self.checkpoint_every).run(supernet, images, folder, seed, device)  # type: ignore[arg-type]
 
+    def check(self, supernet: ElasticUNet, data: ImageSet) -> None:
+        """As `Stages.check`."""
+        Stages((self,)).check(supernet, data)  # type: ignore[arg-type]
 
-@dataclass(frozen=True)
+
+@recipe
 class Sandwich(OneStage):
     """Each step trains the largest, the smallest and `between` random subnets on one batch (Yu & Huang 2019).
 
@@ -140,18 +159,18 @@ class Sandwich(OneStage):
     that it serves.
     """
 
-    steps: int
-    batch: int = 64
-    learning_rate: float = 2e-3
-    warmup: int = 100
-    between: int = 1
-    full_weight: float = 1.0
-    ema: float = 0.999
-    clip: float = 1.0
+    steps: Count
+    batch: Batch = 64
+    learning_rate: Positive = 2e-3
+    warmup: Natural = 100
+    between: Annotated[int, Field(ge=0, le=4096)] = 1
+    full_weight: Weight = 1.0
+    ema: Share = 0.999
+    clip: Positive = 1.0
     flip: bool = False
-    checkpoint_every: int = 250
+    checkpoint_every: Count = 250
     full_only: bool = False
-    distillation: float = 0.0
+    distillation: Share = 0.0
     expert: str = ""
 
     def describe(self) -> dict[str, Any]:
@@ -172,21 +191,30 @@ class Sandwich(OneStage):
         batches = Batches(net, data, self.batch, self.flip)
         name = f"expert {self.expert}" if self.expert else "full network" if self.full_only else "supernet"
         served = net.recipe.served_by(self.expert)
-        while optimiser.step < self.steps:
-            generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "sandwich"))
-            x0 = batches.images(generator)
-            losses: dict[str, float] = {}
-            for arch in self._members(net.recipe, generator):
-                t, x, noise = batches.noised(x0, generator, served)
-                target = teacher.target(x, t, noise)
-                loss = torch.nn.functional.mse_loss(net.forward(arch._replace(expert=self.expert), x, t), target)
-                weight = self.full_weight if arch == net.full_arch else 1.0
-                torch.autograd.backward(weight * loss)
-                losses[_name(arch)] = loss.item()
-            optimiser.update()
-            if files:
-                files.keep(optimiser, self.steps)
-            yield Progress(name, optimiser.step, self.steps, losses)
+        try:
+            while optimiser.step < self.steps:
+                losses: dict[str, float] = {}
+                with whole():
+                    generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "sandwich"))
+                    x0 = batches.images(generator)
+                    for arch in self._members(net.recipe, generator):
+                        t, x, noise = batches.noised(x0, generator, served)
+                        target = teacher.target(x, t, noise)
+                        loss = torch.nn.functional.mse_loss(
+                            net.forward(arch._replace(expert=self.expert), x, t), target
+                        )
+                        weight = self.full_weight if arch == net.full_arch else 1.0
+                        torch.autograd.backward(weight * loss)
+                        losses[_name(arch)] = loss.item()
+                    _check_finite(losses, name, optimiser.step + 1, self.learning_rate)
+                    optimiser.update()
+                    if files:
+                        files.keep(optimiser, self.steps)
+                yield Progress(name, optimiser.step, self.steps, losses)
+        except (GeneratorExit, KeyboardInterrupt):
+            if files and optimiser.step:
+                files.keep_now(optimiser)
+            raise
         optimiser.adopt_average()
 
     def macs(self, supernet: ElasticUNet) -> float:
@@ -207,7 +235,7 @@ class Sandwich(OneStage):
         return list(dict.fromkeys(subnets.flat(i) for i in (last, 0, *(i + 1 for i in drawn))))
 
 
-@dataclass(frozen=True)
+@recipe
 class Experts(OneStage):
     """Elastic fine-tuning of one copy of the weights for each interval of timesteps (DiffPruning; TDC): the sandwich rule on
     that interval's timesteps alone, distilling from the full net of the stage before. `each`: the settings of every expert."""
@@ -232,7 +260,7 @@ class Experts(OneStage):
         return Stages((self,)).fit(net, data, seed, files)
 
 
-@dataclass(frozen=True)
+@recipe
 class FineTune:
     """A short training of a supernet for one schedule: each timestep trains the subnet that serves it.
 
@@ -240,14 +268,14 @@ class FineTune:
     all above it. Settings mean what they mean for `Sandwich`.
     """
 
-    steps: int
-    batch: int = 64
-    learning_rate: float = 5e-4
-    warmup: int = 50
-    ema: float = 0.995
-    clip: float = 1.0
+    steps: Count
+    batch: Batch = 64
+    learning_rate: Positive = 5e-4
+    warmup: Natural = 50
+    ema: Share = 0.995
+    clip: Positive = 1.0
     flip: bool = False
-    distillation: float = 0.0
+    distillation: Share = 0.0
 
     def fit(self, net: LoadedElasticUNet, schedule: Schedule, data: ImageSet, seed: int) -> Iterator[Progress]:
         """Trains in place; afterwards the supernet holds the averaged weights, and its materialised subnets are new."""
@@ -269,16 +297,27 @@ class FineTune:
                     loss = error * mine.float().mean()
                     torch.autograd.backward(loss)
                     total += loss.item()
+            _check_finite({"loss": total}, "fine-tune", optimiser.step + 1, self.learning_rate)
             optimiser.update()
             yield Progress("fine-tune", optimiser.step, self.steps, {"loss": total})
         optimiser.adopt_average()
+
+
+def _check_finite(losses: Mapping[str, float], name: str, step: int, rate: float) -> None:
+    """Raises UserError at the first loss that is no number; what was kept before it is as it was."""
+    odd = next((label for label, loss in losses.items() if not math.isfinite(loss)), None)
+    if odd is not None:
+        raise UserError(
+            f"training the {name}: the loss of {odd} is {losses[odd]} at step {step}; lower learning_rate={rate:g}, and use another --out"
+        )
 
 
 def _stage_seed(seed: int, number: int) -> int:
     return derive_seed(seed, number, "stage") if number else seed
 
 
-def _check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
+def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
+    """Raises UserError where this network cannot be trained on these images."""
     config = supernet.anatomy.config
     shape = (config["in_channels"], *supernet.anatomy.sample_size)
     if data.pixels.shape[1:] != shape:

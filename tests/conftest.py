@@ -74,10 +74,9 @@ def tiny_run(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
     """Two nodes of one CPU each on this machine, joined by this process."""
-    import ray
-    from ray.cluster_utils import Cluster
-
     import nas.ray_runner  # noqa: F401  sets Ray's environment before Ray is imported
+    import ray  # isort: skip
+    from ray.cluster_utils import Cluster  # isort: skip
 
     cluster = Cluster(
         initialize_head=True,

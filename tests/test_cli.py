@@ -22,8 +22,9 @@ from PIL import Image
 
 from nas import cli
 from nas.cli.options import choose
-from nas.ledger import lock_run, open_storage, read_ledgers
+from nas.ledger import read_ledgers
 from nas.report import Run
+from nas.storage import lock_run, open_storage
 from nas.study import load_study
 from nas.testing import check_space
 
@@ -248,7 +249,9 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     refused(nas("export", *same, "--to", tmp_path / "model"), "is not empty; give --to")
     files = {
         "README.md",
+        "exported.py",
         "model_index.json",
+        "pictures.py",
         "pipeline.py",
         "provenance.json",
         "reuse.py",
@@ -305,7 +308,7 @@ def test_bad_studies_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("x = 1\n")
     refused(nas("run", tmp_path / "empty.py", *out), "defines no `study`")
     (tmp_path / "broken.py").write_text("import nothing_like_this\n")
-    refused(nas("run", tmp_path / "broken.py", *out), "fails: ModuleNotFoundError")
+    refused(nas("run", tmp_path / "broken.py", *out), "fails in line 1: ModuleNotFoundError")
     refused(
         nas("run", study_file(tmp_path, limit=0.01), *out),
         "macs_share=0.01 cannot be met: the cheapest schedule, 0.25 everywhere, costs macs_share=0.0",

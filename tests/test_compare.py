@@ -17,10 +17,11 @@ from PIL import Image
 
 from nas.contracts import Trial
 from nas.genetics import dearest
-from nas.ledger import open_storage, read_ledgers
+from nas.ledger import read_ledgers
 from nas.pareto import hypervolume
 from nas.report import Run, area, wall_seconds
 from nas.session import open_session
+from nas.storage import open_storage
 from nas.study import Study
 from nas.testing import check_searcher
 from tests.test_cli import ROOT, nas, refused
@@ -50,9 +51,11 @@ def all_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_searchers_run_under_equal_budgets_into_one_storage(all_run: Path) -> None:
     ledgers = {(info.searcher, info.seed): trials for info, trials in read_ledgers(open_storage(all_run))}
-    assert set(ledgers) == {("uniform", 0)} | {(name, seed) for name in REGISTERED for seed in range(3)}
+    assert set(ledgers) == {("uniform", 0), ("confirmed", 0)} | {
+        (name, seed) for name in REGISTERED for seed in range(3)
+    }
     for (name, _), trials in ledgers.items():
-        if name != "uniform":
+        if name not in ("uniform", "confirmed"):
             assert sum(trial.rung == 64 for trial in trials) == 24
             assert {trial.status for trial in trials} <= {"pruned", "complete"}
 
@@ -120,6 +123,7 @@ def test_several_searchers_may_be_named_and_unknown_ones_are_refused(tmp_path: P
     assert nas(*arguments, "--searcher", "random,rounds").returncode == 0
     assert {info.searcher for info, _ in read_ledgers(open_storage(tmp_path / "run"))} == {
         "uniform",
+        "confirmed",
         "random",
         "rounds",
     }

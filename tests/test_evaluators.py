@@ -202,7 +202,7 @@ def test_standard_statistics_files_are_read(tmp_path: Path) -> None:
     np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(UserError, match="do not fit together"):
         read_statistics(tmp_path / "odd.npz")
-    with pytest.raises(UserError, match="cannot be read as FID statistics"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_statistics(tmp_path / "missing.npz")
 
 
@@ -326,7 +326,7 @@ def test_bad_extractors_are_named(tmp_path: Path) -> None:
                 ExternalFeatures(str(path), "x").load(tmp_path, torch.device("cpu"))
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "classifier.safetensors").write_bytes(b"broken")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is damaged"):
         SmallClassifier().load(tmp_path, torch.device("cpu"))
 
 

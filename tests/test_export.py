@@ -26,7 +26,9 @@ def test_each_distinct_net_is_written_once(tiny_net: ElasticUNet, tmp_path: Path
     names = sorted(path.name for path in (tmp_path / "model").iterdir())
     assert names == [
         "README.md",
+        "exported.py",
         "model_index.json",
+        "pictures.py",
         "pipeline.py",
         "provenance.json",
         "reuse.py",

@@ -21,10 +21,11 @@ from evaluators.sampling import DDIM, sample
 from nas.contracts import Problem, Schedule, Snapshot, Step, UserError
 from nas.genetics import dearest, exact_cost
 from nas.learning import learn_once, learned_file
-from nas.ledger import open_storage, read_ledgers
+from nas.ledger import read_ledgers
 from nas.pruner import Pruner, Scorer, dissimilarity, gammas, kept_share, learn_gates, straight_through
 from nas.searchers.gates import Chooser, Gates
 from nas.session import open_session
+from nas.storage import open_storage
 from nas.study import Study
 from nas.timing import TimedSpace, calls, key
 from search_spaces.intervals import per_step, uniform

@@ -53,8 +53,10 @@ def test_a_folder_and_an_array_hold_the_same_images(tmp_path: Path) -> None:
     assert grey.pixels.shape == (16, 1, 8, 8)
 
 
-def test_sub_folders_are_labels(tmp_path: Path) -> None:
-    loaded = ImageFolder(str(folder_of(tmp_path, classes=2)), (8, 8)).load()
+def test_sub_folders_are_labels_where_asked_for(tmp_path: Path) -> None:
+    folder = str(folder_of(tmp_path, classes=2))
+    assert ImageFolder(folder, (8, 8)).load().labels is None
+    loaded = ImageFolder(folder, (8, 8), labels="folders").load()
     assert loaded.labels is not None
     assert loaded.labels.tolist() == [0] * 8 + [1] * 8
 

@@ -101,7 +101,7 @@ def test_the_static_baseline_has_the_published_size() -> None:
 
 
 def test_settings_out_of_range_are_refused() -> None:
-    with pytest.raises(UserError, match="criterion 'luck'"):
+    with pytest.raises(UserError, match="criterion='luck'"):
         Order("luck")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="threshold=1"):
         Order(threshold=1.0)

@@ -191,7 +191,7 @@ def test_levels_that_a_subnet_would_make_equal_are_kept_apart() -> None:
     [
         ({"widths": (0.3, 1.0)}, r"width 0\.3 of 8 channels of level 0 .* legal for level 0: 0\.25, 0\.5, 0\.75, 1"),
         ({"widths": (0.125, 1.0)}, r"legal for level 0"),
-        ({"depths": (0, 2)}, r"depths \(0, 2\) of every level must be from 1 to layers_per_block=2"),
+        ({"depths": (0, 2)}, r"depths=\(0, 2\): it should be greater than or equal to 1"),
         ({"depths": (1,)}, r"must include 2, the full network"),
         ({"groups": "size"}, r"needs groups='count'"),
         ({"attention": True, "config": {"add_attention": False}}, r"no attention to leave out"),

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from benchmarks.cost import DDPM_CIFAR10
 from nas.outline import outline
@@ -53,8 +55,24 @@ def test_the_reckoned_training_is_what_training_spends(tiny_study: Study, tiny_r
     assert Experts(alone).macs(experts) == 3 * alone.macs(net)  # type: ignore[arg-type]
 
 
+def with_data(name: str, folder: Path) -> Path:
+    """A study file of that folder, beside data such as it names."""
+    study = folder / f"{name}.py"
+    study.write_text((ROOT / "studies" / f"{name}.py").read_text())
+    (folder / "data" / "cifar10").mkdir(parents=True)
+    for number in range(16):
+        Image.new("RGB", (32, 32), (number, 0, 0)).save(folder / "data" / "cifar10" / f"{number}.png")
+
+    class Pooled(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3))
+
+    torch.jit.script(Pooled()).save(str(folder / "inception.pt"))
+    return study
+
+
 def test_the_command_says_it_in_a_table_or_as_json(tmp_path: Path) -> None:
-    study = ROOT / "studies" / "dip_go_cifar10.py"
+    study = with_data("dip_go_cifar10", tmp_path)
     table = nas("run", study, "--dry-run")
     assert table.returncode == 0, table.stderr
     assert "10^84" in table.stdout
@@ -62,6 +80,19 @@ def test_the_command_says_it_in_a_table_or_as_json(tmp_path: Path) -> None:
     slow = json.loads(nas("run", study, "--dry-run", "--json", "--throughput", "4e12").stdout)
     fast = json.loads(nas("run", study, "--dry-run", "--json").stdout)
     assert slow["hours"]["training"] == pytest.approx(10 * fast["hours"]["training"])
+
+
+def test_what_a_run_would_miss_is_said_without_training(tmp_path: Path) -> None:
+    study = with_data("dip_go_cifar10", tmp_path)
+    (tmp_path / "inception.pt").rename(tmp_path / "elsewhere.pt")
+    missing = nas("run", study, "--dry-run")
+    assert "hours = MACs" in missing.stdout, "what it would take is said all the same"
+    refused(missing, r"feature extractor .*inception\.pt does not exist")
+    (tmp_path / "elsewhere.pt").rename(tmp_path / "inception.pt")
+    Image.new("RGB", (32, 16)).save(tmp_path / "data" / "cifar10" / "0.png")
+    refused(nas("run", study, "--dry-run"), r"0\.png is 16x32 pixels, not 32x32")
+    refused(nas("run", study, "--dry-run", "--device", "cuda:7"), "device 'cuda:7' cannot be used")
+    refused(nas("run", study, "--dry-run", "--storage", "postgresql://u@h:x/y"), "is no database URL")
 
 
 def test_a_study_that_cannot_be_is_refused(tmp_path: Path) -> None:

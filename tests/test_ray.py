@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
 from collections import Counter
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,10 +16,11 @@ import torch
 
 from nas.contracts import Trial, UserError
 from nas.learning import learned_tensors
-from nas.ledger import open_storage, read_ledgers
+from nas.ledger import read_ledgers
 from nas.session import open_session
+from nas.storage import open_storage
 from nas.study import Study, load_study
-from tests.test_cli import interrupted
+from tests.test_cli import ROOT, interrupted
 from tests.test_relaxation import warm
 from tests.test_runner import facts, killed_at_random, run
 from tests.toy import toy_study
@@ -28,7 +33,7 @@ def run_on_ray(study: Study, folder: Path, searcher: str = "evolution", count: i
 
     with open_session(study, folder) as session:
         conductor = session.conductor(searcher)
-        session.run(conductor, Workers(count))
+        session.run(conductor, workers=Workers(count))
         return conductor.ledger.trials
 
 
@@ -159,7 +164,7 @@ def test_impossible_workers_are_refused(ray_cluster: Any, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="0 workers"):
         Workers(0)
     with open_session(toy_study(), tmp_path) as session, pytest.raises(UserError, match="no node of the Ray cluster"):
-        session.run(session.conductor("evolution"), Workers(1, gpus=0.5))
+        session.run(session.conductor("evolution"), workers=Workers(1, gpus=0.5))
 
 
 RAY = """
@@ -208,8 +213,7 @@ def test_searchers_that_keep_state_share_two_workers(ray_cluster: Any, tmp_path:
     searchers = {point.name: point.load()() for point in entry_points(group="nas.searchers") if point.name in names}
     study = toy_study(trials=8, verified=2, searchers=searchers)
     with open_session(study, tmp_path) as session:
-        for name in searchers:
-            session.run(session.conductor(name), Workers(2))
+        session.run(*(session.conductor(name) for name in searchers), workers=Workers(2))  # side by side
     for info, trials in read_ledgers(open_storage(tmp_path)):
         first = [trial for trial in trials if trial.rung == info.rungs[0]]
         assert len({trial.genome for trial in first}) == len(first) == 8, info.searcher
@@ -234,3 +238,116 @@ def test_a_searcher_learns_on_a_worker(ray_cluster: Any, tiny_study: Study, tiny
     assert here is not None
     assert there is not None
     assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+SOCKETS = """
+import json, os, socket, sys, threading, time
+from pathlib import Path
+import psutil
+from nas.ray_runner import Workers, cluster
+from nas.session import open_session
+from tests.toy import toy_study
+
+outer = [a.address for ones in psutil.net_if_addrs().values() for a in ones if a.family == socket.AF_INET and not a.address.startswith("127.")]
+listening = set()
+
+def look():
+    for process in psutil.process_iter():
+        try:
+            mine = os.getpid() in [process.pid, *(parent.pid for parent in process.parents())]
+            for found in process.net_connections("tcp") if mine else ():
+                if found.status == psutil.CONN_LISTEN:
+                    listening.add(found.laddr.port)
+        except psutil.Error:
+            continue
+
+def answers(address, port):
+    try:
+        socket.create_connection((address, port), timeout=2).close()
+        return True
+    except OSError:
+        return False
+
+opened = set()
+def settled(trial):
+    look()
+    opened.update((address, port) for port in listening for address in outer if answers(address, port))
+
+with open_session(toy_study(trials=4, verified=1, evaluator__seconds=0.1), Path(sys.argv[1])) as session, cluster(Workers(2)):
+    session.run(session.conductor("random", on_settled=settled), workers=Workers(2))
+print(json.dumps({"outer": outer, "listening": len(listening), "opened": sorted(map(list, opened))}))
+"""
+
+
+def test_a_local_cluster_answers_on_loopback_alone(tmp_path: Path) -> None:
+    pytest.importorskip("psutil")
+    done = subprocess.run(
+        [sys.executable, "-c", SOCKETS, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["listening"] >= 4
+    if not found["outer"]:
+        pytest.skip("this machine has no other address than loopback")
+    assert found["opened"] == []
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server", "_Desk"])
+def test_a_dead_part_of_the_cluster_ends_the_run_in_a_line(part: str, tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    (tmp_path / "study.py").write_text(
+        "from tests.toy import toy_study\nstudy = toy_study(trials=500, evaluator__seconds=0.2)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "nas.cli",
+        "run",
+        str(tmp_path / "study.py"),
+        "--workers",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+        "-q",
+    ]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def scored() -> int:
+        if not (tmp_path / "run" / "journal.log").exists():
+            return 0
+        return sum(t.scored for _, trials in read_ledgers(open_storage(tmp_path / "run")) for t in trials)
+
+    deadline = time.monotonic() + 90
+    while scored() < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+    victim = next(
+        p for p in psutil.Process(run.pid).children(recursive=True) if part in p.name() or part in " ".join(p.cmdline())
+    )
+    victim.kill()
+    started = time.monotonic()
+    _, said = run.communicate(timeout=60)
+    assert time.monotonic() - started < 60
+    assert run.returncode == 1
+    assert "Traceback" not in said, said
+    [told] = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "goes on from what is kept" in told
+    kept = scored()
+    assert kept >= 2
+
+
+def test_an_address_where_nobody_listens_and_too_long_a_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nas.ray_runner import Workers, check_workers
+
+    for address, words in (
+        ("127.0.0.1:9", "nobody listens at the Ray address"),
+        ("nonsense", "is not HOST:PORT"),
+        ("a:b:c", "is not HOST:PORT"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_workers(Workers(1, address=address))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))
+    with pytest.raises(UserError, match="too long a path for Ray's sockets"):
+        check_workers(Workers(1))

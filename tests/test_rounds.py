@@ -248,7 +248,7 @@ def test_it_is_asked_once_for_what_has_not_changed(endpoint: str) -> None:
 
 @pytest.mark.parametrize(
     ("reply", "message"),
-    [(None, "did not answer .*500"), ({"error": "x"}, r"without choices\[0\]"), ([], r"without choices\[0\]")],
+    [(None, "answered status 500"), ({"error": "x"}, r"without choices\[0\]"), ([], r"without choices\[0\]")],
 )
 def test_an_endpoint_that_fails_ends_the_run_with_one_line(endpoint: str, reply: Any, message: str) -> None:
     Model.replies = (reply,)
@@ -259,12 +259,12 @@ def test_an_endpoint_that_fails_ends_the_run_with_one_line(endpoint: str, reply:
 def test_addresses_that_cannot_be_used_are_refused() -> None:
     with pytest.raises(UserError, match="is no http address"):
         Chat("file:///etc", "small").propose(QUESTION)
-    with pytest.raises(UserError, match="did not answer"):
+    with pytest.raises(UserError, match="answered nothing"):
         Chat("http://127.0.0.1:9", "small", timeout=2).propose(QUESTION)
 
 
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(UserError, match="budgets=0"):
         Rounds(budgets=0)
-    with pytest.raises(UserError, match="split 'fair'"):
+    with pytest.raises(UserError, match="split='fair'"):
         Rounds(split="fair")  # type: ignore[arg-type]

@@ -122,5 +122,5 @@ def test_the_origin_names_the_policy_and_the_budget() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(UserError, match="batch=0"):
         Routing(batch=0)
-    with pytest.raises(UserError, match="split 'fair'"):
+    with pytest.raises(UserError, match="split='fair'"):
         Routing(split="fair")  # type: ignore[arg-type]

@@ -217,7 +217,7 @@ def test_ddsm_waits_for_a_generation() -> None:
 
 
 def test_wrong_settings_of_ddsm_are_refused() -> None:
-    with pytest.raises(UserError, match="population 1"):
+    with pytest.raises(UserError, match="population=1"):
         DDSM(population=1)
     with pytest.raises(UserError, match="'none'"):
         DDSM(mutation="none")  # type: ignore[arg-type]
@@ -244,5 +244,5 @@ def test_a_knapsack_without_probes_is_refused() -> None:
 
 
 def test_a_population_of_one_is_refused() -> None:
-    with pytest.raises(UserError, match="population 1"):
+    with pytest.raises(UserError, match="population=1"):
         Evolution(population=1)

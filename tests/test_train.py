@@ -24,8 +24,9 @@ from evaluators.images import Digits
 from nas.contracts import Schedule, Step, derive_seed
 from nas.export import export
 from nas.handover import adopt
-from nas.ledger import open_storage, read_ledgers
+from nas.ledger import read_ledgers
 from nas.report import Run
+from nas.storage import open_storage
 from nas.study import load_study
 from search_spaces.supernet import ElasticUNet
 from search_spaces.train_diffusers import Settings, train
@@ -285,7 +286,7 @@ def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> N
     refused(nas("train", exported, "--images", tmp_path / "bytes.npy"), r"must hold images in \[-1, 1\]")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_text("no picture")
-    refused(nas("train", exported, "--images", tmp_path / "broken"), "cannot be read as a picture")
+    refused(nas("train", exported, "--images", tmp_path / "broken"), "cannot be read as an image")
     assert nas("train", exported, "--images", "digits", "--precision", "bf15").returncode == 2
     quick = ("train", exported, "--images", "digits", "--batch", 8, "-q")
     assert nas(*quick, "--steps", 6).returncode == 0

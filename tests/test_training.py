@@ -32,7 +32,7 @@ def test_a_resumed_training_is_bit_identical(tiny_net: ElasticUNet, tmp_path: Pa
     list(train(tiny_net, tmp_path / "whole"))
     assert len(list(islice(train(tiny_net, tmp_path / "parts"), 7))) == 7  # killed between checkpoints 4 and 8
     resumed = list(train(tiny_net, tmp_path / "parts"))
-    assert [tick.done for tick in resumed] == list(range(5, 13))
+    assert [tick.done for tick in resumed] == list(range(8, 13)), "whoever is closed keeps what it has"
     whole, parts = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -120,11 +120,11 @@ def test_truncated_or_foreign_weights_are_named(tiny_net: ElasticUNet, tmp_path:
     with pytest.raises(UserError, match="trained with another"):
         list(train(tiny_net, tmp_path, replace(SHORT, batch=9)))
     other = ElasticUNet({**tiny_net.config, "block_out_channels": (16, 16)}, widths=(0.5, 1.0))
-    with pytest.raises(UserError, match="cannot be read as weights of this supernet"):
+    with pytest.raises(UserError, match="of another supernet"):
         other.load(tmp_path, "cpu")
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is damaged"):
         tiny_net.load(tmp_path, "cpu")
     with pytest.raises(UserError, match="does not exist"):
         tiny_net.load(tmp_path / "elsewhere", "cpu")
@@ -235,14 +235,13 @@ def test_a_pretrained_folder_becomes_elastic(tiny_net: ElasticUNet, tmp_path: Pa
 
 
 def test_folders_without_a_unet_are_refused(tiny_net: ElasticUNet, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no diffusers model"):
+    with pytest.raises(UserError, match=r"config\.json does not exist; give a UNet2DModel folder"):
         ElasticUNet.from_pretrained(tmp_path)
     tiny_net.initial(0).extract(tiny_net.uniform(0.5)).save_pretrained(tmp_path / "pickled", safe_serialization=False)
-    net = ElasticUNet.from_pretrained(tmp_path / "pickled", widths=(1.0,))
     with pytest.raises(UserError, match="save the model with safetensors"):
-        net.initial(0)
+        ElasticUNet.from_pretrained(tmp_path / "pickled", widths=(1.0,))
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
-    with pytest.raises(UserError, match="scheduler holds"):
+    with pytest.raises(UserError, match=r"config\.json does not exist"):
         ElasticUNet.from_pretrained(tmp_path / "scheduler")
 
 

@@ -9,8 +9,10 @@ import typer
 from rich.markup import escape
 
 from nas.cli import measure, models, search
-from nas.contracts import UserError
-from nas.terminal import notes
+from nas.failures import explained
+from nas.files import first_line
+from nas.interrupts import answer_sigterm, exit_code
+from nas.terminal import notes, say_in_words
 
 # Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
 # slow down many times over as soon as anything else wants a core.
@@ -28,6 +30,7 @@ for command in (
     search.compare,
     search.report,
     search.dashboard,
+    search.repair,
     measure.audit,
     measure.intervals,
     models.export,
@@ -38,15 +41,22 @@ for command in (
 
 
 def main() -> None:
-    """Entry point: a `UserError` becomes one line and exit code 1."""
+    """Entry point: what a user or the machine can mend becomes one line and exit code 1, being asked to stop 130 or 143."""
+    answer_sigterm()
+    say_in_words()
     try:
         app()
-    except UserError as error:
-        notes.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except (FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        notes.print(f"[bold red]error:[/] {escape(str(error))}; choose another path", highlight=False, soft_wrap=True)
-        sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt as asked:
+        notes.print("interrupted", highlight=False)
+        sys.exit(exit_code(asked))
+    except Exception as error:
+        words = explained(error)
+        if words is None:
+            if os.environ.get("NAS_TRACEBACK"):
+                raise
+            words = f"{type(error).__name__}: {first_line(error)}; this is a fault of the program: NAS_TRACEBACK=1 shows where it happened"
+        notes.print(f"[bold red]error:[/] {escape(' '.join(words.split()))}", highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +21,13 @@ from nas.cli.options import (
     WithinOption,
     check_device,
     choose,
+    confirmed,
     print_json,
     resumable,
     run_folder,
     summary_of,
 )
-from nas.contracts import UserError
+from nas.contracts import Progress, UserError
 from nas.terminal import follow, notes, out, progress_bars
 
 
@@ -34,6 +35,13 @@ class Precision(enum.StrEnum):
     no = "no"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class Resize(enum.StrEnum):
+    box = "box"
+    bilinear = "bilinear"
+    bicubic = "bicubic"
+    lanczos = "lanczos"
 
 
 def export(
@@ -56,8 +64,9 @@ def export(
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
     chosen, ledger = choose(study, folder, storage, searcher, seed, trial, within)
-    evaluator = study.load(folder, "cpu")
     assert chosen.score is not None
+    again = confirmed(study, folder, storage, chosen) if within else None
+    evaluator = study.load(folder, "cpu")
     provenance = {
         "study": study.name,
         "ledger": ledger,
@@ -66,6 +75,7 @@ def export(
         "samples": chosen.rung,
         "cost": dict(chosen.cost),
         "score": chosen.score.to_json(),
+        **({"confirmed": again.to_json()} if again else {}),
         "supernet": study.supernet.digest(folder / "supernet"),
         "images": study.images.load().digest,
     }
@@ -74,7 +84,9 @@ def export(
     for name, reason in failed.items():
         notes.print(f"{name} has no model.pt2: {reason}", highlight=False, soft_wrap=True)
     out.print(
-        f"{ledger} trial {chosen.number} ({summary_of(chosen, study)}) is in {to}", highlight=False, soft_wrap=True
+        f"{ledger} trial {chosen.number} ({summary_of(chosen, study, again)}) is in {to}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -104,6 +116,7 @@ def sample(
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
     chosen, ledger = choose(study, folder, storage, searcher, search_seed, trial, within)
+    again = confirmed(study, folder, storage, chosen, device) if within else None
     images = study.load(folder, device).sample(study.space.decode(chosen.genome), count, seed).cpu().numpy()
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".npy":
@@ -113,7 +126,7 @@ def sample(
 
         draw_samples(images, to, scale=max(1, 96 // images.shape[-1]))
     out.print(
-        f"{count} images of {ledger} trial {chosen.number} ({summary_of(chosen, study)}) are in {to}",
+        f"{count} images of {ledger} trial {chosen.number} ({summary_of(chosen, study, again)}) are in {to}",
         highlight=False,
         soft_wrap=True,
     )
@@ -159,17 +172,31 @@ def train(
             show_default=False,
         ),
     ] = None,
+    resize: Annotated[
+        Resize | None, typer.Option(help="Crop and resize pictures of other sizes by this rule.", show_default=False)
+    ] = None,
+    changed_weights: Annotated[
+        bool,
+        typer.Option("--changed-weights", help="Take networks that were changed on purpose after they were written."),
+    ] = False,
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Fine-tune an exported folder's networks into EXPORT_DIR/trained, each on the timesteps it serves. The same command goes on after a stop."""
     from nas.export import PROGRAM, write_programs
-    from nas.handover import Validation, check_origin, fine_tune, keep_settings, read_plan, score_and_book
+    from nas.exported import check_hashes, read_export
+    from nas.handover import Validation, check_origin, fine_tune, keep_settings, score_and_book
+    from nas.interrupts import whole
     from nas.study import load_study
 
     folder = export_dir.resolve()
-    plan = read_plan(folder)
+    exported = read_export(folder)
+    plan = exported.training
+    if not changed_weights:
+        check_hashes(
+            folder, dict.fromkeys([*plan["timesteps"], plan["teacher"]]), exported.provenance, "--changed-weights"
+        )
     check_device(device)
     study = load_study(study_file) if study_file else None
     searched = run_folder(study, out_dir) if study else None
@@ -183,30 +210,31 @@ def train(
         "seed": seed,
     }
     if study is not None and searched is not None:
-        check_origin(study, searched, folder)
+        check_origin(study, searched, exported)
     settings = {**plan["settings"], **{name: value for name, value in given.items() if value is not None}}
     bars = progress_bars(quiet or as_json)
     facts: dict[str, Any] = {"trained": str(folder / "trained")}
     with resumable(folder), bars:
-        from search_spaces.train_diffusers import Settings
+        from search_spaces.train_diffusers import settings_of
         from search_spaces.train_diffusers import train as begin
 
         if device.startswith("cuda:"):
             import torch
 
             torch.cuda.set_device(device)
-        pixels = _pixels(images, plan["shape"])
+        chosen = settings_of(settings)
+        pixels = follow(bars, _pixels(images, plan["shape"], resize))
         keep_settings(folder, settings)
-        ticks = begin(folder, pixels, Settings(**settings), device == "cpu")
+        ticks = begin(folder, pixels, chosen, device == "cpu", changed_weights, whole)
         validation = None
         if study is not None and searched is not None and validate_every != 0:
-            validation = Validation(study, searched, folder, device)
+            validation = Validation(study, searched, exported, device)
         follow(bars, fine_tune(ticks, folder, validation, validate_every))
         programs = [name for name in plan["timesteps"] if (folder / name / PROGRAM).exists()]
         for name, reason in write_programs(folder / "trained", programs, plan["shape"]).items():
             notes.print(f"trained/{name} has no model.pt2: {reason}", highlight=False, soft_wrap=True)
         if study is not None and searched is not None:
-            facts |= follow(bars, score_and_book(study, searched, storage, folder, device))
+            facts |= follow(bars, score_and_book(study, searched, storage, exported, device, changed_weights))
     if as_json:
         print_json(facts)
     elif not quiet:
@@ -215,7 +243,7 @@ def train(
             out.print(facts["words"], highlight=False, soft_wrap=True)
 
 
-def _pixels(images: str, shape: Sequence[int]) -> Any:
+def _pixels(images: str, shape: Sequence[int], resize: str | None) -> Generator[Progress, None, Any]:
     """Of a named set, a folder or an array; (n, channels, height, width) in [-1, 1]."""
     from search_spaces.train_diffusers import read_images
 
@@ -232,7 +260,7 @@ def _pixels(images: str, shape: Sequence[int]) -> Any:
     path = Path(images)
     if not path.exists():
         raise UserError(f"--images {images} does not exist; give a folder of pictures, an .npy file, or digits")
-    try:
-        return read_images(path, shape[0], shape[1:])
-    except SystemExit as error:
-        raise UserError(str(error)) from error
+    for done, total, found in read_images(path, shape[0], shape[1:], resize):  # noqa: B007  the last is whole
+        if done % 100 == 0 or done == total:
+            yield Progress("reading images", done, total)
+    return found

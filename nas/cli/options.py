@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nas.contracts import UserError
+from nas.interrupts import exit_code
 from nas.terminal import notes
 
 if TYPE_CHECKING:
-    from nas.contracts import Trial
+    from nas.contracts import Score, Trial
     from nas.ray_runner import Workers
     from nas.report import Run
     from nas.study import Study
 
 StudyFile = Annotated[
-    str, typer.Argument(metavar="STUDY", help="Python file that defines `study`.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="STUDY",
+        help="Python file that defines `study`. It is run, in its own folder, which relative paths in it mean too.",
+        show_default=False,
+    ),
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder that `nas run` wrote.", show_default=False)]
 OutOption = Annotated[
@@ -80,7 +88,7 @@ def choose(
         wanted = f"trials of searcher {name}" if name else "trials"
         raise UserError(f"{folder} has no {wanted} with seed {seed}; it has {known or 'none'}")
     for key, (info, _) in meant.items():
-        if info.provenance != study.ledger_info(folder, *key).provenance:
+        if study.ledger_info(folder, *key).changed(info.provenance):
             raise UserError(
                 f"{folder} was searched by {key[0]} under another study than {study.name} is now; restore the study file or its "
                 "supernet, or name another --searcher"
@@ -103,9 +111,9 @@ def check_study(study: Study, folder: Path, run: Run) -> None:
     """Raises UserError where the run was searched under another space, supernet or evaluator than the study has now."""
     from nas.study import BASELINE
 
-    now = study.ledger_info(folder, BASELINE, 0).provenance
+    now = study.ledger_info(folder, BASELINE, 0)
     for info, _ in run.ledgers:
-        changed = [name for name in ("space", "supernet", "evaluator") if info.provenance.get(name) != now[name]]
+        changed = [part for part in ("space", "supernet", "evaluator") if not now.same(part, info.provenance.get(part))]
         if changed:
             raise UserError(
                 f"{folder} was searched with another {' and '.join(changed)} than study {study.name} has now; restore the study file"
@@ -116,9 +124,37 @@ def worker_pool(count: int, gpus: float, address: str | None, device: str) -> Wo
     """Ray workers, where any option asks for them."""
     if not (count or gpus or address):
         return None
-    from nas.ray_runner import Workers
+    if address:
+        os.environ["RAY_ADDRESS"] = address
+    from nas.ray_runner import Workers, check_workers
 
-    return Workers(count or 1, gpus, address, device)
+    pool = Workers(count or 1, gpus, address, device)
+    check_workers(pool)
+    return pool
+
+
+@contextmanager
+def on_workers(pool: Workers | None) -> Iterator[None]:
+    """One cluster for all that is run meanwhile, where there are workers."""
+    if pool is None:
+        yield
+        return
+    from nas.ray_runner import cluster
+
+    with cluster(pool):
+        yield
+
+
+def waiting(ledger: str) -> Callable[[str], None]:
+    """Says once who holds a ledger that is waited for."""
+    said: set[str] = set()
+
+    def wait(holder: str) -> None:
+        if holder not in said:
+            said.add(holder)
+            notes.print(f"waiting for {holder}, which scores the ledger {ledger}", highlight=False)
+
+    return wait
 
 
 @contextmanager
@@ -126,11 +162,29 @@ def resumable(folder: Path) -> Iterator[None]:
     """Ctrl-C ends the work, not what is kept."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as asked:
         notes.print(
             f"interrupted; the same command goes on from the last trial or checkpoint ({folder})", highlight=False
         )
-        raise SystemExit(130) from None
+        raise SystemExit(exit_code(asked)) from None
+
+
+def confirmed(study: Study, folder: Path, storage: str | None, trial: Trial, device: str = "cpu") -> Score:
+    """The score of a chosen trial on noises on which nothing was chosen; made now where the run has not."""
+    from nas.report import Run
+    from nas.session import open_session
+
+    found = Run.open(folder, storage)
+    known = found.confirmed.get(trial.digest)
+    if known is None:
+        with resumable(folder), open_session(study, folder, storage or found.facts["storage"], device) as session:
+            session.run(session.confirmation([trial.genome]))
+        known = Run.open(folder, storage).confirmed.get(trial.digest)
+    if known is None:
+        raise UserError(
+            f"trial {trial.number} could not be scored again; `nas status {folder}` shows how the ledger stands"
+        )
+    return known
 
 
 def comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
@@ -149,10 +203,12 @@ def comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
     return {**facts, "picture": str(picture), "curves": str(curves)}
 
 
-def summary_of(trial: Trial, study: Study) -> str:
+def summary_of(trial: Trial, study: Study, score: Score | None = None) -> str:
+    """Its cost and its objectives: as `score` has them, or else as it was scored."""
     from nas.report import cost_in_words
 
-    values = zip(study.objectives, trial.objectives(study.objectives), strict=True)
+    shown = replace(trial, score=score or trial.score)
+    values = zip(study.objectives, shown.objectives(study.objectives), strict=True)
     return f"{cost_in_words(trial)}, " + ", ".join(f"{name} {value:.4g}" for name, value in values)
 
 
@@ -163,7 +219,7 @@ def run_folder(study: Study, out_dir: Path | None) -> Path:
 def check_device(device: str) -> None:
     import torch
 
-    from nas.ledger import first_line
+    from nas.files import first_line
 
     try:
         torch.empty(0, device=device)

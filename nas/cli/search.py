@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -22,9 +23,11 @@ from nas.cli.options import (
     check_device,
     check_study,
     comparison,
+    on_workers,
     print_json,
     resumable,
     run_folder,
+    waiting,
     worker_pool,
 )
 from nas.contracts import UserError
@@ -66,7 +69,8 @@ def run(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Build and check everything without data, weights or GPU; say what it would take."
+            "--dry-run",
+            help="Build and check everything without training: images, files, device; say what it would take.",
         ),
     ] = False,
     throughput: Annotated[
@@ -77,7 +81,9 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
     """Train what is missing, search, verify. The same command again goes on where it stopped."""
+    from nas.report import Run
     from nas.session import open_session
+    from nas.storage import check_url
     from nas.study import BASELINE, load_study
 
     study = load_study(study_file)
@@ -86,6 +92,9 @@ def run(
     names = list(study.searchers) if asked == "all" else list(dict.fromkeys(asked.split(",")))
     for name in names:
         study.searcher(name)
+    if storage is not None:
+        check_url(storage)
+    check_device(device)
     if dry_run:
         from nas.outline import THROUGHPUT, outline
 
@@ -94,9 +103,10 @@ def run(
             print_json(facts)
         else:
             print_outline(facts)
+    study.check()
+    if dry_run:
         return
     folder = run_folder(study, out_dir)
-    check_device(device)
     pool = worker_pool(workers, gpus_per_worker, ray_address, device)
     if study.limits_time and gpus_per_worker and not device.startswith("cuda"):
         raise UserError(
@@ -107,20 +117,58 @@ def run(
         with progress_bars(quiet) as bars:
             follow(bars, session.prepare(threads))
             searches = [(name, number) for number in range(seed, seed + seeds) for name in names if name != BASELINE]
-            for name, number in ((BASELINE, 0), *searches):
-                label = name + (f" (seed {number})" if number else "")
-                shown = SearchBar(bars, label, study.objectives[0])
-                follow(bars, session.learn(name, number, pool))
-                conductor = session.conductor(name, number, trials, shown)
-                shown.begin(conductor)
-                session.run(conductor, pool)
-                shown.end()
+            # One after another here; on workers, side by side once the baseline is known.
+            groups = [[one] for one in searches] if pool is None else [searches]
+            with on_workers(pool):
+                for group in ([(BASELINE, 0)], *groups):
+                    for name, number in group:
+                        follow(bars, session.learn(name, number, pool))
+                    conductors, shown = [], []
+                    for name, number in group:
+                        bar = SearchBar(bars, name + (f" (seed {number})" if number else ""), study.objectives[0])
+                        conductors.append(session.conductor(name, number, trials, bar, waiting(name)))
+                        bar.begin(conductors[-1])
+                        shown.append(bar)
+                    session.run(*conductors, workers=pool)
+                    for bar in shown:
+                        bar.end()
+                chosen = [trial.genome for trial in Run.open(folder, session.storage).chosen()]
+                bar = SearchBar(bars, "confirming", study.objectives[0])
+                conductor = session.confirmation(chosen)
+                bar.begin(conductor)
+                session.run(conductor, workers=pool)
+                bar.end()
         if not quiet:
             print_comparison(comparison(folder, session.storage))
             notes.print(
                 f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here",
                 highlight=False,
             )
+
+
+def repair(run_dir: RunDir, as_json: JsonOption = False) -> None:
+    """Mend a damaged journal: keep every whole trial, set the rest aside in a file."""
+    from nas.journal import JOURNAL
+    from nas.journal import repair as mend
+    from nas.storage import lock_run
+
+    path = run_dir.resolve() / JOURNAL
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give the folder that `nas run` printed")
+    lock = lock_run(run_dir.resolve())
+    try:
+        done = mend(path)
+    finally:
+        lock.release()
+    if as_json:
+        print_json({**asdict(done), "aside": None if done.aside is None else str(done.aside)})
+        return
+    words = f"{path}: {done.kept} finished trials are whole"
+    if done.aside is not None:
+        words += (
+            f"; {done.again} will be run again, {done.lost} are lost; {done.lines} lines were set aside in {done.aside}"
+        )
+    out.print(words, highlight=False, soft_wrap=True)
 
 
 def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption = False) -> None:
@@ -154,9 +202,9 @@ def report(
     """Write the run as one self-contained page, <run>/report/index.html; give the dashboard's trials their pictures and notes."""
     from importlib.util import find_spec
 
-    from nas.ledger import open_storage
     from nas.page import write_page
     from nas.report import Run
+    from nas.storage import open_storage
     from nas.study import load_study
 
     study = load_study(study_file)
@@ -189,7 +237,7 @@ def dashboard(
 
     facts = Run.open(run_dir, storage).facts
     from nas.dashboard import serve
-    from nas.ledger import open_storage
+    from nas.storage import open_storage
 
     notes.print(f"http://127.0.0.1:{port}/dashboard  (Ctrl-C ends it)", highlight=False)
     with suppress(KeyboardInterrupt):

@@ -9,20 +9,21 @@ search has not, what exceeds them is repaired.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
-from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
+from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
 from nas.genetics import novel, random_genome, repair, uniform_genomes
+from nas.recipes import Share, Weight, recipe
 
 MUTATIONS = {"released": 1e-3, "intended": 1.0}
 """Expected mutations of a child. The paper's 0.001 for each of 1,000 genes is one; the released code applies its 0.001 twice,
 to the individual and to the gene."""
 
 
-@dataclass(frozen=True)
+@recipe
 class DDSM:
     """F = first objective + `macs_weight` x share of the full net's MACs. The published weight, 0.001 per MMAC of a net of 6,070 MMACs
     whose FID is 3.7, makes all MACs together 1.6 times the full net's distance; the default is that for a distance of 1.
@@ -30,16 +31,10 @@ class DDSM:
     `population`: candidates of a generation; the paper has ten generations of 50. `mutation`: as released or as intended.
     """
 
-    macs_weight: float = 1.6
-    population: int = 50
-    crossover_rate: float = 0.9
+    macs_weight: Weight = 1.6
+    population: Annotated[int, Field(ge=2, le=10**5)] = 50
+    crossover_rate: Share = 0.9
     mutation: Literal["released", "intended"] = "released"
-
-    def __post_init__(self) -> None:
-        if self.population < 2:
-            raise UserError(f"population {self.population} is too small to select from; use at least 2")
-        if self.mutation not in MUTATIONS:
-            raise UserError(f"mutation {self.mutation!r} is not known; use released or intended")
 
     def start(self, problem: Problem, seed: int) -> DDSMSearch:
         return DDSMSearch(self, problem, seed)

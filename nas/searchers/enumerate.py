@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial
 from nas.genetics import feasible_genomes
+from nas.recipes import recipe
 
 
-@dataclass(frozen=True)
+@recipe
 class Enumerate:
     """In lexicographic order of the intervals' options, cheap ones first, so that neighbours share their beginnings. With fewer
     trials than feasible genomes it sees one corner of the space alone."""

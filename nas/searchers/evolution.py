@@ -8,21 +8,23 @@ screened by a model of the scores before one of them is proposed (OMS-DPM, Liu e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import numpy.typing as npt
+from pydantic import Field
 
-from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import cheapest, cross, mutate, novel, random_genome, repair, uniform_genomes
+from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, derive_seed
+from nas.genetics import Taken, cheapest, cross, mutate, novel, random_genome, repair, uniform_genomes
 from nas.pareto import best_first
 from nas.ranking import MOST, Ranking
+from nas.recipes import Few, Share, recipe
 
 REFIT = 8
 """The screening model is fitted again after so many scores."""
 
 
-@dataclass(frozen=True)
+@recipe
 class Evolution:
     """`population`: parents kept; the first `population` proposals are the feasible uniform schedules (unless `uniform` is False), then
     random ones.
@@ -33,18 +35,12 @@ class Evolution:
     measured objective can be screened for, against one cost or none.
     """
 
-    population: int = 20
-    mutation_rate: float | None = None
-    crossover_rate: float = 0.9
+    population: Annotated[int, Field(ge=2, le=10**5)] = 20
+    mutation_rate: Share | None = None
+    crossover_rate: Share = 0.9
     uniform: bool = True
-    screened: int = 16
-    least_tau: float = 0.3
-
-    def __post_init__(self) -> None:
-        if self.population < 2:
-            raise UserError(f"population {self.population} is too small to select from; use at least 2")
-        if self.screened < 1:
-            raise UserError(f"screened={self.screened} must be at least 1, which screens nothing")
+    screened: Few = 16
+    least_tau: Annotated[float, Field(ge=-1, le=2)] = 0.3
 
     def start(self, problem: Problem, seed: int) -> EvolutionSearch:
         return EvolutionSearch(self, problem, seed)
@@ -64,10 +60,10 @@ class EvolutionSearch:
         others = problem.objectives[1:]
         costs = problem.space.cost(cheapest(problem.space))
         self._wanted = settings.screened if len(others) < 2 and all(name in costs for name in others) else 1
-        self._fitted: tuple[int, Ranking, list[Genome]] | None = None
+        self._fitted: tuple[int, Ranking, npt.NDArray[np.float64], npt.NDArray[np.float64]] | None = None
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
-        taken = self._seen | set(pending)
+        taken = Taken(self._seen, pending)
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "evolution"))
         for genome in self._seeds[: self._settings.population]:
             if genome not in taken:
@@ -112,12 +108,10 @@ class EvolutionSearch:
         """The child that is expected to gain most over what was scored at no more MACs, and how it was chosen."""
         if len(children) == 1:
             return children[0], {}
-        ranking, genomes = self._model()
+        ranking, prices, best = self._model()
         if ranking.tau < self._settings.least_tau:
             return children[0], {"screened": 1, "tau": ranking.tau}
-        known = sorted(zip(map(self._price, genomes), ranking.ranks.tolist(), strict=True))
-        best = np.minimum.accumulate([rank for _, rank in known])
-        places = np.searchsorted([price for price, _ in known], [self._price(c) for c in children], side="right")
+        places = np.searchsorted(prices, [self._price(c) for c in children], side="right")
         reached = np.where(places > 0, best[np.maximum(places - 1, 0)], best[0] + 1.0)
         gains = reached - ranking.predict(children)
         return children[int(gains.argmax())], {"screened": len(children), "tau": ranking.tau}
@@ -127,14 +121,18 @@ class EvolutionSearch:
         names = self._problem.objectives
         return float(self._problem.space.cost(genome)[names[1]]) if len(names) > 1 else 0.0
 
-    def _model(self) -> tuple[Ranking, list[Genome]]:
-        """Fitted to the first objective of what was scored when the last `REFIT` were complete."""
+    def _model(self) -> tuple[Ranking, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Fitted to the first objective of what was scored when the last `REFIT` were complete; with the prices of these, rising, and the
+        best rank at no more than each."""
         count = max(len(self._scored) // REFIT * REFIT, min(len(self._scored), 2))
         if self._fitted is None or self._fitted[0] != count:
             latest = self._scored[max(0, count - MOST) : count]
             genomes = [genome for genome, _ in latest]
             sizes = [len(choice.options) for choice in self._problem.space.choices]
-            self._fitted = count, Ranking(genomes, [score for _, score in latest], sizes), genomes
+            ranking = Ranking(genomes, [score for _, score in latest], sizes)
+            known = sorted(zip(map(self._price, genomes), ranking.ranks.tolist(), strict=True))
+            prices, ranks = (np.array(column, dtype=np.float64) for column in zip(*known, strict=True))
+            self._fitted = count, ranking, prices, np.minimum.accumulate(ranks)
         return self._fitted[1:]
 
     def _select(self) -> None:

@@ -10,14 +10,15 @@ approximate: the least total of -log(skip probability) over the blocks that are 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from itertools import product
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 
 from nas.allocation import allocate
 from nas.contracts import (
@@ -36,24 +37,21 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.genetics import IntervalCosts, budget_of, dearest, exact_cost, near, novel, random_genome
+from nas.genetics import IntervalCosts, Taken, budget_of, dearest, exact_cost, near, novel, random_genome
 from nas.pruner import Pruner, learn_gates
+from nas.recipes import recipe
 
 Choosing = Literal["bisection", "greedy", "knapsack"]
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
+@recipe
 class Gates:
     """`pruner`: how the gates are learned. `choosing`: ways to make a schedule of them, in turn."""
 
     pruner: Pruner = field(default_factory=Pruner)
-    choosing: tuple[Choosing, ...] = ("bisection", "greedy", "knapsack")
+    choosing: Annotated[tuple[Choosing, ...], Field(min_length=1)] = ("bisection", "greedy", "knapsack")
     learns = True
-
-    def __post_init__(self) -> None:
-        if not self.choosing or not {"bisection", "greedy", "knapsack"}.issuperset(self.choosing):
-            raise UserError(f"choosing={self.choosing} must be among bisection, greedy and knapsack")
 
     def learn(
         self,
@@ -87,7 +85,7 @@ class GatesSearch:
         self._chooser = None if learned is None else Chooser(problem, learned)
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
-        taken = self._told | set(pending)
+        taken = Taken(self._told, pending)
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "gates"))
         if self._chooser is None:
             drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)

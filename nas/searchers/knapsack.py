@@ -8,17 +8,18 @@ schedules it leads to correct it. What is solved is proposed like any other sche
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from nas.allocation import allocate
-from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import IntervalCosts, budget_of, novel, random_genome
+from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
+from nas.genetics import IntervalCosts, Taken, budget_of, novel, random_genome
 from nas.pareto import front
+from nas.recipes import Few, recipe
 
 Option = tuple[int, ...]
 """What one interval runs: an option index for each of its genes."""
@@ -27,7 +28,7 @@ MOST = 64
 """Solutions for each budget after which the search goes on at random."""
 
 
-@dataclass(frozen=True)
+@recipe
 class Knapsack:
     """`objective`: least "sum" of the intervals' terms, least largest term ("minimax"), or the sum with terms for neighbouring
     intervals, which are probed in pairs ("pairwise"). `around`: which net is probed, "full", "smallest" or "both".
@@ -41,16 +42,10 @@ class Knapsack:
 
     objective: Literal["sum", "minimax", "pairwise"] = "sum"
     around: Literal["full", "smallest", "both"] = "both"
-    budgets: int = 8
-    top: int = 3
-    probes: int = 256
-    options: int = 12
-
-    def __post_init__(self) -> None:
-        if min(self.budgets, self.top, self.probes) < 1 or self.options < 2:
-            raise UserError(
-                f"budgets={self.budgets}, top={self.top} and probes={self.probes} must be at least 1, options={self.options} at least 2"
-            )
+    budgets: Few = 8
+    top: Few = 3
+    probes: Annotated[int, Field(ge=1, le=10**6)] = 256
+    options: Annotated[int, Field(ge=2, le=4096)] = 12
 
     def start(self, problem: Problem, seed: int) -> KnapsackSearch:
         return KnapsackSearch(self, problem, seed)
@@ -67,7 +62,7 @@ class KnapsackSearch:
         self._solved: tuple[int, list[tuple[Genome, float, float]]] | None = None
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
-        taken = self._told | set(pending)
+        taken = Taken(self._told, pending)
         probes = self._probes()
         for genome, kind in probes:
             if genome not in taken:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import nevergrad as ng
@@ -20,10 +19,11 @@ from nevergrad.common.errors import TellNotAskedNotSupportedError
 from scipy.special import ndtr, ndtri
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import LATENCY, TRIES, budget_of, cheapest, near, repair
+from nas.genetics import LATENCY, TRIES, Taken, budget_of, cheapest, near, repair
+from nas.recipes import Count, recipe
 
 
-@dataclass(frozen=True)
+@recipe
 class Nevergrad:
     """`optimizer`: a name of `nevergrad.optimizers.registry`, such as "NGOpt", "CMA", "DE", "TBPSA". `budget`: evaluations that it
     plans for; some choose their method by it.
@@ -33,15 +33,13 @@ class Nevergrad:
     """
 
     optimizer: str = "DE"
-    budget: int = 100
+    budget: Count = 100
 
     def __post_init__(self) -> None:
         if self.optimizer not in ng.optimizers.registry:
             raise UserError(
                 f"Nevergrad has no optimizer {self.optimizer!r}; see nevergrad.optimizers.registry, for example NGOpt, CMA, DE"
             )
-        if self.budget < 1:
-            raise UserError(f"budget={self.budget} must be at least 1")
 
     def start(self, problem: Problem, seed: int) -> NevergradSearch:
         return NevergradSearch(self, problem, seed)
@@ -60,7 +58,7 @@ class NevergradSearch:
         self._optimizer: Any = ng.optimizers.registry[settings.optimizer](variables, budget=settings.budget)
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
-        taken = self._told | set(pending)
+        taken = Taken(self._told, pending)
         if self._first not in taken:
             return Proposal(self._first, {"operator": "cheapest"})
         optimizer = copy.deepcopy(self._optimizer)  # drawing moves an optimiser on; only what is told may

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import near
+from nas.genetics import Taken, near
+from nas.recipes import recipe
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -26,7 +27,7 @@ ATTRIBUTES = "attributes"
 """Where a proposal's origin keeps what the sampler notes on its trial, such as NSGA's generation."""
 
 
-@dataclass(frozen=True)
+@recipe
 class OptunaSampler:
     """`sampler`: a class of `optuna.samplers`, such as "TPESampler", "GPSampler", "NSGAIIISampler". `arguments`: for its
     constructor, the seed apart. Options of a choice are integers in their order.
@@ -72,7 +73,7 @@ class OptunaSearch:
         self.ask([])  # a sampler that cannot search this problem says so before anything is spent
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
-        taken = self._told | set(pending)
+        taken = Taken(self._told, pending)
         seed = derive_seed(self._seed, len(taken), "optuna sampler")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

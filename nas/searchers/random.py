@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genetics import novel, random_genome
+from nas.genetics import Taken, novel, random_genome
+from nas.recipes import recipe
 
 
-@dataclass(frozen=True)
+@recipe
 class Random:
     """Genes drawn uniformly, moved to cheaper options where the budget asks for it. Never the same genome twice."""
 
@@ -26,7 +26,7 @@ class RandomSearch:
         self._told: set[Genome] = set()
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
-        taken = self._told | set(pending)
+        taken = Taken(self._told, pending)
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "random"))
         genome = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
         return Proposal(genome) if genome is not None else DONE

@@ -9,22 +9,27 @@ other intervals, where that is expected to cost least.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
-from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import IntervalCosts, budget_of, near
+from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, derive_seed
+from nas.genetics import IntervalCosts, Taken, budget_of, near
 from nas.proposers import Local, Option, Proposer, Question, RefusedError, Remembered, read_answer
 from nas.ranking import MOST, Ranking
+from nas.recipes import Few, recipe
+
+SHOWN = 500
+"""Characters of an answer that are booked, and shown to the proposer again."""
 
 REFIT = 4
 """Importance is fitted again after so many scores."""
 
 
-@dataclass(frozen=True)
+@recipe
 class Rounds:
     """`budgets`: how many, equally spaced up to the limit. `split`: "learned" lets intervals pay for each other; "equal" gives each
     the same share of a budget; "linear" is the paper's rule, FLOPs_g(i) = (i/N + (N-i)/N * least) F scaled to the budget, i = 1 the
@@ -33,20 +38,11 @@ class Rounds:
     """
 
     proposer: Proposer = field(default_factory=Local)
-    budgets: int = 6
+    budgets: Few = 6
     split: Literal["learned", "equal", "linear"] = "learned"
-    least: float = 0.5
-    remembered: int = 8
-    attempts: int = 4
-
-    def __post_init__(self) -> None:
-        if min(self.budgets, self.attempts) < 1 or self.remembered < 0 or not 0 < self.least <= 1:
-            raise UserError(
-                f"budgets={self.budgets} and attempts={self.attempts} must be at least 1, remembered={self.remembered} at least 0, "
-                f"least={self.least} in (0, 1]"
-            )
-        if self.split not in ("learned", "equal", "linear"):
-            raise UserError(f"split {self.split!r} is not known; use learned, equal or linear")
+    least: Annotated[float, Field(gt=0, le=1)] = 0.5
+    remembered: Annotated[int, Field(ge=0, le=4096)] = 8
+    attempts: Annotated[int, Field(ge=1, le=64)] = 4
 
     def start(self, problem: Problem, seed: int) -> RoundsSearch:
         return RoundsSearch(self, problem, seed)
@@ -73,7 +69,7 @@ class RoundsSearch:
         self._answered: tuple[tuple[int, frozenset[Genome]], Proposal | Signal] | None = None
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
-        taken = self._told | set(pending)
+        taken = Taken(self._told, pending)
         for genome in self._starts:
             if genome not in taken:
                 return Proposal(genome, {"operator": "start"})
@@ -101,7 +97,7 @@ class RoundsSearch:
             if macs <= most:
                 self._best[place] = min(self._best.get(place, (np.inf, ())), (value, trial.genome))
 
-    def _round(self, taken: set[Genome]) -> Proposal | Signal:
+    def _round(self, taken: Taken) -> Proposal | Signal:
         number = len(taken) - len(set(self._starts))
         intervals = len(self._costs.genes)
         budget, k = number % len(self._budgets), number // len(self._budgets) % intervals
@@ -121,10 +117,10 @@ class RoundsSearch:
                     known = self._numbers.get(genome)
                     raise RefusedError("it is being scored now" if known is None else f"it is that of trial {known}")
             except RefusedError as reason:
-                refused.append((answer, str(reason)))
-                log.append({"answer": answer, "refused": str(reason)})
+                refused.append((answer[:SHOWN], str(reason)))
+                log.append({"answer": answer[:SHOWN], "refused": str(reason)})
                 continue
-            log.append({"answer": answer, **({"repaired": note} if note else {})})
+            log.append({"answer": answer[:SHOWN], **({"repaired": note} if note else {})})
             return Proposal(genome, origin)
         rng = np.random.default_rng(seed)
         found = near(self._problem, incumbent, rng, taken.__contains__)

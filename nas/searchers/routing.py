@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 import scipy.special
 import torch
+from pydantic import Field
 
 from nas.contracts import (
     DONE,
@@ -30,10 +31,10 @@ from nas.contracts import (
     Signal,
     Snapshot,
     Trial,
-    UserError,
     derive_seed,
 )
-from nas.genetics import IntervalCosts, budget_of, near
+from nas.genetics import IntervalCosts, Taken, budget_of, near
+from nas.recipes import Count, Few, Positive, Weight, recipe
 from nas.relaxation import Relaxation, learn
 
 Array = npt.NDArray[np.float64]
@@ -45,7 +46,7 @@ FEATURES = 4
 """What the policy sees at a gene: the share of the budget left above the cheapest rest, the whole budget, its last option, the place."""
 
 
-@dataclass(frozen=True)
+@recipe
 class Routing:
     """`batch`: scored proposals between two updates of the policy. `memory`: the latest so many proposals that an update learns
     from. `steps`, `learning_rate`: of each update. `entropy`: weight of the policy's entropy at the start, falling to a tenth of it
@@ -57,27 +58,18 @@ class Routing:
     which the policy is learned before the search, as the published agent is; None for none.
     """
 
-    batch: int = 4
-    memory: int = 64
-    steps: int = 8
-    learning_rate: float = 0.03
-    entropy: float = 0.05
-    horizon: int = 100
-    hidden: int = 32
-    clip: float = 0.5
-    evenness: float = 4.0
+    batch: Few = 4
+    memory: Annotated[int, Field(ge=1, le=10**5)] = 64
+    steps: Few = 8
+    learning_rate: Positive = 0.03
+    entropy: Weight = 0.05
+    horizon: Count = 100
+    hidden: Few = 32
+    clip: Positive = 0.5
+    evenness: Weight = 4.0
     recurrent: bool = True
     split: Literal["learned", "equal"] = "learned"
     warm_start: Relaxation | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.batch, self.memory, self.steps, self.horizon, self.hidden) < 1:
-            raise UserError(
-                f"batch={self.batch}, memory={self.memory}, steps={self.steps}, horizon={self.horizon} and hidden={self.hidden} "
-                "must be at least 1"
-            )
-        if self.split not in ("learned", "equal"):
-            raise UserError(f"split {self.split!r} is not known; use learned or equal")
 
     @property
     def learns(self) -> bool:
@@ -121,7 +113,7 @@ class RoutingSearch:
         self._drawn: list[tuple[Genome, float, float]] = []
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
-        taken = self._told | set(pending)
+        taken = Taken(self._told, pending)
         self._drawn = self._drawn or self._draw()
         for place, (genome, budget, likelihood) in enumerate(self._drawn):
             if genome not in taken:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial
-from nas.genetics import uniform_genomes
+from nas.genetics import Taken, uniform_genomes
+from nas.recipes import recipe
 
 
-@dataclass(frozen=True)
+@recipe
 class Uniform:
     """Proposes each feasible uniform schedule once, the dearest first; without limits the first is the full net."""
 
     def start(self, problem: Problem, seed: int) -> UniformSearch:
-        return UniformSearch(problem)
+        return UniformSearch([genome for genome in uniform_genomes(problem.space)[::-1] if problem.feasible(genome)])
 
 
 class UniformSearch:
-    def __init__(self, problem: Problem) -> None:
-        self._genomes = [genome for genome in uniform_genomes(problem.space)[::-1] if problem.feasible(genome)]
+    """Proposes what is listed, in this order."""
+
+    def __init__(self, genomes: Sequence[Genome]) -> None:
+        self._genomes = genomes
         self._told: set[Genome] = set()
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
-        taken = self._told | set(pending)
+        taken = Taken(self._told, pending)
         return next((Proposal(genome) for genome in self._genomes if genome not in taken), DONE)
 
     def tell(self, trial: Trial) -> None:

@@ -1,0 +1,219 @@
+"""Reads a folder that `nas export` wrote, and trusts nothing in it: every name is one of ours and lies in the folder, every network is of a
+class that is exported, and weights are those whose hashes were noted. Stands alone: an exported folder holds a copy of this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+SCHEDULE, TRAINING, PROVENANCE, INDEX = "schedule.json", "train.json", "provenance.json", "model_index.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+"""Of networks that are exported."""
+
+NAME = re.compile(r"unet_[0-9]{1,5}|teacher")
+REMEDY = "export the schedule again"
+
+
+class ExportError(ValueError):
+    """An exported folder that is damaged or was changed; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """`networks`: by name, what each is. `plan`: schedule.json. `training`: train.json. `provenance`: provenance.json."""
+
+    folder: Path
+    networks: Mapping[str, Any]
+    plan: Mapping[str, Any]
+    training: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+
+def read_export(folder: Path) -> Export:
+    """Raises ExportError where the folder is none of ours, or anything in its four files is not what it should be."""
+    if not (folder / TRAINING).is_file():
+        raise ExportError(f"{folder} is no exported folder: it holds no {TRAINING}; give one that `nas export` wrote")
+    plan, training = _json(folder / SCHEDULE), _json(folder / TRAINING)
+    provenance = _json(folder / PROVENANCE)
+    networks = _check_schedule(folder, plan)
+    _check_training(folder, training, networks)
+    _check_index(folder / INDEX, networks)
+    for name in (*networks, training["teacher"]):
+        _network_class(folder / name)
+    _hashes(folder, provenance)
+    return Export(folder, networks, plan, training, provenance)
+
+
+def read_network(folder: Path) -> Any:
+    """The stock model of a network's folder, in evaluation mode. Raises ExportError where it is damaged."""
+    import diffusers
+    from safetensors.torch import load_file
+
+    kind = getattr(diffusers, _network_class(folder))
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ExportError(f"{path} does not exist; {REMEDY}")
+    try:
+        net = kind.from_config(_json(folder / "config.json"))
+        net.load_state_dict(load_file(path))
+    except MemoryError:
+        raise
+    except Exception as error:  # stock classes and safetensors raise whatever a damaged file makes of them
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ExportError(f"{folder} cannot be read as a network ({reason}); {REMEDY}") from error
+    return net.eval()
+
+
+def hashes_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of the files of these networks, by their paths in the folder."""
+    return {f"{name}/{file}": _sha256(folder / name / file) for name in names for file in ("config.json", WEIGHTS)}
+
+
+def check_hashes(folder: Path, names: Iterable[str], provenance: Mapping[str, Any], option: str) -> None:
+    """Raises ExportError naming the first file that is not the one whose hash was noted. `option`: takes changed files."""
+    known = _hashes(folder, provenance)
+    for file, found in hashes_of(folder, names).items():
+        if file not in known:
+            raise ExportError(f"{folder / PROVENANCE} notes no hash of {file}; {REMEDY}, or give {option}")
+        if known[file] != found:
+            raise ExportError(
+                f"{folder / file} was changed or damaged since it was written: its SHA-256 is not the one in {PROVENANCE}; {REMEDY}, or give "
+                f"{option} where it was changed on purpose"
+            )
+
+
+def _check_schedule(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / SCHEDULE
+    steps = _entry(plan, "steps", list, path)
+    if not steps:
+        raise ExportError(f"{path} has no steps; {REMEDY}")
+    networks: dict[str, Any] = {}
+    for step in steps:
+        if not isinstance(step, dict):
+            raise ExportError(f"{path}: a step is {step!r}; {REMEDY}")
+        _entry(step, "timestep", int, path)
+        if not all(isinstance(name, str) for name in _entry(step, "reuse", list, path)):
+            raise ExportError(f"{path}: reuse={step['reuse']!r} names no blocks; {REMEDY}")
+        name = _name(_entry(step, "model", str, path), folder, path)
+        arch = _tuples(step.get("arch"))
+        if networks.setdefault(name, arch) != arch:
+            raise ExportError(f"{path} calls two networks {name}; {REMEDY}")
+    _check_scheduler(plan, path)
+    timesteps = [step["timestep"] for step in steps]
+    total = plan["scheduler"]["num_train_timesteps"]
+    if not 0 <= timesteps[-1] <= timesteps[0] < total or any(a <= b for a, b in pairwise(timesteps)):
+        raise ExportError(f"{path}: timesteps must fall from at most {total - 1} to at least 0; {REMEDY}")
+    if _entry(_entry(plan, "sampler", dict, path), "class", str, path) not in ("DDIM", "DDPM"):
+        raise ExportError(f"{path}: sampler {plan['sampler']['class']!r} is neither DDIM nor DDPM; {REMEDY}")
+    return networks
+
+
+def _check_training(folder: Path, training: Mapping[str, Any], networks: Mapping[str, Any]) -> None:
+    path = folder / TRAINING
+    served = _entry(training, "timesteps", dict, path)
+    _check_scheduler(training, path)
+    total = training["scheduler"]["num_train_timesteps"]
+    for name, ranges in served.items():
+        if _name(name, folder, path) not in networks:
+            raise ExportError(f"{path} names {name}, which {SCHEDULE} does not; {REMEDY}")
+        if not isinstance(ranges, list) or not ranges:
+            raise ExportError(f"{path}: {name} serves {ranges!r}, which are no timesteps; {REMEDY}")
+        for pair in ranges:
+            whole = isinstance(pair, list) and len(pair) == 2 and all(type(end) is int for end in pair)
+            if not whole or not 0 <= pair[0] < pair[1] <= total:
+                raise ExportError(f"{path}: {name} serves {pair!r}, which are no timesteps below {total}; {REMEDY}")
+    _name(_entry(training, "teacher", str, path), folder, path)
+    _entry(training, "settings", dict, path)
+
+
+def _check_scheduler(data: Mapping[str, Any], path: Path) -> None:
+    scheduler = _entry(data, "scheduler", dict, path)
+    if not 1 <= _entry(scheduler, "num_train_timesteps", int, path) <= 10**6:
+        raise ExportError(f"{path}: num_train_timesteps={scheduler['num_train_timesteps']} is out of range; {REMEDY}")
+    shape = _entry(data, "shape", list, path)
+    if len(shape) != 3 or not all(type(size) is int and 0 < size <= 2**16 for size in shape):
+        raise ExportError(f"{path}: shape={shape!r} is not (channels, height, width); {REMEDY}")
+
+
+def _check_index(path: Path, networks: Mapping[str, Any]) -> None:
+    index = _json(path)
+    if index.get("_class_name") != ["pipeline", "StepAwarePipeline"]:
+        raise ExportError(f"{path}: _class_name={index.get('_class_name')!r} is not the exported pipeline; {REMEDY}")
+    for name, entry in index.items():
+        if name.startswith("_") or name == "schedule":
+            continue
+        known = ["DDIMScheduler"] if name == "scheduler" else CLASSES if name in networks else ()
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers" or entry[1] not in known:
+            raise ExportError(f"{path}: {name}={entry!r} is no part of an exported pipeline; {REMEDY}")
+
+
+def _name(name: str, folder: Path, path: Path) -> str:
+    """A network's name, which is a folder of ours and no way out of it."""
+    if not NAME.fullmatch(name):
+        raise ExportError(
+            f"{path} names a network {name!r}; its networks are called unet_0, unet_1, ..., teacher; {REMEDY}"
+        )
+    if (folder / name).is_symlink() or not (folder / name).is_dir():
+        raise ExportError(f"{path} names a network {name}, but {folder} has no such folder; {REMEDY}")
+    return name
+
+
+def _network_class(folder: Path) -> str:
+    kind = _json(folder / "config.json").get("_class_name")
+    if kind not in CLASSES:
+        raise ExportError(
+            f"{folder / 'config.json'}: {kind!r} is no class that is exported, {' or '.join(CLASSES)}; {REMEDY}"
+        )
+    return str(kind)
+
+
+def _hashes(folder: Path, provenance: Mapping[str, Any]) -> dict[str, str]:
+    found = provenance.get("files", {})
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ExportError(f"{folder / PROVENANCE}: files={found!r} are no hashes; {REMEDY}")
+    return found
+
+
+def _entry(data: Mapping[str, Any], name: str, kind: type, path: Path) -> Any:
+    value = data.get(name)
+    if type(value) is not kind:
+        raise ExportError(f"{path}: {name}={str(value)[:80]!r} is no {kind.__name__}; {REMEDY}")
+    return value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > 2**26:
+            raise ExportError(f"{path} is larger than any such file; {REMEDY}")
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ExportError(f"{path} does not exist; {REMEDY}") from None
+    except ExportError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(f"{path} is damaged ({reason}); {REMEDY}") from error
+    if not isinstance(found, dict):
+        raise ExportError(f"{path} holds no JSON object; {REMEDY}")
+    return found
+
+
+def _sha256(path: Path) -> str:
+    if not path.is_file():
+        raise ExportError(f"{path} does not exist; {REMEDY}")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tuples(value: Any) -> Any:
+    return (
+        tuple(_tuples(item) for item in value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    )

@@ -1,0 +1,91 @@
+"""Files read with distrust and written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nas.contracts import UserError
+
+MOST = 64 * 2**20
+"""Bytes of a JSON file that is still read."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in the file. Raises UserError, naming the file and the remedy, where there is none or it is damaged."""
+    try:
+        if path.stat().st_size > MOST:
+            raise UserError(f"{path} has more than {MOST >> 20} MiB, which no such file has; {remedy}")
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, not a JSON object; {remedy}")
+    return found
+
+
+def write_json(path: Path, data: Any, indent: int = 2) -> None:
+    """Whole or not at all: a crash leaves the old file."""
+    write_text(path, json.dumps(data, indent=indent) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all: a crash leaves the old file."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the file's bytes, 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_digest(path: Path) -> str:
+    """16 hexadecimal digits that identify the tensors of a safetensors file: their names, types, shapes and bytes, whatever their order
+    and the file's metadata, which safetensors writes in an order of its own.
+
+    Raises UserError where the file is none.
+    """
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            header, start = _header(file.read(8), path, file.read)
+            for name in sorted(header):
+                entry = header[name]
+                first, stop = entry["data_offsets"]
+                found.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+                file.seek(start + first)
+                left = stop - first
+                while left:
+                    part = file.read(min(left, 2**20))
+                    if not part:
+                        raise UserError(f"{path} ends within the tensor {name}")
+                    found.update(part)
+                    left -= len(part)
+    except (KeyError, TypeError, ValueError, struct.error) as error:
+        raise UserError(f"{path} is no safetensors file ({first_line(error)})") from error
+    return found.hexdigest()[:16]
+
+
+def _header(size: bytes, path: Path, read: Any) -> tuple[Mapping[str, Any], int]:
+    """What stands before the tensors: a length of 8 bytes, then so many bytes of JSON."""
+    (length,) = struct.unpack("<Q", size)
+    if length > min(MOST, path.stat().st_size):
+        raise ValueError("its header is longer than the file")
+    header = json.loads(read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length

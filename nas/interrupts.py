@@ -1,0 +1,62 @@
+"""Being asked to stop, by Ctrl-C or by SIGTERM: the work ends at once, but for what is `whole`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, answered like Ctrl-C."""
+
+
+def answer_sigterm() -> None:
+    """From now on SIGTERM ends this process like Ctrl-C, with exit code 143. Where somebody chose to ignore it, it stays ignored."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def exit_code(asked: KeyboardInterrupt) -> int:
+    """128 and the signal's number."""
+    return 128 + (signal.SIGTERM if isinstance(asked, Terminated) else signal.SIGINT)
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """Who asks to stop while this runs is answered after it: a step of a training is done or not done. Asked a second time, it stops."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            _answer(before[signal.Signals(number)], number, frame)
+
+    for number in SIGNALS:
+        if callable(before[number]):
+            signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        _answer(before[signal.Signals(asked[0])], asked[0], None)
+
+
+def _answer(handler: Any, number: int, frame: FrameType | None) -> None:
+    if callable(handler):
+        handler(number, frame)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated

@@ -1,0 +1,178 @@
+"""The forward process that a network was trained on, and how it is read from a diffusers scheduler's settings.
+
+Of a scheduler only its noise process matters here: betas, number of timesteps, what the network predicts, and where sampling ends. Its
+stepping rule (PNDM, UniPC, Euler, ...) is the study's to choose.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+from diffusers import DDPMScheduler
+from pydantic import Field
+
+from nas.contracts import UserError
+from nas.files import first_line, read_json
+from nas.recipes import recipe
+
+log = logging.getLogger("nas")
+
+FILE = "scheduler_config.json"
+
+SCHEDULERS = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Those of a process of discrete timesteps; flow matching, EDM and score SDEs have another one."""
+
+OURS = ("DDIMScheduler", "DDPMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler")
+
+Beta = Annotated[float, Field(gt=0, lt=1)]
+
+
+@recipe
+class NoiseSchedule:
+    """The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I); the network predicts the noise.
+
+    Named as in diffusers, whose schedulers compute it. `trained_betas`: each timestep's beta instead of a `beta_schedule`. `final_alpha`:
+    abar of the image that the last step arrives at, 1, or that of timestep 0 where a model was made so ("first", as in Stable Diffusion).
+    """
+
+    timesteps: Annotated[int, Field(ge=2, le=10**5)] = 1000
+    beta_start: Beta = 1e-4
+    beta_end: Beta = 0.02
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    trained_betas: tuple[Beta, ...] = field(default=(), repr=False)
+    final_alpha: Literal["one", "first"] = "one"
+
+    def __post_init__(self) -> None:
+        if self.trained_betas and len(self.trained_betas) != self.timesteps:
+            raise UserError(
+                f"{len(self.trained_betas)} trained_betas for {self.timesteps} timesteps; give one for each"
+            )
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """Arguments of any diffusers scheduler for the same process; `set_alpha_to_one` is DDIM's alone."""
+        return {
+            "num_train_timesteps": self.timesteps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "beta_schedule": self.beta_schedule,
+            "prediction_type": "epsilon",
+            **({"trained_betas": self.trained_betas} if self.trained_betas else {}),
+            **({"set_alpha_to_one": False} if self.final_alpha == "first" else {}),
+        }
+
+    @property
+    def alphas_cumprod(self) -> npt.NDArray[np.float64]:
+        """abar_t for t = 0..timesteps-1."""
+        settings = {name: value for name, value in self.scheduler.items() if name != "set_alpha_to_one"}
+        return _alphas_cumprod(json.dumps(settings)).copy()
+
+    @property
+    def end(self) -> float:
+        """abar that sampling arrives at."""
+        return 1.0 if self.final_alpha == "one" else float(self.alphas_cumprod[0])
+
+    @classmethod
+    def from_scheduler(cls, path: str | Path) -> NoiseSchedule:
+        """The process of a scheduler's settings: a file, its folder, or the folder of a pipeline that has one.
+
+        Raises UserError for a process that these networks are not sampled from: another prediction than the noise, no signal at all at
+        the noisiest timestep, no discrete timesteps.
+        """
+        file = _settings_file(Path(path))
+        config = read_json(file, "give the scheduler folder of a diffusers pipeline")
+        name = config.get("_class_name")
+        if name not in SCHEDULERS:
+            raise UserError(
+                f"{file}: {name!r} has no process of discrete timesteps and betas; known are {', '.join(SCHEDULERS)}"
+            )
+        kind = getattr(diffusers, name)
+        taken = {key: value for key, value in config.items() if key in kind._get_init_keys(kind)}
+        try:
+            stock = kind(**taken)
+            abar: npt.NDArray[np.float64] = stock.alphas_cumprod.double().numpy()
+            betas = stock.betas.double().tolist()
+        except Exception as error:  # a stock scheduler raises whatever its settings lead to
+            raise UserError(
+                f"{file}: diffusers cannot make this {name} ({first_line(error)}); mend the file"
+            ) from error
+        prediction = stock.config.prediction_type
+        if prediction != "epsilon":
+            raise UserError(
+                f"{file}: the network predicts {prediction!r}; only prediction_type='epsilon', the noise, can be searched so far"
+            )
+        if taken.get("rescale_betas_zero_snr"):
+            raise UserError(
+                f"{file}: rescale_betas_zero_snr leaves no signal at the noisiest timestep, where a network that predicts the noise says nothing "
+                "about the image; such a model predicts v, which cannot be searched so far"
+            )
+        if not np.isfinite(abar).all() or abar.min() <= 0 or (np.diff(abar) > 0).any():
+            raise UserError(
+                f"{file}: abar goes from {abar[0]:.3g} to {abar[-1]:.3g}, which is no falling process; mend the file"
+            )
+        end = float(getattr(stock, "final_alpha_cumprod", 1.0))
+        if stock.config.get("final_sigmas_type") == "sigma_min":
+            end = float(abar[0])
+        if name not in OURS:
+            log.info("%s: its noise process is taken; the study's sampler replaces the stepping rule of %s", file, name)
+        return cls._of(taken, betas, abar, "one" if end == 1.0 else "first")
+
+    @classmethod
+    def _of(
+        cls,
+        settings: dict[str, Any],
+        betas: list[float],
+        abar: npt.NDArray[np.float64],
+        final: Literal["one", "first"],
+    ) -> NoiseSchedule:
+        """By its settings where they give this very process, else by its betas."""
+        known = {key: settings[key] for key in ("beta_start", "beta_end", "beta_schedule") if key in settings}
+        if not settings.get("trained_betas"):
+            try:
+                found = cls(len(abar), **known, final_alpha=final)
+            except UserError:
+                pass
+            else:
+                if np.array_equal(found.alphas_cumprod, abar):
+                    return found
+        return cls(len(abar), trained_betas=tuple(betas), final_alpha=final)
+
+
+@lru_cache(maxsize=64)
+def _alphas_cumprod(settings: str) -> npt.NDArray[np.float64]:
+    abar: npt.NDArray[np.float64] = DDPMScheduler(**json.loads(settings)).alphas_cumprod.double().numpy()
+    return abar
+
+
+def _settings_file(path: Path) -> Path:
+    for found in (path, path / FILE, path / "scheduler" / FILE):
+        if found.is_file():
+            return found
+    raise UserError(f"{path} holds no {FILE}; give a scheduler's folder, or noise=NoiseSchedule(...)")

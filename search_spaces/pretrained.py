@@ -1,0 +1,164 @@
+"""A trained diffusers model as people have it in a folder: a bare network, or a whole pipeline with its scheduler.
+
+Nothing is downloaded, nothing is guessed in silence, and no parameter is left as memory happened to be: names and shapes of all tensors
+are compared with the network's before anything else is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from nas.contracts import UserError
+from nas.files import first_line, read_json
+from search_spaces.noise import NoiseSchedule
+
+log = logging.getLogger("nas")
+
+REMEDY = "give a UNet2DModel folder, or that of a pipeline with one"
+
+
+class Found(NamedTuple):
+    """`folder`: of the network. `config`: arguments of its class. `noise`: None where nothing says which process it was trained on."""
+
+    folder: Path
+    config: dict[str, Any]
+    noise: NoiseSchedule | None
+
+
+def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
+    """What a folder holds; `noise` takes the place of its scheduler. Raises UserError, naming the file, where it holds no such model, its
+    weights are not the network's, or its noise process cannot be kept."""
+    folder = Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir()
+        remedy = (
+            "it looks like a name on a hub, and nothing is downloaded here: give the folder of a copy"
+            if hub
+            else REMEDY
+        )
+        raise UserError(f"{path} is no folder; {remedy}")
+    pipeline = folder if (folder / "model_index.json").is_file() else None
+    if pipeline is not None:
+        folder = _network(pipeline)
+    elif (folder.parent / "model_index.json").is_file():
+        pipeline = folder.parent
+    config = _config(folder)
+    check_weights(folder, config)
+    if noise is None and pipeline is not None:
+        noise = NoiseSchedule.from_scheduler(pipeline)
+    if noise is None:
+        log.warning(
+            "%s: nothing says which noise process it was trained on; taken are %d timesteps of linear betas, %g to %g, and a network that "
+            "predicts the noise; give noise=NoiseSchedule(...) where it was another",
+            folder,
+            NoiseSchedule().timesteps,
+            NoiseSchedule().beta_start,
+            NoiseSchedule().beta_end,
+        )
+    return Found(folder, config, noise)
+
+
+def _network(pipeline: Path) -> Path:
+    index = read_json(pipeline / "model_index.json", REMEDY)
+    known = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    networks = [name for name, kind in known.items() if kind == "UNet2DModel" and re.fullmatch(r"\w+", name)]
+    if len(networks) != 1:
+        others = ", ".join(f"{name} ({kind})" for name, kind in known.items() if kind) or "nothing"
+        raise UserError(f"{pipeline} is a pipeline of {others}; one with a single UNet2DModel is needed")
+    return pipeline / networks[0]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json", REMEDY)
+    if config.get("_class_name") != "UNet2DModel":
+        raise UserError(f"{folder} holds a {config.get('_class_name')}, not a UNet2DModel; {REMEDY}")
+    taken = set(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
+    unknown = sorted(name for name in config if not name.startswith("_") and name not in taken)
+    if unknown:  # an average's decay, settings of newer versions
+        log.info(
+            "%s: %s is no setting of UNet2DModel here, and is left out", folder / "config.json", ", ".join(unknown)
+        )
+    return {name: value for name, value in config.items() if name in taken}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The one file of the weights, or all shards that its index names. Raises UserError where there are none, or one is missing."""
+    single, index = folder / SAFETENSORS_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(f"{single} does not exist; save the model with safetensors")
+    shards = read_json(index, "save the model anew").get("weight_map")
+    names = sorted(set(shards.values())) if isinstance(shards, dict) else []
+    if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+        raise UserError(f"{index} names no files of weights beside it; save the model anew")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder / missing[0]} does not exist, though {index.name} names it; copy all files")
+    return [folder / name for name in names]
+
+
+def weights_digest(folder: Path) -> str:
+    """16 hexadecimal digits that identify the files of the weights."""
+    found = hashlib.sha256()
+    for file in weight_files(folder):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
+    """Compares names and shapes with the network's, reading no tensor. Raises UserError naming the first that differ."""
+    with torch.device("meta"):
+        try:
+            net = UNet2DModel(**config)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise UserError(
+                f"{folder / 'config.json'}: diffusers cannot make this network ({first_line(error)})"
+            ) from error
+    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    given = {name: shape for name, shape, _ in _tensors(folder)}
+    missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if missing or unexpected:
+        named = [
+            f"{words} {names[0]} ({len(names)} in all)"
+            for words, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        raise UserError(f"the weights in {folder} are not those of the network in its config.json: {', '.join(named)}")
+    odd = sorted(name for name in wanted if wanted[name] != given[name])
+    if odd:
+        raise UserError(
+            f"the weights in {folder} are of another network than its config.json says: {odd[0]} is {given[odd[0]]}, not {wanted[odd[0]]}"
+        )
+
+
+def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """All tensors by name, float32, on the CPU."""
+    check_weights(folder, config)
+    return {name: read().float() for name, _, read in _tensors(folder)}
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+    """Name, shape, and a call that reads it."""
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  it is no dictionary
+                    yield (
+                        name,
+                        tuple(file.get_slice(name).get_shape()),
+                        lambda file=file, name=name: file.get_tensor(name),
+                    )
+        except SafetensorError as error:
+            raise UserError(f"{path} is cut off or damaged ({first_line(error)}); copy it anew") from error

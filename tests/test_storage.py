@@ -1,0 +1,201 @@
+"""Secrets stay secret, and a ledger has one writer wherever it lies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nas.writers
+from nas.contracts import UserError
+from nas.ledger import read_ledgers
+from nas.report import Run
+from nas.session import open_session
+from nas.storage import kept_url, open_storage, shown_url
+from nas.writers import only_writer
+from tests.test_cli import nas as command
+from tests.test_cli import refused, study_file
+from tests.toy import toy_study
+
+URLS = (
+    "postgresql://user:s3cr3t@127.0.0.1:9/db",
+    "postgresql+psycopg://user@127.0.0.1:9/db?password=s3cr3t",
+    "postgresql+psycopg://user@127.0.0.1:9/db?sslmode=disable&sslpassword=s3cr3t&passfile=s3cr3t",
+    "postgresql+psycopg://user:s3cr3t@127.0.0.1:notaport/db",
+    "postgresql+psycopg://user:a@s3cr3t@127.0.0.1:9/db",
+    "postgresql+psycopg://user:s3cr3t/x@127.0.0.1:9/db",
+    "mysql://user:s3cr3t@127.0.0.1:9/db?ssl_key=s3cr3t",
+    "nonsense-s3cr3t",
+    "://s3cr3t",
+    "http://user:s3cr3t@host",
+)
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_no_secret_is_shown_or_kept(url: str, tmp_path: Path) -> None:
+    assert "s3cr3t" not in shown_url(url)
+    assert "s3cr3t" not in kept_url(url)
+    with pytest.raises(UserError, match="storage ") as told:
+        open_storage(tmp_path, url)
+    assert "s3cr3t" not in str(told.value)
+    assert told.value.__cause__ is None
+    run = tmp_path / "run"
+    result = command("run", study_file(tmp_path, steps=1), "--out", run, "--storage", url)
+    refused(result, "storage ")
+    assert "s3cr3t" not in result.stdout + result.stderr
+    for file in run.rglob("*") if run.exists() else ():
+        assert not file.is_file() or b"s3cr3t" not in file.read_bytes()
+
+
+def test_what_a_url_may_say_is_kept() -> None:
+    url = "postgresql+psycopg://user:x@host:5432/db?sslmode=require&application_name=a"
+    assert kept_url(url) == "postgresql+psycopg://user@host:5432/db?application_name=a&sslmode=require"
+    assert kept_url("sqlite:///x.db") == "sqlite:///x.db"
+    assert shown_url("postgresql://u@h/d?password=x") == "postgresql://u@h/d?password=***"
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server on loopback, where Debian's package is installed."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").exists() else []
+    if not found or os.getuid() != 0:
+        pytest.skip("needs Debian's postgresql and root, who starts it as the user postgres")
+    folder = tmp_path_factory.mktemp("postgres")
+    for place in (folder, *list(folder.parents)[:2]):
+        place.chmod(0o755)
+    shutil.chown(folder, "postgres")
+    as_user = ["runuser", "-u", "postgres", "--"]
+    subprocess.run(
+        [*as_user, str(found[-1] / "initdb"), "-D", str(folder / "data"), "-A", "trust"],
+        check=True,
+        capture_output=True,
+    )
+    port = 54000 + os.getpid() % 1000
+    options = [
+        "-p",
+        str(port),
+        "-c",
+        "listen_addresses=127.0.0.1",
+        "-c",
+        f"unix_socket_directories={folder}",
+        "-c",
+        "fsync=off",
+    ]
+    server = subprocess.Popen(
+        [*as_user, str(found[-1] / "postgres"), "-D", str(folder / "data"), *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+    try:
+        for _ in range(100):
+            ready = subprocess.run(
+                [str(found[-1] / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)], capture_output=True
+            )
+            if ready.returncode == 0:
+                break
+            time.sleep(0.1)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/shared.db" if request.param == "sqlite" else request.getfixturevalue("postgres")
+
+
+HOLDER = """
+import sys, time
+from nas.writers import only_writer
+with only_writer(sys.argv[1], "a"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_told_who_holds_the_ledger_until_that_one_dies(url: str) -> None:
+    with only_writer(url, "a"):
+        with (
+            pytest.raises(UserError, match=f"ledger a is being written by process {os.getpid()} on"),
+            only_writer(url, "a"),
+        ):
+            pass
+        with only_writer(url, "b"):
+            pass
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, url], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {holder.pid} on"), only_writer(url, "a"):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    said: list[str] = []
+    with only_writer(url, "a", said.append) as check:
+        check()
+
+
+def test_a_row_that_nobody_renews_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a machine that was switched off: nobody can ask whether its process lives."""
+    url = f"sqlite:///{tmp_path}/shared.db"
+    monkeypatch.setattr(nas.writers, "_who", lambda: "process 1 on another-machine")
+    with only_writer(url, "a"):
+        monkeypatch.undo()
+        with pytest.raises(UserError, match="process 1 on another-machine"), only_writer(url, "a"):
+            pass
+        monkeypatch.setattr(nas.writers, "STALE", 0.0)
+        with only_writer(url, "a"):
+            pass
+
+
+RUN = """
+import sys
+from pathlib import Path
+from nas.session import open_session
+from tests.toy import toy_study
+study = toy_study(evaluator__seconds=0.05, evaluator__log=sys.argv[3], trials=6, verified=2)
+with open_session(study, Path(sys.argv[1]), sys.argv[2]) as session:
+    session.run(session.conductor("uniform"))
+    session.run(session.conductor("evolution", int(sys.argv[4])))
+"""
+
+
+def test_two_folders_on_one_database_double_nothing(url: str, tmp_path: Path) -> None:
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", RUN, str(tmp_path / f"run{seed}"), url, str(tmp_path / "log"), str(seed)]
+        )
+        for seed in (0, 1)
+    ]
+    assert [run.wait() for run in runs] == [0, 0]
+    found = {info.name: trials for info, trials in Run.open(tmp_path / "run0", url).ledgers}
+    assert set(found) == {"toy.uniform", "toy.evolution", "toy.evolution.seed1"}
+    for name, trials in found.items():
+        assert len({(trial.genome, trial.rung) for trial in trials}) == len(trials), name
+        assert all(trial.status != "running" for trial in trials)
+    assert len([t for t in found["toy.uniform"] if t.rung == 64]) == 4
+    run = (tmp_path / "log").read_text().splitlines()
+    assert len(run) >= len(set(run))
+    assert {info.searcher for info, _ in read_ledgers(open_storage(tmp_path / "run1", url))} == {"uniform", "evolution"}
+
+
+def test_a_session_holds_its_ledgers(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/shared.db"
+    study = toy_study(trials=4, verified=1)
+    with open_session(study, tmp_path / "one", url) as session:
+        session.conductor("evolution")
+        with (
+            open_session(study, tmp_path / "two", url) as other,
+            pytest.raises(UserError, match=r"ledger toy\.evolution is being written"),
+        ):
+            other.conductor("evolution")
+    with open_session(study, tmp_path / "two", url) as other:
+        other.run(other.conductor("evolution"))
