@@ -129,7 +129,7 @@ def _trial(number: int, genome: Genome, score: Score, row: Mapping[str, Any]) ->
 
 
 def main() -> None:
-    bench = Benchmark("audit", __doc__ or "")
+    bench = Benchmark("audit", __doc__ or "", ("evaluators", "nas/audit.py"))
     torch.set_num_threads(1)
     base, trained = digits_run(digits, bench.quick)
     reference, count = (128, 24) if bench.quick else (4096, 200)

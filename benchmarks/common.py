@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -45,10 +47,11 @@ class Target:
 class Benchmark:
     """Parses the command line and keeps rows in runs/benchmarks/NAME[-quick]/rows.json as they finish.
 
-    The same command goes on after a stop; `--fresh` starts again.
+    The same command goes on after a stop; `--fresh` starts again. `files`: those of the project on which the result depends most, besides
+    the benchmark's own; a result that is older than they are is told by `benchmarks.table --check`.
     """
 
-    def __init__(self, name: str, description: str) -> None:
+    def __init__(self, name: str, description: str, files: Sequence[str] = ()) -> None:
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
         parser.add_argument(
             "--quick", action="store_true", help="small sizes, to see that it runs; nothing is kept as a result"
@@ -58,6 +61,7 @@ class Benchmark:
         parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes for independent work")
         options = parser.parse_args()
         self.name = name
+        self._files = [f"benchmarks/{name}.py", *files]
         self.quick: bool = options.quick
         self.processes: int = options.processes
         self._json: bool = options.json
@@ -111,6 +115,8 @@ class Benchmark:
         result = {
             "name": self.name,
             "date": datetime.date.today().isoformat(),
+            "commit": commit(),
+            "files": self._files,
             "device": device(),
             "versions": package_versions(),
             "rows": shown,
@@ -139,6 +145,29 @@ def borrow(trained: Path, folder: Path) -> Path:
         if not (folder / part).exists():
             (folder / part).symlink_to(trained / part)
     return folder
+
+
+def commit() -> str:
+    """Of the code that runs, with a plus where files were changed since; "unknown" outside of a clone."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=RESULTS, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!benchmarks/results", ":!*.md")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def needs(package: str, extra: str) -> None:
+    """Ends with the extra's name where a package is missing that only a benchmark asks for."""
+    if importlib.util.find_spec(package) is None:
+        raise SystemExit(
+            f"error: this benchmark needs {package}; run `pip install -e '.[{extra}]' --constraint constraints.txt`"
+        )
 
 
 def device() -> str:

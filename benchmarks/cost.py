@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Benchmark, Target
+from benchmarks.common import Benchmark, Target, needs
 from search_spaces.intervals import per_step, uniform
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
@@ -113,7 +113,10 @@ def legal_archs(net: ElasticUNet, count: int) -> list[Arch]:
 
 
 def main() -> None:
-    bench = Benchmark("cost", __doc__ or "")
+    bench = Benchmark(
+        "cost", __doc__ or "", ("search_spaces/cost.py", "search_spaces/parts.py", "search_spaces/unet.py")
+    )
+    needs("fvcore", "dev")
     per_config, wanted = (2, 6) if bench.quick else (17, 50)
     nets = {
         "ddpm cifar10": ElasticUNet(DDPM_CIFAR10),

@@ -33,7 +33,7 @@ def command(name: str, *arguments: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    bench = Benchmark("demo", __doc__ or "")
+    bench = Benchmark("demo", __doc__ or "", ("studies/digits.py",))
     run, exported = str(bench.folder / "run"), str(bench.folder / "exported")
     if not bench.has("prepare"):
         shutil.rmtree(run, ignore_errors=True)

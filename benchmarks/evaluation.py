@@ -275,7 +275,7 @@ def _least(call: Callable[[], float], repeats: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    bench = Benchmark("evaluation", __doc__ or "")
+    bench = Benchmark("evaluation", __doc__ or "", ("evaluators",))
     torch.set_num_threads(1)
     quick = bench.quick
     study, folder = digits_run(digits, quick)

@@ -82,7 +82,7 @@ EVOLUTION = Evolution(population=20)
 SKIPS: tuple[Pattern, ...] = (Only(()), *(Every(period) for period in (2, 3, 4)))
 REUSES: tuple[Pattern, ...] = (Only(OUTER[0]), *(Every(period, computed) for period in (2, 3, 4) for computed in OUTER))
 SEARCHED = (
-    Arm("gates, published pruner", per_step_space(*LEGAL), Gates(), 48),
+    Arm("gates, scored by a network", per_step_space(*LEGAL), Gates(), 48),
     Arm("gates, plain logits", per_step_space(*LEGAL), Gates(Pruner(scores="plain", learning_rate=25.0)), 48),
     Arm("gates, step by step", per_step_space(*LEGAL), Gates(Pruner(scope="step")), 48),
     Arm("evolution over reuse", per_step_space(*LEGAL), EVOLUTION),
@@ -287,7 +287,7 @@ def speed(size: Size, batch: int, repeats: int) -> Row:
 
 
 def main() -> None:
-    bench = Benchmark("gates", __doc__ or "")
+    bench = Benchmark("gates", __doc__ or "", ("nas/pruner.py", "search_spaces/reuse.py"))
     size = Size(bench.folder, bench.quick)
     seeds = (0, 1) if bench.quick else (0, 1, 2)
     bench.row("training", lambda: train(size))

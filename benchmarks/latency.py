@@ -62,7 +62,7 @@ def compare(net: LoadedSupernet, schedules: dict[str, Schedule], sizes: Sizes) -
 
 
 def main() -> None:
-    bench = Benchmark("latency", __doc__ or "")
+    bench = Benchmark("latency", __doc__ or "", ("evaluators/latency.py",))
     torch.set_num_threads(1)
     study, folder = digits_run(digits, bench.quick)
     net = study.supernet.load(folder / "supernet", "cpu")

@@ -304,8 +304,14 @@ def compare_live(bench: Benchmark, table: ScaledTable, base: Study, trained: Pat
         bench.row(f"live: {name} against the literal search, seed 0", lambda part=part: part)  # type: ignore[misc]
 
 
+WHAT = (
+    "MACs of knapsack + rungs + shared beginnings until the literal DDSM search's hypervolume / all that search's MACs, mean of 5 seeds and 2 mutations "
+    "(4.9 % of its MACs until 99 % of its end; 5.3 % with as many images)"
+)
+
+
 def main() -> None:
-    bench = Benchmark("search_cost", __doc__ or "")
+    bench = Benchmark("search_cost", __doc__ or "", ("nas/searchers/knapsack.py", "nas/allocation.py"))
     torch.set_num_threads(1)
     base, trained = digits_run(digits, bench.quick)
     scale = QUICK if bench.quick else FULL
@@ -333,7 +339,7 @@ def main() -> None:
         [
             Target(
                 "macs_ratio_to_literal",
-                "MACs of knapsack + rungs + shared beginnings until the literal DDSM search's hypervolume / that search's MACs, mean of 5 seeds and 2 mutations",
+                WHAT,
                 0.05,
                 best if math.isfinite(best) else None,
             ),

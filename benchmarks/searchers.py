@@ -21,7 +21,7 @@ import optuna
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.common import Benchmark, Target, borrow, digits_run
+from benchmarks.common import Benchmark, Target, borrow, digits_run, needs
 from benchmarks.digits_table import (
     FULL_TABLE,
     QUICK_TABLE,
@@ -246,7 +246,8 @@ def ask_time(searcher: Searcher, genes: int, finished: int, asks: int) -> Row:
 
 
 def main() -> None:
-    bench = Benchmark("searchers", __doc__ or "")
+    bench = Benchmark("searchers", __doc__ or "", ("nas/searchers",))
+    needs("pymoo", "benchmarks")
     quick = bench.quick
     study, trained = digits_run(digits, quick)
     table = build_table(bench, QUICK_TABLE if quick else FULL_TABLE, trained)

@@ -262,7 +262,7 @@ def loss(rows: Sequence[Row], full: Sequence[Row]) -> Row:
 
 
 def main() -> None:
-    bench = Benchmark("spaces", __doc__ or "")
+    bench = Benchmark("spaces", __doc__ or "", ("search_spaces",))
     seeds = (0, 1) if bench.quick else (0, 1, 2)
 
     def setting(variant: str, seed: int, boundaries: tuple[int, ...] = (500,)) -> Setting:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,6 +26,30 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def stale() -> list[str]:
+    """Results whose commit is older than the last change of the files that their benchmark names, in words."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        made = str(result.get("commit", "")).rstrip("+")
+        if not made:
+            found.append(f"{path.name} does not say which commit made it")
+            continue
+        changed = _git("log", "-1", "--format=%H", "--", *result.get("files", ()))
+        if _git("cat-file", "-t", made) != "commit":
+            found.append(f"{path.name} was made by {made[:9]}, which cannot be found here")
+        elif changed and _git("merge-base", changed, made) != changed:
+            found.append(
+                f"{path.name} was made by {made[:9]}, before {changed[:9]} changed {', '.join(result['files'])}"
+            )
+    return found
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=README.parent, check=False, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where README is not up to date")
@@ -32,6 +58,8 @@ def main() -> None:
     before, rest = text.split(START)
     _, after = rest.split(END)
     updated = f"{before}{START}\n{table()}\n{END}{after}"
+    for words in stale() if options.check else ():
+        print(words, file=sys.stderr)
     if options.check and updated != text:
         raise SystemExit("README's table is not what benchmarks/results holds; run `python -m benchmarks.table`")
     if not options.check:

@@ -1,5 +1,5 @@
-"""Which blocks to reuse at which step, learned by gradients through the unrolled sampler with frozen weights: the pruner of DiP-GO
-(Zhu et al., NeurIPS 2024, sections 3.2-3.4).
+"""Which blocks to reuse at which step, learned by gradients through the unrolled sampler with frozen weights: the form of DiP-GO's pruner
+(Zhu et al., NeurIPS 2024, sections 3.2-3.4). Its published training has one fixed noise, and steps and weights of its own (`Pruner`).
 
 Every block has a gate at every step but the first. A gate is open where its keep logit is the larger one; gradients pass as if it
 were the softmax (straight-through). All blocks run, and an open gate's block counts with its own output, a shut one's with that of the

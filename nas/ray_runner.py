@@ -14,13 +14,14 @@ import math
 import os
 import secrets
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import takewhile
@@ -397,7 +398,7 @@ def cluster(workers: Workers) -> Iterator[None]:
     mine = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
     places = (ray.get_runtime_context().gcs_address, f"{mine['NodeManagerAddress']}:{mine['NodeManagerPort']}")
     try:
-        with _Watch(f"the Ray cluster at {places[0]} died; {AGAIN}", None, places) as watch:
+        with _Watch(f"the Ray cluster at {places[0]} died; {AGAIN}", None, places) as watch, _witness(watch):
             yield
     finally:
         _leave(dead=watch.died.is_set())
@@ -405,16 +406,16 @@ def cluster(workers: Workers) -> Iterator[None]:
 
 class _Watch:
     """Interrupts the main thread, and raises UserError in its stead, when nobody answers any more at one of the places, or `seconds` have
-    passed. Ray's calls wait for a dead head for a minute, deaf to interrupts, and then end this process without a word: so where the main
-    thread does not hear, the message is printed and the process ended here. The ledger needs no goodbye."""
+    passed. Ray's calls wait for a dead head for a minute, deaf to interrupts: where the main thread does not hear, the process is ended here.
+    The ledger needs no goodbye."""
 
-    EVERY, PATIENCE = 1.0, 4
+    EVERY, PATIENCE = 0.2, 3
 
     def __init__(self, message: str, seconds: float | None, places: Sequence[str] = ()) -> None:
         self.died = threading.Event()
-        self._message = message
+        self.message = message
+        self.places = places
         self._until = math.inf if seconds is None else time.monotonic() + seconds
-        self._places = places
         self._ended = threading.Event()
 
     def __enter__(self) -> _Watch:
@@ -424,24 +425,52 @@ class _Watch:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._ended.set()
         if self.died.is_set() and isinstance(error, KeyboardInterrupt | ray.exceptions.RayError):
-            raise UserError(self._message) from None
+            raise UserError(self.message) from None
         if isinstance(error, ray.exceptions.RayError):
             raise UserError(f"Ray failed ({first_line(error)}); {AGAIN}") from error
 
     def _look(self) -> None:
         missed = 0
         while not self._ended.wait(self.EVERY):
-            missed = 0 if all(map(_listens, self._places)) else missed + 1
+            missed = 0 if all(map(_listens, self.places)) else missed + 1
             if missed < self.PATIENCE and time.monotonic() < self._until:
                 continue
             self.died.set()
             _thread.interrupt_main()
-            if not self._ended.wait(3 * self.EVERY):
-                sys.stderr.write(f"error: {self._message}\n")
-                sys.stderr.flush()
+            if not self._ended.wait(2.0):
+                if not self.places:  # else its witness says why
+                    sys.stderr.write(f"error: {self.message}\n")
+                    sys.stderr.flush()
                 _leave(dead=True)
                 os._exit(1)
             return
+
+
+WITNESS = """
+import socket, sys
+message, *places = sys.argv[1:]
+def listens(place):
+    host, _, port = place.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
+if not sys.stdin.buffer.read() and not all(map(listens, places)):
+    sys.stderr.write(f"error: {message}\\n")
+"""
+"""Run beside this process: Ray ends a process that touches a dead node's memory without a word, so somebody else has to say it."""
+
+
+@contextmanager
+def _witness(watch: _Watch) -> Iterator[None]:
+    command = [sys.executable, "-I", "-c", WITNESS, watch.message, *watch.places]
+    witness = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            witness.communicate(b"the end was seen here")
 
 
 def _listens(place: str) -> bool:
@@ -453,12 +482,19 @@ def _listens(place: str) -> bool:
     return True
 
 
+def _end_at_once() -> None:
+    """Before Ray's own handlers, which wait a minute for the dead."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def _leave(dead: bool) -> None:
     """Ends a local cluster, or leaves one that was joined. Who waits for a dead one to say goodbye waits for ever."""
     if not dead:
         ray.shutdown()
         return
-    atexit.unregister(ray._private.worker.shutdown)
+    atexit.register(_end_at_once)
     node = ray._private.worker._global_node
     if node is not None and node.head:
         node.kill_all_processes(check_alive=False, allow_graceful=False)

@@ -1,5 +1,6 @@
-"""A routing policy learned from the supernet's own losses, before anything is sampled: the published Expert Routing Agent's training
-(DiffPruning, Ganjdanesh et al., ECCV 2024; gates and penalty after APTP, Ganjdanesh et al. 2025).
+"""A routing policy learned from the supernet's own losses, before anything is sampled, after the training of the Expert Routing Agent
+(DiffPruning, Ganjdanesh et al., ECCV 2024; gates and penalty after APTP, Ganjdanesh et al. 2025). What the published one has and this
+one lacks: the gates' offset b, weights of the steps in the loss, and weights of the network that are trained along.
 
 An option is chosen by gates, "at least the second option", "at least the third", each a Gumbel-sigmoid of the policy's own logits.
 At one timestep the subnets of all options predict the noise, and the gates' weights mix their predictions: at hard gates this is the

@@ -34,7 +34,8 @@ class Order(OneStage):
 
     `criterion`: "gradient" (Diff-Pruning), "magnitude" of the weights, or "random". `threshold`: the visit of timesteps, from the
     clean end, stops where the loss falls below this share of the largest so far; noisier ones say little. `stride`: of the visit.
-    `squared`: sums (weight x gradient)^2, as the code released for DDPM does, instead of the absolute value.
+    `squared`: sums (weight x gradient)^2 instead of the absolute value, norms and biases included. The code released for DDPM squares too,
+    but leaves biases out and norms unsquared.
     """
 
     criterion: Criterion = "gradient"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import nas.writers
+from benchmarks.postgres import installed, server
 from nas.contracts import UserError
 from nas.ledger import read_ledgers
 from nas.report import Run
@@ -63,48 +62,10 @@ def test_what_a_url_may_say_is_kept() -> None:
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PostgreSQL server on loopback, where Debian's package is installed."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").exists() else []
-    if not found or os.getuid() != 0:
+    if installed() is None:
         pytest.skip("needs Debian's postgresql and root, who starts it as the user postgres")
-    folder = tmp_path_factory.mktemp("postgres")
-    for place in (folder, *list(folder.parents)[:2]):
-        place.chmod(0o755)
-    shutil.chown(folder, "postgres")
-    as_user = ["runuser", "-u", "postgres", "--"]
-    subprocess.run(
-        [*as_user, str(found[-1] / "initdb"), "-D", str(folder / "data"), "-A", "trust"],
-        check=True,
-        capture_output=True,
-    )
-    port = 54000 + os.getpid() % 1000
-    options = [
-        "-p",
-        str(port),
-        "-c",
-        "listen_addresses=127.0.0.1",
-        "-c",
-        f"unix_socket_directories={folder}",
-        "-c",
-        "fsync=off",
-    ]
-    server = subprocess.Popen(
-        [*as_user, str(found[-1] / "postgres"), "-D", str(folder / "data"), *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    url = f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
-    try:
-        for _ in range(100):
-            ready = subprocess.run(
-                [str(found[-1] / "pg_isready"), "-h", "127.0.0.1", "-p", str(port)], capture_output=True
-            )
-            if ready.returncode == 0:
-                break
-            time.sleep(0.1)
+    with server(tmp_path_factory.mktemp("postgres") / "server") as url:
         yield url
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -1,4 +1,5 @@
-"""Reuse learned by gradients, for any budget from one fit: DiP-GO (Zhu et al., NeurIPS 2024).
+"""Reuse learned by gradients, for any budget from one fit, after DiP-GO (Zhu et al., NeurIPS 2024), with settings of our own: the number of
+steps, the batch of fresh noises, the weight and the floor of the sparsity loss are not those of the published training.
 
 What is learned are keep probabilities of blocks by step (`nas.pruner`). From them a schedule within a budget is made in one of three
 ways, and proposed like anybody else's: only its score counts. "bisection" is the paper's: one threshold on all of them, the lowest that

@@ -32,8 +32,9 @@ REFIT = 4
 @recipe
 class Rounds:
     """`budgets`: how many, equally spaced up to the limit. `split`: "learned" lets intervals pay for each other; "equal" gives each
-    the same share of a budget; "linear" is the paper's rule, FLOPs_g(i) = (i/N + (N-i)/N * least) F scaled to the budget, i = 1 the
-    noisiest interval. `remembered`: rounds shown to the proposer, 0 for none, and then importance and incumbents are not used
+    the same share of what a budget adds to the cheapest schedule; "linear" shares that in the proportions of the paper's rule, i/N + (N-i)/N *
+    least, i = 1 the noisiest interval. It is not the paper's rule itself, under which the cleanest interval may run the full net: that is
+    a space's `budgets=linear_budgets(...)`. `remembered`: rounds shown to the proposer, 0 for none, and then importance and incumbents are not used
     either. `attempts`: answers asked for in a round before a neighbour of the best is taken.
     """
 

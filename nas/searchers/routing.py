@@ -1,5 +1,5 @@
-"""A routing agent that allocates one budget over the intervals: the black-box form of DiffPruning's Expert Routing Agent (Ganjdanesh
-et al., ECCV 2024), trained by policy gradient on measured scores.
+"""A policy-gradient agent that allocates one budget over the intervals, after DiffPruning's Expert Routing Agent (Ganjdanesh et al., ECCV
+2024). It is not that agent, which is trained with the weights through Gumbel gates: this one learns from measured scores alone.
 
 A recurrent policy walks over the genes, noisy to clean, sees the budget and what is left of it, and draws an option for each. What
 no longer fits is masked, so that every draw keeps its budget exactly. Budgets are drawn over the whole range below the study's
@@ -55,7 +55,7 @@ class Routing:
 
     `recurrent`: False for a flat policy, whose options depend on the gene and the budget left alone. `split`: "learned", or "equal"
     where each interval has the same share of what the budget adds to the cheapest schedule. `warm_start`: losses of the supernet from
-    which the policy is learned before the search, as the published agent is; None for none.
+    which the policy is learned before the search, by gates as the published agent's but without all of its terms; None for none.
     """
 
     batch: Few = 4
