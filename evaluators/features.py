@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nas.contracts import ImageSet, Progress, UserError, derive_seed, digest_of
-from nas.files import file_digest, first_line, tensors_digest
+from nas.files import file_digest, first_line, tensors_digest, written
 from nas.recipes import Batch, Count, Few, Positive, recipe
 
 
@@ -103,7 +103,8 @@ class SmallClassifier:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         metadata = {"in_channels": str(pixels.shape[1]), "classes": str(classes), "recipe": recipe}
-        save_file(net.state_dict(), partial, metadata)
+        with written(path):
+            save_file(net.state_dict(), partial, metadata)
         os.replace(partial, path)
 
     def load(self, folder: Path, device: torch.device) -> LoadedFeatures:

@@ -16,6 +16,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, answered like Ctrl-C."""
 
 
+_terminated: list[int] = []
+
+
+def terminated() -> bool:
+    """Whether SIGTERM came; who turns a `Terminated` into an exit of his own forgets which signal it was."""
+    return bool(_terminated)
+
+
 def answer_sigterm() -> None:
     """From now on SIGTERM ends this process like Ctrl-C, with exit code 143. Where somebody chose to ignore it, it stays ignored."""
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -59,4 +67,5 @@ def _answer(handler: Any, number: int, frame: FrameType | None) -> None:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    _terminated.append(number)
     raise Terminated

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from nas.contracts import LearningSearcher, Progress, Snapshot, UserError, derive_seed
+from nas.files import written
 from nas.ledger import LedgerInfo
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def _write(tensors: Mapping[str, torch.Tensor], macs: int, digest: str, path: Pa
     from safetensors.torch import save_file
 
     partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial, {"recipe": digest, "macs": str(macs)})
+    with written(path):
+        save_file(dict(tensors), partial, {"recipe": digest, "macs": str(macs)})
     os.replace(partial, path)
 
 

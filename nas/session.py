@@ -29,7 +29,7 @@ from nas.ledger import Ledger, LedgerInfo, known_scores
 from nas.report import CONFIRMED, RUN
 from nas.runner import Conductor, run_here
 from nas.searchers.uniform import UniformSearch
-from nas.storage import kept_url, lock_run, open_storage
+from nas.storage import close_storage, kept_url, lock_run, open_storage
 from nas.study import BASELINE, Study
 from nas.writers import Wait, only_writer
 
@@ -132,8 +132,9 @@ class Session:
                 run_here(conductor, self.study.load(self.folder, self.device))
 
     def close(self) -> None:
-        """Lets go of the ledgers."""
+        """Lets go of the ledgers, and of the database."""
         self._writers.close()
+        close_storage(self.storage)
 
     def on_one_thread(self, ticks: Iterator[Progress]) -> Iterator[Progress]:
         """Work that scores, on one CPU thread, as scores always are."""

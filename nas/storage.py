@@ -85,6 +85,13 @@ def open_storage(folder: Path, url: str | None = None, writing: bool = False) ->
     raise AssertionError
 
 
+def close_storage(storage: BaseStorage) -> None:
+    """Lets go of a database's connections; a journal has none."""
+    engine = getattr(getattr(storage, "_backend", storage), "engine", None)
+    if engine is not None:
+        engine.dispose()
+
+
 def check_url(url: str) -> None:
     """Raises UserError, without the URL, where it cannot be taken apart."""
     if _parts(url) is None:

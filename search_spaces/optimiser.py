@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nas.contracts import ImageSet, UserError
-from nas.files import first_line
+from nas.files import first_line, written
 from search_spaces.supernet import LoadedElasticUNet
 
 
@@ -196,5 +196,6 @@ def check_recipe(path: Path, digest: str) -> dict[str, str]:
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Whole or not at all: a crash leaves the old file."""
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    with written(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
     os.replace(partial, path)

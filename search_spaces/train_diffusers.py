@@ -376,7 +376,7 @@ def main() -> None:
                     )
                 if asked:
                     break
-    except (ExportError, PictureError, OSError) as error:
+    except (ExportError, PictureError, SafetensorError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     if asked:
         if speaks:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,16 @@ from nas.writers import only_writer
 from tests.test_cli import nas as command
 from tests.test_cli import refused, study_file
 from tests.toy import toy_study
+
+
+@pytest.fixture(autouse=True)
+def connections_that_storages_leave() -> Iterator[None]:
+    """Optuna leaves its pool of connections to the garbage collector, which warns of each."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+
 
 URLS = (
     "postgresql://user:s3cr3t@127.0.0.1:9/db",

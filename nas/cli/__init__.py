@@ -11,7 +11,7 @@ from rich.markup import escape
 from nas.cli import measure, models, search
 from nas.failures import explained
 from nas.files import first_line
-from nas.interrupts import answer_sigterm, exit_code
+from nas.interrupts import answer_sigterm, exit_code, terminated
 from nas.terminal import notes, say_in_words
 
 # Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
@@ -46,6 +46,10 @@ def main() -> None:
     say_in_words()
     try:
         app()
+    except SystemExit as end:
+        if end.code == 130 and terminated():  # typer's own answer to an interrupt
+            sys.exit(143)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
