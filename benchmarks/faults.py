@@ -502,7 +502,6 @@ def file_cases(
         "x =",
         "import nothing_like_this",
         "raise SystemExit(3)",
-        "raise KeyboardInterrupt",
         "study = Study()",
         "1/0",
         "def f(:",

@@ -4,7 +4,9 @@ number to subtract from, and what is feasible can be enumerated without visiting
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -36,6 +38,7 @@ class IntervalCosts:
             for table in self.tables
             for place in range(table.ndim)
         ]
+        self.sizes = [len(choice.options) for choice in space.choices]
         self._home = [k for k, genes in enumerate(self.genes) for _ in range(genes.start, genes.stop)]
 
     def of(self, k: int, option: Genome) -> int:
@@ -65,6 +68,10 @@ class IntervalCosts:
         return row
 
     def cheapest(self) -> Genome:
+        return self._cheapest
+
+    @cached_property
+    def _cheapest(self) -> Genome:
         return self._join([int(table.argmin()) for table in self.tables])
 
     def dearest(self) -> Genome:
@@ -77,14 +84,25 @@ class IntervalCosts:
         return tuple(int(gene) for option in options for gene in option)
 
 
+_latest: tuple[weakref.ref[SearchSpace], IntervalCosts, dict[tuple[tuple[str, float], ...], float]] | None = None
+
+
+def costs_of(space: SearchSpace) -> IntervalCosts:
+    """Its interval costs, those of the space asked for last kept: a search asks for one space's a hundred times for each trial."""
+    global _latest
+    if _latest is None or _latest[0]() is not space:
+        _latest = weakref.ref(space), IntervalCosts(space), {}
+    return _latest[1]
+
+
 def cheapest(space: SearchSpace) -> Genome:
     """The genome of least cost."""
-    return IntervalCosts(space).cheapest()
+    return costs_of(space).cheapest()
 
 
 def dearest(space: SearchSpace) -> Genome:
     """The genome of the highest cost."""
-    return IntervalCosts(space).dearest()
+    return costs_of(space).dearest()
 
 
 def uniform_genomes(space: SearchSpace) -> list[Genome]:
@@ -100,9 +118,13 @@ def budget_of(problem: Problem) -> float:
     if LATENCY in problem.limits:
         return problem.limits[LATENCY] * NANOSECONDS
     least = cheapest(problem.space)
-    cost = problem.space.cost(least)
-    full = cost["macs"] / cost["macs_share"]
-    return min(problem.limits.get("macs", math.inf), problem.limits.get("macs_share", math.inf) * full)
+    assert _latest is not None
+    known, key = _latest[2], tuple(problem.limits.items())
+    if key not in known:
+        cost = problem.space.cost(least)
+        full = cost["macs"] / cost["macs_share"]
+        known[key] = min(problem.limits.get("macs", math.inf), problem.limits.get("macs_share", math.inf) * full)
+    return known[key]
 
 
 def exact_cost(space: SearchSpace, genome: Genome) -> int:
@@ -157,7 +179,7 @@ def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
 def mutate(space: SearchSpace, genome: Genome, rng: np.random.Generator, rate: float) -> Genome:
     """Each gene moves with probability `rate`, at least one that can move does: up or down its options, which stand in order, by a
     step of geometric length, a third of them in the mean, that stops at the last one."""
-    sizes = [len(choice.options) for choice in space.choices]
+    sizes = costs_of(space).sizes
     changing = rng.random(len(genome)) < rate
     movable = [i for i, size in enumerate(sizes) if size > 1]
     if movable and not changing[movable].any():
@@ -179,7 +201,7 @@ def cross(first: Genome, second: Genome, rng: np.random.Generator) -> Genome:
 
 def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
     """Moves random genes to cheaper options until the budget holds. Unchanged where it already does."""
-    costs = IntervalCosts(problem.space)
+    costs = costs_of(problem.space)
     excess = costs.total(genome) - budget_of(problem)
     if excess <= 0 or problem.feasible(genome):
         return genome
@@ -261,7 +283,7 @@ def novel(problem: Problem, draw: Callable[[], Genome], taken: Callable[[Genome]
     """
     for _ in range(TRIES):
         genome = draw()
-        if problem.feasible(genome) and not taken(genome):
+        if not taken(genome) and problem.feasible(genome):
             return genome
     return next((genome for genome in feasible_genomes(problem) if not taken(genome)), None)
 

@@ -16,6 +16,10 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, answered like Ctrl-C."""
 
 
+class Answered(SystemExit):
+    """The end of a command that has said that it was interrupted."""
+
+
 _terminated: list[int] = []
 
 

@@ -191,10 +191,10 @@ class Ledger:
         """Creates the Optuna study, or finds it; a ledger that is refused is not written to."""
         known = {study.study_name: study._study_id for study in self._storage.get_all_studies()}
         study_id = known.get(self.info.name)
-        stored = None if study_id is None else self._storage.get_study_user_attrs(study_id).get(STUDY)
+        stored = None if study_id is None else _identity(self._storage, study_id)
         if study_id is not None and stored is not None:
             if self._check_same(LedgerInfo.from_json(stored)):
-                self._storage.set_study_user_attr(study_id, STUDY, self.info.to_json())
+                self._identify(study_id)
             return study_id
         if study_id is not None and self._storage.get_n_trials(study_id):
             raise UserError(f"the storage holds an Optuna study {self.info.name} of another program; rename the study")
@@ -208,8 +208,13 @@ class Ledger:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(list(self.info.objectives))
         study_id = self._storage.get_study_id_from_name(self.info.name)
-        self._storage.set_study_user_attr(study_id, STUDY, self.info.to_json())
+        self._identify(study_id)
         return study_id
+
+    def _identify(self, study_id: int) -> None:
+        """Twice, so that one damaged line of a journal does not make a ledger nobody's."""
+        self._storage.set_study_user_attr(study_id, STUDY, self.info.to_json())
+        self._storage.set_study_system_attr(study_id, STUDY, self.info.to_json())
 
     def _load(self) -> None:
         stored = self._storage.get_all_trials(self._study_id, deepcopy=False)
@@ -275,14 +280,20 @@ def read_ledgers(storage: BaseStorage, study: str | None = None) -> list[tuple[L
     """All ledgers of a storage (of one study), for looking only. Needs no space, no torch and no lock."""
     found: list[tuple[LedgerInfo, list[Trial]]] = []
     for frozen_study in storage.get_all_studies():
-        attributes: Mapping[str, Any] = frozen_study.user_attrs
-        if STUDY not in attributes:
+        identity = _identity(storage, frozen_study._study_id)
+        if identity is None:
             continue
-        info = LedgerInfo.from_json(attributes[STUDY])
+        info = LedgerInfo.from_json(identity)
         if study is None or info.study == study:
             trials = [read_trial(frozen) for frozen in storage.get_all_trials(frozen_study._study_id, deepcopy=False)]
             found.append((info, [trial for trial in trials if trial is not None]))
     return found
+
+
+def _identity(storage: BaseStorage, study_id: int) -> Mapping[str, Any] | None:
+    """What a stored ledger says it is; None for an Optuna study of another program."""
+    found: Mapping[str, Any] | None = storage.get_study_user_attrs(study_id).get(STUDY)
+    return found or storage.get_study_system_attrs(study_id).get(STUDY)
 
 
 def known_scores(storage: BaseStorage, info: LedgerInfo) -> dict[tuple[str, int], tuple[str, Score]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache, partial
 from typing import Annotated, Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints, overload
 
-from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from nas.contracts import OPTIONAL, UserError, frozen
@@ -123,8 +123,14 @@ def _plain(hint: Any) -> Any:
     if isinstance(hint, type) and getattr(hint, "_is_protocol", False):
         return Annotated[Any, AfterValidator(partial(_offers, hint))]
     if isinstance(hint, type) and hint is not Any and hint.__module__ != "builtins":
-        return InstanceOf[hint]  # type: ignore[misc]
+        return Annotated[Any, AfterValidator(partial(_is_a, hint))]
     return hint
+
+
+def _is_a(kind: type, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"it should be a {kind.__name__}")
+    return value
 
 
 def _offers(protocol: type, value: Any) -> Any:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet
 from evaluators.images import Digits, ImageFolder
-from evaluators.latency import Latency
+from evaluators.latency import Latency, Timed
 from nas.contracts import UserError, digest_of
 from nas.proposers import Chat
 from nas.pruner import Pruner
@@ -148,6 +148,9 @@ def test_a_value_stays_as_it_was_given() -> None:
         (lambda: ElasticUNet(TINY, groups="none"), "ElasticUNet: groups='none'"),  # type: ignore[arg-type]
         (lambda: ElasticUNet(TINY, experts=(5.5,)), "ElasticUNet: experts"),  # type: ignore[arg-type]
         (lambda: Stepwise(ElasticUNet(TINY), uniform(4), (0, 4)), "Stepwise: intervals"),
+        (lambda: Stepwise(None, uniform(4), (4,)), "Stepwise: net=None: it should be a ElasticUNet"),  # type: ignore[arg-type]
+        (lambda: ElasticUNet(TINY, noise=[]), "ElasticUNet: noise=(): it should be a NoiseSchedule"),  # type: ignore[arg-type]
+        (lambda: Timed(Frechet(Digits()), None), "Timed: latency=None"),  # type: ignore[arg-type]
         (lambda: Chat("http://x", "m", timeout=0), "Chat: timeout=0"),
         (lambda: toy_study(limits={"macs": math.nan}), "Study: limits"),
         (lambda: toy_study(seed=-1), "Study: seed=-1"),

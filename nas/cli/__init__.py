@@ -11,7 +11,7 @@ from rich.markup import escape
 from nas.cli import measure, models, search
 from nas.failures import explained
 from nas.files import first_line
-from nas.interrupts import answer_sigterm, exit_code, terminated
+from nas.interrupts import Answered, answer_sigterm, exit_code, terminated
 from nas.terminal import notes, say_in_words
 
 # Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
@@ -47,8 +47,9 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if end.code == 130 and terminated():  # typer's own answer to an interrupt
-            sys.exit(143)
+        if end.code == 130 and not isinstance(end, Answered):  # typer's own answer to an interrupt
+            notes.print("interrupted", highlight=False)
+            sys.exit(143 if terminated() else 130)
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

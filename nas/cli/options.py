@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nas.contracts import UserError
-from nas.interrupts import exit_code
+from nas.interrupts import Answered, exit_code
 from nas.terminal import notes
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def resumable(folder: Path) -> Iterator[None]:
         notes.print(
             f"interrupted; the same command goes on from the last trial or checkpoint ({folder})", highlight=False
         )
-        raise SystemExit(exit_code(asked)) from None
+        raise Answered(exit_code(asked)) from None
 
 
 def confirmed(study: Study, folder: Path, storage: str | None, trial: Trial, device: str = "cpu") -> Score:

@@ -20,6 +20,9 @@ from nas.pareto import best_first
 from nas.ranking import MOST, Ranking
 from nas.recipes import Few, Share, recipe
 
+DRAWN = 2
+"""Offspring drawn at most, for each that is wanted."""
+
 REFIT = 8
 """The screening model is fitted again after so many scores."""
 
@@ -75,17 +78,22 @@ class EvolutionSearch:
         children: list[Genome] = []
 
         def offspring() -> Genome:
-            child, numbers = self._offspring(rng)
+            child, numbers = self._offspring(rng, taken)
             parents[child] = numbers
             return child
 
-        while len(children) < self._wanted:
-            child = novel(self._problem, offspring, lambda genome: genome in taken or genome in children)
-            if child is None:
+        # Late in a search most offspring were told before: how many are drawn does not grow with that.
+        for _ in range(DRAWN * self._wanted):
+            child = offspring()
+            if child not in taken and child not in children and self._problem.feasible(child):
+                children.append(child)
+            if len(children) == self._wanted:
                 break
-            children.append(child)
         if not children:
-            return DONE
+            found = novel(self._problem, offspring, taken.__contains__)
+            if found is None:
+                return DONE
+            children.append(found)
         child, screening = self._screen(children)
         return Proposal(child, {"operator": "offspring", "parents": parents.get(child, []), **screening})
 
@@ -96,13 +104,14 @@ class EvolutionSearch:
             self._survivors.append(trial)
             self._select()
 
-    def _offspring(self, rng: np.random.Generator) -> tuple[Genome, list[int]]:
-        """A child, and the trials that it comes from."""
+    def _offspring(self, rng: np.random.Generator, taken: Taken) -> tuple[Genome, list[int]]:
+        """A child, and the trials that it comes from. One that was told before is within the budget already."""
         chosen = [self._survivors[min(rng.integers(len(self._survivors), size=2))] for _ in range(2)]
         first, second = (trial.genome for trial in chosen)
         child = cross(first, second, rng) if rng.random() < self._settings.crossover_rate else first
         mutated = mutate(self._problem.space, child, rng, self._rate)
-        return repair(self._problem, mutated, rng), [trial.number for trial in chosen]
+        repaired = mutated if mutated in taken else repair(self._problem, mutated, rng)
+        return repaired, [trial.number for trial in chosen]
 
     def _screen(self, children: list[Genome]) -> tuple[Genome, dict[str, Any]]:
         """The child that is expected to gain most over what was scored at no more MACs, and how it was chosen."""
