@@ -134,3 +134,21 @@ def test_the_projection_keeps_the_cosine_of_whole_gradients(similarity: Gradient
     (a, b), (c, d) = halves
     exact = (a @ d + c @ b) / 2 / np.sqrt((a @ b) * (c @ d))
     assert similarity.affinity[0, 1] == pytest.approx(exact, abs=0.1)
+
+
+def test_similarity_is_that_of_the_gradients_and_not_of_their_noise(tiny_net: ElasticUNet) -> None:
+    """The two half-batches' noises are independent, so that their product is unbiased: with few images the affinity is that of many, in the
+    mean. The cosine of whole noisy gradients would be far smaller."""
+    loaded = tiny_net.initial(0)
+    list(Sandwich(steps=60, batch=32, warmup=5).fit(loaded, Digits().load(), 0))
+    data = Digits().load()
+
+    def affinity(batch: int, seed: int) -> float:
+        measured = GradientSimilarity(loaded, data, seed, batch=batch, dimensions=4096)
+        for _ in measured.measure([400, 440]):
+            pass
+        return float(measured.affinity[0, 1])
+
+    many = np.mean([affinity(512, seed) for seed in range(2)])
+    few = [affinity(16, seed) for seed in range(12)]
+    assert abs(np.mean(few) - many) < 3 * np.std(few, ddof=1) / np.sqrt(12) + 0.05

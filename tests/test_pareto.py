@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nevergrad.optimization.multiobjective.hypervolume import HypervolumeIndicator
 
-from nas.pareto import crowding, front, hypervolume, ranks
+from nas.pareto import best_first, crowding, front, hypervolume, ranks
 
 POINTS = st.integers(1, 4).flatmap(
     lambda m: hnp.arrays(np.float64, st.tuples(st.integers(1, 12), st.just(m)), elements=st.integers(0, 6).map(float))
@@ -53,3 +53,29 @@ def test_crowding_keeps_the_ends() -> None:
     distance = crowding(np.array([[0.0, 4.0], [1.0, 3.0], [1.1, 2.9], [4.0, 0.0]]))
     assert np.isinf(distance[[0, 3]]).all()
     assert distance[1] < distance[2]
+
+
+def test_crowding_is_the_published_distance_in_units_of_each_objectives_range() -> None:
+    """Deb et al. 2002: for each objective the gap between both neighbours over the range. The second objective is a thousand times larger."""
+    front = np.array([[0.0, 10_000.0], [1.0, 6_000.0], [4.0, 3_000.0], [10.0, 0.0]])
+    distance = crowding(front)
+    assert distance[1] == pytest.approx((4 - 0) / 10 + (10 - 3) / 10)
+    assert distance[2] == pytest.approx((10 - 1) / 10 + (6 - 0) / 10)
+    assert best_first(front) == [0, 3, 2, 1], "the ends, then the least crowded"
+    assert best_first(np.array([[2.0, 2.0], [0.0, 4.0], [1.0, 1.0]])) == [1, 2, 0], "a better rank before any distance"
+
+
+def test_what_exceeds_the_reference_in_one_objective_alone_adds_nothing() -> None:
+    assert hypervolume([(1, 5), (2, 1)], (3, 3)) == 2
+    assert hypervolume([(5, 1), (1, 2)], (3, 3)) == 2
+    assert hypervolume([(1, 1, 5), (2, 2, 2)], (3, 3, 3)) == 1
+
+
+@given(POINTS, st.integers(0, 2))
+def test_ranks_of_two_objectives_are_those_of_any_number(points: np.ndarray, worse: int) -> None:
+    """A third objective that is the same for all changes nothing; less violating points come first."""
+    two = points[:, :2] if points.shape[1] >= 2 else np.hstack([points, points])
+    same = np.hstack([two, np.full((len(two), 1), 7.0)])
+    assert ranks(two).tolist() == ranks(same).tolist()
+    violations = np.arange(len(two)) % (worse + 1)
+    assert ranks(two, violations).tolist() == ranks(same, violations).tolist()

@@ -180,3 +180,33 @@ def test_every_choice_of_an_interval_is_learned() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(UserError, match="steps=0"):
         Relaxation(steps=0)
+
+
+class Unlike(Formula):
+    """The full network is no teacher of the noise: at the late steps, where the noise asks for the wide subnets, it does what narrow ones do."""
+
+    def denoiser(self, step: Any) -> Any:
+        plain = super().denoiser(step)
+
+        def call(x: torch.Tensor, t: int, cache: Any = None, condition: Any = None) -> tuple[torch.Tensor, Any]:
+            found, cache = plain(x, t, cache)
+            return found + (2.0 * t if step.arch[0] == 3 else 0.0), cache
+
+        return call
+
+
+def test_distillation_pulls_towards_the_full_network() -> None:
+    """Denoising alone and distillation alone lead to different policies where the full network errs itself."""
+    found = {}
+    for name, weights in {"denoising": (1.0, 0.0), "distillation": (0.0, 1.0)}.items():
+        settings = Relaxation(
+            steps=150, batch=4, denoising=weights[0], distillation=weights[1], budget=0.0, learning_rate=0.05
+        )
+        problem = table_problem(genes=4, options=4, limit=1.0)
+        search = RoutingSearch(Routing(evenness=0.0), problem, 0)
+        images = ImageSet(np.zeros((16, 1, 2, 2), np.float32), None, "zeros")
+        for _ in learn(settings, search, problem, Unlike(), images, 0):  # type: ignore[arg-type]
+            pass
+        genomes, _, _ = search.relaxed(200, np.random.default_rng(9))
+        found[name] = np.mean([[gene == 3 for gene in genome] for genome in genomes])
+    assert found["distillation"] > found["denoising"] + 0.2, "who is taught by the full network runs it"

@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from nas.contracts import Proposal, Score, Trial, UserError
+from nas.contracts import Proposal, Schedule, Score, Trial, UserError, derive_seed
 from nas.ladder import Ladder
 from nas.ledger import Ledger, read_ledgers
+from nas.report import Run
 from nas.runner import Conductor
 from nas.searchers.random import RandomSearch
 from nas.session import open_session
 from nas.storage import open_storage
 from nas.study import Study
-from tests.toy import ToySpace, toy_study
+from tests.toy import ToyEvaluator, ToySpace, toy_study
 
 ROOT = Path(__file__).parent.parent
 
@@ -291,3 +292,44 @@ def test_a_killed_local_run_ends_as_the_uninterrupted_one(tmp_path: Path) -> Non
     calls = Counter((tmp_path / "killed" / "calls").read_text().splitlines())
     # A candidate that was running when the process died has to be run again; a finished one never is.
     assert sum(calls.values()) <= len(trials) + 5
+
+
+@dataclass(frozen=True)
+class Noted(ToyEvaluator):
+    """Writes down the noises that it is asked for."""
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        with open(self.log, "a") as file:
+            file.write(f"{schedule.digest} {rung} {seed}\n")
+        return ToyEvaluator(self.rungs)(schedule, rung, seed)
+
+
+def test_searching_verifying_and_confirming_have_noises_of_their_own(tmp_path: Path) -> None:
+    study = toy_study(trials=12, evaluator=Noted(log=str(tmp_path / "log")))
+    with open_session(study, tmp_path / "run") as session:
+        session.run(session.conductor("evolution"))
+        chosen = Run.open(tmp_path / "run", session.storage).chosen()
+        session.run(session.confirmation([trial.genome for trial in chosen]))
+        session.run(session.confirmation([trial.genome for trial in chosen]))  # known by now
+        found = Run.open(tmp_path / "run", session.storage)
+    calls = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    noises = {rung: {seed for _, at, seed in calls if at == rung} for rung in ("64", "256")}
+    assert noises["64"] == {str(derive_seed(0, "search noise"))}
+    assert noises["256"] == {str(derive_seed(0, "verification noise")), str(derive_seed(0, "confirmation noise"))}
+    third = [digest for digest, _, seed in calls if seed == str(derive_seed(0, "confirmation noise"))]
+    assert sorted(third) == sorted(trial.digest for trial in chosen)
+    for trial in chosen:
+        expected = Noted(log=str(tmp_path / "other"))(
+            study.space.decode(trial.genome), 256, derive_seed(0, "confirmation noise")
+        )
+        assert dict(found.confirmed[trial.digest].values) == dict(expected.values)
+        assert trial.score is not None
+        assert dict(trial.score.values) != dict(expected.values)
+    member = next(row for row in found.compare()["searchers"] if not row["baseline"])["best_within"]["0.6"]
+    assert member["confirmed"]["fd"] == found.confirmed[chosen[-1].digest].values["fd"] or len(chosen) > 1
+    assert "confirmed" not in {row["searcher"] for row in found.compare()["searchers"]}
+    with open_session(study, tmp_path / "run") as session:
+        again = session.conductor("random", trials=6)
+        assert not any(name.startswith("toy.confirmed") for name, _ in again._known.values()), (
+            "no search takes them for its own"
+        )

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
@@ -291,3 +292,37 @@ def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> N
     quick = ("train", exported, "--images", "digits", "--batch", 8, "-q")
     assert nas(*quick, "--steps", 6).returncode == 0
     refused(nas(*quick, "--steps", 60), "was trained otherwise: steps was 6, now 60. Delete it to train again")
+
+
+def test_each_network_sees_its_timesteps_alone(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = json.loads((exported / "train.json").read_text())["timesteps"]
+    seen: dict[str, set[int]] = {name: set() for name in served}
+    asked: list[torch.Tensor] = []
+    original = DDIMScheduler.add_noise
+
+    def noted(self: Any, x: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        asked.append(t)
+        return original(self, x, noise, t)
+
+    monkeypatch.setattr(DDIMScheduler, "add_noise", noted)
+    for tick in train(exported, Digits().load().pixels, replace(QUICK, steps=60), cpu=True):
+        seen[tick["model"]].update(asked.pop().tolist())
+    for name, ranges in served.items():
+        allowed = {t for start, stop in ranges for t in range(start, stop)}
+        assert seen[name] <= allowed
+        widest = max(stop - start for start, stop in ranges)
+        assert max(seen[name]) - min(seen[name]) > widest / 2, "and they are spread over them"
+
+
+def test_distillation_is_the_share_of_the_teacher(exported: Path) -> None:
+    """The full network is its own teacher: wholly distilled it has nothing to learn, not distilled it has the noise to predict."""
+    pixels = Digits().load().pixels
+    losses = {}
+    for share in (0.0, 0.5, 1.0):
+        copy = exported.parent / f"copy{share}"
+        shutil.copytree(exported, copy)
+        ticks = train(copy, pixels, replace(QUICK, distillation=share, batch=64), cpu=True)
+        losses[share] = next(tick["loss"] for tick in ticks if tick["model"] == "unet_1")
+    assert losses[1.0] == pytest.approx(0.0, abs=1e-10)
+    assert losses[0.0] > 0.3
+    assert losses[0.5] == pytest.approx(losses[0.0] / 4, rel=1e-4), "half of the way is a quarter of the squared error"

@@ -3,8 +3,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import combinations, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from evaluators.images import Digits
 from nas.contracts import Progress, Schedule, Step, UserError, derive_seed
 from nas.testing import check_supernet
 from search_spaces.importance import Order
-from search_spaces.optimiser import Teacher
+from search_spaces.optimiser import Batches, Optimiser, Teacher
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.training import Experts, FineTune, Sandwich, Stages
@@ -260,3 +261,45 @@ def test_a_training_without_stages_keeps_the_weights_that_it_finds(tiny_net: Ela
         raise AssertionError("there is nothing to train")
     loaded, drawn = tiny_net.load(tmp_path, "cpu"), tiny_net.initial(derive_seed(3, "supernet", "weights"))
     assert torch.equal(loaded.full.conv_in.weight, drawn.full.conv_in.weight)
+
+
+def test_every_subnet_of_a_step_has_timesteps_and_noise_of_its_own(
+    tiny_net: ElasticUNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
+    original = Batches.noised
+
+    def noted(self: Batches, *given: Any) -> Any:
+        found = original(self, *given)
+        drawn.append((found[0], found[2]))
+        return found
+
+    monkeypatch.setattr(Batches, "noised", noted)
+    list(Sandwich(steps=1, batch=32).fit(tiny_net.initial(0), Digits().load(), 0))
+    assert len(drawn) == 3
+    for (t, noise), (other_t, other_noise) in combinations(drawn, 2):
+        assert not torch.equal(t, other_t)
+        assert not torch.equal(noise, other_noise)
+
+
+def test_gradients_are_clipped_together(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    """After one step Adam's first moment is a tenth of the gradient."""
+    net = tiny_net.initial(0)
+    optimiser = Optimiser(Sandwich(steps=9, clip=0.25), net, "x")
+    for parameter in net.full.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    optimiser.update()
+    optimiser.save(tmp_path / "state.safetensors")
+    moments = [
+        tensor for name, tensor in load_file(tmp_path / "state.safetensors").items() if name.startswith("first:")
+    ]
+    assert float(torch.cat([m.flatten() for m in moments]).norm()) == pytest.approx(0.1 * 0.25, rel=1e-4)
+
+
+def test_the_share_of_distillation_goes_from_the_noise_to_the_teacher(tiny_net: ElasticUNet) -> None:
+    net = tiny_net.initial(0)
+    x, t, noise = torch.randn(2, 1, 8, 8), torch.tensor([10, 900]), torch.randn(2, 1, 8, 8)
+    with torch.inference_mode():
+        taught = net.full.eval()(x, t).sample
+    for share in (0.0, 0.25, 1.0):
+        assert torch.allclose(Teacher(net, share).target(x, t, noise), (1 - share) * noise + share * taught, atol=1e-6)
