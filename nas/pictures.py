@@ -99,6 +99,10 @@ def read_picture(
             picture = _flat(ImageOps.exif_transpose(opened), channels, background, file, sixteen)
     except PictureError:
         raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(
+            f"{file} has more than {MOST_PIXELS / 1e6:.0f} million pixels ({error}); make it smaller"
+        ) from error
     except Exception as error:  # decoders raise whatever a damaged file makes of them
         known = isinstance(error, UnidentifiedImageError)
         reason = "no picture that is known" if known else f"{type(error).__name__}: {error}"

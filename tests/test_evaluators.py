@@ -206,6 +206,45 @@ def test_standard_statistics_files_are_read(tmp_path: Path) -> None:
         read_statistics(tmp_path / "missing.npz")
 
 
+def statistics(**changes: Any) -> dict[str, Any]:
+    rows = np.random.default_rng(0).standard_normal((500, 8))
+    return {"mu": rows.mean(0), "sigma": np.cov(rows.T), **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"sigma": np.eye(8) + np.triu(np.ones((8, 8)), 1)},
+            r"sigma is not symmetric, sigma\[0, 1\] is 1 and sigma\[1, 0\] 0",
+        ),
+        ({"sigma": -np.eye(8)}, "negative eigenvalue -1"),
+        ({"mu": np.full(8, np.nan)}, r"mu\[0\] is nan"),
+        ({"sigma": np.diag([1.0, np.inf, *[1.0] * 6])}, r"sigma\[1, 1\] is inf"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4)}, "are of 4 dimensions, the features of 8"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not fit together"),
+        ({"sigma": np.ones(8)}, "do not fit together"),
+        ({"mu": np.array(["a"] * 8)}, "cannot be read as FID statistics"),
+    ],
+)
+def test_what_is_no_covariance_is_refused_before_training(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "stats.npz", **statistics(**changes))
+    recipe = Frechet(Digits(), features=SmallClassifier(dimensions=8), reference=str(tmp_path / "stats.npz"))
+    with pytest.raises(UserError, match=words):
+        recipe.check()
+
+
+def test_statistics_are_symmetric_up_to_the_rounding_that_files_have(tmp_path: Path) -> None:
+    rounded = statistics()["sigma"].astype(np.float32)
+    rounded[0, 1] = np.nextafter(rounded[0, 1], np.float32(9))
+    np.savez(tmp_path / "stats.npz", **statistics(sigma=rounded))
+    found = read_statistics(tmp_path / "stats.npz", 8)
+    assert np.array_equal(found.covariance, found.covariance.T)
+    flat = np.outer(np.arange(8.0), np.arange(8.0))  # of rank 1: eigenvalues of zero come out below zero
+    np.savez(tmp_path / "stats.npz", **statistics(sigma=flat))
+    assert read_statistics(tmp_path / "stats.npz").distance(found) > 0
+
+
 # ------------------------------------------------------------------------------------------------- features and scores
 
 

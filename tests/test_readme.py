@@ -93,9 +93,19 @@ def test_the_commands_of_the_three_jobs_run_as_written(tmp_path: Path) -> None:
     bin_folder = str(Path(sys.executable).parent)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     commands = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
-    assert {"run", "status", "compare", "report", "dashboard", "audit", "intervals", "export", "train", "sample"} == {
-        command.split()[1] for command in commands if command.startswith("nas ")
-    }
+    assert {
+        "run",
+        "status",
+        "repair",
+        "compare",
+        "report",
+        "dashboard",
+        "audit",
+        "intervals",
+        "export",
+        "train",
+        "sample",
+    } == {command.split()[1] for command in commands if command.startswith("nas ")}
     for command in commands:
         started = time.monotonic()
         if command.startswith("nas dashboard"):
