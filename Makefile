@@ -1,5 +1,6 @@
 # make demo   install, then the digits study end to end: train, search, compare, export
 # make test   install, then ruff, mypy and pytest
+# make mutants   try the tests on changed code
 # A second call does not install again.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/digits
 
-.PHONY: demo test lint types tests clean
+.PHONY: demo test lint types tests mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nas run studies/digits.py --out $(RUN)
@@ -28,6 +29,11 @@ types: $(VENV)/.dev
 # In the order of the files: reordered by their number of tests, README's long one would run last and alone.
 tests: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Do the tests notice when the code changes? Hours; goes on where it stopped.
+mutants: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[mutation]' --constraint constraints.txt
+	$(BIN)/python -m benchmarks.mutation
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0])'

@@ -13,6 +13,7 @@ from nas.contracts import Schedule, Step, UserError
 from nas.export import PROGRAM, export
 from search_spaces.supernet import ElasticUNet
 from search_spaces.unet import Arch
+from tests.arithmetic import CALL, SAMPLES
 from tests.conftest import TINY
 
 
@@ -85,7 +86,7 @@ def test_the_stand_alone_loop_samples_as_ours_with_step_noise(
     loaded, sampler = tiny_net.initial(0), DDPM(variance)
     export(loaded, schedule(tiny_net), sampler.describe(), {}, tmp_path / "model")
     images = standing_alone(tmp_path / "model", monkeypatch)
-    assert torch.allclose(images, sample(loaded, schedule(tiny_net), sampler, 0, 0, 16), atol=1e-5)
+    assert torch.allclose(images, sample(loaded, schedule(tiny_net), sampler, 0, 0, 16), atol=SAMPLES)
 
 
 def test_models_of_both_classes_and_of_experts_stand_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,16 +102,16 @@ def test_models_of_both_classes_and_of_experts_stand_alone(tmp_path: Path, monke
     program = torch.export.load(tmp_path / "model" / "unet_1" / PROGRAM).module()
     with torch.inference_mode():
         expected, _ = loaded.denoiser(both.steps[1])(x, 400)
-        assert torch.allclose(program(x, t), expected, atol=1e-5)
+        assert torch.allclose(program(x, t), expected, atol=CALL)
         program = torch.export.load(tmp_path / "model" / "unet_0" / PROGRAM).module()
         expected, _ = loaded.denoiser(Step(400, archs[0]))(x, 400)
-        assert torch.allclose(program(x, t), expected, atol=1e-5)
+        assert torch.allclose(program(x, t), expected, atol=CALL)
     kinds = [
         json.loads(path.read_text())["_class_name"] for path in sorted((tmp_path / "model").glob("unet_*/config.json"))
     ]
     assert kinds == ["UNet2DConditionModel", "UNet2DModel"]
     images = standing_alone(tmp_path / "model", monkeypatch)
-    assert torch.allclose(images, sample(loaded, both, DDIM(), 0, 0, 16), atol=1e-5)
+    assert torch.allclose(images, sample(loaded, both, DDIM(), 0, 0, 16), atol=SAMPLES)
 
 
 def test_a_network_that_makes_no_program_is_exported_without(

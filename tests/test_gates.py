@@ -147,7 +147,7 @@ def test_a_gate_that_matters_outlives_one_that_does_not() -> None:
     by_name = dict(zip(loaded.blocks(loaded.full_arch), keep.mean(0).tolist(), strict=True))
     assert by_name["mid"] < 0.5
     assert by_name["u0"] < 0.5
-    assert by_name["u1"] > 0.5
+    assert by_name["u1"] > max(by_name["mid"], by_name["u0"]) + 0.2
 
 
 def chooser(seed: int, space: Stepwise = SPACE, limit: float = 1.0) -> tuple[Chooser, torch.Tensor]:

@@ -19,6 +19,7 @@ from search_spaces.options import Options
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.unet import Arch, predict
+from tests.arithmetic import CALL
 from tests.conftest import TINY
 from tests.test_supernet import randomised
 
@@ -92,7 +93,7 @@ def test_any_arch_is_a_stock_model_that_equals_the_supernet(name: str, data: st.
     assert type(extracted) is (UNet2DConditionModel if len(set(arch.depths)) > 1 else UNet2DModel)
     extracted.save_pretrained(tmp_path)
     reloaded = type(extracted).from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
-    assert torch.allclose(reloaded(x, t, None).sample, expected, atol=1e-5)
+    assert torch.allclose(reloaded(x, t, None).sample, expected, atol=CALL)
     assert sum(p.numel() for p in reloaded.parameters()) == net.cost(arch).params
 
 
@@ -138,7 +139,7 @@ def test_a_subnet_without_attention_equals_the_full_net_with_silent_attention() 
             if ".to_out." in key:
                 tensor.zero_()
     x, t = inputs(net)
-    assert torch.allclose(loaded.full(x, t).sample, predict(loaded.extract(arch), x, t), atol=1e-5)
+    assert torch.allclose(loaded.full(x, t).sample, predict(loaded.extract(arch), x, t), atol=CALL)
     assert not any("attentions" in key for key, _ in loaded.extract(arch).named_parameters())
 
 

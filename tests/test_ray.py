@@ -20,6 +20,7 @@ from nas.ledger import read_ledgers
 from nas.session import open_session
 from nas.storage import open_storage
 from nas.study import Study, load_study
+from tests.arithmetic import CALL
 from tests.test_cli import ROOT, interrupted
 from tests.test_relaxation import warm
 from tests.test_runner import facts, killed_at_random, run
@@ -105,7 +106,7 @@ def test_a_real_network_scores_the_same_on_a_worker(
             known = ours[trial.digest, trial.rung].score
             assert trial.score is not None
             assert known is not None
-            assert trial.score.values["fd"] == pytest.approx(known.values["fd"], rel=1e-6)
+            assert trial.score.values["fd"] == pytest.approx(known.values["fd"], rel=CALL)
 
 
 def test_an_audit_on_workers_has_the_rows_of_a_local_one(ray_cluster: Any, tmp_path: Path) -> None:

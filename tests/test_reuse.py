@@ -35,6 +35,7 @@ from search_spaces.reuse import Graph, graph_of, run
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.unet import Arch, predict
+from tests.arithmetic import CALL, SAMPLES
 from tests.conftest import TINY
 from tests.test_supernet import CONFIGS, NO_ATTENTION, RICH, inputs, randomised
 
@@ -214,13 +215,13 @@ def test_gates_of_one_run_and_gates_of_zero_reuse(finer: bool) -> None:
         plain = loaded.denoiser(Step(500, arch))
         assert torch.equal(first, plain(before, 900)[0])
         ones = {name: torch.ones(()) for name in names}
-        assert torch.allclose(gated(now, 500, ones, cache)[0], plain(now, 500)[0], atol=1e-5)
+        assert torch.allclose(gated(now, 500, ones, cache)[0], plain(now, 500)[0], atol=CALL)
         graph = net.cost.graph(arch)
         for running in list(graph.legal_sets(finer))[1 :: 97 if finer else 7]:
             gates = {name: torch.tensor(float(name in running)) for name in names}
             reuse = graph.collapse(graph.expand(graph.blocks) - graph.expand(running))
             expected, _ = run(loaded.full, now, 500, reuse, cache=cache)
-            assert torch.allclose(gated(now, 500, gates, cache)[0], expected, atol=1e-6), running
+            assert torch.allclose(gated(now, 500, gates, cache)[0], expected, atol=CALL), running
 
 
 # ----------------------------------------------------------------------------------------------------------- schedules
@@ -423,13 +424,13 @@ def test_an_exported_schedule_with_reuse_samples_as_ours(name: str, tmp_path: Pa
     pipeline = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     ours = sample(loaded, schedule, sampler, 3, 0, 5)
-    assert torch.allclose(pipeline(5, seed=3, output_type="pt").images * 2 - 1, ours, atol=1e-6)
+    assert torch.allclose(pipeline(5, seed=3, output_type="pt").images * 2 - 1, ours, atol=SAMPLES)
     one = [torch.Generator().manual_seed(seed) for seed in range(3)]
     alone = torch.Generator().manual_seed(2)
     assert torch.allclose(
         pipeline(3, generator=one, output_type="pt").images[2:],
         pipeline(1, generator=[alone], output_type="pt").images,
-        atol=1e-5,
+        atol=SAMPLES,
     )
     with pytest.raises(ValueError, match="leaves out steps whose blocks later ones reuse"):
         pipeline(num_inference_steps=2)

@@ -17,6 +17,7 @@ from search_spaces.intervals import equal, leading, linspace, per_step, quadrati
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.unet import Arch, skeleton
+from tests.arithmetic import CALL
 from tests.conftest import TINY
 
 RICH: dict[str, Any] = {
@@ -83,7 +84,7 @@ def test_training_slices_and_materialised_copies_agree(config: dict[str, Any]) -
     assert isinstance(extracted, UNet2DModel)
     with torch.no_grad():
         expected = loaded.forward(net.uniform(0.5), x, t, classes)
-        assert torch.allclose(extracted(x, t, classes).sample, expected, atol=1e-6)
+        assert torch.allclose(extracted(x, t, classes).sample, expected, atol=CALL)
 
 
 def test_after_a_concatenation_trunk_and_skip_are_sliced_apart() -> None:

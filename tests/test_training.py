@@ -21,6 +21,7 @@ from search_spaces.optimiser import Batches, Optimiser, Teacher
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.training import Experts, FineTune, Sandwich, Stages
+from tests.arithmetic import CALL
 
 SHORT = Sandwich(steps=12, batch=8, warmup=2, checkpoint_every=4)
 
@@ -213,7 +214,7 @@ def test_a_teacher_is_the_full_net_before_the_stage(tiny_net: ElasticUNet) -> No
         before = loaded.full(x, t).sample
     teacher = Teacher(loaded, 0.25)
     list(SHORT.fit(loaded, Digits().load(), 0))
-    assert torch.allclose(teacher.target(x, t, noise), 0.75 * noise + 0.25 * before, atol=1e-6)
+    assert torch.allclose(teacher.target(x, t, noise), 0.75 * noise + 0.25 * before, atol=CALL)
     assert torch.equal(Teacher(loaded, 0.0).target(x, t, noise), noise)
 
 
@@ -302,4 +303,4 @@ def test_the_share_of_distillation_goes_from_the_noise_to_the_teacher(tiny_net: 
     with torch.inference_mode():
         taught = net.full.eval()(x, t).sample
     for share in (0.0, 0.25, 1.0):
-        assert torch.allclose(Teacher(net, share).target(x, t, noise), (1 - share) * noise + share * taught, atol=1e-6)
+        assert torch.allclose(Teacher(net, share).target(x, t, noise), (1 - share) * noise + share * taught, atol=CALL)

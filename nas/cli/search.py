@@ -175,7 +175,8 @@ def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption =
     """How far a run is. Reads the run folder alone."""
     from nas.report import Run
 
-    facts = Run.open(run_dir, storage).status()
+    with notes.status(f"reading {run_dir}"):  # seconds, where there are many thousands of trials
+        facts = Run.open(run_dir, storage).status()
     if as_json:
         print_json(facts)
     else:
@@ -184,7 +185,8 @@ def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption =
 
 def compare(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """Searchers side by side: front, hypervolume, best within budgets, what was spent. Writes <run>/report/front.png and curves.png."""
-    facts = comparison(run_dir, storage)
+    with notes.status(f"comparing the searches of {run_dir}"):
+        facts = comparison(run_dir, storage)
     if as_json:
         print_json(facts)
     else:

@@ -1,0 +1,260 @@
+"""Whether the tests notice when the code changes: a seeded sample of mutants of the files that decide scores, stratified by file.
+
+cosmic-ray makes the mutants. Each is tried in a copy of the clone, by the tests that run its line, the quickest first: killed where one of them
+fails or they do not end. Rows are kept, so that the same command goes on. `--hours` bounds one call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, RUNS, commit, needs
+from nas.files import read_json, write_json
+
+ROOT = RESULTS.parent.parent
+
+FILES = (
+    "evaluators/frechet.py",
+    "evaluators/sampling.py",
+    "evaluators/scoring.py",
+    "evaluators/trajectories.py",
+    "nas/allocation.py",
+    "nas/genetics.py",
+    "nas/ladder.py",
+    "nas/pareto.py",
+    "nas/runner.py",
+    "search_spaces/cost.py",
+    "search_spaces/intervals.py",
+    "search_spaces/stepwise.py",
+)
+
+TESTS = (
+    "test_allocation", "test_audit", "test_benchmarks", "test_evaluators", "test_genetics", "test_intervals", "test_ladder", "test_latency",
+    "test_options", "test_pareto", "test_pretrained", "test_reuse", "test_runner", "test_searchers", "test_supernet", "test_trajectories",
+)  # fmt: skip
+"""Files of tests that touch them, the slow ones of commands and workers left out."""
+
+SAMPLE = 400
+SECONDS = 180
+MOST = 25
+"""Tests of one mutant."""
+
+EQUIVALENT: dict[str, str] = {}
+"""Mutants that change nothing anybody can see, by key, with the reason; at most a tenth."""
+
+
+def mutants(file: str) -> Iterator[tuple[str, int, str]]:
+    """Of one file: operator and occurrence as a key, the first changed line, and the mutated code. What only changes annotations or comments is none."""
+    import cosmic_ray.plugins
+    from cosmic_ray.mutating import mutate_code
+
+    code = (ROOT / file).read_text()
+    before = _bare(code)
+    for name in cosmic_ray.plugins.operator_names():
+        kind = cosmic_ray.plugins.get_operator(name)
+        occurrence = 0
+        while (changed := mutate_code(code, kind(), occurrence)) is not None:
+            try:
+                differs = _bare(changed) != before
+            except SyntaxError:
+                differs = False
+            if differs:
+                pairs = enumerate(zip(code.splitlines(), changed.splitlines(), strict=False), 1)
+                line = next((number for number, (a, b) in pairs if a != b), 1)
+                yield f"{file}:{name}:{occurrence}", line, changed
+            occurrence += 1
+
+
+def _bare(code: str) -> str:
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+            for argument in [*node.args.args, *node.args.kwonlyargs, *node.args.posonlyargs]:
+                argument.annotation = None
+        if isinstance(node, ast.AnnAssign) and node.value is not None:
+            node.annotation = ast.Constant(0)
+    return ast.dump(tree)
+
+
+def sample() -> list[tuple[str, str, int, str]]:
+    """(key, file, line, code): as many of each file as of the others, places before operators."""
+    draw = random.Random(0)
+    found: list[tuple[str, str, int, str]] = []
+    for number, file in enumerate(FILES):
+        by_line: dict[int, list[tuple[str, int, str]]] = {}
+        for mutant in mutants(file):
+            by_line.setdefault(mutant[1], []).append(mutant)
+        wanted = SAMPLE * (number + 1) // len(FILES) - SAMPLE * number // len(FILES)
+        lines = draw.sample(sorted(by_line), len(by_line))
+        for key, line, code in (
+            draw.choice(by_line[line]) for line in (lines * (wanted // max(len(lines), 1) + 1))[:wanted]
+        ):
+            found.append((key, file, line, code))
+    draw.shuffle(found)
+    return list({one[0]: one for one in found}.values())
+
+
+def covering(folder: Path) -> dict[str, dict[int, list[str]]]:
+    """For each file and line the tests that run it, the quickest first."""
+    kept = folder / "coverage.json"
+    if kept.exists():
+        return {
+            file: {int(line): tests for line, tests in lines.items()}
+            for file, lines in read_json(kept, "delete it").items()
+        }
+    data = folder / "coverage.sqlite"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--durations=0", "-vv"]
+    command += [f"--cov={package}" for package in ("evaluators", "nas", "search_spaces")] + [
+        "--cov-context=test",
+        "--cov-report=",
+    ]
+    done = subprocess.run(
+        [*command, *(f"tests/{name}.py" for name in TESTS)],
+        cwd=ROOT,
+        env={**os.environ, "COVERAGE_FILE": str(data)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds: Counter[str] = Counter()
+    for words in (line.split() for line in done.stdout.splitlines()):
+        if len(words) == 3 and words[0].endswith("s") and words[1] in ("call", "setup"):
+            seconds[words[2]] += float(words[0][:-1])  # type: ignore[assignment]
+    import coverage
+
+    read = coverage.CoverageData(str(data))
+    read.read()
+    found: dict[str, dict[int, list[str]]] = {}
+    for file in FILES:
+        lines = read.contexts_by_lineno(str(ROOT / file))
+        found[file] = {
+            line: sorted({c.partition("|")[0] for c in names if c}, key=lambda test: seconds[test])
+            for line, names in lines.items()
+        }
+    write_json(kept, found)
+    return found
+
+
+def tried(key: str, file: str, line: int, code: str, tests: list[str], place: Path) -> dict[str, Any]:
+    """The mutant in its copy of the clone."""
+    path = place / file
+    before = path.read_text()
+    path.write_text(code)
+    started = time.monotonic()
+    try:
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests[:MOST]]
+        environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+        code_of = subprocess.run(
+            command, cwd=place, env=environment, capture_output=True, check=False, timeout=SECONDS
+        ).returncode
+        outcome = "survived" if code_of == 0 else "killed"
+    except subprocess.TimeoutExpired:
+        outcome = "killed"
+    finally:
+        path.write_text(before)
+    changed = next((b for a, b in zip(before.splitlines(), code.splitlines(), strict=False) if a != b), "").strip()
+    return {
+        "mutant": key,
+        "line": line,
+        "becomes": changed[:160],
+        "tests": len(tests[:MOST]),
+        "outcome": outcome,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.mutation", description=__doc__)
+    parser.add_argument("--hours", type=float, default=3.0, help="of this call")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--quick", action="store_true", help="two mutants, to see that it runs; nothing is kept as a result"
+    )
+    options = parser.parse_args()
+    for package in ("cosmic_ray", "pytest_cov"):
+        needs(package, "mutation")
+    folder = (RUNS / ("mutation-quick" if options.quick else "mutation")).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "rows.json"
+    rows: dict[str, dict[str, Any]] = read_json(kept, "delete it") if kept.exists() else {}
+    chosen = sample()
+    cover = covering(folder)
+    waiting = [one for one in chosen if one[0] not in rows][: 2 if options.quick else None]
+    until = time.monotonic() + options.hours * 3600
+    with tempfile.TemporaryDirectory(prefix="nas-mutants-") as temporary, ThreadPoolExecutor(options.processes) as pool:
+        places = [Path(temporary) / str(number) for number in range(options.processes)]
+        for place in places:
+            shutil.copytree(
+                ROOT,
+                place,
+                ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".mypy_cache", ".ruff_cache"),
+            )
+        running: dict[Any, Path] = {}
+        while waiting or running:
+            while waiting and places and time.monotonic() < until:
+                key, file, line, code = waiting.pop()
+                tests = cover[file].get(line, [])
+                place = places.pop()
+                running[
+                    pool.submit(tried, key, file, line, code, tests, place)
+                    if tests
+                    else pool.submit(dict, mutant=key, line=line, outcome="survived", tests=0)
+                ] = place
+            if not running:
+                break
+            done = next(as_completed(running))
+            places.append(running.pop(done))
+            row = done.result()
+            rows[row["mutant"]] = row
+            write_json(kept, rows, indent=1)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    decided = [rows[key] for key, *_ in chosen if key in rows and key not in EQUIVALENT]
+    killed = sum(row["outcome"] == "killed" for row in decided)
+    what = f"share of {len(decided)} mutants that the tests kill, of a stratified sample of {len(chosen)}" + (
+        f", {len(chosen) - len(EQUIVALENT) - len(decided)} not tried yet"
+        if len(decided) + len(EQUIVALENT) < len(chosen)
+        else ""
+    )
+    result = {
+        "name": "mutation",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "files": list(FILES),
+        "rows": [row for row in decided if row["outcome"] == "survived"],
+        "by_file": {
+            file: dict(Counter(row["outcome"] for row in decided if row["mutant"].startswith(file))) for file in FILES
+        },
+        "equivalent": EQUIVALENT,
+        "targets": [
+            {
+                "id": "mutants_killed",
+                "what": what,
+                "target": 0.9,
+                "measured": killed / max(len(decided), 1),
+                "at_most": False,
+                "met": killed >= 0.9 * len(decided) and len(decided) + len(EQUIVALENT) >= len(chosen),
+            }
+        ],
+    }
+    if not options.quick:
+        write_json(RESULTS / "mutation.json", result, indent=1)
+    print(json.dumps(result["targets"], indent=1))
+
+
+if __name__ == "__main__":
+    main()
