@@ -101,6 +101,24 @@ def check_url(url: str) -> None:
         )
 
 
+def check_answers(url: str) -> None:
+    """Raises UserError where there is no such database, or it does not answer. Makes nothing."""
+    import sqlalchemy
+
+    check_url(url)
+    parts = _parts(url)
+    try:
+        if parts.drivername.startswith("sqlite"):
+            if parts.database and not Path(parts.database).expanduser().resolve().parent.is_dir():
+                raise FileNotFoundError(f"folder {Path(parts.database).parent} does not exist")
+            return
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool)
+        engine.connect().close()
+    except Exception as error:  # each driver has exceptions of its own, and may not even be installed
+        reason = without_secrets(first_line(error), url)
+        raise UserError(f"storage {shown_url(url)} cannot be opened ({reason}); check --storage") from None
+
+
 def shown_url(url: str) -> str:
     """For messages: without the password and whatever else may be secret."""
     parts = _parts(url)

@@ -93,6 +93,8 @@ def test_what_a_run_would_miss_is_said_without_training(tmp_path: Path) -> None:
     refused(nas("run", study, "--dry-run"), r"0\.png is 16x32 pixels, not 32x32")
     refused(nas("run", study, "--dry-run", "--device", "cuda:7"), "device 'cuda:7' cannot be used")
     refused(nas("run", study, "--dry-run", "--storage", "postgresql://u@h:x/y"), "is no database URL")
+    refused(nas("run", study, "--dry-run", "--storage", "postgresql+psycopg://u@127.0.0.1:9/y"), "cannot be opened")
+    refused(nas("run", study, "--dry-run", "--storage", f"sqlite:///{tmp_path}/nowhere/x.db"), "nowhere does not exist")
 
 
 def test_a_study_that_cannot_be_is_refused(tmp_path: Path) -> None:

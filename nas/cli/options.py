@@ -159,9 +159,13 @@ def waiting(ledger: str) -> Callable[[str], None]:
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """Ctrl-C ends the work, not what is kept."""
+    """Ctrl-C ends the work, not what is kept. What the disk refuses without a name is the folder's."""
     try:
         yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(folder)
+        raise
     except KeyboardInterrupt as asked:
         notes.print(
             f"interrupted; the same command goes on from the last trial or checkpoint ({folder})", highlight=False

@@ -83,7 +83,7 @@ def run(
     """Train what is missing, search, verify. The same command again goes on where it stopped."""
     from nas.report import Run
     from nas.session import open_session
-    from nas.storage import check_url
+    from nas.storage import check_answers
     from nas.study import BASELINE, load_study
 
     study = load_study(study_file)
@@ -93,7 +93,7 @@ def run(
     for name in names:
         study.searcher(name)
     if storage is not None:
-        check_url(storage)
+        check_answers(storage)
     check_device(device)
     if dry_run:
         from nas.outline import THROUGHPUT, outline
