@@ -1,5 +1,6 @@
 # make demo   install, then the digits study end to end: train, search, compare, export
 # make test   install, then ruff, mypy and pytest
+# make test-all   these, and every benchmark at small sizes
 # make mutants   try the tests on changed code
 # A second call does not install again.
 
@@ -8,7 +9,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/digits
 
-.PHONY: demo test lint types tests mutants clean
+.PHONY: demo test test-all lint types tests mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nas run studies/digits.py --out $(RUN)
@@ -17,6 +18,10 @@ demo: $(VENV)/.demo
 	$(BIN)/nas sample studies/digits.py --within macs_share=0.5 --to $(RUN)/report/samples.png --out $(RUN)
 
 test: lint types tests
+
+test-all: test
+	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt
+	$(BIN)/python -m pytest -m long tests/test_quick.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
