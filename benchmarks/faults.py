@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
@@ -609,18 +610,23 @@ def outcome(folder: Path) -> dict[str, Any]:
     return {"ledgers": ledgers, "weights": weights, "report": (folder / "run" / "report" / "index.html").exists()}
 
 
-def killed(folder: Path, kills: int, number: signal.Signals, seed: int, seconds: Mapping[int, float]) -> dict[str, Any]:
-    """The journey, stopped so many times at moments spread over its commands; each command is given again until it ends by itself."""
+def killed(
+    folder: Path, kills: int, number: signal.Signals, seed: int, times: list[tuple[float, float]]
+) -> dict[str, Any]:
+    """The journey, stopped about so many times at moments spread over its commands; each command is given again until it ends by itself.
+
+    `times`: of each command, the seconds from nothing, and of those the seconds that it also takes when all is done.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "study.py").write_text(STUDY.format(steps=120))
     draw = random.Random(seed)
-    commands = journey(folder)
-    shares = [max(1, round(kills * seconds[i] / sum(seconds.values()))) for i in range(len(commands))]
-    shares[0] += kills - sum(shares)
-    happened, wrong = 0, []
-    for place, arguments in enumerate(commands):
-        for _ in range(shares[place]):
+    whole = sum(seconds for seconds, _ in times)
+    happened, left, wrong = 0, 0.0, []
+    for arguments, (seconds, idle) in zip(journey(folder), times, strict=True):
+        left += kills * seconds / whole
+        step = 2 * max(seconds - idle, 0.1 * seconds) / max(round(left), 1)
+        while left >= 0.5:
             run = subprocess.Popen(
                 [sys.executable, "-m", "nas.cli", *arguments],
                 stdout=subprocess.DEVNULL,
@@ -628,53 +634,68 @@ def killed(folder: Path, kills: int, number: signal.Signals, seed: int, seconds:
                 text=True,
             )
             # The imports take a while in which there is nothing to lose.
-            time.sleep(draw.uniform(0.3, 1.0) * seconds[place])
+            time.sleep(0.8 * idle + draw.uniform(0, step))
             run.send_signal(number)
             _, said = run.communicate()
-            if run.returncode == 0:
-                continue
-            happened += 1
+            if run.returncode == 0 or "is not empty" in said:
+                break
+            happened, left = happened + 1, left - 1
             expected = -signal.SIGKILL if number == signal.SIGKILL else 143
             if run.returncode not in (expected, -number) or "Traceback" in said:
                 wrong.append([arguments[0], run.returncode, said[-300:]])
         end = subprocess.run([sys.executable, "-m", "nas.cli", *arguments], capture_output=True, text=True, check=False)
         already = arguments[0] == "export" and "is not empty" in end.stderr
         if end.returncode and not already:
-            return {
-                "kills": happened,
-                "equal": False,
-                "wrong": [*wrong, [arguments[0], end.returncode, end.stderr[-400:]]],
-            }
+            wrong.append([arguments[0], end.returncode, end.stderr[-400:]])
+            break
     return {"kills": happened, "wrong": wrong, **outcome(folder)}
 
 
+def uninterrupted(folder: Path) -> dict[str, Any]:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "study.py").write_text(STUDY.format(steps=120))
+    times = []
+    for arguments in journey(folder):
+        both = []
+        for again in (False, True):
+            started = time.monotonic()
+            command_line = [sys.executable, "-m", "nas.cli", *arguments]
+            subprocess.run(command_line, check=not again, capture_output=True)
+            both.append(time.monotonic() - started)
+        times.append((both[0], min(both)))
+    return {"times": times, "replicates": outcome(folder)}
+
+
 def kills(bench: Benchmark) -> dict[str, Any]:
-    whole = bench.folder / "whole"
-    shutil.rmtree(whole, ignore_errors=True)
-    whole.mkdir(parents=True)
-    (whole / "study.py").write_text(STUDY.format(steps=120))
-    seconds = {}
-    for place, arguments in enumerate(journey(whole)):
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-m", "nas.cli", *arguments], check=True, capture_output=True)
-        seconds[place] = time.monotonic() - started
-    expected = json.loads(json.dumps(outcome(whole)))
-    plan = (
-        [(signal.SIGKILL, 2), (signal.SIGTERM, 2)]
-        if bench.quick
-        else [(signal.SIGKILL, 20)] * 5 + [(signal.SIGTERM, 20)] * 2
-    )
+    """Journeys until so many stops have happened, two side by side."""
+    expected = bench.row("uninterrupted", lambda: json.loads(json.dumps(uninterrupted(bench.folder / "whole"))))
     rows = []
-    for seed, (number, count) in enumerate(plan):
-        found = json.loads(json.dumps(killed(bench.folder / f"killed{seed}", count, number, seed, seconds)))
-        equal = all(found.get(key) == value for key, value in expected.items())
-        rows.append({"signal": number.name, "kills": found["kills"], "equal": equal, "wrong": found["wrong"]})
-        bench.say(json.dumps(rows[-1]))
+    for number, wanted in (
+        ((signal.SIGKILL, 2), (signal.SIGTERM, 2)) if bench.quick else ((signal.SIGKILL, 100), (signal.SIGTERM, 40))
+    ):
+        done: list[dict[str, Any]] = []
+        while (missing := wanted - sum(row["kills"] for row in done)) > 0 and len(done) < 20:
+            seeds = [len(done), len(done) + 1] if missing > 20 else [len(done)]
+
+            def one(seed: int, number: signal.Signals = number, count: int = min(missing, 20)) -> dict[str, Any]:
+                found = killed(bench.folder / f"{number.name}{seed}", count, number, seed, expected["times"])
+                found = json.loads(json.dumps(found))
+                equal = all(found[key] == value for key, value in expected["replicates"].items())
+                return {"signal": number.name, "kills": found["kills"], "equal": equal, "wrong": found["wrong"]}
+
+            missed = [seed for seed in seeds if not bench.has(f"{number.name} {seed}")]
+            with ThreadPoolExecutor(2) as pool:
+                for seed, row in zip(missed, pool.map(one, missed), strict=True):
+                    bench.reckon(f"{number.name} {seed}", row)
+            done += [bench.kept(f"{number.name} {seed}") for seed in seeds]
+        rows += done
     return {
-        "journeys": rows,
         "kills": sum(row["kills"] for row in rows),
+        "by signal": {
+            name: sum(row["kills"] for row in rows if row["signal"] == name) for name in ("SIGKILL", "SIGTERM")
+        },
         "survived": float(np.mean([row["equal"] and not row["wrong"] for row in rows])),
-        "seconds": seconds,
     }
 
 
@@ -818,7 +839,7 @@ def main() -> None:
     journals = bench.row("journals", lambda: damages(bench.folder / "journals", 12 if bench.quick else 200))
     levels = [2**14, 2**18] if bench.quick else [int(2 ** (12 + 0.55 * i)) for i in range(20)]
     disks = bench.row("full disks", lambda: full_disks(levels))
-    stopped = bench.row("kills", lambda: kills(bench))
+    stopped = bench.reckon("kills", kills(bench))
     bench.finish(
         [
             Target(
