@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import json
 import os
 import random
@@ -50,8 +51,10 @@ TESTS = (
 
 SAMPLE = 400
 SECONDS = 180
-MOST = 25
-"""Tests of one mutant."""
+"""After which a mutant counts as endless, and as killed."""
+
+MOST, ENOUGH = 25, 40.0
+"""Tests of one mutant, and their seconds on unchanged code."""
 
 EQUIVALENT: dict[str, str] = {}
 """Mutants that change nothing anybody can see, by key, with the reason; at most a tenth."""
@@ -110,7 +113,7 @@ def sample() -> list[tuple[str, str, int, str]]:
 
 
 def covering(folder: Path) -> dict[str, dict[int, list[str]]]:
-    """For each file and line the tests that run it, the quickest first."""
+    """For each file and line the tests that run it, the quickest first, as many as are tried."""
     kept = folder / "coverage.json"
     if kept.exists():
         return {
@@ -143,36 +146,54 @@ def covering(folder: Path) -> dict[str, dict[int, list[str]]]:
     for file in FILES:
         lines = read.contexts_by_lineno(str(ROOT / file))
         found[file] = {
-            line: sorted({c.partition("|")[0] for c in names if c}, key=lambda test: seconds[test])
-            for line, names in lines.items()
+            line: _quickest({c.partition("|")[0] for c in names if c}, seconds) for line, names in lines.items()
         }
     write_json(kept, found)
     return found
 
 
-def tried(key: str, file: str, line: int, code: str, tests: list[str], place: Path) -> dict[str, Any]:
-    """The mutant in its copy of the clone."""
+def _quickest(tests: set[str], seconds: Counter[str]) -> list[str]:
+    ordered = sorted(tests, key=lambda test: (seconds[test], test))
+    until = list(itertools.accumulate(seconds[test] for test in ordered))
+    return [test for test, spent in zip(ordered[:MOST], until, strict=False) if spent <= ENOUGH] or ordered[:1]
+
+
+def tried(
+    key: str, file: str, line: int, code: str, tests: list[str], place: Path, clean: dict[tuple[str, ...], bool]
+) -> dict[str, Any]:
+    """The mutant in its copy of the clone. `clean`: whether tests pass on unchanged code, as far as that is known."""
     path = place / file
     before = path.read_text()
     path.write_text(code)
     started = time.monotonic()
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+
+    def code_of() -> int:
+        try:
+            return subprocess.run(
+                command, cwd=place, env=environment, capture_output=True, check=False, timeout=SECONDS
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return 1
+
+    def passes(tests: tuple[str, ...]) -> bool:
+        if tests not in clean:
+            clean[tests] = code_of() == 0
+        return clean[tests]
+
     try:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests[:MOST]]
-        environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
-        code_of = subprocess.run(
-            command, cwd=place, env=environment, capture_output=True, check=False, timeout=SECONDS
-        ).returncode
-        outcome = "survived" if code_of == 0 else "killed"
-    except subprocess.TimeoutExpired:
-        outcome = "killed"
+        outcome = "killed" if code_of() else "survived"
     finally:
         path.write_text(before)
+    if outcome == "killed" and not passes(tuple(tests)):
+        outcome = "undecided"  # the tests fail without it too
     changed = next((b for a, b in zip(before.splitlines(), code.splitlines(), strict=False) if a != b), "").strip()
     return {
         "mutant": key,
         "line": line,
         "becomes": changed[:160],
-        "tests": len(tests[:MOST]),
+        "tests": len(tests),
         "outcome": outcome,
         "seconds": time.monotonic() - started,
     }
@@ -205,13 +226,14 @@ def main() -> None:
                 ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".mypy_cache", ".ruff_cache"),
             )
         running: dict[Any, Path] = {}
+        clean: dict[tuple[str, ...], bool] = {}
         while waiting or running:
             while waiting and places and time.monotonic() < until:
                 key, file, line, code = waiting.pop()
                 tests = cover[file].get(line, [])
                 place = places.pop()
                 running[
-                    pool.submit(tried, key, file, line, code, tests, place)
+                    pool.submit(tried, key, file, line, code, tests, place, clean)
                     if tests
                     else pool.submit(dict, mutant=key, line=line, outcome="survived", tests=0)
                 ] = place
@@ -223,10 +245,12 @@ def main() -> None:
             rows[row["mutant"]] = row
             write_json(kept, rows, indent=1)
             print(json.dumps(row), file=sys.stderr, flush=True)
-    decided = [rows[key] for key, *_ in chosen if key in rows and key not in EQUIVALENT]
+    decided = [
+        rows[key] for key, *_ in chosen if key in rows and key not in EQUIVALENT and rows[key]["outcome"] != "undecided"
+    ]
     killed = sum(row["outcome"] == "killed" for row in decided)
     what = f"share of {len(decided)} mutants that the tests kill, of a stratified sample of {len(chosen)}" + (
-        f", {len(chosen) - len(EQUIVALENT) - len(decided)} not tried yet"
+        f", {len(chosen) - len(EQUIVALENT) - len(decided)} not decided"
         if len(decided) + len(EQUIVALENT) < len(chosen)
         else ""
     )
