@@ -77,6 +77,11 @@ def hashes_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {f"{name}/{file}": _sha256(folder / name / file) for name in names for file in ("config.json", WEIGHTS)}
 
 
+def noted_hashes(folder: Path) -> dict[str, str]:
+    """Those that stand in the folder's provenance, as far as there is one."""
+    return _hashes(folder, _json(folder / PROVENANCE)) if (folder / PROVENANCE).exists() else {}
+
+
 def check_hashes(folder: Path, names: Iterable[str], provenance: Mapping[str, Any], option: str) -> None:
     """Raises ExportError naming the first file that is not the one whose hash was noted. `option`: takes changed files."""
     known = _hashes(folder, provenance)

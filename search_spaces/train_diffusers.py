@@ -31,7 +31,7 @@ from accelerate import Accelerator, PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nas.exported import PROVENANCE, ExportError, check_hashes, hashes_of, read_export, read_network
+from nas.exported import PROVENANCE, ExportError, check_hashes, hashes_of, noted_hashes, read_export, read_network
 from nas.pictures import PictureError, find_pictures, read_picture
 
 TRAINED = "trained"
@@ -115,16 +115,20 @@ def train(
     teacher = read_network(folder / plan["teacher"]).to(accelerator.device).requires_grad_(False)
     data = torch.from_numpy(pixels).to(accelerator.device)
     scheduler = diffusers.DDIMScheduler(**plan["scheduler"])
+    exported = export.provenance.get("files", {})
+    teachers = {file: exported[file] for file in exported if file.startswith("teacher/")}
     for name, ranges in plan["timesteps"].items():
         if not (into / name / "config.json").exists():
             yield from _train_one(folder, name, ranges, teacher, data, scheduler, settings, accelerator, whole)
             if accelerator.is_main_process:
-                done = [other for other in names if (into / other / "config.json").exists()]
-                known = export.provenance.get("files", {})
-                teachers = {file: known[file] for file in known if file.startswith(f"{plan['teacher']}/")}
-                files = {**teachers, **hashes_of(into, done)}
+                # Its hash is noted before it has its name: whatever is killed here, a named network has its hash.
+                files = {**teachers, **noted_hashes(into)}
+                files |= {file.removeprefix("."): found for file, found in hashes_of(into, [f".{name}"]).items()}
                 facts = {"exported": export.provenance, "trained": asdict(settings), "files": files}
                 _replace(into / PROVENANCE, json.dumps(facts, indent=2) + "\n")
+                os.replace(into / f".{name}", into / name)
+                (into / f".{name}.safetensors").unlink(missing_ok=True)
+            accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for part in (folder / name for name in OURS):
             if part.exists() and not part.is_symlink() and not (into / part.name).exists():
@@ -181,9 +185,6 @@ def _train_one(
         partial = folder / TRAINED / f".{name}"
         shutil.rmtree(partial, ignore_errors=True)
         bare.save_pretrained(partial)
-        os.replace(partial, folder / TRAINED / name)
-        state.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
     accelerator.free_memory()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from evaluators.images import Digits
 from nas.contracts import Schedule, Step, derive_seed
 from nas.export import export
+from nas.exported import check_hashes, read_export
 from nas.handover import adopt
 from nas.ledger import read_ledgers
 from nas.report import Run
@@ -312,6 +314,28 @@ def test_each_network_sees_its_timesteps_alone(exported: Path, monkeypatch: pyte
         assert seen[name] <= allowed
         widest = max(stop - start for start, stop in ranges)
         assert max(seen[name]) - min(seen[name]) > widest / 2, "and they are spread over them"
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_killed_between_any_two_files_the_trained_folder_has_the_hashes_of_its_networks(
+    exported: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renamed = os.replace
+    left = iter(range(count))
+
+    def replace_until(source: Any, target: Any) -> None:
+        if next(left, None) is None:
+            raise SystemExit("killed")
+        renamed(source, target)
+
+    pixels = Digits().load().pixels
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", replace_until)
+        with pytest.raises(SystemExit):
+            list(train(exported, pixels, Settings(steps=4, batch=4), cpu=True))
+    list(train(exported, pixels, Settings(steps=4, batch=4), cpu=True))
+    found = read_export(exported / "trained")
+    check_hashes(exported / "trained", found.networks, found.provenance, "")
 
 
 def test_distillation_is_the_share_of_the_teacher(exported: Path) -> None:
