@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -191,7 +190,6 @@ def test_what_a_folder_holds_is_said_once(tmp_path: Path, caplog: pytest.LogCapt
     (tmp_path / "all" / "cats" / ".hidden.png").write_bytes(b"x")
     Image.new("RGB", (8, 8)).save(tmp_path / "all" / "cats" / "x.tif")
     Image.new("RGB", (8, 8)).save(tmp_path / "all" / "cats" / "x.gif")
-    logging.getLogger("nas").propagate = True
     recipe = ImageFolder(str(tmp_path / "all"), [8, 8], labels="folders")  # type: ignore[arg-type]
     with caplog.at_level("INFO", "nas"):
         loaded = recipe.load()

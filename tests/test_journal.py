@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -153,7 +152,6 @@ def test_a_journal_without_checks_opens_with_a_warning_and_gets_them(
     folder, before = whole
     run = copied(folder, tmp_path / "run")
     (run / CHECK).unlink()
-    logging.getLogger("nas").propagate = True
     with caplog.at_level("WARNING", "nas"):
         assert {info.searcher for info, _ in read_ledgers(open_storage(run))} == set(LEDGERS)
     assert "damage done to it before now cannot be told" in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,6 @@ def test_a_process_that_cannot_be_sampled_is_refused(name: str, tmp_path: Path) 
 
 
 def test_the_stepping_rule_is_replaced_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("nas").propagate = True
     with caplog.at_level("INFO", "nas"):
         NoiseSchedule.from_scheduler(scheduler_file(tmp_path, *READ["pndm"]))
     assert "the study's sampler replaces the stepping rule of PNDMScheduler" in caplog.text
@@ -104,7 +102,6 @@ def pipeline(tmp_path: Path) -> Path:
 
 
 def test_a_pipeline_is_taken_with_its_scheduler(pipeline: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("nas").propagate = True
     whole = ElasticUNet.from_pretrained(pipeline, widths=(0.5, 1.0))
     assert whole.noise == NoiseSchedule(400, beta_schedule="squaredcos_cap_v2")
     assert ElasticUNet.from_pretrained(pipeline / "unet", widths=(0.5, 1.0)) == whole
