@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -411,7 +412,8 @@ def test_another_seed_and_a_database_have_ledgers_of_their_own(workplace: Path, 
 
 
 def test_the_dashboard_serves_the_run(workplace: Path) -> None:
-    port = 18923
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     command = [sys.executable, "-m", "nas.cli", "dashboard", str(workplace / "run"), "--port", str(port)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -425,7 +427,7 @@ def test_the_dashboard_serves_the_run(workplace: Path) -> None:
                 assert time.monotonic() < deadline
                 assert process.poll() is None
                 time.sleep(0.2)
-        assert {study["study_name"] for study in studies} == {"tiny.uniform", "tiny.evolution"}
+        assert {study["study_name"] for study in studies} == {"tiny.uniform", "tiny.evolution", "tiny.confirmed"}
         assert all(study["directions"] == ["minimize", "minimize"] for study in studies)
     finally:
         process.terminate()
