@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
@@ -107,7 +108,17 @@ def serve(folder: Path, storage: BaseStorage, port: int) -> None:
     except ImportError as error:
         raise UserError("optuna-dashboard is not installed; run `pip install 'step-aware-nas[dashboard]'`") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        run_server(storage, host="127.0.0.1", port=port, artifact_store=store_of(folder))
-    except OSError as error:
+    failed: list[OSError] = []
+
+    def answer() -> None:
+        try:
+            run_server(storage, host="127.0.0.1", port=port, artifact_store=store_of(folder))
+        except OSError as error:
+            failed.append(error)
+
+    # Not in the main thread, where signals are answered: wsgiref swallows whatever is raised while it answers a request.
+    server = Thread(target=answer, daemon=True)
+    server.start()
+    server.join()
+    for error in failed:
         raise UserError(f"port {port} cannot be used ({error.strerror}); choose another --port") from error
