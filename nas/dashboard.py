@@ -120,5 +120,5 @@ def serve(folder: Path, storage: BaseStorage, port: int) -> None:
     server = Thread(target=answer, daemon=True)
     server.start()
     server.join()
-    for error in failed:
-        raise UserError(f"port {port} cannot be used ({error.strerror}); choose another --port") from error
+    if failed:
+        raise UserError(f"port {port} cannot be used ({failed[0].strerror}); choose another --port") from failed[0]
