@@ -1,4 +1,4 @@
-"""Every benchmark runs to its end at small sizes, from nothing. Half an hour: `make test-all`."""
+"""Every benchmark runs to its end at small sizes, from nothing: minutes each, by `make test-all` alone."""
 
 from __future__ import annotations
 
