@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -158,43 +158,56 @@ def _quickest(tests: set[str], seconds: Counter[str]) -> list[str]:
     return [test for test, spent in zip(ordered[:MOST], until, strict=False) if spent <= ENOUGH] or ordered[:1]
 
 
-def tried(
-    key: str, file: str, line: int, code: str, tests: list[str], place: Path, clean: dict[tuple[str, ...], bool]
-) -> dict[str, Any]:
-    """The mutant in its copy of the clone. `clean`: whether tests pass on unchanged code, as far as that is known."""
-    path = place / file
-    before = path.read_text()
+class Copy:
+    """A copy of the clone with a process beside it that runs its tests."""
+
+    def __init__(self, folder: Path) -> None:
+        left_out = (".venv", "runs", ".git", "__pycache__", ".mypy_cache", ".ruff_cache")
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
+        self.folder = folder
+        # No bytecode: it is told apart by seconds and size, and a mutant is often of the size of what it came from.
+        own = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self._tests = subprocess.Popen(
+            [sys.executable, "-c", f"from benchmarks.warm_tests import serve; serve({SECONDS})"],
+            cwd=folder,
+            env={**os.environ, **own},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def failed(self, tests: list[str]) -> str | None:
+        """The first of these tests that fails, empty where none ran to its end, None where all pass."""
+        assert self._tests.stdin is not None
+        assert self._tests.stdout is not None
+        self._tests.stdin.write(json.dumps(tests) + "\n")
+        self._tests.stdin.flush()
+        answer = json.loads(self._tests.stdout.readline())
+        return None if answer["passed"] else answer["failed"]
+
+    def close(self) -> None:
+        self._tests.communicate()
+
+
+def tried(key: str, file: str, line: int, code: str, tests: list[str], copy: Copy, sound: set[str]) -> dict[str, Any]:
+    """The mutant in a copy. `sound`: tests that are known to pass on unchanged code."""
+    path = copy.folder / file
+    before, started = path.read_text(), time.monotonic()
     path.write_text(code)
-    started = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
-
-    def code_of() -> int:
-        try:
-            return subprocess.run(
-                command, cwd=place, env=environment, capture_output=True, check=False, timeout=SECONDS
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return 1
-
-    def passes(tests: tuple[str, ...]) -> bool:
-        if tests not in clean:
-            clean[tests] = code_of() == 0
-        return clean[tests]
-
     try:
-        outcome = "killed" if code_of() else "survived"
+        failed = copy.failed(tests) if tests else None
     finally:
         path.write_text(before)
-    if outcome == "killed" and not passes(tuple(tests)):
-        outcome = "undecided"  # the tests fail without it too
+    if failed and failed not in sound and copy.failed([failed]) is None:
+        sound.add(failed)
     changed = next((b for a, b in zip(before.splitlines(), code.splitlines(), strict=False) if a != b), "").strip()
     return {
         "mutant": key,
         "line": line,
         "becomes": changed[:160],
         "tests": len(tests),
-        "outcome": outcome,
+        "outcome": "survived" if failed is None else "killed" if not failed or failed in sound else "undecided",
+        "by": failed,
         "seconds": time.monotonic() - started,
     }
 
@@ -218,33 +231,23 @@ def main() -> None:
     waiting = [one for one in chosen if one[0] not in rows][: 2 if options.quick else None]
     until = time.monotonic() + options.hours * 3600
     with tempfile.TemporaryDirectory(prefix="nas-mutants-") as temporary, ThreadPoolExecutor(options.processes) as pool:
-        places = [Path(temporary) / str(number) for number in range(options.processes)]
-        for place in places:
-            shutil.copytree(
-                ROOT,
-                place,
-                ignore=shutil.ignore_patterns(".venv", "runs", ".git", "__pycache__", ".mypy_cache", ".ruff_cache"),
-            )
-        running: dict[Any, Path] = {}
-        clean: dict[tuple[str, ...], bool] = {}
+        free = [Copy(Path(temporary) / str(number)) for number in range(options.processes)]
+        copies, running, sound = list(free), dict[Future[dict[str, Any]], Copy](), set[str]()
         while waiting or running:
-            while waiting and places and time.monotonic() < until:
+            while waiting and free and time.monotonic() < until:
                 key, file, line, code = waiting.pop()
-                tests = cover[file].get(line, [])
-                place = places.pop()
-                running[
-                    pool.submit(tried, key, file, line, code, tests, place, clean)
-                    if tests
-                    else pool.submit(dict, mutant=key, line=line, outcome="survived", tests=0)
-                ] = place
+                copy = free.pop()
+                running[pool.submit(tried, key, file, line, code, cover[file].get(line, []), copy, sound)] = copy
             if not running:
                 break
             done = next(as_completed(running))
-            places.append(running.pop(done))
+            free.append(running.pop(done))
             row = done.result()
             rows[row["mutant"]] = row
             write_json(kept, rows, indent=1)
             print(json.dumps(row), file=sys.stderr, flush=True)
+        for copy in copies:
+            copy.close()
     decided = [
         rows[key] for key, *_ in chosen if key in rows and key not in EQUIVALENT and rows[key]["outcome"] != "undecided"
     ]
