@@ -152,11 +152,11 @@ def commit() -> str:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", *arguments], cwd=RESULTS, check=True, capture_output=True, text=True
+            ["git", *arguments], cwd=RESULTS.parent.parent, check=True, capture_output=True, text=True
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!benchmarks/results", ":!*.md")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!*.md")
         return git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

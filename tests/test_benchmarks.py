@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from benchmarks import ddsm_loop, digits_table, handover, pareto_problems
+from benchmarks import common, ddsm_loop, digits_table, handover, pareto_problems
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet, Moments
 from evaluators.images import Digits
@@ -139,3 +140,26 @@ def test_the_reference_takes_the_fewest_steps_that_lose_nothing_against_any_more
         "30 steps": pytest.approx(-0.01, abs=0.001),
         "40 steps": None,
     }
+
+
+def test_a_row_says_which_commit_made_it_and_whether_code_was_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    results, code = tmp_path / "benchmarks" / "results", tmp_path / "code.py"
+    results.mkdir(parents=True)
+    monkeypatch.setattr(common, "RESULTS", results)
+    files = (results / "cost.json", tmp_path / "README.md", code)
+    git("init", "-q")
+    for file in files:
+        file.write_text("1")
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    for file in files[:2]:  # results and words about them are no code
+        file.write_text("2")
+    assert common.commit() == git("rev-parse", "HEAD")
+    code.write_text("2")
+    assert common.commit() == git("rev-parse", "HEAD") + "+"
