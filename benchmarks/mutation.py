@@ -60,26 +60,34 @@ EQUIVALENT: dict[str, str] = {}
 """Mutants that change nothing anybody can see, by key, with the reason; at most a tenth."""
 
 
-def mutants(file: str) -> Iterator[tuple[str, int, str]]:
-    """Of one file: operator and occurrence as a key, the first changed line, and the mutated code. What only changes annotations or comments is none."""
-    import cosmic_ray.plugins
+def places(file: str) -> dict[int, list[tuple[str, int]]]:
+    """Of one file: by line, the operators that can change something there, and which of their occurrences that is."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    kinds = [(name, get_operator(name)) for name in sorted(operator_names())]
+    operators = [(name, kind()) for name, kind in kinds if not kind.arguments()]  # others ask what to put where
+    found: dict[int, list[tuple[str, int]]] = {}
+    seen: Counter[str] = Counter()
+    for node in ast_nodes(get_ast((ROOT / file).read_text())):
+        for name, operator in operators:
+            for (line, _), _ in operator.mutation_positions(node):
+                found.setdefault(line, []).append((name, seen[name]))
+                seen[name] += 1
+    return found
+
+
+def mutated(file: str, name: str, occurrence: int) -> str | None:
+    """The file with one occurrence changed; None where that changes only annotations or comments, or makes no Python of it."""
     from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
 
     code = (ROOT / file).read_text()
-    before = _bare(code)
-    for name in cosmic_ray.plugins.operator_names():
-        kind = cosmic_ray.plugins.get_operator(name)
-        occurrence = 0
-        while (changed := mutate_code(code, kind(), occurrence)) is not None:
-            try:
-                differs = _bare(changed) != before
-            except SyntaxError:
-                differs = False
-            if differs:
-                pairs = enumerate(zip(code.splitlines(), changed.splitlines(), strict=False), 1)
-                line = next((number for number, (a, b) in pairs if a != b), 1)
-                yield f"{file}:{name}:{occurrence}", line, changed
-            occurrence += 1
+    try:
+        changed = mutate_code(code, get_operator(name)(), occurrence)
+        return changed if changed is not None and _bare(changed) != _bare(code) else None
+    except (SyntaxError, AttributeError):  # some operators stumble over what they change
+        return None
 
 
 def _bare(code: str) -> str:
@@ -99,17 +107,19 @@ def sample() -> list[tuple[str, str, int, str]]:
     draw = random.Random(0)
     found: list[tuple[str, str, int, str]] = []
     for number, file in enumerate(FILES):
-        by_line: dict[int, list[tuple[str, int, str]]] = {}
-        for mutant in mutants(file):
-            by_line.setdefault(mutant[1], []).append(mutant)
+        by_line = places(file)
         wanted = SAMPLE * (number + 1) // len(FILES) - SAMPLE * number // len(FILES)
-        lines = draw.sample(sorted(by_line), len(by_line))
-        for key, line, code in (
-            draw.choice(by_line[line]) for line in (lines * (wanted // max(len(lines), 1) + 1))[:wanted]
-        ):
-            found.append((key, file, line, code))
+        while wanted and by_line:
+            for line in draw.sample(sorted(by_line), len(by_line)):
+                name, occurrence = by_line[line].pop(draw.randrange(len(by_line[line])))
+                if not by_line[line]:
+                    del by_line[line]
+                code = mutated(file, name, occurrence) if wanted else None
+                if code is not None:
+                    found.append((f"{file}:{name}:{occurrence}", file, line, code))
+                    wanted -= 1
     draw.shuffle(found)
-    return list({one[0]: one for one in found}.values())
+    return found
 
 
 def covering(folder: Path) -> dict[str, dict[int, list[str]]]:
@@ -121,7 +131,19 @@ def covering(folder: Path) -> dict[str, dict[int, list[str]]]:
             for file, lines in read_json(kept, "delete it").items()
         }
     data = folder / "coverage.sqlite"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--durations=0", "-vv"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not slow",
+        "-n2",
+        "-p",
+        "no:cacheprovider",
+        "--durations=0",
+        "-vv",
+    ]
     command += [f"--cov={package}" for package in ("evaluators", "nas", "search_spaces")] + [
         "--cov-context=test",
         "--cov-report=",
@@ -144,12 +166,26 @@ def covering(folder: Path) -> dict[str, dict[int, list[str]]]:
     read.read()
     found: dict[str, dict[int, list[str]]] = {}
     for file in FILES:
-        lines = read.contexts_by_lineno(str(ROOT / file))
-        found[file] = {
-            line: _quickest({c.partition("|")[0] for c in names if c}, seconds) for line, names in lines.items()
-        }
+        contexts = read.contexts_by_lineno(str(ROOT / file))
+        by_line = {line: {name.partition("|")[0] for name in names if name} for line, names in contexts.items()}
+        for line, span in _spans((ROOT / file).read_text()):
+            tests = by_line.get(line) or {test for other in span for test in by_line.get(other, ())}
+            found.setdefault(file, {})[line] = _quickest(tests or set().union(*by_line.values()), seconds)
     write_json(kept, found)
     return found
+
+
+def _spans(code: str) -> Iterator[tuple[int, range]]:
+    """For each line the lines of the innermost function or class that it belongs to, its decorators and signature among them: what runs
+    when the module is imported is run by no test, and decides what the others do."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, kinds)]
+    spans = [
+        range(min([node.lineno, *(one.lineno for one in node.decorator_list)]), (node.end_lineno or node.lineno) + 1)
+        for node in nodes
+    ]
+    for line in range(1, code.count("\n") + 2):
+        yield line, min((span for span in spans if line in span), key=len, default=range(0))
 
 
 def _quickest(tests: set[str], seconds: Counter[str]) -> list[str]:
