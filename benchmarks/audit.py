@@ -17,12 +17,12 @@ import torch
 from benchmarks.common import RESULTS, Benchmark, Target, borrow, digits_run
 from evaluators.frechet import Frechet, KernelDistance
 from evaluators.proxies import Additive, DenoisingLoss, TeacherDistance, TeacherFrechet, TrajectoryDistance
-from nas.audit import REFERENCES, TABLE, measure, read_table, schedules_to_audit, summary
 from nas.contracts import Evaluator, Genome, Score, Trial, derive_seed
-from nas.ladder import clearly_beaten
-from nas.plots import draw_audit
-from nas.ray_runner import Workers
-from nas.session import open_session
+from nas.engine.ladder import clearly_beaten
+from nas.engine.ray_runner import Workers
+from nas.engine.session import open_session
+from nas.results.audit import REFERENCES, TABLE, measure, read_table, schedules_to_audit, summary
+from nas.results.plots import draw_audit
 from nas.study import Study
 from search_spaces.intervals import equal
 from search_spaces.stepwise import Stepwise
@@ -129,7 +129,7 @@ def _trial(number: int, genome: Genome, score: Score, row: Mapping[str, Any]) ->
 
 
 def main() -> None:
-    bench = Benchmark("audit", __doc__ or "", ("evaluators", "nas/audit.py"))
+    bench = Benchmark("audit", __doc__ or "", ("evaluators", "nas/results/audit.py"))
     torch.set_num_threads(1)
     base, trained = digits_run(digits, bench.quick)
     reference, count = (128, 24) if bench.quick else (4096, 200)

@@ -18,7 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from nas.session import open_session, package_versions
+from nas.engine.facts import package_versions
+from nas.engine.session import open_session
 from nas.study import Study
 from search_spaces.training import Sandwich
 

@@ -13,9 +13,10 @@ import torch
 
 from benchmarks.common import Benchmark, Target, needs
 from search_spaces.intervals import per_step, uniform
+from search_spaces.networks.slices import Arch
+from search_spaces.networks.unet import arguments
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.unet import Arch, arguments
 from studies.digits import UNET
 
 # The DDPM network of CIFAR-10 (Ho et al. 2020), which DDSM and Diff-Pruning slim.
@@ -114,7 +115,9 @@ def legal_archs(net: ElasticUNet, count: int) -> list[Arch]:
 
 def main() -> None:
     bench = Benchmark(
-        "cost", __doc__ or "", ("search_spaces/cost.py", "search_spaces/parts.py", "search_spaces/unet.py")
+        "cost",
+        __doc__ or "",
+        ("search_spaces/networks/cost.py", "search_spaces/networks/parts.py", "search_spaces/networks/unet.py"),
     )
     needs("fvcore", "dev")
     per_config, wanted = (2, 6) if bench.quick else (17, 50)

@@ -11,10 +11,10 @@ from typing import Any
 from benchmarks.tiny_study import Formula, command
 from evaluators.images import Digits
 from nas.contracts import UserError
-from nas.journal import JOURNAL
-from nas.ledger import read_ledgers
+from nas.engine.journal import JOURNAL
+from nas.engine.ledger import read_ledgers
+from nas.engine.session import open_session
 from nas.searchers.evolution import Evolution
-from nas.session import open_session
 from nas.study import Study
 from nas.testing import TableSpace
 

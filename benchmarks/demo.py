@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Benchmark, Target
-from nas.session import open_session
+from nas.engine.session import open_session
 from nas.study import Study, load_study
 
 SMALL = """

@@ -24,11 +24,12 @@ from benchmarks.common import RUNS, Benchmark
 from evaluators.frechet import Frechet, Gaussian, Moments, frechet_with_replicates
 from evaluators.images import load_once
 from nas.contracts import Genome, Problem, Schedule, Score, Searcher, Trial, derive_seed
-from nas.genetics import feasible_genomes
-from nas.ladder import Ladder
-from nas.ledger import Ledger, LedgerInfo
-from nas.pareto import hypervolume
-from nas.runner import Conductor, run_here
+from nas.engine.ladder import Ladder
+from nas.engine.ledger import Ledger
+from nas.engine.runner import Conductor, run_here
+from nas.genomes.genetics import feasible_genomes
+from nas.genomes.pareto import hypervolume
+from nas.study import LedgerInfo
 from search_spaces.intervals import equal
 from search_spaces.stepwise import Stepwise
 from studies.digits import images, net, steps

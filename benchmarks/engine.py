@@ -25,9 +25,9 @@ import psutil
 from benchmarks.common import Benchmark, Target
 from benchmarks.postgres import installed, server
 from nas.contracts import ImageSet, Progress, Schedule, Score
-from nas.report import Run
+from nas.engine.session import open_session
+from nas.results.report import Run
 from nas.searchers.evolution import Evolution
-from nas.session import open_session
 from nas.study import Study
 from nas.testing import TableSpace, toy_score
 
@@ -98,7 +98,7 @@ def local(folder: Path, trials: int, seconds: float) -> dict[str, float]:
 
 def under_ray(folder: Path, trials: int, seconds: float, workers: int) -> dict[str, float]:
     """Start-up (Ray, Tune, the workers' imports) is what lies before the first trial is settled, less its second."""
-    from nas.ray_runner import Workers
+    from nas.engine.ray_runner import Workers
 
     shutil.rmtree(folder, ignore_errors=True)
     settled: list[float] = []
@@ -269,7 +269,14 @@ def main() -> None:
     bench = Benchmark(
         "engine",
         __doc__ or "",
-        ("nas/journal.py", "nas/ladder.py", "nas/ledger.py", "nas/ray_runner.py", "nas/runner.py", "nas/writers.py"),
+        (
+            "nas/engine/journal.py",
+            "nas/engine/ladder.py",
+            "nas/engine/ledger.py",
+            "nas/engine/ray_runner.py",
+            "nas/engine/runner.py",
+            "nas/engine/writers.py",
+        ),
     )
     trials, seconds, genes_trials = (10, 0.2, 30) if bench.quick else (100, 1.0, 200)
     genes = bench.row("1,000 genes", lambda: long_genomes(bench.folder / "genes", genes_trials))

@@ -28,17 +28,17 @@ from evaluators.device import Execution
 from evaluators.frechet import Frechet, Moments
 from evaluators.images import PhotoPatches, load_once
 from evaluators.sampling import Precision
-from nas.audit import Agreement
 from nas.contracts import Genome, Images, LoadedEvaluator, Progress, Schedule, Score, derive_seed
-from nas.genetics import feasible_genomes
-from nas.ray_runner import Workers
+from nas.engine.ray_runner import Workers
+from nas.engine.session import open_session
+from nas.genomes.genetics import feasible_genomes
+from nas.results.audit import Agreement
 from nas.searchers.evolution import Evolution
-from nas.session import open_session
 from nas.study import Study
 from search_spaces.intervals import equal
+from search_spaces.networks.slices import Arch
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import WEIGHTS, ElasticUNet
-from search_spaces.unet import Arch
 from studies.digits import images, net, steps
 from studies.digits import study as digits
 

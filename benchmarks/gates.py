@@ -29,19 +29,19 @@ from evaluators.frechet import Frechet
 from evaluators.proxies import TeacherDistance, TeacherSimilarity
 from evaluators.sampling import DDIM, initial_noise, sample
 from nas.contracts import Problem, Progress, Schedule, Score, Searcher, Snapshot, Step, derive_seed, jackknife_error
-from nas.genetics import dearest, random_genome
-from nas.learning import learned_macs
-from nas.pruner import Pruner, learn_gates
+from nas.engine.learning import learned_macs
+from nas.engine.session import open_session
+from nas.genomes.genetics import dearest, random_genome
 from nas.searchers.evolution import Evolution
 from nas.searchers.gates import Gates
-from nas.session import open_session
+from nas.searchers.pruner import Pruner, learn_gates
 from nas.study import Study
 from search_spaces.intervals import equal, linspace, per_step
+from search_spaces.networks.slices import Arch
 from search_spaces.options import Options
 from search_spaces.patterns import ALL, Every, Only, Pattern, Subset, legal
 from search_spaces.stepwise import Stepwise
 from search_spaces.training import Sandwich
-from search_spaces.unet import Arch
 from studies.digits_reuse import images, net, steps
 from studies.digits_reuse import study as digits_reuse
 
@@ -287,7 +287,7 @@ def speed(size: Size, batch: int, repeats: int) -> Row:
 
 
 def main() -> None:
-    bench = Benchmark("gates", __doc__ or "", ("nas/pruner.py", "search_spaces/reuse.py"))
+    bench = Benchmark("gates", __doc__ or "", ("nas/searchers/pruner.py", "search_spaces/shipped/reuse.py"))
     size = Size(bench.folder, bench.quick)
     seeds = (0, 1) if bench.quick else (0, 1, 2)
     bench.row("training", lambda: train(size))

@@ -29,17 +29,17 @@ from scipy.stats import t as student
 from benchmarks.common import Benchmark, Target
 from evaluators.frechet import Frechet
 from evaluators.sampling import DDIM
+from nas.base.exported import read_export
 from nas.contracts import LoadedSupernet, Schedule, Score, Step, derive_seed, jackknife_error
-from nas.export import export
-from nas.exported import read_export
-from nas.handover import adopt
+from nas.engine.session import open_session
+from nas.handover.export import export
+from nas.handover.training import adopt
 from nas.searchers.knapsack import Knapsack
-from nas.session import open_session
 from nas.study import Study
 from search_spaces.intervals import Timesteps, linspace, per_step, uniform
+from search_spaces.shipped.train_diffusers import TRAINED, Settings, train
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.train_diffusers import TRAINED, Settings, train
 from search_spaces.training import Sandwich
 from studies.ddsm_cifar10 import UNET as CIFAR
 from studies.digits import images, net
@@ -353,7 +353,7 @@ WHAT = (
 
 
 def main() -> None:
-    bench = Benchmark("handover", __doc__ or "", ("nas/export.py", "search_spaces/train_diffusers.py"))
+    bench = Benchmark("handover", __doc__ or "", ("nas/handover/export.py", "search_spaces/shipped/train_diffusers.py"))
     settings = [
         Setting(bench.folder / f"seed-{seed}", seed, bench.quick) for seed in SEEDS[: 2 if bench.quick else None]
     ]

@@ -19,7 +19,7 @@ from benchmarks.common import Benchmark, Target, digits_run
 from evaluators.latency import Latency, Timer
 from evaluators.sampling import DDIM, trajectory
 from nas.contracts import LoadedSupernet, Schedule
-from nas.genetics import uniform_genomes
+from nas.genomes.genetics import uniform_genomes
 from studies.digits import study as digits
 
 Row = dict[str, Any]

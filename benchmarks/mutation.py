@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, RUNS, commit, needs
-from nas.files import read_json, write_json
+from nas.base.files import read_json, write_json
 
 ROOT = RESULTS.parent.parent
 
@@ -33,12 +33,12 @@ FILES = (
     "evaluators/sampling.py",
     "evaluators/scoring.py",
     "evaluators/trajectories.py",
-    "nas/allocation.py",
-    "nas/genetics.py",
-    "nas/ladder.py",
-    "nas/pareto.py",
-    "nas/runner.py",
-    "search_spaces/cost.py",
+    "nas/genomes/allocation.py",
+    "nas/genomes/genetics.py",
+    "nas/engine/ladder.py",
+    "nas/genomes/pareto.py",
+    "nas/engine/runner.py",
+    "search_spaces/networks/cost.py",
     "search_spaces/intervals.py",
     "search_spaces/stepwise.py",
 )
@@ -268,6 +268,9 @@ def main() -> None:
     until = time.monotonic() + options.hours * 3600
     with tempfile.TemporaryDirectory(prefix="nas-mutants-") as temporary, ThreadPoolExecutor(options.processes) as pool:
         free = [Copy(Path(temporary) / str(number)) for number in range(options.processes)]
+        easy = cover[FILES[0]][1][:1]
+        if any(copy.failed(easy) is not None for copy in free):
+            raise SystemExit(f"error: {easy[0]} does not pass on unchanged code, so nothing can be said of mutants")
         copies, running, sound = list(free), dict[Future[dict[str, Any]], Copy](), set[str]()
         while waiting or running:
             while waiting and free and time.monotonic() < until:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.contracts import Problem, Proposal, Score
-from nas.pareto import hypervolume
+from nas.genomes.pareto import hypervolume
 from nas.searchers.evolution import Evolution
 from nas.testing import TableSpace, closed
 

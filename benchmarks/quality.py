@@ -20,9 +20,9 @@ import torch
 from benchmarks.common import Benchmark, Target
 from evaluators.frechet import Frechet
 from nas.contracts import Schedule, Score, Step, Trial, derive_seed, jackknife_error
-from nas.report import best_within
+from nas.engine.session import open_session
+from nas.results.report import best_within
 from nas.searchers.knapsack import Knapsack
-from nas.session import open_session
 from nas.study import Study
 from search_spaces.intervals import linspace
 from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
@@ -171,7 +171,7 @@ def summary(rows: Sequence[Row], full: Sequence[Row]) -> Row:
 
 
 def main() -> None:
-    bench = Benchmark("quality", __doc__ or "", ("search_spaces/training.py", "studies/digits.py"))
+    bench = Benchmark("quality", __doc__ or "", ("search_spaces/training/stages.py", "studies/digits.py"))
     seeds = (0, 1) if bench.quick else (0, 1, 2)
     settings = {seed: Setting(bench.folder / f"seed-{seed}", seed, bench.quick) for seed in seeds}
     kinds: tuple[Kind, ...] = ("supernet", "alone")

@@ -36,16 +36,16 @@ from benchmarks.digits_table import (
     verified_of,
 )
 from evaluators.frechet import Frechet
-from nas.allocation import allocate
 from nas.contracts import Searcher, derive_seed
-from nas.pareto import front
-from nas.report import best_within, verified_front
-from nas.runner import run_here
+from nas.engine.runner import run_here
+from nas.engine.session import open_session
+from nas.genomes.allocation import allocate
+from nas.genomes.pareto import front
+from nas.results.report import best_within, verified_front
 from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.random import Random
-from nas.session import open_session
 from nas.study import Study
 from studies.digits import images, net
 from studies.digits import study as digits
@@ -311,7 +311,7 @@ WHAT = (
 
 
 def main() -> None:
-    bench = Benchmark("search_cost", __doc__ or "", ("nas/searchers/knapsack.py", "nas/allocation.py"))
+    bench = Benchmark("search_cost", __doc__ or "", ("nas/searchers/knapsack.py", "nas/genomes/allocation.py"))
     torch.set_num_threads(1)
     base, trained = digits_run(digits, bench.quick)
     scale = QUICK if bench.quick else FULL

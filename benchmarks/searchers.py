@@ -34,21 +34,21 @@ from benchmarks.digits_table import (
 from benchmarks.pareto_problems import PROBLEMS, on_problem
 from evaluators.frechet import Frechet
 from nas.contracts import Problem, Proposal, Search, Searcher
-from nas.genetics import random_genome
-from nas.pareto import front, hypervolume
-from nas.proposers import Question
-from nas.relaxation import Relaxation
-from nas.report import Run, area, verified_front
+from nas.engine.session import open_session
+from nas.genomes.genetics import random_genome
+from nas.genomes.pareto import front, hypervolume
+from nas.results.report import Run, area, verified_front
 from nas.searchers.ddsm import DDSM
 from nas.searchers.enumerate import Enumerate
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.nevergrad import Nevergrad
 from nas.searchers.optuna_sampler import OptunaSampler
+from nas.searchers.proposers import Question
 from nas.searchers.random import Random
+from nas.searchers.relaxation import Relaxation
 from nas.searchers.rounds import Rounds
 from nas.searchers.routing import Routing
-from nas.session import open_session
 from nas.study import Study
 from nas.testing import closed, table_problem, toy_score
 from search_spaces.intervals import equal

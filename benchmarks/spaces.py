@@ -24,17 +24,17 @@ from benchmarks.common import Benchmark, Target, borrow
 from evaluators.frechet import Frechet
 from evaluators.proxies import TeacherSimilarity
 from nas.contracts import Schedule, Score, Step, derive_seed, jackknife_error
-from nas.report import best_within
+from nas.engine.session import open_session
+from nas.results.report import best_within
 from nas.searchers.knapsack import Knapsack
-from nas.session import open_session
 from nas.study import Study
-from search_spaces.importance import Criterion, Order, pruned
 from search_spaces.intervals import bounded, dissimilarity, equal, merged, per_step, segments
-from search_spaces.similarity import GradientSimilarity
+from search_spaces.networks.slices import Arch
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
 from search_spaces.training import Experts, FineTune, Sandwich, Stage, Stages
-from search_spaces.unet import Arch
+from search_spaces.training.importance import Criterion, Order, pruned
+from search_spaces.training.similarity import GradientSimilarity
 from studies.digits import UNET, images, steps
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6)

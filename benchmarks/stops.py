@@ -21,9 +21,9 @@ import numpy as np
 
 from benchmarks.common import Benchmark
 from benchmarks.tiny_study import STUDY
-from nas.files import tensors_digest
-from nas.ledger import read_ledgers
-from nas.storage import open_storage
+from nas.base.files import tensors_digest
+from nas.engine.ledger import read_ledgers
+from nas.engine.storage import open_storage
 
 
 def journey(folder: Path) -> list[list[str]]:

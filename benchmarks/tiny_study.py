@@ -29,7 +29,7 @@ from evaluators.frechet import Frechet
 from evaluators.images import Digits
 from nas.searchers.evolution import Evolution
 from nas.searchers.routing import Routing
-from nas.relaxation import Relaxation
+from nas.searchers.relaxation import Relaxation
 from nas.study import Study
 from search_spaces.intervals import per_step, uniform
 from search_spaces.stepwise import Stepwise

@@ -14,6 +14,9 @@ import sys
 import time
 from typing import Any
 
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+"""The last, because some plug-ins are imported before pytest could see to it."""
+
 
 class _FirstFailure:
     """A plug-in of pytest that remembers which test failed."""
@@ -28,7 +31,6 @@ class _FirstFailure:
 def serve(seconds: float) -> None:
     """Answers {"passed": bool, "failed": the first test that failed, empty where none ran to its end}; what takes longer than `seconds` failed."""
     import diffusers  # noqa: F401
-    import hypothesis  # noqa: F401
     import optuna  # noqa: F401
     import pytest
     import scipy  # noqa: F401
@@ -46,7 +48,7 @@ def serve(seconds: float) -> None:
             for stream in (1, 2):
                 os.dup2(0, stream)
             first = _FirstFailure()
-            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[first])
+            code = pytest.main([*OPTIONS, *tests], plugins=[first])
             os.write(writing, json.dumps({"passed": code == 0, "failed": first.name}).encode())
             os._exit(0)
         os.close(writing)

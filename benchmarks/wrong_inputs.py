@@ -22,7 +22,7 @@ from benchmarks.wrong_recipes import recipe_cases
 from evaluators.frechet import Frechet
 from evaluators.images import Digits, ImageFolder
 from nas.contracts import UserError
-from nas.journal import CHECK, JOURNAL
+from nas.engine.journal import CHECK, JOURNAL
 
 SECONDS = 60
 """After which an input counts as endless."""

@@ -24,28 +24,27 @@ from evaluators.proxies import (
     TrajectoryDistance,
 )
 from evaluators.sampling import DDIM, DDPM
-from nas.proposers import Chat, Local
-from nas.pruner import Pruner
-from nas.relaxation import Relaxation
+from nas.engine.session import open_session
 from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
 from nas.searchers.gates import Gates
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.nevergrad import Nevergrad
 from nas.searchers.optuna_sampler import OptunaSampler
+from nas.searchers.proposers import Chat, Local
+from nas.searchers.pruner import Pruner
+from nas.searchers.relaxation import Relaxation
 from nas.searchers.rounds import Rounds
 from nas.searchers.routing import Routing
-from nas.session import open_session
 from nas.study import Study
 from nas.testing import TableSpace
-from search_spaces.importance import Order
 from search_spaces.intervals import per_step, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only, Subset
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.training import Experts, Sandwich, Stages
+from search_spaces.training import Experts, Order, Sandwich, Stages
 
 WRONG: tuple[Any, ...] = (
     -1,

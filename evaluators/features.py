@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nas.base.files import file_digest, first_line, tensors_digest, written
 from nas.contracts import ImageSet, Progress, UserError, derive_seed, digest_of
-from nas.files import file_digest, first_line, tensors_digest, written
 from nas.recipes import Batch, Count, Few, Positive, recipe
 
 

@@ -18,8 +18,8 @@ from evaluators.features import Features, LoadedFeatures, SmallClassifier
 from evaluators.images import check_shape, load_once
 from evaluators.scoring import BLOCKS, Array, LoadedScore, Rows, Sampled
 from evaluators.trajectories import Trajectories, batches
+from nas.base.files import file_digest
 from nas.contracts import Images, LoadedSupernet, Progress, Schedule, UserError, digest_of
-from nas.files import file_digest
 from nas.recipes import recipe
 
 EXACT_DIMENSIONS = 256

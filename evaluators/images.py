@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
+from nas.base.files import first_line, read_json, write_json
+from nas.base.pictures import WHITE, Found, PictureError, find_pictures, read_picture
 from nas.contracts import Images, ImageSet, Progress, UserError, digest_of
-from nas.files import first_line, read_json, write_json
-from nas.pictures import WHITE, Found, PictureError, find_pictures, read_picture
 from nas.recipes import Few, Seed, recipe
 
 log = logging.getLogger("nas")

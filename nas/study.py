@@ -6,15 +6,16 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import chdir
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
+from nas.base.files import first_line
 from nas.contracts import (
     Evaluator,
     Images,
@@ -28,19 +29,79 @@ from nas.contracts import (
     UserError,
     digest_of,
 )
-from nas.files import first_line
-from nas.genetics import LATENCY, check_limits, check_reachable, dearest
-from nas.ledger import LedgerInfo
+from nas.genomes.genetics import LATENCY, check_limits, check_reachable, dearest
+from nas.genomes.timed import Timing, timed
 from nas.recipes import Positive, Seed, check_recipes, recipe
 from nas.searchers.uniform import Uniform
-from nas.timing import Timing, measure, timed
 
 ENTRY_POINTS = "nas.searchers"
-RESERVED = ("all", "uniform", "trained", "confirmed")
-"""Names of ledgers that are no searcher's, and of all searchers."""
+MOVED = {
+    f"{package}.{module}": f"{package}.{room}.{module}"
+    for package, room, modules in (
+        ("nas", "genomes", "allocation genetics pareto"),
+        ("nas", "searchers", "proposers pruner ranking relaxation"),
+        ("nas", "engine", "journal ladder learning ledger ray_runner runner session storage timing writers"),
+        ("nas", "results", "audit dashboard outline page plots report"),
+        ("nas", "handover", "export"),
+        ("nas", "base", "exported failures files interrupts pictures"),
+        ("search_spaces", "networks", "cost parts unet"),
+        ("search_spaces", "training", "importance optimiser similarity"),
+        ("search_spaces", "shipped", "pipeline reuse train_diffusers"),
+    )
+    for module in modules.split()
+}
+"""Where modules are that study files may have imported from another place."""
 
 BASELINE = "uniform"
 """Ledger of the uniform schedules, the full net among them, scored at every rung whatever the limits."""
+
+TRAINED = "trained"
+"""Ledger of schedules trained after export."""
+
+CONFIRMED = "confirmed"
+"""Ledger of chosen schedules, scored on noises on which nothing was chosen."""
+
+RESERVED = ("all", BASELINE, TRAINED, CONFIRMED)
+"""No searcher's name: those of other ledgers, and of all searchers."""
+
+
+@dataclass(frozen=True)
+class LedgerInfo:
+    """What identifies a ledger. A ledger is not continued under another `provenance`. `former`: what parts of it were called once, by
+    other rules, for the very same thing."""
+
+    study: str
+    searcher: str
+    seed: int
+    objectives: tuple[str, ...]
+    rungs: tuple[int, ...]
+    limits: Mapping[str, float]
+    provenance: Mapping[str, str]
+    former: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def name(self) -> str:
+        """Of the Optuna study: study, searcher, and the seed where it is not 0."""
+        return f"{self.study}.{self.searcher}" + (f".seed{self.seed}" if self.seed else "")
+
+    def same(self, part: str, stored: str | None) -> bool:
+        """Whether this part of the provenance is what a ledger, or a file, has stored."""
+        return stored is not None and stored in (self.provenance.get(part), self.former.get(part))
+
+    def changed(self, stored: Mapping[str, str], without: Collection[str] = ()) -> list[str]:
+        """Parts of the provenance that are not what was stored."""
+        return [part for part in self.provenance if part not in without and not self.same(part, stored.get(part))]
+
+    def digests(self) -> tuple[str, ...]:
+        """Of the provenance as a whole, the present one first."""
+        return tuple(dict.fromkeys(digest_of({**self.provenance, **former}) for former in ({}, self.former)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "former"}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LedgerInfo:
+        return cls(**{**data, "objectives": tuple(data["objectives"]), "rungs": tuple(data["rungs"])})
 
 
 @recipe
@@ -166,13 +227,6 @@ class Study:
             yield from evaluator.prepare(folder, self.seed, device)
         yield from self.training.run(self.supernet, self.images, folder / "supernet", self.seed, device)
 
-    def time_calls(self, folder: Path, device: str) -> Iterator[Progress]:
-        """Measures what calls take that the run folder lacks, where time is limited."""
-        if self.limits_time:
-            assert isinstance(self.evaluator, Timing)
-            net = self.supernet.load(folder / "supernet", device)
-            yield from measure(self.space, self.evaluator, net, folder)
-
     def load(self, folder: Path, device: str) -> LoadedEvaluator:
         """Supernet and evaluator with their tensors; in a worker, once."""
         self._find_images(folder)
@@ -246,6 +300,11 @@ def load_study(file: str | Path) -> Study:
     except UserError:
         raise
     except (Exception, SystemExit) as error:  # the file is the user's: whatever it raises is its message
+        if isinstance(error, ModuleNotFoundError) and error.name in MOVED:
+            raise UserError(
+                f"study file {path} imports {error.name}{_line_of(error, path)}, which is {MOVED[error.name]} now; "
+                "change the import"
+            ) from error
         raise UserError(
             f"study file {path} fails{_line_of(error, path)}: {type(error).__name__}: {first_line(error)}"
         ) from error

@@ -41,8 +41,8 @@ from nas.contracts import (
     Trial,
     frozen,
 )
-from nas.genetics import LATENCY, IntervalCosts, cheapest, check_reachable, dearest, feasible_genomes
-from nas.timing import TimedSpace, calls, key
+from nas.genomes.genetics import LATENCY, IntervalCosts, cheapest, check_reachable, dearest, feasible_genomes
+from nas.genomes.timed import TimedSpace, calls, key
 
 SECONDS_PER_ASK = 10.0
 """An ask that takes longer on the tiny problems below is not bounded."""

@@ -2,7 +2,7 @@
 
 A partition is given by its boundaries over the training timesteps, which hold for any sampler: `bounded` turns them into intervals
 of the sampler's steps. Makers of boundaries: `even`, `equal_snr`, and `segments` of any cost of keeping timesteps together, such as
-`dissimilarity` of gradients (`search_spaces.similarity`) or the `scatter` of a measured effect of each step.
+`dissimilarity` of gradients (`search_spaces.training.similarity`) or the `scatter` of a measured effect of each step.
 """
 
 from __future__ import annotations

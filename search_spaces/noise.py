@@ -19,8 +19,8 @@ import numpy.typing as npt
 from diffusers import DDPMScheduler
 from pydantic import Field
 
+from nas.base.files import first_line, read_json
 from nas.contracts import UserError
-from nas.files import first_line, read_json
 from nas.recipes import recipe
 
 log = logging.getLogger("nas")

@@ -14,8 +14,9 @@ from pydantic import Field
 
 from nas.contracts import UserError
 from nas.recipes import recipe
-from search_spaces.cost import Cost, CostModel
-from search_spaces.unet import Anatomy, Arch
+from search_spaces.networks.cost import Cost, CostModel
+from search_spaces.networks.slices import Arch
+from search_spaces.networks.unet import Anatomy
 
 MOST = 2**16
 """Options of one interval whose costs are still tabulated."""

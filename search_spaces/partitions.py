@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.allocation import allocate
 from nas.contracts import (
     Evaluator,
     Genome,
@@ -27,7 +26,8 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.genetics import dearest
+from nas.genomes.allocation import allocate
+from nas.genomes.genetics import dearest
 from search_spaces.intervals import (
     Boundaries,
     bounded,
@@ -43,9 +43,9 @@ from search_spaces.intervals import (
     starts,
 )
 from search_spaces.options import Options
-from search_spaces.similarity import GradientSimilarity
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import LoadedElasticUNet
+from search_spaces.training.similarity import GradientSimilarity
 
 Array = npt.NDArray[np.float64]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from nas.contracts import UserError
 from nas.recipes import Count, recipe
-from search_spaces.reuse import Graph
+from search_spaces.shipped.reuse import Graph
 
 ALL = ("all",)
 """A step that computes everything."""

@@ -19,8 +19,8 @@ from diffusers import UNet2DModel
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from nas.base.files import first_line, read_json
 from nas.contracts import UserError
-from nas.files import first_line, read_json
 from search_spaces.noise import NoiseSchedule
 
 log = logging.getLogger("nas")

@@ -15,10 +15,10 @@ from pydantic import Field
 from nas.contracts import Choice, Genome, Price, Schedule, Step, UserError
 from nas.recipes import Count, recipe
 from search_spaces.intervals import Timesteps, free
+from search_spaces.networks.slices import Arch
 from search_spaces.options import Options, Subnets
 from search_spaces.patterns import ALL, Computed, Pattern
 from search_spaces.supernet import ElasticUNet
-from search_spaces.unet import Arch
 
 
 @recipe

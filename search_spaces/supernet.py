@@ -23,15 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.func import functional_call
 
+from nas.base.files import file_digest, first_line, tensors_digest
 from nas.contracts import Denoiser, Gated, Step, UserError
-from nas.files import file_digest, first_line, tensors_digest
 from nas.recipes import recipe
-from search_spaces.cost import Cost, CostModel
+from search_spaces.networks.cost import Cost, CostModel
+from search_spaces.networks.slices import Arch, Groups, take
+from search_spaces.networks.unet import Anatomy, StockUNet, arguments, predict, skeleton
 from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options, Subnets
 from search_spaces.pretrained import find, read_weights, weights_digest
-from search_spaces.reuse import run
-from search_spaces.unet import Anatomy, Arch, Groups, StockUNet, arguments, predict, skeleton, take
+from search_spaces.shipped.reuse import run
 
 WEIGHTS = "weights.safetensors"
 
@@ -332,12 +333,12 @@ class LoadedElasticUNet:
 
     @property
     def pipeline_files(self) -> tuple[Path, ...]:
-        here = Path(__file__).parent
+        here = Path(__file__).parent / "shipped"
         return here / "pipeline.py", here / "reuse.py", here / "train_diffusers.py"
 
     @property
     def training_settings(self) -> dict[str, Any]:
-        from search_spaces.train_diffusers import Settings
+        from search_spaces.shipped.train_diffusers import Settings
 
         return asdict(Settings())
 

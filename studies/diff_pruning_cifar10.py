@@ -15,11 +15,10 @@ from evaluators.images import ImageFolder
 from nas.searchers.enumerate import Enumerate
 from nas.searchers.evolution import Evolution
 from nas.study import Study
-from search_spaces.importance import Order
 from search_spaces.intervals import free
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.training import Sandwich, Stages
+from search_spaces.training import Order, Sandwich, Stages
 
 # The DDPM network of CIFAR-10 (Ho et al. 2020): 35.7 M parameters, 6.05 GMACs and 0.17 of attention products.
 UNET = {

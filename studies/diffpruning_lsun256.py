@@ -10,15 +10,14 @@ For comparison, Diff-Pruning at 100 DDIM steps: FID 10.6 for the full network, 1
 from evaluators.features import ExternalFeatures
 from evaluators.frechet import Frechet
 from evaluators.images import ImageFolder
-from nas.relaxation import Relaxation
 from nas.searchers.evolution import Evolution
+from nas.searchers.relaxation import Relaxation
 from nas.searchers.routing import Routing
 from nas.study import Study
-from search_spaces.importance import Order
 from search_spaces.intervals import bounded, uniform
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.training import Experts, Sandwich, Stages
+from search_spaces.training import Experts, Order, Sandwich, Stages
 
 # The DDPM network of LSUN at 256 pixels (Ho et al. 2020): 113.7 M parameters.
 UNET = {

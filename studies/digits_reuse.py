@@ -7,9 +7,9 @@ Hand over:  nas export studies/digits_reuse.py --within macs_share=0.35 --to exp
 
 from evaluators.frechet import Frechet
 from evaluators.images import Digits
-from nas.pruner import Pruner
 from nas.searchers.evolution import Evolution
 from nas.searchers.gates import Gates
+from nas.searchers.pruner import Pruner
 from nas.searchers.random import Random
 from nas.study import Study
 from search_spaces.intervals import linspace, per_step

@@ -10,11 +10,10 @@ from evaluators.images import Digits
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study
-from search_spaces.importance import Order
 from search_spaces.intervals import equal, linspace
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.training import Sandwich, Stages
+from search_spaces.training import Order, Sandwich, Stages
 
 UNET = {
     "sample_size": 8,

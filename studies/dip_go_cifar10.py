@@ -10,9 +10,9 @@ with a subset of steps (`patterns=(Only(ALL), Only(()))`) before calling it reus
 from evaluators.features import ExternalFeatures
 from evaluators.frechet import Frechet
 from evaluators.images import ImageFolder
-from nas.pruner import Pruner
 from nas.searchers.evolution import Evolution
 from nas.searchers.gates import Gates
+from nas.searchers.pruner import Pruner
 from nas.study import Study
 from search_spaces.intervals import per_step, uniform
 from search_spaces.options import Options

@@ -12,12 +12,11 @@ from evaluators.images import ImageFolder
 from nas.searchers.rounds import Rounds
 from nas.searchers.routing import Routing
 from nas.study import Study
-from search_spaces.importance import Order
 from search_spaces.intervals import bounded, equal_snr, linear_budgets, merged, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.training import Experts, Sandwich, Stages
+from search_spaces.training import Experts, Order, Sandwich, Stages
 
 # The DDPM network of CIFAR-10 (Ho et al. 2020): 35.7 M parameters, 6.05 GMACs and 0.17 of attention products.
 UNET = {

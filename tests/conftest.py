@@ -64,7 +64,7 @@ def tiny_study(tiny_net: ElasticUNet) -> Study:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder of the tiny study, searched to its end."""
-    from nas.session import open_session
+    from nas.engine.session import open_session
 
     folder = tmp_path_factory.mktemp("tiny-run")
     with open_session(tiny_study, folder) as session:
@@ -78,7 +78,7 @@ def tiny_run(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
     """Two nodes of one CPU each on this machine, joined by this process."""
-    import nas.ray_runner  # noqa: F401  sets Ray's environment before Ray is imported
+    import nas.engine.ray_runner  # noqa: F401  sets Ray's environment before Ray is imported
     import ray  # isort: skip
     from ray.cluster_utils import Cluster  # isort: skip
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.allocation import Allocation, allocate
+from nas.genomes.allocation import Allocation, allocate
 
 ROW = st.lists(
     st.tuples(st.integers(0, 40), st.one_of(st.integers(-5, 5), st.floats(-3, 3, allow_nan=False))),

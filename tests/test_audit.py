@@ -13,9 +13,9 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.audit import TABLE, Agreement, Tabular, bands_of, measure, read_table, schedules_to_audit, summary
 from nas.contracts import Schedule, Score, UserError
-from nas.session import open_session
+from nas.engine.session import open_session
+from nas.results.audit import TABLE, Agreement, Tabular, bands_of, measure, read_table, schedules_to_audit, summary
 from tests.toy import ToyEvaluator, ToySpace, toy_study
 
 

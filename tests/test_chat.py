@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from nas.contracts import UserError
-from nas.proposers import LONGEST_ANSWER, Chat, RefusedError, read_answer
+from nas.searchers.proposers import LONGEST_ANSWER, Chat, RefusedError, read_answer
 from tests.test_rounds import QUESTION
 
 Handler = Callable[[socket.socket, bytes], None]
@@ -146,7 +146,7 @@ def test_there_is_one_deadline_for_all_of_it(handle: Handler) -> None:
 LIMITED = """
 import resource, sys
 from nas.contracts import UserError
-from nas.proposers import Chat
+from nas.searchers.proposers import Chat
 from tests.test_rounds import QUESTION
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

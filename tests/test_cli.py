@@ -23,9 +23,9 @@ from PIL import Image
 
 from nas import cli
 from nas.cli.options import choose
-from nas.ledger import read_ledgers
-from nas.report import Run
-from nas.storage import lock_run, open_storage
+from nas.engine.ledger import read_ledgers
+from nas.engine.storage import lock_run, open_storage
+from nas.results.report import Run
 from nas.study import load_study
 from nas.testing import check_space
 from tests.arithmetic import SAMPLES

@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from nas.contracts import Trial
-from nas.genetics import dearest
-from nas.ledger import read_ledgers
-from nas.pareto import hypervolume
-from nas.report import Run, area, wall_seconds
-from nas.session import open_session
-from nas.storage import open_storage
+from nas.engine.ledger import read_ledgers
+from nas.engine.session import open_session
+from nas.engine.storage import open_storage
+from nas.genomes.genetics import dearest
+from nas.genomes.pareto import hypervolume
+from nas.results.report import Run, area, wall_seconds
 from nas.study import Study
 from nas.testing import check_searcher
 from tests.test_cli import ROOT, nas, refused
@@ -149,7 +149,7 @@ def test_pauses_do_not_count_as_wall_time() -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from nas.session import open_session
+from nas.engine.session import open_session
 exec(compile(Path(os.environ["STUDY"]).read_text(), "study", "exec"))
 for name in sys.argv[1:]:
     for settled in (3, 11, 7, None):

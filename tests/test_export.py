@@ -10,9 +10,9 @@ import torch
 
 from evaluators.sampling import DDIM, DDPM, sample
 from nas.contracts import Schedule, Step, UserError
-from nas.export import PROGRAM, export
+from nas.handover.export import PROGRAM, export
+from search_spaces.networks.slices import Arch
 from search_spaces.supernet import ElasticUNet
-from search_spaces.unet import Arch
 from tests.arithmetic import CALL, SAMPLES
 from tests.conftest import TINY
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from nas.base.exported import ExportError, check_hashes, read_export, read_network
 from nas.contracts import Schedule, Step
-from nas.export import export
-from nas.exported import ExportError, check_hashes, read_export, read_network
+from nas.handover.export import export
+from search_spaces.shipped.train_diffusers import settings_of
 from search_spaces.supernet import ElasticUNet
-from search_spaces.train_diffusers import settings_of
 from tests.test_cli import nas, refused
 
 FILES = ("schedule.json", "train.json", "model_index.json", "provenance.json")

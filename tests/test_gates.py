@@ -19,15 +19,15 @@ from evaluators.frechet import Frechet
 from evaluators.images import Digits
 from evaluators.sampling import DDIM, sample
 from nas.contracts import Problem, Schedule, Snapshot, Step, UserError
-from nas.genetics import dearest, exact_cost
-from nas.learning import learn_once, learned_file
-from nas.ledger import read_ledgers
-from nas.pruner import Pruner, Scorer, dissimilarity, gammas, kept_share, learn_gates, straight_through
+from nas.engine.learning import learn_once, learned_file
+from nas.engine.ledger import read_ledgers
+from nas.engine.session import open_session
+from nas.engine.storage import open_storage
+from nas.genomes.genetics import dearest, exact_cost
+from nas.genomes.timed import TimedSpace, calls, key
 from nas.searchers.gates import Chooser, Gates
-from nas.session import open_session
-from nas.storage import open_storage
+from nas.searchers.pruner import Pruner, Scorer, dissimilarity, gammas, kept_share, learn_gates, straight_through
 from nas.study import Study
-from nas.timing import TimedSpace, calls, key
 from search_spaces.intervals import per_step, uniform
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Subset, legal
@@ -88,7 +88,7 @@ def test_closing_gates_changes_the_trajectory_as_reuse_does(monkeypatch: pytest.
     gates = torch.tensor([[float(name in row) for name in names] for row in open_gates])
     reuse = [(), *(loaded.reused(arch, sorted(row)) for row in open_gates)]
     schedule = Schedule(tuple(Step(t, arch, tuple(r)) for t, r in zip(STEPS, reuse, strict=True)))
-    from nas import pruner
+    from nas.searchers import pruner
 
     noise = torch.stack(
         [torch.from_numpy(np.random.default_rng((3, i, 0)).standard_normal((1, 8, 8), np.float32)) for i in range(4)]
@@ -106,7 +106,7 @@ def test_closing_gates_changes_the_trajectory_as_reuse_does(monkeypatch: pytest.
 def test_learning_is_charged_and_resumes_to_the_same_gates(
     scope: Any, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nas.pruner.EVERY", 2)
+    monkeypatch.setattr("nas.searchers.pruner.EVERY", 2)
     settings = replace(QUICK, scope=scope, checkpointing=checkpointing, learning_rate=5.0)
     loaded = randomised(DEEP_NET)
     (keep, spent), ticks = finished(learn_gates(settings, loaded, FULL, 1))
@@ -272,7 +272,7 @@ def test_a_run_learns_once_and_proposes_within_the_limit(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gated_study = gated()
-    monkeypatch.setattr("nas.pruner.EVERY", 2)
+    monkeypatch.setattr("nas.searchers.pruner.EVERY", 2)
     (tmp_path / "supernet").symlink_to(tiny_run / "supernet")
     (tmp_path / "features").symlink_to(tiny_run / "features")
     with open_session(gated_study, tmp_path) as session:
@@ -301,8 +301,8 @@ def test_a_run_learns_once_and_proposes_within_the_limit(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-import nas.learning
-from nas.session import open_session
+import nas.engine.learning
+from nas.engine.session import open_session
 from nas.study import load_study
 study = load_study(sys.argv[1])
 after = int(sys.argv[3])
@@ -319,9 +319,9 @@ with open_session(study, Path(sys.argv[2])) as session:
 
 STUDY = """
 from dataclasses import replace
-import nas.pruner
+import nas.searchers.pruner
 from tests.test_gates import gated
-nas.pruner.EVERY = 2
+nas.searchers.pruner.EVERY = 2
 study = gated()
 """
 

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from nas.contracts import Problem, UserError, frozen
-from nas.genetics import check_reachable, cross, feasible_genomes, mutate, novel, random_genome, repair, uniform_genomes
+from nas.genomes.genetics import (
+    check_reachable,
+    cross,
+    feasible_genomes,
+    mutate,
+    novel,
+    random_genome,
+    repair,
+    uniform_genomes,
+)
 from nas.testing import TableSpace, table_problem
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from nas.base.files import file_digest, tensors_digest
 from nas.contracts import UserError
-from nas.files import file_digest, tensors_digest
-from nas.ledger import STUDY
-from nas.report import Run
-from nas.session import open_session
+from nas.engine.ledger import STUDY
+from nas.engine.session import open_session
+from nas.results.report import Run
 from nas.study import Study
 
 

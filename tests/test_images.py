@@ -10,9 +10,9 @@ from PIL import Image
 
 import evaluators.images
 from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, check_shape
+from nas.base.pictures import PictureError, read_picture
 from nas.contracts import UserError
-from nas.pictures import PictureError, read_picture
-from nas.plots import to_uint8
+from nas.results.plots import to_uint8
 from nas.study import load_study
 
 

@@ -11,8 +11,8 @@ import torch
 from benchmarks.cost import DDPM_CIFAR10
 from evaluators.images import Digits
 from nas.contracts import UserError
-from search_spaces.importance import Order, channel_scores, permutations, permute, pruned
 from search_spaces.supernet import ElasticUNet
+from search_spaces.training.importance import Order, channel_scores, permutations, permute, pruned
 from tests.arithmetic import CALL
 from tests.test_options import CONFIGS, inputs
 from tests.test_supernet import randomised

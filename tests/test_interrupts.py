@@ -16,9 +16,9 @@ from safetensors import safe_open
 from sqlalchemy.exc import OperationalError
 
 from evaluators.images import Digits
+from nas.base.failures import explained
+from nas.base.interrupts import Terminated, exit_code, whole
 from nas.contracts import UserError
-from nas.failures import explained
-from nas.interrupts import Terminated, exit_code, whole
 from search_spaces.supernet import ElasticUNet
 from search_spaces.training import Sandwich
 from tests.conftest import TINY

@@ -31,9 +31,9 @@ from search_spaces.intervals import (
 )
 from search_spaces.noise import NoiseSchedule
 from search_spaces.partitions import best_schedule
-from search_spaces.similarity import GradientSimilarity
 from search_spaces.supernet import ElasticUNet
 from search_spaces.training import Sandwich
+from search_spaces.training.similarity import GradientSimilarity
 
 VALUES = arrays(np.float64, st.tuples(st.integers(2, 7), st.just(2)), elements=st.integers(-9, 9).map(float))
 

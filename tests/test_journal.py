@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.contracts import Trial, UserError
-from nas.journal import CHECK, JOURNAL, read_checks, repair, verify
-from nas.ledger import read_ledgers
-from nas.session import open_session
-from nas.storage import open_storage
+from nas.engine.journal import CHECK, JOURNAL, read_checks, repair, verify
+from nas.engine.ledger import read_ledgers
+from nas.engine.session import open_session
+from nas.engine.storage import open_storage
 from tests.test_cli import nas, refused
 from tests.toy import toy_study
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.contracts import Score, Trial
-from nas.ladder import Ladder, clearly_beaten, paired_errors
+from nas.engine.ladder import Ladder, clearly_beaten, paired_errors
 
 
 def trial(

@@ -14,13 +14,13 @@ from evaluators.frechet import Frechet
 from evaluators.images import Digits
 from evaluators.latency import FILE, Latency, Timed, Timer
 from nas.contracts import Schedule, Step, UserError
-from nas.genetics import cheapest, dearest, exact_cost
-from nas.plots import draw_scores
-from nas.report import Run, best_within, cost_in_words
-from nas.session import open_session
+from nas.engine.session import open_session
+from nas.genomes.genetics import cheapest, dearest, exact_cost
+from nas.genomes.timed import TimedSpace, calls, key
+from nas.results.plots import draw_scores
+from nas.results.report import Run, best_within, cost_in_words
 from nas.study import Study
 from nas.testing import check_evaluator
-from nas.timing import TimedSpace, calls, key
 from search_spaces.intervals import uniform
 from search_spaces.options import Options
 from search_spaces.patterns import Every

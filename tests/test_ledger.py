@@ -8,8 +8,8 @@ import optuna
 import pytest
 
 from nas.contracts import Proposal, Score, UserError
-from nas.ledger import Ledger, known_scores, read_ledgers
-from nas.storage import kept_url, lock_run, open_storage
+from nas.engine.ledger import Ledger, known_scores, read_ledgers
+from nas.engine.storage import kept_url, lock_run, open_storage
 from nas.study import Study
 from tests.toy import toy_study
 

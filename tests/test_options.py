@@ -15,10 +15,11 @@ from benchmarks.cost import count_with_fvcore
 from nas.contracts import UserError
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import equal, linear_budgets, uniform
+from search_spaces.networks.slices import Arch
+from search_spaces.networks.unet import predict
 from search_spaces.options import Options
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.unet import Arch, predict
 from tests.arithmetic import CALL
 from tests.conftest import TINY
 from tests.test_supernet import randomised

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks.cost import DDPM_CIFAR10
-from nas.outline import outline
+from nas.results.outline import outline
 from nas.study import Study, load_study
 from search_spaces.training import Experts, Sandwich, Stages
 from tests.test_cli import ROOT, nas, refused

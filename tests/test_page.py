@@ -174,7 +174,7 @@ def test_the_dashboard_shows_each_verified_trials_pictures_and_command(page: Pat
 
 
 def test_a_second_report_books_nothing_twice(page: Path) -> None:
-    from nas.storage import open_storage
+    from nas.engine.storage import open_storage
 
     run = page.parents[1]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nevergrad.optimization.multiobjective.hypervolume import HypervolumeIndicator
 
-from nas.pareto import best_first, crowding, front, hypervolume, ranks
+from nas.genomes.pareto import best_first, crowding, front, hypervolume, ranks
 
 POINTS = st.integers(1, 4).flatmap(
     lambda m: hnp.arrays(np.float64, st.tuples(st.integers(1, 12), st.just(m)), elements=st.integers(0, 6).map(float))

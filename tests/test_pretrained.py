@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from evaluators.sampling import DDIM, DDPM, sample
 from nas.contracts import Schedule, Step, UserError
-from nas.export import export
+from nas.handover.export import export
 from search_spaces.intervals import leading
 from search_spaces.noise import NoiseSchedule
 from search_spaces.supernet import ElasticUNet

@@ -9,10 +9,10 @@ from scipy.stats import kendalltau
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 
-from nas import ranking
 from nas.contracts import Problem, Score, UserError
-from nas.ranking import Ranking
+from nas.searchers import ranking
 from nas.searchers.evolution import Evolution
+from nas.searchers.ranking import Ranking
 from nas.testing import check_searcher, table_problem, toy_score
 from tests.test_searchers import drive, run_to, scored
 

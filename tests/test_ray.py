@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from nas.contracts import Trial, UserError
-from nas.learning import learned_tensors
-from nas.ledger import read_ledgers
-from nas.session import open_session
-from nas.storage import open_storage
+from nas.engine.learning import learned_tensors
+from nas.engine.ledger import read_ledgers
+from nas.engine.session import open_session
+from nas.engine.storage import open_storage
 from nas.study import Study, load_study
 from tests.arithmetic import CALL
 from tests.test_cli import ROOT, interrupted
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
 def run_on_ray(study: Study, folder: Path, searcher: str = "evolution", count: int = 2) -> list[Trial]:
-    from nas.ray_runner import Workers
+    from nas.engine.ray_runner import Workers
 
     with open_session(study, folder) as session:
         conductor = session.conductor(searcher)
@@ -110,8 +110,8 @@ def test_a_real_network_scores_the_same_on_a_worker(
 
 
 def test_an_audit_on_workers_has_the_rows_of_a_local_one(ray_cluster: Any, tmp_path: Path) -> None:
-    from nas.audit import TABLE, measure, read_table
-    from nas.ray_runner import Workers
+    from nas.engine.ray_runner import Workers
+    from nas.results.audit import TABLE, measure, read_table
     from tests.toy import ToyEvaluator
 
     study = toy_study(proxies={"few": ToyEvaluator(rungs=(8,))})
@@ -126,7 +126,7 @@ def test_the_desk_sends_kin_the_same_way_and_waits_for_nobody_twice(monkeypatch:
     import asyncio
     import time
 
-    from nas import ray_runner
+    from nas.engine import ray_runner
     from tests.toy import ToySpace
 
     monkeypatch.setattr(ray_runner, "PATIENCE", 0.2)
@@ -160,7 +160,7 @@ def test_the_desk_sends_kin_the_same_way_and_waits_for_nobody_twice(monkeypatch:
 
 
 def test_impossible_workers_are_refused(ray_cluster: Any, tmp_path: Path) -> None:
-    from nas.ray_runner import Workers
+    from nas.engine.ray_runner import Workers
 
     with pytest.raises(UserError, match="0 workers"):
         Workers(0)
@@ -208,7 +208,7 @@ def test_ctrl_c_stops_a_ray_run_and_says_so(tmp_path: Path) -> None:
 
 def test_searchers_that_keep_state_share_two_workers(ray_cluster: Any, tmp_path: Path) -> None:
     """Answers come back out of order: nobody proposes what is pending, or waits where nothing is."""
-    from nas.ray_runner import Workers
+    from nas.engine.ray_runner import Workers
 
     names = ("ddsm", "nevergrad", "optuna_sampler", "rounds", "routing")
     searchers = {point.name: point.load()() for point in entry_points(group="nas.searchers") if point.name in names}
@@ -222,7 +222,7 @@ def test_searchers_that_keep_state_share_two_workers(ray_cluster: Any, tmp_path:
 
 
 def test_a_searcher_learns_on_a_worker(ray_cluster: Any, tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
-    from nas.ray_runner import Workers
+    from nas.engine.ray_runner import Workers
 
     study = warm(tiny_study)
     folders = {"here": None, "ray": Workers(1)}
@@ -245,8 +245,8 @@ SOCKETS = """
 import json, os, socket, sys, threading, time
 from pathlib import Path
 import psutil
-from nas.ray_runner import Workers, cluster
-from nas.session import open_session
+from nas.engine.ray_runner import Workers, cluster
+from nas.engine.session import open_session
 from tests.toy import toy_study
 
 outer = [a.address for ones in psutil.net_if_addrs().values() for a in ones if a.family == socket.AF_INET and not a.address.startswith("127.")]
@@ -340,7 +340,7 @@ def test_a_dead_part_of_the_cluster_ends_the_run_in_a_line(part: str, tmp_path: 
 def test_an_address_where_nobody_listens_and_too_long_a_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nas.ray_runner import Workers, check_workers
+    from nas.engine.ray_runner import Workers, check_workers
 
     for address, words in (
         ("127.0.0.1:9", "nobody listens at the Ray address"),

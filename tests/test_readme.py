@@ -60,6 +60,8 @@ def test_files_that_are_named_exist() -> None:
     for line in built.splitlines():
         if found := re.match(r"(\w+)/ ", line):
             folder = found.group(1)
+        if found := re.match(r"  (\w+)/ ", line):
+            assert (ROOT / folder / found.group(1)).is_dir(), f"{folder}/{found.group(1)}"
         for name in re.findall(r"[\w/]+\.py\b", line) if folder else ():
             assert (ROOT / folder / name).exists(), f"{folder}/{name}"
     for name in re.findall(r"\]\(([^)#:]+)\)", README):
@@ -69,7 +71,7 @@ def test_files_that_are_named_exist() -> None:
 def test_the_spaces_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     common: dict[str, Any] = {"Gates": Gates, "Evolution": Evolution, "Latency": Latency, "Timed": Timed}
-    for module in ("importance", "intervals", "options", "patterns", "stepwise", "supernet", "training"):
+    for module in ("intervals", "options", "patterns", "stepwise", "supernet", "training"):
         common |= vars(importlib.import_module(f"search_spaces.{module}"))
     digits_wide.net.initial(0).extract(digits_wide.net.uniform(1.0)).save_pretrained("model")
     shown = [block for block in blocks("python") if "Stepwise(" in block or "Timed(" in block]

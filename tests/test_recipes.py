@@ -18,12 +18,12 @@ from evaluators.frechet import Frechet
 from evaluators.images import Digits, ImageFolder
 from evaluators.latency import Latency, Timed
 from nas.contracts import UserError, digest_of
-from nas.proposers import Chat
-from nas.pruner import Pruner
 from nas.recipes import Count, Share, check_recipe, recipe
 from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
+from nas.searchers.proposers import Chat
+from nas.searchers.pruner import Pruner
 from nas.searchers.rounds import Rounds
 from nas.searchers.routing import Routing
 from search_spaces.intervals import per_step, uniform

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.contracts import ImageSet, Problem, UserError
-from nas.genetics import IntervalCosts
-from nas.learning import learned_file, learned_macs, learned_tensors
-from nas.ledger import read_ledgers
-from nas.relaxation import Relaxation, learn, option_weights
-from nas.report import Run
+from nas.engine.learning import learned_file, learned_macs, learned_tensors
+from nas.engine.ledger import read_ledgers
+from nas.engine.session import open_session
+from nas.engine.storage import open_storage
+from nas.genomes.genetics import IntervalCosts
+from nas.results.report import Run
+from nas.searchers.relaxation import Relaxation, learn, option_weights
 from nas.searchers.routing import Routing, RoutingSearch
-from nas.session import open_session
-from nas.storage import open_storage
 from nas.study import Study
 from nas.testing import check_searcher, joint_problem, table_problem
 from tests.test_runner import facts

@@ -23,18 +23,19 @@ from evaluators.proxies import DenoisingLoss, TrajectoryDistance
 from evaluators.sampling import DDIM, DDPM, sample
 from evaluators.trajectories import Trajectories
 from nas.contracts import Genome, Problem, Schedule, Step, UserError
-from nas.export import export
-from nas.genetics import IntervalCosts, check_reachable
+from nas.genomes.genetics import IntervalCosts, check_reachable
+from nas.genomes.timed import TimedSpace, calls, key
+from nas.handover.export import export
 from nas.study import Study
 from nas.testing import check_space
-from nas.timing import TimedSpace, calls, key
 from search_spaces.intervals import per_step, uniform
+from search_spaces.networks.slices import Arch
+from search_spaces.networks.unet import predict
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only, Subset, legal
-from search_spaces.reuse import Graph, graph_of, run
+from search_spaces.shipped.reuse import Graph, graph_of, run
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.unet import Arch, predict
 from tests.arithmetic import CALL, SAMPLES
 from tests.conftest import TINY
 from tests.test_supernet import CONFIGS, NO_ATTENTION, RICH, inputs, randomised

@@ -13,8 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.contracts import Choice, Proposal, UserError
-from nas.genetics import IntervalCosts
-from nas.proposers import Chat, Local, Question, RefusedError, Remembered, Transcript, nearest_within, read_answer
+from nas.genomes.genetics import IntervalCosts
+from nas.searchers.proposers import (
+    Chat,
+    Local,
+    Question,
+    RefusedError,
+    Remembered,
+    Transcript,
+    nearest_within,
+    read_answer,
+)
 from nas.searchers.random import Random
 from nas.searchers.rounds import Rounds
 from nas.testing import check_searcher, closed, joint_problem, table_problem, toy_score

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.contracts import Problem, Proposal, Score, Trial, UserError
-from nas.genetics import IntervalCosts, feasible_genomes
+from nas.genomes.genetics import IntervalCosts, feasible_genomes
 from nas.searchers.random import Random
 from nas.searchers.routing import Policy, Routing, Walk, advantage_of
 from nas.testing import check_searcher, joint_problem, table_problem, toy_score

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from nas.contracts import Proposal, Schedule, Score, Trial, UserError, derive_seed
-from nas.ladder import Ladder
-from nas.ledger import Ledger, read_ledgers
-from nas.report import Run
-from nas.runner import Conductor
+from nas.engine.ladder import Ladder
+from nas.engine.ledger import Ledger, read_ledgers
+from nas.engine.runner import Conductor
+from nas.engine.session import open_session
+from nas.engine.storage import open_storage
+from nas.results.report import Run
 from nas.searchers.random import RandomSearch
-from nas.session import open_session
-from nas.storage import open_storage
 from nas.study import Study
 from tests.toy import ToyEvaluator, ToySpace, toy_study
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from nas.contracts import WAIT, Genome, Problem, Proposal, Score, Trial, UserError
-from nas.genetics import feasible_genomes, uniform_genomes
-from nas.pareto import hypervolume
+from nas.genomes.genetics import feasible_genomes, uniform_genomes
+from nas.genomes.pareto import hypervolume
 from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-import nas.writers
+import nas.engine.writers
 from benchmarks.postgres import installed, server
 from nas.contracts import UserError
-from nas.ledger import read_ledgers
-from nas.report import Run
-from nas.session import open_session
-from nas.storage import kept_url, open_storage, shown_url
-from nas.writers import only_writer
+from nas.engine.ledger import read_ledgers
+from nas.engine.session import open_session
+from nas.engine.storage import kept_url, open_storage, shown_url
+from nas.engine.writers import only_writer
+from nas.results.report import Run
 from tests.test_cli import nas as command
 from tests.test_cli import refused, study_file
 from tests.toy import toy_study
@@ -87,7 +87,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 HOLDER = """
 import sys, time
-from nas.writers import only_writer
+from nas.engine.writers import only_writer
 with only_writer(sys.argv[1], "a"):
     print("held", flush=True)
     time.sleep(60)
@@ -119,12 +119,12 @@ def test_a_second_writer_is_told_who_holds_the_ledger_until_that_one_dies(url: s
 def test_a_row_that_nobody_renews_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a machine that was switched off: nobody can ask whether its process lives."""
     url = f"sqlite:///{tmp_path}/shared.db"
-    monkeypatch.setattr(nas.writers, "_who", lambda: "process 1 on another-machine")
+    monkeypatch.setattr(nas.engine.writers, "_who", lambda: "process 1 on another-machine")
     with only_writer(url, "a"):
         monkeypatch.undo()
         with pytest.raises(UserError, match="process 1 on another-machine"), only_writer(url, "a"):
             pass
-        monkeypatch.setattr(nas.writers, "STALE", 0.0)
+        monkeypatch.setattr(nas.engine.writers, "STALE", 0.0)
         with only_writer(url, "a"):
             pass
 
@@ -132,7 +132,7 @@ def test_a_row_that_nobody_renews_is_free(tmp_path: Path, monkeypatch: pytest.Mo
 RUN = """
 import sys
 from pathlib import Path
-from nas.session import open_session
+from nas.engine.session import open_session
 from tests.toy import toy_study
 study = toy_study(evaluator__seconds=0.05, evaluator__log=sys.argv[3], trials=6, verified=2)
 with open_session(study, Path(sys.argv[1]), sys.argv[2]) as session:

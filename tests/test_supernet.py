@@ -14,9 +14,10 @@ from benchmarks.cost import count_with_fvcore
 from nas.contracts import Step, UserError
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import equal, leading, linspace, per_step, quadratic, uniform
+from search_spaces.networks.slices import Arch
+from search_spaces.networks.unet import skeleton
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.unet import Arch, skeleton
 from tests.arithmetic import CALL
 from tests.conftest import TINY
 

@@ -23,16 +23,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from evaluators.images import Digits
+from nas.base.exported import check_hashes, read_export
 from nas.contracts import Schedule, Step, derive_seed
-from nas.export import export
-from nas.exported import check_hashes, read_export
-from nas.handover import adopt
-from nas.ledger import read_ledgers
-from nas.report import Run
-from nas.storage import open_storage
+from nas.engine.ledger import read_ledgers
+from nas.engine.storage import open_storage
+from nas.handover.export import export
+from nas.handover.training import adopt
+from nas.results.report import Run
 from nas.study import load_study
+from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.supernet import ElasticUNet
-from search_spaces.train_diffusers import Settings, train
 from tests.test_cli import nas, refused
 
 QUICK = Settings(steps=12, batch=8, warmup=2, checkpoint_every=3)

@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 from evaluators.images import Digits
 from nas.contracts import Progress, Schedule, Step, UserError, derive_seed
 from nas.testing import check_supernet
-from search_spaces.importance import Order
-from search_spaces.optimiser import Batches, Optimiser, Teacher
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.training import Experts, FineTune, Sandwich, Stages
+from search_spaces.training import Experts, FineTune, Order, Sandwich, Stages
+from search_spaces.training.optimiser import Batches, Optimiser, Teacher
 from tests.arithmetic import CALL
 
 SHORT = Sandwich(steps=12, batch=8, warmup=2, checkpoint_every=4)

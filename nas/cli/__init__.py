@@ -8,11 +8,11 @@ import sys
 import typer
 from rich.markup import escape
 
+from nas.base.failures import explained
+from nas.base.files import first_line
+from nas.base.interrupts import Answered, answer_sigterm, exit_code, terminated
 from nas.cli import measure, models, search
-from nas.failures import explained
-from nas.files import first_line
-from nas.interrupts import Answered, answer_sigterm, exit_code, terminated
-from nas.terminal import notes, say_in_words
+from nas.cli.terminal import notes, say_in_words
 
 # Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
 # slow down many times over as soon as anything else wants a core.

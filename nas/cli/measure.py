@@ -22,13 +22,13 @@ from nas.cli.options import (
     run_folder,
     worker_pool,
 )
-from nas.contracts import UserError
-from nas.terminal import (
+from nas.cli.terminal import (
     follow,
     print_audit,
     print_intervals,
     progress_bars,
 )
+from nas.contracts import UserError
 
 
 def audit(
@@ -44,9 +44,9 @@ def audit(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
     """Compare the study's proxies with its reference score. Writes <run>/audit/; the same command goes on after a stop."""
-    from nas.audit import TABLE, measure, read_table, schedules_to_audit, summary
-    from nas.plots import draw_audit
-    from nas.session import open_session
+    from nas.engine.session import open_session
+    from nas.results.audit import TABLE, measure, read_table, schedules_to_audit, summary
+    from nas.results.plots import draw_audit
     from nas.study import load_study
 
     study = load_study(study_file)
@@ -91,8 +91,8 @@ def intervals(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
     """Divide the timesteps: by gradients, sensitivity, SNR, evenly; and say how well each does. Writes <run>/intervals/."""
-    from nas.plots import draw_intervals
-    from nas.session import open_session
+    from nas.engine.session import open_session
+    from nas.results.plots import draw_intervals
     from nas.study import load_study
     from search_spaces.partitions import Partitions
     from search_spaces.stepwise import Stepwise

@@ -27,8 +27,8 @@ from nas.cli.options import (
     run_folder,
     summary_of,
 )
+from nas.cli.terminal import follow, notes, out, progress_bars
 from nas.contracts import Progress, UserError
-from nas.terminal import follow, notes, out, progress_bars
 
 
 class Precision(enum.StrEnum):
@@ -58,7 +58,7 @@ def export(
     storage: StorageOption = None,
 ) -> None:
     """Write a trial's networks as stock diffusers folders, with the schedule, provenance and a proof of equality."""
-    from nas.export import export as write
+    from nas.handover.export import export as write
     from nas.study import load_study
 
     study = load_study(study_file)
@@ -122,7 +122,7 @@ def sample(
     if to.suffix == ".npy":
         np.save(to, images)
     else:
-        from nas.plots import draw_samples
+        from nas.results.plots import draw_samples
 
         draw_samples(images, to, scale=max(1, 96 // images.shape[-1]))
     out.print(
@@ -184,10 +184,10 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Fine-tune an exported folder's networks into EXPORT_DIR/trained, each on the timesteps it serves. The same command goes on after a stop."""
-    from nas.export import PROGRAM, write_programs
-    from nas.exported import check_hashes, read_export
-    from nas.handover import Validation, check_origin, fine_tune, keep_settings, score_and_book
-    from nas.interrupts import whole
+    from nas.base.exported import check_hashes, read_export
+    from nas.base.interrupts import whole
+    from nas.handover.export import PROGRAM, write_programs
+    from nas.handover.training import Validation, check_origin, fine_tune, keep_settings, score_and_book
     from nas.study import load_study
 
     folder = export_dir.resolve()
@@ -215,8 +215,8 @@ def train(
     bars = progress_bars(quiet or as_json)
     facts: dict[str, Any] = {"trained": str(folder / "trained")}
     with resumable(folder), bars:
-        from search_spaces.train_diffusers import settings_of
-        from search_spaces.train_diffusers import train as begin
+        from search_spaces.shipped.train_diffusers import settings_of
+        from search_spaces.shipped.train_diffusers import train as begin
 
         if device.startswith("cuda:"):
             import torch
@@ -245,7 +245,7 @@ def train(
 
 def _pixels(images: str, shape: Sequence[int], resize: str | None) -> Generator[Progress, None, Any]:
     """Of a named set, a folder or an array; (n, channels, height, width) in [-1, 1]."""
-    from search_spaces.train_diffusers import read_images
+    from search_spaces.shipped.train_diffusers import read_images
 
     name, _, size = images.partition(":")
     if name == "digits" and (not size or size.isdigit()):

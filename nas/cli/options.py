@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nas.base.interrupts import Answered, exit_code
+from nas.cli.terminal import notes
 from nas.contracts import UserError
-from nas.interrupts import Answered, exit_code
-from nas.terminal import notes
 
 if TYPE_CHECKING:
     from nas.contracts import Score, Trial
-    from nas.ray_runner import Workers
-    from nas.report import Run
+    from nas.engine.ray_runner import Workers
+    from nas.results.report import Run
     from nas.study import Study
 
 StudyFile = Annotated[
@@ -76,7 +76,7 @@ def choose(
 ) -> tuple[Trial, str]:
     """The trial that --trial or --within means, and the name of its ledger. Within a budget all searchers of the seed compete, unless
     one is named."""
-    from nas.report import Run, best_within
+    from nas.results.report import Run, best_within
 
     if (trial is None) == (within is None):
         raise UserError("say which trial: either --trial N or --within COST=LIMIT")
@@ -126,7 +126,7 @@ def worker_pool(count: int, gpus: float, address: str | None, device: str) -> Wo
         return None
     if address:
         os.environ["RAY_ADDRESS"] = address
-    from nas.ray_runner import Workers, check_workers
+    from nas.engine.ray_runner import Workers, check_workers
 
     pool = Workers(count or 1, gpus, address, device)
     check_workers(pool)
@@ -139,7 +139,7 @@ def on_workers(pool: Workers | None) -> Iterator[None]:
     if pool is None:
         yield
         return
-    from nas.ray_runner import cluster
+    from nas.engine.ray_runner import cluster
 
     with cluster(pool):
         yield
@@ -175,8 +175,8 @@ def resumable(folder: Path) -> Iterator[None]:
 
 def confirmed(study: Study, folder: Path, storage: str | None, trial: Trial, device: str = "cpu") -> Score:
     """The score of a chosen trial on noises on which nothing was chosen; made now where the run has not."""
-    from nas.report import Run
-    from nas.session import open_session
+    from nas.engine.session import open_session
+    from nas.results.report import Run
 
     found = Run.open(folder, storage)
     known = found.confirmed.get(trial.digest)
@@ -192,8 +192,8 @@ def confirmed(study: Study, folder: Path, storage: str | None, trial: Trial, dev
 
 
 def comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
-    from nas.plots import draw_curves, draw_front
-    from nas.report import Run
+    from nas.results.plots import draw_curves, draw_front
+    from nas.results.report import Run
 
     found = Run.open(run_dir, storage)
     if not found.ledgers:
@@ -209,7 +209,7 @@ def comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
 
 def summary_of(trial: Trial, study: Study, score: Score | None = None) -> str:
     """Its cost and its objectives: as `score` has them, or else as it was scored."""
-    from nas.report import cost_in_words
+    from nas.results.report import cost_in_words
 
     shown = replace(trial, score=score or trial.score)
     values = zip(study.objectives, shown.objectives(study.objectives), strict=True)
@@ -223,7 +223,7 @@ def run_folder(study: Study, out_dir: Path | None) -> Path:
 def check_device(device: str) -> None:
     import torch
 
-    from nas.files import first_line
+    from nas.base.files import first_line
 
     try:
         torch.empty(0, device=device)

@@ -30,8 +30,7 @@ from nas.cli.options import (
     waiting,
     worker_pool,
 )
-from nas.contracts import UserError
-from nas.terminal import (
+from nas.cli.terminal import (
     SearchBar,
     follow,
     notes,
@@ -41,6 +40,7 @@ from nas.terminal import (
     print_status,
     progress_bars,
 )
+from nas.contracts import UserError
 
 
 def run(
@@ -81,9 +81,9 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
     """Train what is missing, search, verify. The same command again goes on where it stopped."""
-    from nas.report import Run
-    from nas.session import open_session
-    from nas.storage import check_answers
+    from nas.engine.session import open_session
+    from nas.engine.storage import check_answers
+    from nas.results.report import Run
     from nas.study import BASELINE, load_study
 
     study = load_study(study_file)
@@ -96,7 +96,7 @@ def run(
         check_answers(storage)
     check_device(device)
     if dry_run:
-        from nas.outline import THROUGHPUT, outline
+        from nas.results.outline import THROUGHPUT, outline
 
         facts = outline(study, throughput or THROUGHPUT)
         if as_json:
@@ -148,9 +148,9 @@ def run(
 
 def repair(run_dir: RunDir, as_json: JsonOption = False) -> None:
     """Mend a damaged journal: keep every whole trial, set the rest aside in a file."""
-    from nas.journal import JOURNAL
-    from nas.journal import repair as mend
-    from nas.storage import lock_run
+    from nas.engine.journal import JOURNAL
+    from nas.engine.journal import repair as mend
+    from nas.engine.storage import lock_run
 
     path = run_dir.resolve() / JOURNAL
     if not path.exists():
@@ -173,7 +173,7 @@ def repair(run_dir: RunDir, as_json: JsonOption = False) -> None:
 
 def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """How far a run is. Reads the run folder alone."""
-    from nas.report import Run
+    from nas.results.report import Run
 
     with notes.status(f"reading {run_dir}"):  # seconds, where there are many thousands of trials
         facts = Run.open(run_dir, storage).status()
@@ -204,9 +204,9 @@ def report(
     """Write the run as one self-contained page, <run>/report/index.html; give the dashboard's trials their pictures and notes."""
     from importlib.util import find_spec
 
-    from nas.page import write_page
-    from nas.report import Run
-    from nas.storage import open_storage
+    from nas.engine.storage import open_storage
+    from nas.results.page import write_page
+    from nas.results.report import Run
     from nas.study import load_study
 
     study = load_study(study_file)
@@ -218,7 +218,7 @@ def report(
     loaded = study.load(folder, device)
     path = write_page(study, study_file, found, loaded)
     if find_spec("optuna_dashboard"):
-        from nas.dashboard import attach
+        from nas.results.dashboard import attach
 
         opened = open_storage(folder, storage or found.facts["storage"])
         with resumable(folder), progress_bars(quiet or as_json) as bars:
@@ -235,11 +235,11 @@ def dashboard(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on the loopback address.")] = 8080,
 ) -> None:
     """Open the run in optuna-dashboard, on this machine only."""
-    from nas.report import Run
+    from nas.results.report import Run
 
     facts = Run.open(run_dir, storage).facts
-    from nas.dashboard import serve
-    from nas.storage import open_storage
+    from nas.engine.storage import open_storage
+    from nas.results.dashboard import serve
 
     notes.print(f"http://127.0.0.1:{port}/dashboard  (Ctrl-C ends it)", highlight=False)
     with suppress(KeyboardInterrupt):

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genetics import novel, random_genome, repair, uniform_genomes
+from nas.genomes.genetics import novel, random_genome, repair, uniform_genomes
 from nas.recipes import Share, Weight, recipe
 
 MUTATIONS = {"released": 1e-3, "intended": 1.0}

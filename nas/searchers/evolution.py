@@ -15,10 +15,10 @@ import numpy.typing as npt
 from pydantic import Field
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genetics import Taken, cheapest, cross, mutate, novel, random_genome, repair, uniform_genomes
-from nas.pareto import best_first
-from nas.ranking import MOST, Ranking
+from nas.genomes.genetics import Taken, cheapest, cross, mutate, novel, random_genome, repair, uniform_genomes
+from nas.genomes.pareto import best_first
 from nas.recipes import Few, Share, recipe
+from nas.searchers.ranking import MOST, Ranking
 
 DRAWN = 2
 """Offspring drawn at most, for each that is wanted."""

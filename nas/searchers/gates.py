@@ -1,7 +1,7 @@
 """Reuse learned by gradients, for any budget from one fit, after DiP-GO (Zhu et al., NeurIPS 2024), with settings of our own: the number of
 steps, the batch of fresh noises, the weight and the floor of the sparsity loss are not those of the published training.
 
-What is learned are keep probabilities of blocks by step (`nas.pruner`). From them a schedule within a budget is made in one of three
+What is learned are keep probabilities of blocks by step (`nas.searchers.pruner`). From them a schedule within a budget is made in one of three
 ways, and proposed like anybody else's: only its score counts. "bisection" is the paper's: one threshold on all of them, the lowest that
 keeps the budget. "greedy" is the released code's: thresholds on the skip probability from 0.95 down, from the output's side block by
 block, the steps surest to be skipped first, until the budget is kept. "knapsack" is the exact answer to the question that both
@@ -21,7 +21,6 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from nas.allocation import allocate
 from nas.contracts import (
     DONE,
     Genome,
@@ -38,9 +37,10 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.genetics import IntervalCosts, Taken, budget_of, dearest, exact_cost, near, novel, random_genome
-from nas.pruner import Pruner, learn_gates
+from nas.genomes.allocation import allocate
+from nas.genomes.genetics import IntervalCosts, Taken, budget_of, dearest, exact_cost, near, novel, random_genome
 from nas.recipes import recipe
+from nas.searchers.pruner import Pruner, learn_gates
 
 Choosing = Literal["bisection", "greedy", "knapsack"]
 Floats = npt.NDArray[np.float64]

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from nas.allocation import allocate
 from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genetics import IntervalCosts, Taken, budget_of, novel, random_genome
-from nas.pareto import front
+from nas.genomes.allocation import allocate
+from nas.genomes.genetics import IntervalCosts, Taken, budget_of, novel, random_genome
+from nas.genomes.pareto import front
 from nas.recipes import Few, recipe
 
 Option = tuple[int, ...]

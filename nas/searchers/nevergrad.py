@@ -19,7 +19,7 @@ from nevergrad.common.errors import TellNotAskedNotSupportedError
 from scipy.special import ndtr, ndtri
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import LATENCY, TRIES, Taken, budget_of, cheapest, near, repair
+from nas.genomes.genetics import LATENCY, TRIES, Taken, budget_of, cheapest, near, repair
 from nas.recipes import Count, recipe
 
 

@@ -18,7 +18,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genetics import Taken, near
+from nas.genomes.genetics import Taken, near
 from nas.recipes import recipe
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genetics import Taken, novel, random_genome
+from nas.genomes.genetics import Taken, novel, random_genome
 from nas.recipes import recipe
 
 

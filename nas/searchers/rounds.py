@@ -17,10 +17,10 @@ import numpy.typing as npt
 from pydantic import Field
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genetics import IntervalCosts, Taken, budget_of, near
-from nas.proposers import Local, Option, Proposer, Question, RefusedError, Remembered, read_answer
-from nas.ranking import MOST, Ranking
+from nas.genomes.genetics import IntervalCosts, Taken, budget_of, near
 from nas.recipes import Few, recipe
+from nas.searchers.proposers import Local, Option, Proposer, Question, RefusedError, Remembered, read_answer
+from nas.searchers.ranking import MOST, Ranking
 
 SHOWN = 500
 """Characters of an answer that are booked, and shown to the proposer again."""

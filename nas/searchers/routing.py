@@ -33,9 +33,9 @@ from nas.contracts import (
     Trial,
     derive_seed,
 )
-from nas.genetics import IntervalCosts, Taken, budget_of, near
+from nas.genomes.genetics import IntervalCosts, Taken, budget_of, near
 from nas.recipes import Count, Few, Positive, Weight, recipe
-from nas.relaxation import Relaxation, learn
+from nas.searchers.relaxation import Relaxation, learn
 
 Array = npt.NDArray[np.float64]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial
-from nas.genetics import Taken, uniform_genomes
+from nas.genomes.genetics import Taken, uniform_genomes
 from nas.recipes import recipe
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial
-from nas.genetics import dearest, near
+from nas.genomes.genetics import dearest, near
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,235 @@
+"""The path of a candidate: resume, propose, settle. `run_here` evaluates in this process; `ray_runner` on workers."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from nas.contracts import (
+    DONE,
+    WAIT,
+    Problem,
+    Proposal,
+    Schedule,
+    Score,
+    Search,
+    Signal,
+    Trial,
+    UserError,
+    derive_seed,
+)
+from nas.engine.ladder import Climb, Ladder
+from nas.engine.ledger import Ledger
+
+FAILURES_PER_GENOME = 2
+FAILURES_IN_A_ROW = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One evaluation to be done: `samples` samples of `schedule` with the noises of `seed`."""
+
+    trial: Trial
+    schedule: Schedule
+    samples: int
+    seed: int
+
+
+def noise_of(rung: int, rungs: Sequence[int]) -> str:
+    """Purpose of the noises on which a rung is scored: the last one verifies, on others than those that its schedules were chosen on."""
+    return "verification noise" if rung == rungs[-1] and len(rungs) > 1 else "search noise"
+
+
+class Conductor:
+    """Hands out jobs and books their outcomes, for one searcher and its ledger. Where jobs run is the runner's affair.
+
+    On creation it replays the ledger: finished trials are told to the search in order of completion, RUNNING ones of a
+    killed run are handed out again first. `known` holds scores of other ledgers of the run, by (digest, rung): they are
+    taken instead of run again; this one's are added. `noise`: purpose of the noises of all rungs, where it is not the rung's own. `on_settled` sees every trial that is closed in this run.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        search: Search,
+        problem: Problem,
+        ladder: Ladder,
+        seed: int,
+        known: dict[tuple[str, int], tuple[str, Score]] | None = None,
+        on_settled: Callable[[Trial], None] = lambda trial: None,
+        noise: str | None = None,
+    ) -> None:
+        self.ledger = ledger
+        self._noise = noise
+        self._search = search
+        self._problem = problem
+        self._ladder = ladder
+        self._climb = Climb(ladder, ledger.trials)
+        self._proposed = sum(self._counts(trial) for trial in ledger.trials)
+        self._seed = seed
+        self._known = {} if known is None else known
+        self._on_settled = on_settled
+        self._rungs = ledger.info.rungs
+        self._failures: Counter[tuple[str, int]] = Counter()
+        self._failed_in_a_row = 0
+        self._retries: deque[Trial] = deque()
+        self._search_done = False
+        self._replay(ledger.finished)
+        self._running = {trial.number: trial for trial in ledger.trials if trial.status == "running"}
+        self._stale = deque(self._running.values())
+        reopened = {(trial.digest, trial.rung) for trial in self._running.values()}
+        self._retries = deque(trial for trial in self._retries if (trial.digest, trial.rung) not in reopened)
+
+    def _replay(self, finished: Sequence[Trial]) -> None:
+        """Tells what was told before. Failures of a streak that ended a run had a cause outside of the candidates: they
+        do not count, and those of the last one are tried again. What an earlier streak left for good is told."""
+        last = {(trial.digest, trial.rung): trial for trial in finished}
+        for failed, group in groupby(finished, lambda trial: trial.status == "failed"):
+            streak = list(group)
+            if not failed or len(streak) < FAILURES_IN_A_ROW:
+                for trial in streak:
+                    self._absorb(trial)
+                continue
+            left = [trial for trial in streak if last[trial.digest, trial.rung] is trial]
+            if streak[-1] is finished[-1]:
+                self._retries.extend(left)
+            else:
+                for trial in left:
+                    self._tell(trial)
+
+    @property
+    def proposed(self) -> int:
+        """Proposals on the first rung so far; a second attempt at a failed one does not count."""
+        return self._proposed
+
+    def _counts(self, trial: Trial) -> bool:
+        return trial.rung == self.ledger.info.rungs[0] and "retry" not in trial.origin
+
+    @property
+    def planned(self) -> int:
+        """How many trials this run is expected to close in all."""
+        searched = self.proposed if self._search_done else self._ladder.trials
+        return searched + sum(min(self._ladder.room(level), searched) for level in range(1, len(self._rungs)))
+
+    def next(self) -> Job | Signal:
+        """The next evaluation, WAIT while it depends on one that is running, or DONE.
+
+        Raises UserError after several failures in a row without any success.
+        """
+        if self._failed_in_a_row >= FAILURES_IN_A_ROW:
+            last = next(trial.reason for trial in reversed(self.ledger.finished) if trial.status == "failed")
+            raise UserError(
+                f"{self._failed_in_a_row} evaluations in a row failed, the last with: {last.strip().splitlines()[-1]}"
+            )
+        if self._stale:
+            return self._job(self._stale.popleft())
+        while True:
+            opened = self._open_next()
+            if isinstance(opened, Signal):
+                return opened
+            known = self._known.get((opened.digest, opened.rung))
+            if known is None:
+                return self._job(opened)
+            mine = known[0].startswith(
+                f"{self.ledger.info.name}#"
+            )  # another genome of the same schedule: paid for already
+            self.settle(opened.number, replace(known[1], spent={}) if mine else known[1].charged_in_full())
+
+    def settle(self, number: int, outcome: Score | str) -> Trial:
+        """Books a score, or the reason of a failure, and tells the search what it should know."""
+        del self._running[number]
+        if isinstance(outcome, Score):
+            objectives = replace(self.ledger.trial(number), score=outcome).objectives(self._problem.objectives)
+            if not all(math.isfinite(value) for value in objectives):
+                outcome = f"a score is not finite: {dict(outcome.values)}"
+        trial = self.ledger.fail(number, outcome) if isinstance(outcome, str) else self.ledger.close(number, outcome)
+        self._failed_in_a_row = self._failed_in_a_row + 1 if trial.status == "failed" else 0
+        self._climb.note(trial)
+        self._absorb(trial)
+        self._on_settled(trial)
+        return trial
+
+    def _open_next(self) -> Trial | Signal:
+        if self._retries:
+            failed = self._retries.popleft()
+            return self._open(Proposal(failed.genome, {**failed.origin, "retry": failed.number}), failed.rung)
+        searching = not self._search_done and self.proposed < self._ladder.trials
+        leader = self._climb.next(searching)
+        if leader is not None:
+            return self._open(Proposal(leader.genome, {"rises_from": leader.number}), self._above(leader.rung))
+        if searching:
+            pending = [trial.genome for trial in self._running.values() if trial.rung == self._rungs[0]]
+            answer = self._search.ask(pending)
+            if isinstance(answer, Proposal):
+                self._check(answer)
+                return self._open(answer, self._rungs[0])
+            if answer is WAIT and self._running:
+                return WAIT
+            self._search_done = True
+            return self._open_next()
+        return WAIT if self._running else DONE
+
+    def _check(self, proposal: Proposal) -> None:
+        """A searcher's word is not enough: nothing over budget is evaluated, but for probes, which say so."""
+        sizes = [len(choice.options) for choice in self._problem.space.choices]
+        genome = proposal.genome
+        if len(genome) != len(sizes) or not all(0 <= gene < size for gene, size in zip(genome, sizes, strict=True)):
+            raise UserError(f"searcher {self.ledger.info.searcher} proposed {genome}, which is no genome of the space")
+        if "probe" not in proposal.origin and not self._problem.feasible(genome):
+            limits = dict(self._problem.limits)
+            raise UserError(f"searcher {self.ledger.info.searcher} proposed {genome}, which breaks the limits {limits}")
+
+    def _above(self, rung: int) -> int:
+        return self._rungs[self._rungs.index(rung) + 1]
+
+    def _open(self, proposal: Proposal, rung: int) -> Trial:
+        schedule = self._problem.space.decode(proposal.genome)
+        known = self._known.get((schedule.digest, rung))
+        if known is not None:
+            proposal = Proposal(proposal.genome, {**proposal.origin, "scored_by": known[0]})
+        trial = self.ledger.open(proposal, schedule, rung)
+        self._running[trial.number] = trial
+        self._climb.note(trial)
+        self._proposed += self._counts(trial)
+        return trial
+
+    def _job(self, trial: Trial) -> Job:
+        purpose = self._noise or noise_of(trial.rung, self._rungs)
+        return Job(trial, self._problem.space.decode(trial.genome), trial.rung, derive_seed(self._seed, purpose))
+
+    def _absorb(self, trial: Trial) -> None:
+        """What follows from a closed trial, live or replayed: a first failure is tried again, all else is told."""
+        key = trial.digest, trial.rung
+        self._retries = deque(other for other in self._retries if (other.digest, other.rung) != key)
+        if trial.status == "failed":
+            self._failures[key] += 1
+            if self._failures[key] < FAILURES_PER_GENOME:
+                self._retries.append(trial)
+                return
+        elif trial.score is not None:
+            self._known.setdefault(key, (f"{self.ledger.info.name}#{trial.number}", trial.score))
+        self._tell(trial)
+
+    def _tell(self, trial: Trial) -> None:
+        if trial.rung == self._rungs[0]:
+            self._search.tell(trial)
+
+
+def run_here(conductor: Conductor, evaluate: Callable[[Schedule, int, int], Score]) -> None:
+    """Runs every job in this process, one after another. Deterministic: a resumed run repeats an uninterrupted one."""
+    while isinstance(job := conductor.next(), Job):
+        conductor.settle(job.trial.number, attempt(evaluate, job.schedule, job.samples, job.seed))
+
+
+def attempt(
+    evaluate: Callable[[Schedule, int, int], Score], schedule: Schedule, samples: int, seed: int
+) -> Score | str:
+    """The score, or the traceback of what went wrong: one bad candidate must not end a search."""
+    try:
+        return evaluate(schedule, samples, seed)
+    except Exception:  # whatever a user's evaluator raises is the trial's reason
+        return traceback.format_exc(limit=-5)

@@ -1,0 +1,182 @@
+"""One run folder held open by one process: prepare what is missing, then search, resuming what is there.
+
+<run>/study.json     what is searched, for `nas status` and `nas compare`
+<run>/supernet/      weights, or the checkpoint of an unfinished training
+<run>/features/      the feature extractor
+<run>/learned/       what searchers learned from the supernet before they searched
+<run>/times.json     what calls take, where time is limited; <run>/latency.json: all that was timed, by device
+<run>/journal.log    the ledgers, unless --storage names another place
+<run>/report/        pictures and tables
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.contracts import Genome, LearningSearcher, Progress, Score, Trial
+from nas.engine.facts import FILE, write_facts
+from nas.engine.ladder import Ladder
+from nas.engine.learning import Learner, learn_once, learned_tensors, wants_to_learn
+from nas.engine.ledger import Ledger, known_scores
+from nas.engine.runner import Conductor, run_here
+from nas.engine.storage import close_storage, lock_run, open_storage
+from nas.engine.timing import measure
+from nas.engine.writers import Wait, only_writer
+from nas.genomes.genetics import uniform_genomes
+from nas.genomes.timed import Timing
+from nas.searchers.uniform import UniformSearch
+from nas.study import BASELINE, CONFIRMED, LedgerInfo, Study
+
+if TYPE_CHECKING:
+    from nas.engine.ray_runner import Workers
+
+
+class Session:
+    """A study in its run folder. Created by `open_session`, which holds the run lock.
+
+    `device` is where this process computes; Ray workers have their own.
+    """
+
+    def __init__(self, study: Study, folder: Path, storage: str | None, device: str) -> None:
+        self.study = study
+        self.folder = folder.resolve()
+        self.device = device
+        self.storage = open_storage(self.folder, storage, writing=True)
+        self._writers = ExitStack()
+        self._known: dict[tuple[str, int], tuple[str, Score]] = {}
+        self._url = storage
+        if not (self.folder / FILE).exists():
+            write_facts(self.study, self.folder, self._url)
+
+    def prepare(self, threads: int = 0) -> Iterator[Progress]:
+        """Trains the supernet and the features where they are missing, on `threads` CPU threads (0: all cores), and times calls where time is
+        limited, on one."""
+        with torch_threads(threads or os.cpu_count() or 1):
+            yield from self.study.prepare(self.folder, self.device)
+        with torch_threads(1):  # as scores are computed
+            yield from self._time_calls()
+
+    def _time_calls(self) -> Iterator[Progress]:
+        """Measures what calls take that the run folder lacks, where time is limited."""
+        study = self.study
+        if study.limits_time:
+            assert isinstance(study.evaluator, Timing)
+            net = study.supernet.load(self.folder / "supernet", self.device)
+            yield from measure(study.space, study.evaluator, net, self.folder)
+
+    def learn(self, searcher: str, seed: int = 0, workers: Workers | None = None) -> Iterator[Progress]:
+        """Lets a searcher that learns from the supernet do so, once, on one CPU thread or on a Ray worker."""
+        if workers is None:
+            with torch_threads(1):
+                yield from learn_once(self.study, self.folder, self.device, searcher, seed)
+        elif wants_to_learn(self.study, self.folder, searcher, seed):
+            from nas.engine.ray_runner import map_on_ray
+
+            yield Progress(f"{searcher} learns", 0, 1)
+            for _ in map_on_ray(partial(Learner, self.study, self.folder), [(searcher, seed)], self.study, workers):
+                yield Progress(f"{searcher} learns", 1, 1)
+
+    def conductor(
+        self,
+        searcher: str,
+        seed: int = 0,
+        trials: int | None = None,
+        on_settled: Callable[[Trial], None] = lambda t: None,
+        wait: Wait | None = None,
+    ) -> Conductor:
+        """The searcher's ledger, opened and replayed, and held until the session ends. The baseline ignores the study's limits; where
+        another run is scoring it, on the same database, it is waited for, and `wait` is told.
+
+        Raises UserError where another writer holds the ledger of any other searcher.
+        """
+        study = self.study
+        info = study.ledger_info(self.folder, searcher, seed)
+        problem = study.problem_in(self.folder)
+        patient = (wait or (lambda holder: None)) if searcher == BASELINE else None
+        check = self._writers.enter_context(only_writer(self._url, info.name, patient))
+        ledger = Ledger(self.storage, info, problem, check)
+        write_facts(self.study, self.folder, self._url)
+        ladder = Ladder(info.rungs, study.objectives, trials or study.trials, study.verified)
+        if searcher == BASELINE:  # all of it, at every rung, whatever the limits
+            problem = study.unlimited(self.folder)
+            ladder = replace(ladder, trials=len(uniform_genomes(study.space)), everything=True)
+        recipe = study.searcher(searcher)
+        if isinstance(recipe, LearningSearcher):
+            search = recipe.start(problem, seed, learned_tensors(self.folder, info))
+        else:
+            search = recipe.start(problem, seed)
+        # Shared by all searchers of the session: what one has scored no other scores again.
+        for key, score in known_scores(self.storage, info).items():
+            self._known.setdefault(key, score)
+        return Conductor(ledger, search, problem, ladder, study.seed, self._known, on_settled)
+
+    def confirmation(self, genomes: Sequence[Genome]) -> Conductor:
+        """Scores chosen schedules once more, on noises on which nothing was chosen, with as many samples as verified them."""
+        study, problem = self.study, self.study.unlimited(self.folder)
+        info = confirmed_ledger(study, self.folder)
+        check = self._writers.enter_context(only_writer(self._url, info.name, lambda holder: None))
+        ledger = Ledger(self.storage, info, problem, check)
+        ladder = Ladder(info.rungs, study.objectives, len(ledger.trials) + len(genomes), 1, everything=True)
+        return Conductor(ledger, UniformSearch(genomes), problem, ladder, study.seed, {}, noise="confirmation noise")
+
+    def run(self, *conductors: Conductor, workers: Workers | None = None) -> None:
+        """Runs the conductors' jobs: one after another in this process, on one CPU thread, or side by side on Ray workers."""
+        if workers is not None:
+            from nas.engine.ray_runner import run_on_ray
+
+            run_on_ray(conductors, self.study, self.folder, workers)
+            return
+        for conductor in conductors:
+            with torch_threads(1):
+                # Loaded anew, so that no searcher profits from states that another one paid for.
+                run_here(conductor, self.study.load(self.folder, self.device))
+
+    def close(self) -> None:
+        """Lets go of the ledgers, and of the database."""
+        self._writers.close()
+        close_storage(self.storage)
+
+    def on_one_thread(self, ticks: Iterator[Progress]) -> Iterator[Progress]:
+        """Work that scores, on one CPU thread, as scores always are."""
+        with torch_threads(1):
+            yield from ticks
+
+
+@contextmanager
+def open_session(study: Study, folder: Path, storage: str | None = None, device: str = "cpu") -> Iterator[Session]:
+    """Raises UserError where another process holds the folder, or the storage cannot be opened."""
+    lock = lock_run(folder)
+    try:
+        session = Session(study, folder, storage, device)
+        try:
+            yield session
+        finally:
+            session.close()
+    finally:
+        lock.release()
+
+
+def confirmed_ledger(study: Study, folder: Path) -> LedgerInfo:
+    """Its scores are of other noises than those of searches, so no search may take them for its own."""
+    like = study.ledger_info(folder, BASELINE, 0)
+    kept = {**like.provenance, "seed": f"{study.seed}, confirmation noise", "searcher": "none", "limits": ""}
+    return replace(like, searcher=CONFIRMED, rungs=like.rungs[-1:], limits={}, provenance=kept)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """CPU threads of torch, for a while."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

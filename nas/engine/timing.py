@@ -1,0 +1,33 @@
+"""Measures what the calls of a limit on time take, once for a run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nas.contracts import LoadedSupernet, Progress, SearchSpace, UserError
+from nas.genomes.timed import FILE, Timing, calls, key
+
+
+def measure(space: SearchSpace, timing: Timing, net: LoadedSupernet, folder: Path) -> Iterator[Progress]:
+    """Measures what <folder>/times.json lacks. Times of one run are those of one device."""
+    path = folder / FILE
+    device = timing.timed_on(net)
+    kept: dict[str, Any] = {"device": device, "milliseconds": {}}
+    if path.exists():
+        kept = json.loads(path.read_text())
+    if kept["device"] != device:
+        raise UserError(
+            f"{path} holds times of {kept['device']}, this is {device}; go on as they were taken, or delete the file to limit searches by new times"
+        )
+    missing = [step for step in calls(space) if key(step) not in kept["milliseconds"]]
+    for number, step in enumerate(missing):
+        yield Progress("timing calls", number, len(missing))
+        kept["milliseconds"][key(step)] = timing.milliseconds(step, net, folder)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(kept, indent=1) + "\n")
+        os.replace(partial, path)
+    yield Progress("timing calls", len(missing), len(missing))

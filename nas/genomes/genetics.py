@@ -1,0 +1,302 @@
+"""Pure functions on genomes: enumerate, sample, mutate, cross, repair. Costs are additive over intervals, so a budget is a
+number to subtract from, and what is feasible can be enumerated without visiting what is not."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.contracts import Genome, Problem, SearchSpace, UserError
+
+LATENCY = "latency_ms"
+"""A cost that is measured: only a space with measured times has it (`nas.engine.timing`)."""
+
+NANOSECONDS = 1e6
+"""Of a millisecond."""
+
+TRIES = 32
+"""Random attempts at a new genome before the exhaustive order takes over."""
+
+
+class IntervalCosts:
+    """Costs of genomes by interval: MACs, or nanoseconds where time is limited. `genes[k]` are the places of interval k's genes,
+    `tables[k]` has an axis for each of them."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        intervals = [choice.interval for choice in space.choices]
+        starts = [i for i, interval in enumerate(intervals) if i == 0 or interval != intervals[i - 1]]
+        self.genes = [slice(start, stop) for start, stop in pairwise([*starts, len(intervals)])]
+        self.tables = space.interval_costs()
+        self._least = [
+            table.min(axis=tuple(range(place + 1, table.ndim))) if place + 1 < table.ndim else table
+            for table in self.tables
+            for place in range(table.ndim)
+        ]
+        self.sizes = [len(choice.options) for choice in space.choices]
+        self._home = [k for k, genes in enumerate(self.genes) for _ in range(genes.start, genes.stop)]
+
+    def of(self, k: int, option: Genome) -> int:
+        """Cost of interval k, its genes given."""
+        return int(self.tables[k][option])
+
+    def total(self, genome: Genome) -> int:
+        return sum(self.of(k, genome[genes]) for k, genes in enumerate(self.genes))
+
+    def least(self, gene: int, before: tuple[int | npt.NDArray[np.int64], ...]) -> npt.NDArray[np.int64]:
+        """For each option of the gene, the least cost of its interval, (..., options); `before` are the interval's genes that stand
+        before it, or an array of many genomes' for each."""
+        found: npt.NDArray[np.int64] = self._least[gene][before]
+        return found
+
+    def home(self, gene: int) -> int:
+        """Which interval the gene belongs to."""
+        return self._home[gene]
+
+    def by_option(self, genome: Sequence[int], gene: int) -> list[int]:
+        """Costs of the gene's interval for each option of that gene, the interval's other genes as they are."""
+        k = self._home[gene]
+        genes = self.genes[k]
+        place: list[int | slice] = list(genome[genes])
+        place[gene - genes.start] = slice(None)
+        row: list[int] = self.tables[k][tuple(place)].tolist()
+        return row
+
+    def cheapest(self) -> Genome:
+        return self._cheapest
+
+    @cached_property
+    def _cheapest(self) -> Genome:
+        return self._join([int(table.argmin()) for table in self.tables])
+
+    def dearest(self) -> Genome:
+        """Among equals the last, whose options name the most."""
+        return self._join([table.size - 1 - int(table.ravel()[::-1].argmax()) for table in self.tables])
+
+    def _join(self, flat: Sequence[int]) -> Genome:
+        """The genome of one flat option index for each interval."""
+        options = (np.unravel_index(i, table.shape) for i, table in zip(flat, self.tables, strict=True))
+        return tuple(int(gene) for option in options for gene in option)
+
+
+_latest: tuple[weakref.ref[SearchSpace], IntervalCosts, dict[tuple[tuple[str, float], ...], float]] | None = None
+
+
+def costs_of(space: SearchSpace) -> IntervalCosts:
+    """Its interval costs, those of the space asked for last kept: a search asks for one space's a hundred times for each trial."""
+    global _latest
+    if _latest is None or _latest[0]() is not space:
+        _latest = weakref.ref(space), IntervalCosts(space), {}
+    return _latest[1]
+
+
+def cheapest(space: SearchSpace) -> Genome:
+    """The genome of least cost."""
+    return costs_of(space).cheapest()
+
+
+def dearest(space: SearchSpace) -> Genome:
+    """The genome of the highest cost."""
+    return costs_of(space).dearest()
+
+
+def uniform_genomes(space: SearchSpace) -> list[Genome]:
+    """One option index for the whole trajectory (its last one where a choice has fewer options), cheapest first."""
+    most = max(len(choice.options) for choice in space.choices)
+    found = [tuple(min(index, len(choice.options) - 1) for choice in space.choices) for index in range(most)]
+    return sorted(dict.fromkeys(found), key=lambda genome: space.cost(genome)["macs"])
+
+
+def budget_of(problem: Problem) -> float:
+    """What a genome may cost, as `interval_costs` counts: the tighter of the limits on `macs` and `macs_share` in MACs, or the limit on
+    `latency_ms` in nanoseconds; infinite where there is none."""
+    if LATENCY in problem.limits:
+        return problem.limits[LATENCY] * NANOSECONDS
+    least = cheapest(problem.space)
+    assert _latest is not None
+    known, key = _latest[2], tuple(problem.limits.items())
+    if key not in known:
+        cost = problem.space.cost(least)
+        full = cost["macs"] / cost["macs_share"]
+        known[key] = min(problem.limits.get("macs", math.inf), problem.limits.get("macs_share", math.inf) * full)
+    return known[key]
+
+
+def exact_cost(space: SearchSpace, genome: Genome) -> int:
+    """Of the schedule that it decodes to, as `interval_costs` counts."""
+    cost = space.cost(genome)
+    return round(cost[LATENCY] * NANOSECONDS) if LATENCY in cost else int(cost["macs"])
+
+
+def check_limits(limits: Mapping[str, float]) -> None:
+    """Raises UserError for limits that a search cannot keep to."""
+    for name in limits:
+        if name not in ("macs", "macs_share", LATENCY):
+            raise UserError(f"limit {name!r} is not one that a search can keep to; use macs, macs_share or {LATENCY}")
+    if LATENCY in limits and len(limits) > 1:
+        raise UserError(
+            f"limits on {LATENCY} and on {', '.join(set(limits) - {LATENCY})} cannot be kept at once; give one of them"
+        )
+
+
+def check_reachable(problem: Problem) -> None:
+    """Raises UserError naming the cheapest genome where no genome keeps the limits, or a limit names no cost."""
+    least = cheapest(problem.space)
+    cost = problem.space.cost(least)
+    check_limits(problem.limits)
+    for name, limit in problem.limits.items():
+        if cost[name] > limit:
+            again = (
+                ", or delete the run folder's times.json and latency.json if the machine was busy when calls were timed"
+            )
+            raise UserError(
+                f"limit {name}={limit:g} cannot be met: the cheapest schedule, "
+                f"{_option_names(problem.space, least)}, costs {name}={cost[name]:.4g}; raise the limit"
+                + (again if name == LATENCY else "")
+            )
+    bound = IntervalCosts(problem.space).total(least)
+    if bound > budget_of(problem):
+        at_least = f"{bound:.4g} MACs (macs_share={bound * cost['macs_share'] / cost['macs']:.4g})"
+        if LATENCY in problem.limits:
+            at_least = f"{bound:.4g} ns"
+        raise UserError(
+            f"searches keep to what intervals cost whatever the one before them runs, at least {at_least}, "
+            f"above the limit of {budget_of(problem):.4g}; raise the limit, or let intervals be longer"
+        )
+
+
+def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
+    """Uniform over options, gene by gene, then repaired to the budget."""
+    drawn = tuple(int(rng.integers(len(choice.options))) for choice in problem.space.choices)
+    return repair(problem, drawn, rng)
+
+
+def mutate(space: SearchSpace, genome: Genome, rng: np.random.Generator, rate: float) -> Genome:
+    """Each gene moves with probability `rate`, at least one that can move does: up or down its options, which stand in order, by a
+    step of geometric length, a third of them in the mean, that stops at the last one."""
+    sizes = costs_of(space).sizes
+    changing = rng.random(len(genome)) < rate
+    movable = [i for i, size in enumerate(sizes) if size > 1]
+    if movable and not changing[movable].any():
+        changing[rng.choice(movable)] = True
+    child = list(genome)
+    for i in np.flatnonzero(changing):
+        if sizes[i] > 1:
+            step = int(rng.geometric(min(1.0, 3 / sizes[i])))
+            rises = genome[i] == 0 or (genome[i] < sizes[i] - 1 and rng.random() < 0.5)
+            child[i] = min(genome[i] + step, sizes[i] - 1) if rises else max(genome[i] - step, 0)
+    return tuple(child)
+
+
+def cross(first: Genome, second: Genome, rng: np.random.Generator) -> Genome:
+    """Two-point crossover: a stretch of neighbouring intervals comes from the second parent."""
+    start, stop = sorted(rng.integers(len(first) + 1, size=2))
+    return first[:start] + second[start:stop] + first[stop:]
+
+
+def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
+    """Moves random genes to cheaper options until the budget holds. Unchanged where it already does."""
+    costs = costs_of(problem.space)
+    excess = costs.total(genome) - budget_of(problem)
+    if excess <= 0 or problem.feasible(genome):
+        return genome
+    repaired = list(genome)
+    order = rng.permutation(len(genome)).tolist()
+    while excess > 0 and order:
+        i = order[0]
+        row = costs.by_option(repaired, i)
+        cheaper = [option for option, macs in enumerate(row) if macs < row[repaired[i]]]
+        if not cheaper:
+            order.pop(0)
+            continue
+        option = int(rng.choice(cheaper))
+        excess -= row[repaired[i]] - row[option]
+        repaired[i] = option
+        order.append(order.pop(0))
+    if excess > 0:  # no single gene can save more, but several of an interval together may
+        least = costs.cheapest()
+        for k in rng.permutation(len(costs.genes)).tolist():
+            repaired[costs.genes[k]] = least[costs.genes[k]]
+            if costs.total(tuple(repaired)) <= budget_of(problem):
+                break
+    return tuple(repaired)
+
+
+def feasible_genomes(problem: Problem) -> Iterator[Genome]:
+    """Every feasible genome once, in lexicographic order of the intervals' options sorted by cost. Branches whose cheapest
+    completion breaks the budget are never entered, so the first k come in time proportional to k."""
+    tables = problem.space.interval_costs()
+    table: list[list[int]] = [each.ravel().tolist() for each in tables]
+    budget = budget_of(problem)
+    orders: list[list[int]] = [np.argsort(row, kind="stable").tolist() for row in table]
+    cheapest_after = np.append(np.cumsum([min(row) for row in table][::-1])[::-1], 0).tolist()
+    chosen: list[int] = []  # positions in `orders`
+    spent: list[int] = [0]
+    position = 0
+    while True:
+        depth = len(chosen)
+        if depth < len(table):
+            order = orders[depth]
+            fits = (
+                position < len(order)
+                and spent[-1] + table[depth][order[position]] + cheapest_after[depth + 1] <= budget
+            )
+            if fits:
+                chosen.append(position)
+                spent.append(spent[-1] + table[depth][order[position]])
+                position = 0
+                continue
+        else:
+            options = [np.unravel_index(orders[k][p], tables[k].shape) for k, p in enumerate(chosen)]
+            genome = tuple(int(gene) for option in options for gene in option)
+            if problem.feasible(genome):
+                yield genome
+        if not chosen:
+            return
+        position = chosen.pop() + 1
+        spent.pop()
+
+
+class Taken:
+    """Genomes that were told and those pending, without a copy of the former."""
+
+    def __init__(self, told: Set[Genome], pending: Sequence[Genome]) -> None:
+        self._told = told
+        self._pending = {genome for genome in pending if genome not in told}
+
+    def __contains__(self, genome: object) -> bool:
+        return genome in self._told or genome in self._pending
+
+    def __len__(self) -> int:
+        return len(self._told) + len(self._pending)
+
+
+def novel(problem: Problem, draw: Callable[[], Genome], taken: Callable[[Genome], bool]) -> Genome | None:
+    """A feasible genome that is not taken: one of `TRIES` draws, else the first in exhaustive order, else None.
+
+    Bounded: the exhaustive order is left at its first genome that is not taken.
+    """
+    for _ in range(TRIES):
+        genome = draw()
+        if not taken(genome) and problem.feasible(genome):
+            return genome
+    return next((genome for genome in feasible_genomes(problem) if not taken(genome)), None)
+
+
+def near(problem: Problem, genome: Genome, rng: np.random.Generator, taken: Callable[[Genome], bool]) -> Genome | None:
+    """The genome, repaired to the budget; where that is taken a mutant of it, else the first in exhaustive order, else None."""
+    wanted = repair(problem, genome, rng)
+    if not taken(wanted):
+        return wanted
+    rate = 1 / len(genome)
+    return novel(problem, lambda: repair(problem, mutate(problem.space, wanted, rng, rate), rng), taken)
+
+
+def _option_names(space: SearchSpace, genome: Genome) -> str:
+    named = [str(choice.options[gene]) for choice, gene in zip(space.choices, genome, strict=True)]
+    return f"{named[0]} everywhere" if len(set(named)) == 1 else " ".join(named)

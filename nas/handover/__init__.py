@@ -1,0 +1,1 @@
+"""What was found becomes stock models: exported, fine-tuned, booked."""

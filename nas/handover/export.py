@@ -1,0 +1,273 @@
+"""From a chosen trial to a folder of stock diffusers models that needs nothing of this project.
+
+DIR/unet_0, unet_1, ...     one stock model folder per distinct arch; where asked for, with model.pt2, a torch.export program of it
+DIR/schedule.json           which folder at which timestep with which blocks reused, and the scheduler's settings
+DIR/model_index.json        the same as a diffusers pipeline, with
+DIR/scheduler, pipeline.py  its scheduler and its code, and what that imports
+DIR/sample.py               a script that samples
+DIR/train_diffusers.py      a script that fine-tunes the models, and DIR/train.json, which timesteps each serves and what else it needs
+DIR/exported.py, pictures.py  what the scripts read the folder and pictures with
+DIR/teacher                 the full network, unless it is among the models
+DIR/provenance.json         SHA-256 of the networks' files, versions, the trial with its score
+DIR/README.md               how to use it
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nas.base import exported, pictures
+from nas.base.exported import hashes_of, read_network
+from nas.contracts import LoadedSupernet, Schedule, Step, UserError
+from nas.engine.facts import package_versions
+
+TOLERANCE = 1e-5
+SAMPLERS = ("DDIM", "DDPM")
+"""Those that an exported pipeline knows."""
+
+PROGRAM = "model.pt2"
+BATCHES = 2, 63
+"""What a program accepts: torch.export specialises to a batch of 1, and diffusers' upsampling to those of 64 and more."""
+
+
+def export(
+    net: LoadedSupernet,
+    schedule: Schedule,
+    sampler: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    folder: Path,
+    programs: bool = False,
+) -> dict[str, str]:
+    """Writes the folder, whole or not at all. `sampler` is in words, as `LoadedEvaluator.sampler`. `programs`: each network also as a
+    torch.export program, where that works; returned is why it did not, for each network of which there is none.
+
+    Raises UserError where `folder` is not empty, and RuntimeError where a reloaded model's output differs from the
+    supernet's subnet by more than 1e-5: then nothing is left behind.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; give --to a new or empty folder")
+    if sampler["class"] not in SAMPLERS:
+        raise UserError(f"sampler {sampler['class']} has no stand-alone loop to export; use {' or '.join(SAMPLERS)}")
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        names = {arch: f"unet_{i}" for i, arch in enumerate(schedule.archs)}
+        for arch, name in names.items():
+            net.extract(arch).save_pretrained(partial / name)  # type: ignore[operator]
+        differences = {name: _difference(net, schedule, arch, partial / name) for arch, name in names.items()}
+        wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
+        if wrong:
+            raise RuntimeError(
+                f"exported models differ from the supernet by {wrong}, more than {TOLERANCE}; nothing was exported"
+            )
+        failed = write_programs(partial, names.values(), net.image_shape) if programs else {}
+        plan = {
+            "steps": [
+                {"timestep": step.timestep, "model": names[step.arch], "arch": step.arch, "reuse": step.reuse}
+                for step in schedule.steps
+            ],
+            "sampler": dict(sampler),
+            "scheduler": dict(net.scheduler),
+            "shape": net.image_shape,
+        }
+        _write(partial / "schedule.json", plan)
+        teacher = _write_training(net, schedule, names, provenance, partial)
+        facts = {"parity": differences, "versions": package_versions()}
+        files = hashes_of(partial, dict.fromkeys([*names.values(), teacher]))
+        _write(partial / "provenance.json", {**provenance, **facts, "files": files})
+        _write_pipeline(net, plan, list(names.values()), partial)
+        (partial / "README.md").write_text(_README)
+        (partial / "sample.py").write_text(_SAMPLE)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+        return failed
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path) -> float:
+    """Largest output difference between the model as reloaded from disk and the supernet's subnet, on fixed inputs."""
+    reloaded = read_network(folder).to(net.device)
+    x = torch.randn((4, *net.image_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
+    worst = 0.0
+    for step in schedule.steps:
+        if step.arch == arch:
+            with torch.inference_mode():
+                ours, _ = net.denoiser(Step(step.timestep, arch))(x, step.timestep)
+                theirs = reloaded(x, step.timestep, None).sample
+            worst = max(worst, float((ours - theirs).abs().max()))
+    return worst
+
+
+class _Call(torch.nn.Module):
+    """A stock model as (sample, timestep) -> prediction, whichever class it is."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        prediction: torch.Tensor = self.net(sample, timestep, None, return_dict=False)[0]
+        return prediction
+
+
+def write_programs(folder: Path, names: Iterable[str], shape: Sequence[int]) -> dict[str, str]:
+    """Writes model.pt2 into these model folders: call(sample, timestep), (batch, *shape) and (batch,), returns the prediction. Returned is
+    why there is none, for each of which that is so."""
+    reasons = {name: _write_program(folder / name, shape) for name in names}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _write_program(folder: Path, shape: Sequence[int]) -> str:
+    model = _Call(read_network(folder)).eval()
+    least, most = BATCHES
+    batch = torch.export.Dim("batch", min=least, max=most)
+    dynamic = {"sample": {0: batch}, "timestep": {0: batch}}
+    noise = torch.randn((most, *shape), generator=torch.Generator().manual_seed(0))
+    inputs = {count: (noise[:count], torch.full((count,), 10)) for count in (least, most)}
+    try:
+        program = torch.export.export(model, inputs[least], dynamic_shapes=dynamic, strict=False)
+        torch.export.save(program, folder / PROGRAM)
+        again = torch.export.load(folder / PROGRAM).module()
+        with torch.inference_mode():
+            worst = max(float((again(*given) - model(*given)).abs().max()) for given in inputs.values())
+    except Exception as error:  # torch.export raises whatever its tracing meets
+        worst, reason = math.inf, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    else:
+        reason = f"its outputs differ by {worst:.2g}"
+    if worst <= TOLERANCE:
+        return ""
+    (folder / PROGRAM).unlink(missing_ok=True)
+    return reason
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _write_pipeline(net: LoadedSupernet, plan: Mapping[str, Any], names: Sequence[str], folder: Path) -> None:
+    from diffusers import DDIMScheduler, __version__
+
+    DDIMScheduler(**plan["scheduler"]).save_pretrained(folder / "scheduler")
+    for file in (*net.pipeline_files, Path(exported.__file__), Path(pictures.__file__)):
+        code = file.read_text().replace("from nas.base.", "from ")
+        for template in ("{}: Any", "{0}={0}"):
+            code = code.replace(template.format("unet_0"), ", ".join(template.format(name) for name in names))
+        (folder / file.name).write_text(code)
+    index = {
+        "_class_name": ["pipeline", "StepAwarePipeline"],
+        "_diffusers_version": __version__,
+        "schedule": plan,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        **{
+            name: ["diffusers", json.loads((folder / name / "config.json").read_text())["_class_name"]]
+            for name in names
+        },
+    }
+    _write(folder / "model_index.json", index)
+
+
+def _write_training(
+    net: LoadedSupernet, schedule: Schedule, names: Mapping[Any, str], provenance: Mapping[str, Any], folder: Path
+) -> str:
+    """The teacher's name. A step serves the timesteps from its own down to the next step's, the first one all above it too, and the last one down to 0."""
+    teacher = names.get(net.full_arch)
+    if teacher is None:
+        teacher = "teacher"
+        net.extract(net.full_arch).save_pretrained(folder / teacher)  # type: ignore[operator]
+    bounds = [len(net.alphas_cumprod), *(t + 1 for t in schedule.timesteps[1:]), 0]
+    timesteps: dict[str, list[list[int]]] = {name: [] for name in names.values()}
+    for step, (stop, start) in zip(schedule.steps, pairwise(bounds), strict=True):
+        mine = timesteps[names[step.arch]]
+        if mine and mine[-1][0] == stop:
+            mine[-1][0] = start
+        else:
+            mine.append([start, stop])
+    plan = {
+        "timesteps": timesteps,
+        "teacher": teacher,
+        "loss": "mean squared error to lerp(noise, the teacher's prediction, distillation), timesteps uniform over those served; plus features x the "
+        "distance of normalised spatial maps of the blocks",
+        "settings": dict(net.training_settings),
+        "images": provenance.get("images"),
+        "scheduler": dict(net.scheduler),
+        "shape": net.image_shape,
+    }
+    _write(folder / "train.json", plan)
+    return teacher
+
+
+_README = """# A step-aware diffusion model
+
+Each sampling step runs the network that `schedule.json` names for it, or takes blocks' outputs from the step before. The networks
+are ordinary diffusers UNet folders; `provenance.json` says where they come from. To sample, with torch and diffusers alone:
+
+```
+python sample.py --count 16 --seed 0 --to samples.png
+```
+
+or in Python, in this folder:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)
+images = pipeline(batch_size=16, seed=0, output_type="pt").images  # (batch, channels, height, width) in [0, 1]
+```
+
+To fine-tune each network on the timesteps that it serves (`train.json`), with distillation from the full network:
+
+```
+python train_diffusers.py --images folder/of/pictures
+```
+
+Where a model folder holds model.pt2, `torch.export.load` reads the same network: module(sample, timestep), for batches of 2 to 63, with
+one timestep for each image.
+
+`trust_remote_code` lets diffusers run this folder's `pipeline.py`: do so with folders that you or people you trust have written.
+
+With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines.
+"""
+
+_SAMPLE = '''"""Samples from the folder that this file lies in, into one picture."""
+
+import argparse
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from exported import ExportError, read_export
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--count", type=int, default=16)
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--device", default="cpu")
+parser.add_argument("--to", default="samples.png")
+arguments = parser.parse_args()
+
+folder = str(Path(__file__).resolve().parent)
+try:
+    read_export(Path(folder))
+except ExportError as error:
+    raise SystemExit(f"error: {error}") from error
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True).to(arguments.device)
+images = pipeline(batch_size=arguments.count, seed=arguments.seed).images
+columns = min(8, len(images))
+width, height = images[0].size
+grid = Image.new(images[0].mode, (columns * width, -(-len(images) // columns) * height))
+for i, image in enumerate(images):
+    grid.paste(image, (i % columns * width, i // columns * height))
+grid.save(arguments.to)
+'''

@@ -1,0 +1,124 @@
+"""What optuna-dashboard shows of a run: pictures and a note with each verified trial, and the pictures of the whole with each study.
+
+Files lie in <run>/artifacts. Optuna books artifacts of a trial before it ends, and ours are drawn after that, so they are
+booked with the study under the keys by which the dashboard finds a trial's.
+"""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+from uuid import NAMESPACE_URL, uuid5
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.storages import BaseStorage
+
+from nas.contracts import Progress, Trial, UserError
+from nas.results.page import draw_grid, draw_schedule, export_command
+from nas.results.report import Run, cost_in_words
+from nas.study import Study
+
+ARTIFACTS = "artifacts"
+
+
+def store_of(folder: Path) -> FileSystemArtifactStore:
+    path = folder / ARTIFACTS
+    path.mkdir(parents=True, exist_ok=True)
+    return FileSystemArtifactStore(path)
+
+
+def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded: Any) -> Iterator[Progress]:
+    """Gives every verified trial its schedule's picture, a grid of samples and a note with the command that exports it, and every
+    study the fronts and the curves. What is there already stays. Raises UserError where the dashboard is not installed."""
+    try:
+        from optuna_dashboard import save_note
+    except ImportError as error:
+        raise UserError("optuna-dashboard is not installed; run `pip install 'step-aware-nas[dashboard]'`") from error
+    done = [(info, trial) for info, trials in run.ledgers for trial in trials if trial.status == "complete"]
+    pictures = run.folder / "report"
+    for number, (info, trial) in enumerate(done):
+        study_id = storage.get_study_id_from_name(info.name)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+        booked = storage.get_study_system_attrs(study_id)
+        schedule = pictures / "trials" / f"schedule-{trial.digest}.png"
+        samples = pictures / "trials" / f"samples-{trial.digest}.png"
+        draw_once(schedule, partial(draw_schedule, study, trial.genome))
+        draw_once(samples, partial(draw_grid, study, loaded, trial.genome))
+        for picture in (schedule, samples):
+            _book(run.folder, storage, study_id, f"dashboard:artifacts:{trial_id}:", picture, booked)
+        if f"dashboard:{trial_id}:note_ver" not in booked:
+            whose = SimpleNamespace(storage=storage, study=SimpleNamespace(_study_id=study_id), _trial_id=trial_id)
+            save_note(whose, _note(study_file, run, info.searcher, info.seed, trial))
+        yield Progress("pictures for the dashboard", number + 1, len(done))
+    for info, _ in run.ledgers:
+        study_id = storage.get_study_id_from_name(info.name)
+        booked = storage.get_study_system_attrs(study_id)
+        for name in ("front.png", "curves.png"):
+            if (pictures / name).exists():
+                _book(run.folder, storage, study_id, "artifacts:", pictures / name, booked)
+
+
+def draw_once(picture: Path, draw: Callable[[Path], None]) -> None:
+    """Whole or not at all, unless it is there."""
+    if not picture.exists():
+        torn = picture.with_name(f".partial-{picture.name}")
+        draw(torn)
+        os.replace(torn, picture)
+
+
+def _book(
+    folder: Path, storage: BaseStorage, study_id: int, prefix: str, picture: Path, booked: Mapping[str, Any]
+) -> None:
+    """Copies a picture to the store and books it, unless it is booked: the identifier follows from its place."""
+    identifier = str(uuid5(NAMESPACE_URL, f"{study_id}/{prefix}/{picture.name}"))
+    with picture.open("rb") as file:
+        store_of(folder).write(identifier, file)
+    if prefix + identifier not in booked:
+        kind, encoding = mimetypes.guess_type(picture.name)
+        entry = {"artifact_id": identifier, "mimetype": kind, "encoding": encoding, "filename": picture.name}
+        storage.set_study_system_attr(study_id, prefix + identifier, json.dumps(entry))
+
+
+def _note(study_file: str, run: Run, searcher: str, seed: int, trial: Trial) -> str:
+    assert trial.score is not None
+    values = "\n".join(
+        f"- {name}: {value:.5g} ± {trial.score.error(name):.2g}" for name, value in trial.score.values.items()
+    )
+    spent = trial.score.spent
+    return (
+        f"Verified on {trial.rung:,} samples, {cost_in_words(trial)}.\n\n{values}\n"
+        f"- spent: {spent.get('macs', 0):.3g} MACs, {spent.get('seconds', 0):.1f} s\n\n"
+        f"```\n{export_command(study_file, run, searcher, seed, trial.number)}\n```\n"
+    )
+
+
+def serve(folder: Path, storage: BaseStorage, port: int) -> None:
+    """Until it is interrupted, on the loopback address alone. Raises UserError where the dashboard is not installed, or the port
+    cannot be had."""
+    try:
+        from optuna_dashboard import run_server
+    except ImportError as error:
+        raise UserError("optuna-dashboard is not installed; run `pip install 'step-aware-nas[dashboard]'`") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    failed: list[OSError] = []
+
+    def answer() -> None:
+        try:
+            run_server(storage, host="127.0.0.1", port=port, artifact_store=store_of(folder))
+        except OSError as error:
+            failed.append(error)
+
+    # Not in the main thread, where signals are answered: wsgiref swallows whatever is raised while it answers a request.
+    server = Thread(target=answer, daemon=True)
+    server.start()
+    server.join()
+    if failed:
+        raise UserError(f"port {port} cannot be used ({failed[0].strerror}); choose another --port") from failed[0]

@@ -1,0 +1,62 @@
+"""What a study would take, found without data, weights or a GPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from nas.contracts import UserError
+from nas.genomes.genetics import budget_of, cheapest, dearest
+from nas.genomes.timed import calls
+from nas.study import Study
+
+THROUGHPUT = 40e12
+"""Multiply-adds in a second that the hours are reckoned with: a quarter of what one A100 is named for in bfloat16."""
+
+
+def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
+    """Size of the space, its range of MACs, the network, memory and hours; `words` says by which formulas. Raises UserError where a
+    network cannot be built or run."""
+    for part, member in ((study.supernet, "outline"), (study.training, "macs")):
+        if not hasattr(part, member):
+            raise UserError(
+                f"{type(part).__name__} has no {member}, which --dry-run reports; give it one, or run without --dry-run"
+            )
+    space, network = study.space, dict(study.supernet.outline())
+    sizes = [len(choice.options) for choice in space.choices]
+    least, most = space.cost(cheapest(space)), space.cost(dearest(space))
+    budget = float(most["macs"]) if study.limits_time else min(budget_of(study.problem), float(most["macs"]))
+    typical = (float(least["macs"]) + budget) / 2
+    training = float(study.training.macs(study.supernet))
+    first, last = study.evaluator.rungs[0], study.evaluator.rungs[-1]
+    search = study.trials * first * typical + (study.verified * last * typical if last != first else 0.0)
+    weights, activations = 4 * network["params"], 4 * network["activations"]
+    return {
+        "study": study.name,
+        "choices": len(sizes),
+        "intervals": len({choice.interval for choice in space.choices}),
+        "log10_schedules": sum(math.log10(size) for size in sizes),
+        "macs": {"least": least["macs"], "budget": budget, "most": most["macs"]},
+        "macs_share": {
+            "least": least["macs_share"],
+            "budget": budget / most["macs"] * most["macs_share"],
+            "most": most["macs_share"],
+        },
+        "network": network,
+        "bytes": {"weights": weights, "training_state": 5 * weights, "activations_per_image": activations},
+        "training_macs": training,
+        "search_macs_per_searcher": search,
+        "throughput": throughput,
+        "hours": {"training": training / throughput / 3600, "search_per_searcher": search / throughput / 3600},
+        "words": [
+            *(
+                [f"the limit on time is taken for none: {len(calls(space)):,} calls are timed when the run begins"]
+                if study.limits_time
+                else []
+            ),
+            f"hours = MACs / {throughput:.3g} per second / 3600; --throughput says what your device reaches",
+            f"MACs of a search = ({study.trials} trials x {first:,} + {study.verified} verified x {last:,} samples) x the mean of the cheapest "
+            "schedule and the budget; shared beginnings save part of it",
+            "training state: weights, gradients, two moments and the average, in float32; activations of one image, all modules' outputs",
+        ],
+    }

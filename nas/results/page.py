@@ -1,0 +1,358 @@
+"""One HTML page of a run: self-contained, no network, for a screen, a phone or paper, light or dark. Its pictures also as files."""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from nas.contracts import Genome, Trial
+from nas.genomes.genetics import LATENCY, dearest
+from nas.results.plots import INK, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
+from nas.results.report import Run, Scale, against, cost_in_words, verified_front
+from nas.study import BASELINE, Study
+
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+MAPS = 12
+"""At most so many schedules of the front are drawn."""
+
+SAMPLES = 36
+"""Images in each grid."""
+
+
+def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
+    """Writes <run>/report/index.html and the pictures beside it; `loaded` is the study's evaluator, which draws the samples."""
+    folder = run.folder / "report"
+    folder.mkdir(exist_ok=True)
+    facts = run.compare()
+    ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], run.ledgers, strict=True)}
+    quality = study.objectives[0]
+    draw_scores(ledgers, run.facts, run.scale, facts["label"], folder / "fronts.svg")
+    draw_curves(facts["searchers"], facts["area_until_macs"], folder / "compute.svg")
+    best = _best_searcher(facts)
+    full = _full(ledgers.get(BASELINE, ()))
+    winner = _winner(ledgers, run.facts["limits"], quality)
+    page = _template().render(
+        study=study.name,
+        searched=_searched(study, facts),
+        label=facts["label"],
+        compared_by=facts["compared_by"],
+        cards=_cards(winner, full, quality, run),
+        front=_inline(folder / "fronts.svg"),
+        curves=_inline(folder / "compute.svg"),
+        mapped=best,
+        maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
+        grids=_grids(study, loaded, winner[1], ledgers.get(BASELINE, ()), run.scale, folder) if winner else [],
+        audit=_audit(run.folder, folder),
+        trained=_trained(facts["trained"], quality),
+        spent=_spent(run, facts),
+        candidates=_candidates(study, study_file, run, ledgers, quality),
+        provenance=_provenance(run, study),
+    )
+    path = folder / "index.html"
+    path.write_text(page)
+    return path
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nas.results"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html")
+
+
+def _inline(picture: Path) -> Markup:
+    """An SVG to stand in the page, its ink that of the page."""
+    svg = picture.read_text()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
+    # Identifiers are unique in a file, not in a page.
+    prefix = picture.stem
+    svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
+    return Markup(svg.replace(INK, "currentColor"))
+
+
+def _best_searcher(facts: Mapping[str, Any]) -> str:
+    rows = [row for row in facts["searchers"] if not row["baseline"] and row["front"]]
+    return str(max(rows, key=lambda row: row["hypervolume"])["searcher"]) if rows else BASELINE
+
+
+def _full(uniform: Sequence[Trial]) -> Trial | None:
+    done = [trial for trial in uniform if trial.status == "complete" and trial.cost["macs_share"] == 1]
+    return done[-1] if done else None
+
+
+def _winner(
+    ledgers: Mapping[str, Sequence[Trial]], limits: Mapping[str, float], quality: str
+) -> tuple[str, Trial] | None:
+    """The best verified schedule of any searcher within the limits."""
+    done = [
+        (name, trial)
+        for name, trials in ledgers.items()
+        for trial in trials
+        if name != BASELINE
+        and trial.status == "complete"
+        and all(trial.cost.get(cost, 0) <= limit for cost, limit in limits.items())
+    ]
+    return min(done, key=lambda found: found[1].objectives((quality,))[0]) if done else None
+
+
+def _searched(study: Study, facts: Mapping[str, Any]) -> str:
+    choices = study.space.choices
+    intervals = len({choice.interval for choice in choices})
+    size = sum(math.log10(len(choice.options)) for choice in choices)
+    schedules = f"About 10{str(round(size)).translate(SUPERSCRIPTS)}" if size > 6 else f"{round(10**size):,}"
+    limits = ", ".join(f"{name} at most {limit:g}" for name, limit in study.limits.items()) or "no limit"
+    samples = ", then ".join(f"{rung:,}" for rung in study.evaluator.rungs)
+    return (
+        f"{schedules} schedules: {len(choices)} choices over {intervals} intervals of the denoising timesteps; {limits}. "
+        f"Minimised: {' and '.join(study.objectives)}, scored on {samples} samples; {facts['label']}."
+    )
+
+
+def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str, run: Run) -> list[dict[str, str]]:
+    cards, scale = [], run.scale
+    if winner is not None:
+        name, trial = winner
+        again = run.confirmed.get(trial.digest)
+        shown = _with_error(trial if again is None else replace(trial, score=again), quality)
+        noise = "on the noise that it was chosen on" if again is None else "on noise that nothing was chosen on"
+        cards.append(
+            {
+                "what": f"best {quality} within the limits",
+                "value": shown,
+                "words": f"{name}, trial {trial.number}, {noise}",
+            }
+        )
+        cards.append(
+            {
+                "what": f"of the full network's {scale.words}",
+                "value": f"{scale.share(trial):.1%}",
+                "words": f"all steps together: {cost_in_words(trial)}",
+            }
+        )
+    if full is not None:
+        assert full.score is not None
+        shown = _with_error(full, quality)
+        difference = against(winner[1], full, quality) if winner else None
+        words = f"the best {difference['words']}" if difference else ""
+        cards.append({"what": f"{quality} of the full network", "value": shown, "words": words})
+    return cards
+
+
+def _with_error(trial: Trial, quality: str) -> str:
+    assert trial.score is not None
+    value, error = trial.score.values[quality], trial.score.error(quality)
+    return f"{value:.3g} ± {error:.1g}" if math.isfinite(error) else f"{value:.3g}"
+
+
+def _maps(study: Study, front: Sequence[Trial], folder: Path) -> list[dict[str, Any]]:
+    found = []
+    cheapest_first = sorted(front, key=lambda trial: trial.cost["macs"])
+    places = range(len(cheapest_first))
+    if len(cheapest_first) > MAPS:
+        places = sorted({round(i * (len(cheapest_first) - 1) / (MAPS - 1)) for i in range(MAPS)})  # type: ignore[assignment]
+    for place in places:
+        trial = cheapest_first[place]
+        picture = folder / f"schedule-{trial.number}.svg"
+        draw_schedule(study, trial.genome, picture)
+        found.append({"trial": trial.number, "cost": cost_in_words(trial), "picture": _inline(picture)})
+    return found
+
+
+def draw_schedule(study: Study, genome: Genome, path: Path) -> None:
+    """What its schedule runs when, over all timesteps that the dearest schedule has."""
+    schedule = study.space.decode(genome)
+    timesteps = {*study.space.decode(dearest(study.space)).timesteps, *schedule.timesteps}
+    draw_profile(
+        sorted(timesteps, reverse=True), {step.timestep: study.supernet.profile(step) for step in schedule.steps}, path
+    )
+
+
+def _grids(
+    study: Study,
+    loaded: Any,
+    winner: Trial,
+    uniform: Sequence[Trial],
+    scale: Scale,
+    folder: Path,
+) -> list[dict[str, str]]:
+    """The full network, the winner, and one option at every step that costs no more."""
+    full = _full(uniform)
+    same = [trial for trial in uniform if trial.scored and scale.share(trial) <= scale.share(winner)]
+    shown = [("best within the limits", winner)]
+    if full is not None:
+        shown.insert(0, ("full network", full))
+    if same:
+        shown.append(("one option at every step, no dearer", max(same, key=scale.share)))
+    grids = []
+    for title, trial in shown:
+        picture = folder / f"samples-{title.partition(' ')[0]}.png"
+        draw_grid(study, loaded, trial.genome, picture)
+        data = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+        grids.append({"title": title, "picture": data, "words": cost_in_words(trial)})
+    return grids
+
+
+def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
+    """Samples of a genome's schedule, from the noise that all grids share."""
+    images = loaded.sample(study.space.decode(genome), SAMPLES, study.seed).cpu().numpy()
+    draw_samples(images, path, columns=6, scale=max(1, 64 // images.shape[-1]))
+
+
+def export_command(study_file: str, run: Run, searcher: str, seed: int, trial: int) -> str:
+    seeded = f" --seed {seed}" if seed else ""
+    return f"nas export {quote(study_file)} --out {quote(str(run.folder))} --searcher {quote(searcher)}{seeded} --trial {trial} --to exported"
+
+
+def _audit(run: Path, folder: Path) -> dict[str, Any] | None:
+    import json
+
+    from nas.results.audit import TABLE, read_table
+
+    facts_file = run / "audit" / "audit.json"
+    if not facts_file.exists():
+        return None
+    facts = json.loads(facts_file.read_text())
+    draw_audit(read_table(run / "audit" / TABLE), facts, folder / "audit.svg")
+    best = facts["proxies"][0]
+    words = (
+        f"{facts['schedules']} schedules scored by each proxy and by the reference, {facts['reference']}. Best: {best['proxy']}, Kendall's tau "
+        f"{best['tau_in_band']:.2f} inside bands of equal MACs for {best['macs_share']:.1%} of the reference's MACs."
+    )
+    return {"picture": _inline(folder / "audit.svg"), "words": words}
+
+
+def _trained(found: Mapping[str, Any] | None, quality: str) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    rows = [
+        (
+            f"{row['ledger']} #{row['trial']}",
+            f"{row['macs_share']:.1%}",
+            f"{row['before']:.4g}",
+            f"{row['after']:.4g}",
+            row["difference"]["words"] if row["difference"] else "",
+        )
+        for row in found["schedules"]
+    ]
+    words = "The same noises judge the supernet's subnets and the exported networks after their fine-tuning."
+    if found["tau"] is not None:
+        words += f" Kendall's tau between the two over {len(rows)} schedules: {found['tau']:.2f}."
+    return {
+        "columns": ("trial", "MACs", f"{quality} before", f"{quality} after", "difference"),
+        "rows": rows,
+        "words": words,
+    }
+
+
+def _spent(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
+    columns = (
+        "searcher",
+        "scored",
+        "failed",
+        "MACs",
+        "saved",
+        "learning",
+        "seconds",
+        "wall",
+        "hypervolume",
+    )
+    rows = []
+    for row in facts["searchers"]:
+        spent = row["spent"]
+        rows.append(
+            (
+                row["searcher"],
+                row["trials"],
+                row["failed"],
+                f"{spent['macs']:.3g}",
+                f"{spent['cached_macs'] / max(spent['macs'] + spent['cached_macs'], 1):.0%}",
+                f"{spent['learning_macs']:.3g}" if spent["learning_macs"] else "",
+                f"{spent['seconds']:.0f}",
+                f"{spent['wall_seconds']:.0f}",
+                f"{row['hypervolume']:.4g}",
+            )
+        )
+    training = sum(stage["macs"] for stage in run.status()["training"])
+    words = [
+        "MACs: multiply-adds of all networks' calls; saved: the share that schedules of equal beginnings did not run again; learning: "
+        "multiply-adds before the search. Seconds are those of scoring, wall those in which at least one candidate was scored."
+    ]
+    words += [f"Training the supernet took {training:.3g} multiply-adds."] if training else []
+    return {"columns": columns, "rows": rows, "words": words}
+
+
+def _candidates(
+    study: Study, study_file: str, run: Run, ledgers: Mapping[str, Sequence[Trial]], quality: str
+) -> dict[str, Any]:
+    timed = any(trial.objectives((LATENCY,))[0] >= 0 for trials in ledgers.values() for trial in trials)
+    time = ("ms an image",) if timed else ()
+    titles = (
+        "searcher",
+        "trial",
+        "MACs",
+        *time,
+        quality,
+        "±",
+        "samples",
+        "on the front",
+        "told apart",
+    )
+    text = {"searcher", "on the front", "told apart"}
+    rows = []
+    seeds = {row: info.seed for row, (info, _) in zip(ledgers, run.ledgers, strict=True)}
+    for name, trials in ledgers.items():
+        front = verified_front(trials, study.objectives)
+        cheaper = {trial.number: before for before, trial in zip([None, *front], front, strict=False)}
+        for trial in trials:
+            if trial.status != "complete" or trial.score is None:
+                continue
+            member = trial.number in cheaper
+            difference = against(trial, cheaper[trial.number], quality) if member else None
+            said = "" if difference is None else "yes" if difference["conclusive"] else "inconclusive"
+            error = trial.score.error(quality)
+            [milliseconds] = trial.objectives((LATENCY,))
+            known = (milliseconds, f"{milliseconds:.3g}") if milliseconds >= 0 else ("", "")
+            cells = (
+                (name, name),
+                (trial.number, str(trial.number)),
+                (trial.cost["macs_share"], f"{trial.cost['macs_share']:.1%}"),
+                *((known,) if timed else ()),
+                (trial.score.values[quality], f"{trial.score.values[quality]:.4g}"),
+                (error if error == error else "", f"{error:.2g}" if error == error else ""),
+                (trial.rung, f"{trial.rung:,}"),
+                ("front" if member else "", "front" if member else ""),
+                (said, said),
+            )
+            searcher = name.partition(" (seed")[0]
+            rows.append(
+                {
+                    "cells": [
+                        {"value": value, "shown": shown, "text": title in text}
+                        for title, (value, shown) in zip(titles, cells, strict=True)
+                    ],
+                    "command": export_command(study_file, run, searcher, seeds[name], trial.number),
+                }
+            )
+    return {"columns": [{"title": title, "text": title in text} for title in titles], "rows": rows}
+
+
+def _provenance(run: Run, study: Study) -> list[tuple[str, str]]:
+    found: dict[str, str] = {"objectives": ", ".join(study.objectives), "seed": str(study.seed)}
+    for info, _ in run.ledgers[-1:]:
+        found |= {
+            name: str(value) for name, value in info.provenance.items() if name not in found and name != "searcher"
+        }
+    for row, (info, _) in zip(run.status()["searchers"], run.ledgers, strict=True):
+        found[f"searcher {row['searcher']}"] = info.provenance["searcher"]
+    return [*found.items(), *((f"version of {name}", value) for name, value in run.facts["versions"].items())]

@@ -1,0 +1,346 @@
+"""Pictures: the front of a run, a schedule, a grid of samples. Each returns or writes a matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from nas.contracts import Trial
+from nas.results.report import Scale, against, verified_front
+
+INK = "#0a0b0c"
+"""What is neither data nor ground; a page that shows a picture replaces it by its own ink."""
+
+mpl.rcParams.update(
+    {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "savefig.dpi": 150,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "pictures",
+        **dict.fromkeys(
+            ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
+        ),
+    }
+)
+
+_COLOURS = ("#1f6f8b", "#c8553d", "#5b8c5a", "#8d6a9f", "#d19c1d", "#4a4a4a")
+_BASELINE_COLOUR = "#9a9a9a"
+
+
+def draw_front(
+    ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], scale: Scale, label: str, path: Path
+) -> None:
+    """The verified trials of each searcher over their share of the scale's cost, their front with error bars, the uniform schedules,
+    and below it which option each member of the best front runs at which interval.
+
+    `facts` is what `study.json` holds; `label` names the measured objective.
+    """
+    objectives, baseline = facts["objectives"], facts["baseline"]
+    figure = Figure(figsize=(7.5, 7.2), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
+    _draw_scores(top, ledgers, facts, scale)
+    top.set_ylabel(
+        label + "\n(lower is better; bars: ± 1 standard error;\nhollow: not told apart from the next cheaper)"
+    )
+    fronts = {name: verified_front(trials, objectives) for name, trials in ledgers.items() if name != baseline}
+    shown = next((name for name, best in fronts.items() if best), None)
+    if shown is None:
+        bottom.set_axis_off()
+    else:
+        _draw_schedules(figure, bottom, fronts[shown], facts["choices"], scale)
+        bottom.set_title(f"which option runs when, for the front of {shown}", fontsize=10)
+    _save(figure, path)
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], until: float, path: Path) -> None:
+    """Hypervolume over the MACs spent, a line for each searcher: the mean over its seeds, with their range. `rows` are those of
+    `Run.compare`; `until`: MACs that all have spent, dotted."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    groups: dict[str, list[Sequence[tuple[float, float]]]] = {}
+    for row in rows:
+        if row["curve"] and not row["baseline"]:
+            groups.setdefault(row["searcher"].partition(" (seed")[0], []).append(row["curve"])
+    for number, (name, curves) in enumerate(groups.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        line = ("-", "--")[number // len(_COLOURS) % 2]
+        most = min(curve[-1][0] for curve in curves)
+        at = np.linspace(0, most, 300)
+        heights = np.array([_height(curve, at) for curve in curves])
+        axes.step(at, heights.mean(0), where="post", label=name, color=colour, linestyle=line)
+        if len(curves) > 1:
+            axes.fill_between(at, heights.min(0), heights.max(0), color=colour, alpha=0.12, linewidth=0)
+    axes.axvline(until, color=INK, linewidth=0.8, linestyle=":")
+    axes.set_xlabel("MACs spent" + (", mean and range over seeds" if any(len(c) > 1 for c in groups.values()) else ""))
+    axes.set_ylabel("hypervolume on search samples")
+    if groups:
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+    _save(figure, path)
+
+
+def draw_scores(
+    ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], scale: Scale, label: str, path: Path
+) -> None:
+    """The upper half of `draw_front` alone."""
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    _draw_scores(axes, ledgers, facts, scale)
+    axes.set_ylabel(label)
+    _save(figure, path)
+
+
+def draw_profile(timesteps: Sequence[int], profiles: Mapping[int, Mapping[str, float]], path: Path) -> None:
+    """What runs when: the share of each block's MACs at each timestep, a cross where its output is reused, a gap where the step is
+    left out. `profiles[timestep][block]`, negative where reused."""
+    blocks = list(next(iter(profiles.values())))
+    shares = np.full((len(blocks), len(timesteps)), np.nan)
+    for column, timestep in enumerate(timesteps):
+        for row, block in enumerate(blocks):
+            if timestep in profiles:
+                shares[row, column] = profiles[timestep][block]
+    figure = Figure(figsize=(4.2, 0.9 + 0.19 * len(blocks)), layout="constrained")
+    axes = figure.subplots()
+    reused = shares < 0
+    axes.imshow(
+        np.where(reused, np.nan, shares), aspect="auto", cmap="YlGnBu", vmin=-0.15, vmax=1, interpolation="nearest"
+    )
+    rows, columns = np.nonzero(reused)
+    axes.scatter(columns, rows, marker="x", s=9, linewidths=0.7, color=_BASELINE_COLOUR)
+    axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
+    shown = np.unique(np.linspace(0, len(timesteps) - 1, min(6, len(timesteps))).round().astype(int))
+    axes.set_xticks(shown, [str(timesteps[i]) for i in shown], fontsize=8)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    _save(figure, path)
+
+
+def draw_losses(rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Losses over the steps of each network's training, smoothed over a fiftieth of them; and the schedule's scores on the way, one network
+    after another. `rows`: "model", "step", "loss"; `scores`: "model", "step", the score by its name, and its "error"."""
+    figure = Figure(figsize=(11 if scores else 7.5, 4), layout="constrained")
+    axes, *others = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
+    for number, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        losses = np.array([row["loss"] for row in rows if row["model"] == name])
+        width = max(1, len(losses) // 50)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(np.arange(len(smooth)) + width, smooth, color=_COLOURS[number % len(_COLOURS)], label=name)
+    axes.set_xlabel("gradient step")
+    axes.set_ylabel("loss")
+    axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8)
+    for right in others:
+        [quality] = set(scores[0]) - {"model", "step", "error"}
+        places = range(len(scores))
+        values, errors = ([score[name] for score in scores] for name in (quality, "error"))
+        right.errorbar(places, values, yerr=errors, fmt="o-", color=_COLOURS[0], capsize=3)
+        words = [f"{score['model']}: {score['step']}" if score["model"] else "as exported" for score in scores]
+        right.set_xticks(places, words, rotation=90, fontsize=7)
+        right.set_xlabel("network and gradient step")
+        right.set_ylabel(quality)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """By its suffix; an SVG has no ground of its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, transparent=path.suffix == ".svg", metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _height(curve: Sequence[tuple[float, float]], at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """A step curve's value at each place; 0 before its first point."""
+    spent, heights = np.array(curve).T
+    return np.append(0.0, heights)[np.searchsorted(spent, at, side="right")]
+
+
+def draw_audit(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
+    """Each proxy's agreement with the reference inside bands of equal MACs, with its cost, and the best one's scores beside the
+    reference's."""
+    rows, proxies = [row for row in rows if row["scores"]], facts["proxies"]
+    figure = Figure(figsize=(11, 2.2 + max(2.4, 0.27 * len(proxies))), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.1, 1])
+    places = list(range(len(proxies)))[::-1]
+    taus = [proxy["tau_in_band"] for proxy in proxies]
+    lows, highs = zip(*(proxy["tau_in_band_interval"] for proxy in proxies), strict=True)
+    errors = [[t - low for t, low in zip(taus, lows, strict=True)], [h - t for t, h in zip(taus, highs, strict=True)]]
+    left.errorbar(taus, places, xerr=errors, fmt="o", color=_COLOURS[0], capsize=3)
+    left.set_yticks(places, [f"{proxy['proxy']}  ({proxy['macs_share']:.1%})" for proxy in proxies])
+    left.axvline(0, color=_BASELINE_COLOUR, linewidth=0.8)
+    left.axvline(facts["test_retest"]["tau_in_band"], color=_BASELINE_COLOUR, linestyle=":")
+    left.set_xlim(min(-0.05, *lows), 1)
+    left.set_title("dotted: the reference with itself; in brackets: MACs, of the reference's", fontsize=9, loc="right")
+    left.set_xlabel("Kendall's tau inside bands of equal MACs (bars: 95 % over schedules)")
+    best = proxies[0]["proxy"]
+    shares = [row["cost"]["macs_share"] for row in rows]
+    x, y = ([next(iter(row["scores"][name]["values"].values())) for row in rows] for name in (best, "reference"))
+    points = right.scatter(x, y, c=shares, cmap="viridis", s=14, alpha=0.8)
+    right.set_xlabel(best)
+    right.set_ylabel(facts["reference"])
+    figure.colorbar(points, ax=right, label="share of the full network's MACs")
+    _save(figure, path)
+
+
+def draw_intervals(facts: Mapping[str, Any], path: Path) -> None:
+    """The affinity of gradients over the training timesteps with the boundaries that follow from it, what a smaller net changes at each
+    step, and how each maker divides the timesteps."""
+    total = facts["points"][-1]
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.05])
+    image = left.imshow(
+        facts["affinity"],
+        origin="lower",
+        extent=(0, total, 0, total),
+        cmap="RdBu_r",
+        vmin=-1,
+        vmax=1,
+    )
+    for boundary in facts["boundaries"]["gradients"]:
+        for line in (left.axvline, left.axhline):
+            line(boundary, color=INK, linewidth=1.2)
+    left.set_xlabel("training timestep (0: clean)")
+    left.set_ylabel("training timestep")
+    left.set_title("cosine of the full network's gradients", fontsize=10)
+    figure.colorbar(image, ax=left, shrink=0.75)
+    right.set_axis_off()
+    top, bottom = right.inset_axes((0.18, 0.55, 0.82, 0.42)), right.inset_axes((0.18, 0.02, 0.82, 0.36))
+    effects, errors = np.array(facts["effects"]), np.array(facts["effect_errors"])
+    for option in range(effects.shape[1] - 1):
+        top.errorbar(
+            facts["timesteps"],
+            effects[:, option],
+            yerr=errors[:, option],
+            fmt="o-",
+            markersize=3,
+            capsize=2,
+            color=_COLOURS[option % len(_COLOURS)],
+            label=f"width {facts['widths'][option]:g}",
+        )
+    top.axhline(0, color=_BASELINE_COLOUR, linewidth=0.8)
+    top.set_xlim(-10, total + 10)
+    top.legend(frameon=False, fontsize=8)
+    top.set_title(f"change in {facts['metric']} where one step alone runs a smaller net", fontsize=10)
+    names = list(facts["boundaries"])
+    for place, name in enumerate(names):
+        ends = [0, *facts["boundaries"][name], total]
+        for number, (start, stop) in enumerate(pairwise(ends)):
+            bottom.barh(place, stop - start, left=start, height=0.7, color=_COLOURS[number % len(_COLOURS)], alpha=0.55)
+    for timestep in facts["timesteps"]:
+        bottom.axvline(timestep, color=INK, linewidth=0.5, linestyle=":")
+    bottom.set_yticks(range(len(names)), names)
+    bottom.invert_yaxis()
+    bottom.set_xlim(-10, total + 10)
+    bottom.set_xlabel("training timestep (dotted: the sampler's steps)")
+    _save(figure, path)
+
+
+def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """[-1, 1] to 0..255, (n, channels, height, width) to (n, height, width, channels)."""
+    return np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def draw_samples(images: npt.NDArray[np.float32], path: Path, columns: int = 8, scale: int = 1) -> None:
+    """Writes a grid of (n, channels, height, width) images in [-1, 1] as PNG, each pixel `scale` pixels wide."""
+    from PIL import Image
+
+    count, channels, height, width = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, dtype=np.uint8)
+    for i, image in enumerate(to_uint8(images)):
+        top, left = i // columns * (height + 1), i % columns * (width + 1)
+        canvas[top : top + height, left : left + width] = image
+    picture = canvas.repeat(scale, 0).repeat(scale, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture[..., 0] if channels == 1 else picture).save(path)
+
+
+def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], scale: Scale) -> None:
+    objectives, baseline = facts["objectives"], facts["baseline"]
+    quality = objectives[0]
+    colours = iter(_COLOURS * len(ledgers))
+    for name, trials in ledgers.items():
+        done = sorted((t for t in trials if t.status == "complete"), key=scale.share)
+        if not done:
+            continue
+        x, y, error = _points(done, quality, scale)
+        if name == baseline:
+            axes.errorbar(
+                x,
+                y,
+                yerr=error,
+                fmt="s--",
+                color=_BASELINE_COLOUR,
+                capsize=3,
+                label="one option for all steps",
+                zorder=2,
+            )
+            if x[-1] == 1:
+                axes.axhline(y[-1], color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
+                axes.annotate("full network", (1, y[-1]), (0, -14), textcoords="offset points", ha="right", fontsize=9)
+            continue
+        colour = next(colours)
+        axes.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
+        front = sorted(verified_front(trials, objectives), key=scale.share)
+        x, y, error = _points(front, quality, scale)
+        axes.errorbar(
+            x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3
+        )
+        compared = [against(trial, cheaper, quality) for cheaper, trial in pairwise(front)]
+        ties = [i for i, found in enumerate(compared, 1) if found and not found["conclusive"]]
+        axes.plot([x[i] for i in ties], [y[i] for i in ties], "o", color="white", markersize=3, zorder=4)
+    axes.set_xlim(0, 1.03)
+    axes.set_xlabel(f"share of the full network's {scale.words}")
+    if scale.limit is not None:
+        axes.axvline(scale.limit, color=INK, linewidth=0.8, linestyle="-.")
+        axes.annotate(
+            "limit",
+            (scale.limit, 1),
+            (3, -10),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+
+
+def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices: Sequence[Any], scale: Scale) -> None:
+    options = [option for _, option in choices]
+    alike = all(option == options[0] for option in options) and len(options[0]) <= 8
+    genes = np.array([trial.genome for trial in trials], dtype=float)
+    if not alike:
+        genes /= np.maximum([len(option) - 1 for option in options], 1)
+    highest = max(map(len, options)) - 1 if alike else 1
+    image = axes.imshow(genes, aspect="auto", cmap="YlGnBu", vmin=0, vmax=highest, interpolation="nearest")
+    axes.set_yticks(range(len(trials)), [f"#{t.number}  {scale.share(t):.2f}" for t in trials])
+    axes.set_ylabel(f"trial, share of {scale.words}")
+    homes = [name.rpartition(".")[0] or name for name, _ in choices]
+    if len(set(homes)) == len(choices):
+        axes.set_xlabel("interval, noisy to clean")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.set_xlabel("choices of each interval, noisy to clean")
+        axes.set_xticks(range(len(choices)), [name.rpartition(".")[2] for name, _ in choices], rotation=90, fontsize=7)
+        for place, (before, here) in enumerate(pairwise(homes)):
+            if before != here:
+                axes.axvline(place + 0.5, color=INK, linewidth=0.8)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, ticks=range(len(options[0])) if alike else [0, 1])
+    bar.set_ticklabels([str(option) for option in options[0]] if alike else ["least", "most"])
+    bar.set_label(choices[0][0].rpartition(".")[2] if alike else "option")
+
+
+def _points(trials: Sequence[Trial], quality: str, scale: Scale) -> tuple[list[float], list[float], list[float]]:
+    scores = [trial.score for trial in trials if trial.score is not None]
+    x = [scale.share(trial) for trial in trials]
+    return x, [score.values[quality] for score in scores], [score.error(quality) for score in scores]

@@ -1,0 +1,139 @@
+"""Exact MACs and parameters of any subnet, in microseconds and without a tensor.
+
+Each weight joins two axes whose lengths are sums of channel counts, so both costs are quadratic forms in the vector of
+those counts: cost(arch) = v(arch)^T Q v(arch), with v = (1, channels of each stretch). The coefficients are collected
+once for each depth and choice of attention, for the whole subnet and for each of its branches; counts are integers throughout.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from search_spaces.networks.parts import Stretch, TensorAnatomy
+from search_spaces.networks.slices import Arch
+from search_spaces.networks.unet import Anatomy
+from search_spaces.shipped.reuse import Graph
+
+Matrix = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Per sample and network call. `macs` includes `attention_macs`, the two products of every attention."""
+
+    macs: int
+    attention_macs: int
+    params: int
+
+
+class CostModel:
+    """Costs of the subnets of one supernet. fvcore counts the same, less its entries for norms and upsampling."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self._anatomy = anatomy
+        self._known: dict[Arch, dict[str, Matrix]] = {}
+        self._counts: dict[Arch, dict[str, Cost]] = {}
+
+    def __call__(self, arch: Arch) -> Cost:
+        """`arch` is one that `Anatomy.subconfig` and `Anatomy.segments` accept."""
+        each = self.branches(arch).values()
+        return Cost(sum(c.macs for c in each), sum(c.attention_macs for c in each), sum(c.params for c in each))
+
+    def graph(self, arch: Arch) -> Graph:
+        """Of the subnet's blocks and branches."""
+        return Graph(self._anatomy.depths(arch), self._anatomy.config["mid_block_type"] is not None)
+
+    def branches(self, arch: Arch) -> dict[str, Cost]:
+        """What each branch of the subnet costs; under "" what always runs, the input and output convolutions and the time
+        embedding."""
+        arch = arch._replace(expert="")
+        if arch not in self._counts:
+            lengths = self._vector(arch)
+            found = {}
+            for name, forms in self._forms(arch).items():
+                linear, products, params = (int(form) for form in (forms @ lengths) @ lengths)
+                found[name] = Cost(linear + products, products, params)
+            self._counts[arch] = found
+        return self._counts[arch]
+
+    def macs(self, arch: Arch, reuse: Collection[str] = ()) -> int:
+        """Of one call in which the outputs of these blocks or branches are those of the step before: none where nothing runs."""
+        reused = self.graph(arch).expand(reuse)
+        if len(reused) == len(self.graph(arch).branches):
+            return 0
+        return sum(cost.macs for name, cost in self.branches(arch).items() if name not in reused)
+
+    def _vector(self, arch: Arch) -> npt.NDArray[np.int64]:
+        shares = [1.0 if level is None else arch.widths[level] for _, level in self._lengths]
+        counts = [round(size * share) for (size, _), share in zip(self._lengths, shares, strict=True)]
+        return np.array(counts, dtype=np.int64)
+
+    @cached_property
+    def _lengths(self) -> list[tuple[int, int | None]]:
+        """Distinct (size, level) of elastic stretches, after the constant 1."""
+        tensors = self._anatomy.tensors.values()
+        elastic = ((s.size, s.level) for t in tensors for axis in t.axes for s in axis if s.level is not None)
+        return [(1, None), *dict.fromkeys(elastic)]
+
+    def _forms(self, arch: Arch) -> dict[str, Matrix]:
+        """Of each branch: MACs of weights, MACs of attention products, parameters, (3, lengths, lengths)."""
+        anatomy = self._anatomy
+        synthetic = [name for name in anatomy.identities if anatomy.widened(name, arch)]
+        key = Arch(arch.widths if synthetic else (), arch.depths, arch.attention)
+        if key not in self._known:
+            depths = anatomy.depths(arch)
+            members: dict[str, list[TensorAnatomy]] = {"": []}
+            for name, tensor in anatomy.tensors.items():
+                placed = anatomy.placed(name, tensor.unit, arch)
+                if placed is not None:
+                    members.setdefault(branch_of(placed, depths), []).append(tensor)
+            for name in synthetic:
+                members.setdefault(branch_of(name, depths), []).append(anatomy.identities[name])
+            forms = {name: self._weights(tensors) for name, tensors in members.items()}
+            for block in anatomy.attentions:
+                placed = anatomy.placed(block.unit.name(block.unit.index), block.unit, arch)
+                if placed is not None:
+                    for stretch in block.axis:
+                        forms[branch_of(placed, depths)][1, 0, self._index(stretch)] += 2 * block.positions**2
+            self._known[key] = forms
+        return self._known[key]
+
+    def _weights(self, tensors: Iterable[TensorAnatomy]) -> Matrix:
+        forms = np.zeros((3, len(self._lengths), len(self._lengths)), dtype=np.int64)
+        linear, _, params = forms
+        one = (Stretch(1),)
+        for tensor in tensors:
+            kernel = math.prod(axis[0].size for axis in tensor.axes[2:])
+            rows, columns = tensor.axes[0], tensor.axes[1] if len(tensor.axes) > 1 else one
+            for row in rows:
+                for column in columns:
+                    fixed = math.prod(s.size for s in (row, column) if s.level is None)
+                    at = self._index(row), self._index(column)
+                    params[at] += kernel * fixed
+                    linear[at] += kernel * fixed * tensor.positions
+        return forms
+
+    def _index(self, stretch: Stretch) -> int:
+        return 0 if stretch.level is None else self._lengths.index((stretch.size, stretch.level))
+
+
+def branch_of(parameter: str, depths: tuple[int, ...]) -> str:
+    """The branch whose module a parameter of a UNet of these depths belongs to, "" for those of no branch."""
+    if parameter.startswith("mid_block."):
+        return "mid"
+    found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", parameter)
+    if found is None:
+        return ""
+    side, level, kind, index = found.group(1)[0], int(found.group(2)), found.group(3), found.group(4)
+    if kind == "downsamplers":
+        return f"d{level}.down"
+    if kind == "upsamplers":
+        return f"u{level}.{depths[len(depths) - 1 - level]}"
+    return f"{side}{level}.{index}"

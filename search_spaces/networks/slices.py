@@ -1,0 +1,183 @@
+"""Which channels of a full network's tensors a smaller one takes, for any family whose tensors are taken apart.
+
+Each stretch of an axis is sliced on its own, trunk and skip apart after a concatenation, so that a channel always meets the weight it met in
+the full net.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+
+from search_spaces.networks.parts import Axis, Stretch, TensorAnatomy, Unit
+
+
+class Arch(NamedTuple):
+    """A subnet. What is left empty is as in the full net; JSON is the plain nested list.
+
+    `widths`: one share of the channels per level, outermost level first. `depths`: residual blocks per level on the way down, one
+    more on the way up. `attention`: whether it runs, per level and then in the middle. `expert`: which copy of the weights.
+    """
+
+    widths: tuple[float, ...]
+    depths: tuple[int, ...] = ()
+    attention: tuple[bool, ...] = ()
+    expert: str = ""
+
+
+Run = tuple[int, int]
+"""Channels start..stop-1 of one axis."""
+
+Groups = Literal["count", "size"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a subnet's tensor comes from: the full net's tensor and the runs of channels of each of its axes. No name: an
+    identity between two equally wide levels that a subnet makes different; its axes are of the same channels."""
+
+    name: str | None
+    axes: tuple[tuple[Run, ...], ...]
+
+
+class Slices(ABC):
+    """What an anatomy slices by.
+
+    `tensors`: every parameter of the full net, taken apart. `identities`: shortcuts that stand nowhere, but would where a subnet makes two
+    levels different. `cells[name]`: first channels of the stretches that no norm group splits. `groups`: what of the norms stays constant.
+    `frequency_shift`: of the time embedding's frequencies.
+    """
+
+    tensors: dict[str, TensorAnatomy]
+    identities: dict[str, TensorAnatomy]
+    cells: dict[str, tuple[int, ...]]
+    groups: Groups
+    frequency_shift: float
+
+    @abstractmethod
+    def place(self, unit: Unit, arch: Arch) -> int | None:
+        """Where the full net's unit stands in the subnet, None where it lacks it."""
+
+    @abstractmethod
+    def check_shortcuts(self, arch: Arch) -> None:
+        """Raises UserError where a shortcut convolution of the full net would vanish."""
+
+    @abstractmethod
+    def widened(self, name: str, arch: Arch) -> bool:
+        """Whether the levels on both sides of a synthetic shortcut, of its weight or bias, differ in the subnet."""
+
+    def segments(self, arch: Arch) -> dict[str, Source]:
+        """For each parameter of the subnet, where it comes from.
+
+        Raises UserError where a shortcut convolution of the full net would vanish (one stands only between levels of different
+        width).
+        """
+        self.check_shortcuts(arch)
+        found = {}
+        for name, tensor in self.tensors.items():
+            placed = self.placed(name, tensor.unit, arch)
+            if placed is not None:
+                found[placed] = Source(name, tuple(self._axis_runs(axis, arch) for axis in tensor.axes))
+        for name, tensor in self.identities.items():
+            if self.widened(name, arch):
+                found[name] = Source(None, tuple(self._axis_runs(axis, arch) for axis in tensor.axes))
+        return found
+
+    def placed(self, name: str, unit: Unit | None, arch: Arch) -> str | None:
+        """What the subnet calls the full net's parameter, or module, of this unit; None where it lacks it."""
+        if unit is None:
+            return name
+        index = self.place(unit, arch)
+        return None if index is None else unit.name(index) + name.removeprefix(unit.name(unit.index))
+
+    def _axis_runs(self, axis: Axis, arch: Arch) -> tuple[Run, ...]:
+        key = axis, tuple(1.0 if s.level is None else arch.widths[s.level] for s in axis)
+        if key not in self._runs:
+            self._runs[key] = tuple(_merged(self._stretch_runs(*key)))
+        return self._runs[key]
+
+    @cached_property
+    def _runs(self) -> dict[tuple[Axis, tuple[float, ...]], tuple[Run, ...]]:
+        return {}
+
+    def _stretch_runs(self, axis: Axis, shares: tuple[float, ...]) -> Iterator[Run]:
+        start = 0
+        for stretch, share in zip(axis, shares, strict=True):
+            if stretch.frequencies:
+                yield from self._frequency_runs(start, stretch.size, round(stretch.size * share))
+            else:
+                for first, stop in self.kept(stretch, share):
+                    yield start + first, start + stop
+            start += stretch.size
+
+    def kept(self, stretch: Stretch, share: float) -> Iterator[Run]:
+        """Channels of a stretch that a subnet of this width takes. With a constant group count, the leading share of each
+        cell, so that every channel stays in its norm group; with a constant group size, the leading groups."""
+        exact = Fraction(share).limit_denominator(4096)
+        bounds = self.cells.get(stretch.channels, ()) if self.groups == "count" else ()
+        for start, stop in pairwise(sorted({0, *bounds, stretch.size})):
+            count = math.floor(exact * stop) - math.floor(exact * start)
+            if count:
+                yield start, start + count
+
+    def _frequency_runs(self, start: int, full: int, kept: int) -> Iterator[Run]:
+        """Channel k of n has frequency 10000^(-k / (n - shift)): take the full net's nearest one in log frequency."""
+        shift = self.frequency_shift
+        for k in range(kept):
+            nearest = min(full - 1, round(k * (full - shift) / max(kept - shift, 1)))
+            yield start + nearest, start + nearest + 1
+
+
+def take(full: Mapping[str, torch.Tensor], source: Source) -> torch.Tensor:
+    """The slice of the full net's tensors that `segments` names: a view where each axis is one run, else a copy; differentiable."""
+    if source.name is None:
+        like = next(iter(full.values()))
+        return _identity(source.axes).to(like)
+    tensor = full[source.name]
+    for dim, runs in enumerate(source.axes):
+        if len(runs) == 1:
+            start, stop = runs[0]
+            tensor = tensor.narrow(dim, start, stop - start)
+        else:
+            tensor = tensor.index_select(dim, _index(runs, tensor.device))
+    return tensor
+
+
+@lru_cache(maxsize=4096)
+def _index(runs: tuple[Run, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # kept, so that whoever asks first must not decide what it can be used for
+        return torch.cat([torch.arange(start, stop, device=device) for start, stop in runs])
+
+
+@lru_cache(maxsize=256)
+def _identity(axes: tuple[tuple[Run, ...], ...]) -> torch.Tensor:
+    """Kernel or bias of a 1x1 convolution that hands on the channels which both axes hold; absent ones become zero."""
+    cpu = torch.device("cpu")
+    after = _index(axes[0], cpu)
+    with torch.inference_mode(False):
+        if len(axes) == 1:
+            return torch.zeros(len(after))
+        before = _index(axes[1], cpu)
+        return (after[:, None] == before[None, :]).float()[:, :, None, None]
+
+
+def _merged(runs: Iterator[Run]) -> Iterator[Run]:
+    """Neighbouring runs as one."""
+    current: Run | None = None
+    for start, stop in runs:
+        if current is not None and current[1] == start:
+            current = current[0], stop
+            continue
+        if current is not None:
+            yield current
+        current = start, stop
+    if current is not None:
+        yield current

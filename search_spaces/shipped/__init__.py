@@ -1,0 +1,1 @@
+"""What an exported folder takes along: each file runs there without this project."""

@@ -1,0 +1,391 @@
+"""Fine-tunes the networks of an exported folder, each on the timesteps that it serves, with distillation from the full network.
+
+Needs torch, diffusers, accelerate, numpy, pillow and safetensors alone; an exported folder holds a copy of this file and of what it
+imports:
+
+    python train_diffusers.py --images my/images            # or: accelerate launch train_diffusers.py ...
+
+`train.json` says which timesteps each network serves, the loss and the defaults. What is trained lies in `trained/`, a folder like this
+one. The same command goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator, PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nas.base.exported import PROVENANCE, ExportError, check_hashes, hashes_of, noted_hashes, read_export, read_network
+from nas.base.pictures import PictureError, find_pictures, read_picture
+
+TRAINED = "trained"
+OURS = (
+    "README.md",
+    "exported.py",
+    "model_index.json",
+    "pictures.py",
+    "pipeline.py",
+    "reuse.py",
+    "sample.py",
+    "schedule.json",
+    "scheduler",
+    "teacher",
+    "train.json",
+    "train_diffusers.py",
+)
+"""What an exported folder holds besides its networks, and a trained one too."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`steps`: gradient steps of all networks together, divided by how many timesteps each serves. `distillation`: share of the target
+    that is the full network's prediction, instead of the noise. `features`: weight of the distance of blocks' spatial maps (mean square
+    over channels, normalised; Zagoruyko & Komodakis 2017) to the full network's. `batch`: images of a step, on each device."""
+
+    steps: int = 1000
+    batch: int = 64
+    learning_rate: float = 2e-4
+    warmup: int = 50
+    ema: float = 0.995
+    clip: float = 1.0
+    distillation: float = 0.5
+    features: float = 0.0
+    flip: bool = False
+    precision: str = "no"
+    seed: int = 0
+    checkpoint_every: int = 250
+
+
+def settings_of(given: Any) -> Settings:
+    """From train.json. Raises ExportError naming what no training can have."""
+    known = {field.name: type(field.default) for field in fields(Settings)}
+    for name, value in given.items():
+        kind = known.get(name)
+        if kind is None:
+            raise ExportError(f"train.json: settings have no {name!r}; there are {', '.join(known)}")
+        number = kind in (int, float) and type(value) in (int, kind)
+        if not (number or type(value) is kind) or (number and not 0 <= value < 1e9):
+            raise ExportError(f"train.json: {name}={value!r} is no {kind.__name__} that a training can have")
+    made = Settings(**given)
+    if min(made.steps, made.batch, made.checkpoint_every) < 1 or made.precision not in ("no", "bf16", "fp16"):
+        raise ExportError(
+            f"train.json: steps, batch and checkpoint_every must be at least 1, precision no, bf16 or fp16; {made}"
+        )
+    return made
+
+
+def train(
+    folder: Path,
+    pixels: npt.NDArray[np.float32],
+    settings: Settings,
+    cpu: bool = False,
+    changed_weights: bool = False,
+    whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Generator[dict[str, Any], None, None]:
+    """Trains what `folder/trained` lacks; yields after each step the network's name, its step, how many there are, the loss, and the
+    average of its weights, which the next step changes. Closed early, it keeps its state first.
+
+    pixels: (n, channels, height, width) in [-1, 1]. `changed_weights`: takes networks that are not those that were exported. `whole`: makes
+    a context in which nobody is interrupted. Raises ExportError where the folder is damaged.
+    """
+    export = read_export(folder)
+    plan = export.training
+    accelerator = Accelerator(mixed_precision=settings.precision, cpu=cpu)
+    names = [*plan["timesteps"]]
+    if not changed_weights:
+        check_hashes(folder, dict.fromkeys([*names, plan["teacher"]]), export.provenance, "--changed-weights")
+    into = folder / TRAINED
+    into.mkdir(exist_ok=True)
+    teacher = read_network(folder / plan["teacher"]).to(accelerator.device).requires_grad_(False)
+    data = torch.from_numpy(pixels).to(accelerator.device)
+    scheduler = diffusers.DDIMScheduler(**plan["scheduler"])
+    exported = export.provenance.get("files", {})
+    teachers = {file: exported[file] for file in exported if file.startswith("teacher/")}
+    for name, ranges in plan["timesteps"].items():
+        if not (into / name / "config.json").exists():
+            yield from _train_one(folder, name, ranges, teacher, data, scheduler, settings, accelerator, whole)
+            if accelerator.is_main_process:
+                # Its hash is noted before it has its name: whatever is killed here, a named network has its hash.
+                files = {**teachers, **noted_hashes(into)}
+                files |= {file.removeprefix("."): found for file, found in hashes_of(into, [f".{name}"]).items()}
+                facts = {"exported": export.provenance, "trained": asdict(settings), "files": files}
+                _replace(into / PROVENANCE, json.dumps(facts, indent=2) + "\n")
+                os.replace(into / f".{name}", into / name)
+                (into / f".{name}.safetensors").unlink(missing_ok=True)
+            accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for part in (folder / name for name in OURS):
+            if part.exists() and not part.is_symlink() and not (into / part.name).exists():
+                partial = into / f".{part.name}.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                (shutil.copytree if part.is_dir() else shutil.copy)(part, partial)
+                os.replace(partial, into / part.name)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _train_one(
+    folder: Path,
+    name: str,
+    ranges: Sequence[Sequence[int]],
+    teacher: Any,
+    data: torch.Tensor,
+    scheduler: Any,
+    settings: Settings,
+    accelerator: Any,
+    whole: Callable[[], AbstractContextManager[Any]],
+) -> Iterator[dict[str, Any]]:
+    served = torch.cat([torch.arange(start, stop) for start, stop in ranges])
+    total = max(1, round(settings.steps * len(served) / scheduler.config.num_train_timesteps))
+    net = read_network(folder / name).train()
+    optimiser = torch.optim.Adam(net.parameters(), settings.learning_rate)
+    net, optimiser = accelerator.prepare(net, optimiser)
+    bare = accelerator.unwrap_model(net)
+    average = {key: tensor.detach().clone() for key, tensor in bare.state_dict().items()}
+    state = folder / TRAINED / f".{name}.safetensors"
+    done = _restore(state, bare, optimiser, average)
+    try:
+        while done < total:
+            with whole():
+                loss = _step(net, bare, teacher, data, served, scheduler, settings, accelerator, optimiser, done, total)
+                decay = min(settings.ema, (1 + done) / (10 + done))
+                for key, tensor in bare.state_dict().items():
+                    average[key].lerp_(tensor.detach().to(average[key]), 1 - decay)
+                done += 1
+                if done % settings.checkpoint_every == 0 and accelerator.is_main_process:
+                    _keep(state, bare, optimiser, average, done)
+            yield {"model": name, "step": done, "steps": total, "loss": float(loss), "average": average}
+    except (GeneratorExit, KeyboardInterrupt):
+        if done and done % settings.checkpoint_every and accelerator.is_main_process:
+            with whole():
+                _keep(state, bare, optimiser, average, done)
+        raise
+    if accelerator.is_main_process:
+        bare.load_state_dict(average)
+        partial = folder / TRAINED / f".{name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        bare.save_pretrained(partial)
+    accelerator.free_memory()
+
+
+def _step(
+    net: Any,
+    bare: Any,
+    teacher: Any,
+    data: torch.Tensor,
+    served: torch.Tensor,
+    scheduler: Any,
+    settings: Settings,
+    accelerator: Any,
+    optimiser: Any,
+    step: int,
+    total: int,
+) -> torch.Tensor:
+    """One gradient step; the loss, detached."""
+    # Each process has noise of its own; the same step has the same noise, whatever came before it.
+    seed = int.from_bytes(np.random.default_rng((settings.seed, step, accelerator.process_index)).bytes(4), "big")
+    generator = torch.Generator().manual_seed(seed)
+    x0 = data[torch.randint(len(data), (settings.batch,), generator=generator).to(data.device)]
+    if settings.flip:
+        mirrored = torch.rand(settings.batch, generator=generator).to(data.device) < 0.5
+        x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+    t = served[torch.randint(len(served), (settings.batch,), generator=generator)].to(data.device)
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    x = scheduler.add_noise(x0, noise, t)
+    loss = _loss(net, bare, teacher, x, t, noise, settings, accelerator)
+    optimiser.zero_grad()
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(net.parameters(), settings.clip)
+    rate = min(1.0, (step + 1) / max(settings.warmup, 1)) * 0.5 * (1 + np.cos(np.pi * step / total))
+    for group in optimiser.param_groups:
+        group["lr"] = settings.learning_rate * float(rate)
+    optimiser.step()
+    return loss.detach()
+
+
+def _loss(
+    net: Any,
+    bare: Any,
+    teacher: Any,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    noise: torch.Tensor,
+    settings: Settings,
+    accelerator: Any,
+) -> torch.Tensor:
+    mine, theirs = Maps(bare, settings.features > 0), Maps(teacher, settings.features > 0)
+    with accelerator.autocast():
+        prediction = _predict(net, x, t).float()
+        target = noise
+        if settings.distillation or settings.features:
+            with torch.no_grad():
+                shown = _predict(teacher, x, t).float()
+            target = torch.lerp(noise, shown, settings.distillation)
+    loss = torch.nn.functional.mse_loss(prediction, target)
+    maps = [torch.nn.functional.mse_loss(a, b) for a, b in zip(mine.close(), theirs.close(), strict=True)]
+    return loss + settings.features * torch.stack(maps).mean() if maps else loss
+
+
+class Maps:
+    """Spatial maps of a network's blocks, (batch, positions), as its next call has them."""
+
+    def __init__(self, net: Any, wanted: bool) -> None:
+        blocks = [*net.down_blocks, *net.up_blocks] if wanted else []
+        self._found: list[torch.Tensor] = []
+        self._hooks = [block.register_forward_hook(self._note) for block in blocks]
+
+    def _note(self, block: Any, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        squares = hidden.float().square().mean(1).flatten(1)
+        self._found.append(squares / squares.mean(1, keepdim=True).clamp_min(1e-12))
+
+    def close(self) -> list[torch.Tensor]:
+        for hook in self._hooks:
+            hook.remove()
+        return self._found
+
+
+def _predict(net: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    prediction: torch.Tensor = net(x, t, None, return_dict=False)[0]
+    return prediction
+
+
+def _keep(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tensor], step: int) -> None:
+    """Whole or not at all."""
+    tensors = {"step": torch.tensor(step)}
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    tensors |= {f"weight:{name}": tensor for name, tensor in net.state_dict().items()}
+    tensors |= {f"average:{name}": tensor for name, tensor in average.items()}
+    for parameter, state in optimiser.state.items():
+        tensors[f"first:{names[id(parameter)]}"] = state["exp_avg"]
+        tensors[f"second:{names[id(parameter)]}"] = state["exp_avg_sq"]
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, path)
+
+
+def _restore(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tensor]) -> int:
+    """The step to go on with."""
+    if not path.exists():
+        return 0
+    try:
+        kept = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ExportError(f"{path} is damaged ({error}); delete it to train this network from its beginning") from error
+    net.load_state_dict({name[7:]: tensor for name, tensor in kept.items() if name.startswith("weight:")})
+    for name in average:
+        average[name].copy_(kept[f"average:{name}"])
+    bare = getattr(optimiser, "optimizer", optimiser)
+    for name, parameter in net.named_parameters():
+        bare.state[parameter] = {
+            "step": torch.tensor(float(kept["step"])),
+            "exp_avg": kept[f"first:{name}"].to(parameter.device),
+            "exp_avg_sq": kept[f"second:{name}"].to(parameter.device),
+        }
+    return int(kept["step"])
+
+
+def read_images(
+    path: Path, channels: int, size: Sequence[int], resize: str | None = None
+) -> Iterator[tuple[int, int, npt.NDArray[np.float32]]]:
+    """Every picture below a folder, or the array of an .npy file in [-1, 1]; yields how many are read, of how many, and the array, which is
+    whole at the end. Raises PictureError naming what does not fit."""
+    if path.suffix == ".npy":
+        try:
+            found: npt.NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32)
+        except (OSError, ValueError, TypeError) as error:
+            raise PictureError(f"{path} cannot be read as an array ({error})") from error
+        if found.shape[1:] != (channels, *size) or not len(found):
+            raise PictureError(
+                f"{path} holds an array {found.shape}; the networks take (n, {channels}, {', '.join(map(str, size))})"
+            )
+        if not np.abs(found).max() <= 1:
+            raise PictureError(f"{path} must hold images in [-1, 1]; divide bytes by 127.5 and take 1 off")
+        yield len(found), len(found), found
+        return
+    listed = find_pictures(path)
+    pixels = np.empty((len(listed.files), channels, *size), dtype=np.float32)
+    for number, file in enumerate(listed.files):
+        pixels[number] = read_picture(file, size, channels, resize)
+        yield number + 1, len(listed.files), pixels
+
+
+def main() -> None:
+    folder = Path(__file__).resolve().parent
+    try:
+        plan = read_export(folder).training
+        defaults = settings_of(plan["settings"])
+    except ExportError as error:
+        raise SystemExit(f"error: {error}") from error
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--images", type=Path, required=True, help="folder of pictures, or .npy in [-1, 1]")
+    parser.add_argument(
+        "--resize", choices=["box", "bilinear", "bicubic", "lanczos"], help="crop and resize pictures of other sizes"
+    )
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument(
+        "--changed-weights", action="store_true", help="take networks that were changed after the export"
+    )
+    for name, value in asdict(defaults).items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=value)
+        else:
+            parser.add_argument(option, type=type(value), default=value, help=f"default {value}")
+    chosen = vars(parser.parse_args())
+    images, resize, cpu, changed = (chosen.pop(name) for name in ("images", "resize", "cpu", "changed_weights"))
+    channels, *size = plan["shape"]
+    speaks = PartialState(cpu=cpu).is_main_process
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: asked.append(number))  # a step is finished first
+    try:
+        for done, total, pixels in read_images(images, channels, size, resize):  # noqa: B007  the last is whole
+            if speaks and done % 10_000 == 0:
+                print(f"reading images: {done} of {total}", flush=True)
+            if asked:
+                raise SystemExit(128 + asked[0])
+        with closing(train(folder, pixels, settings_of(chosen), cpu, changed)) as ticks:
+            for tick in ticks:
+                if not math.isfinite(tick["loss"]):
+                    raise SystemExit(
+                        f"error: the loss of {tick['model']} is {tick['loss']} at step {tick['step']}; lower --learning-rate"
+                    )
+                if speaks and (tick["step"] % 50 == 0 or tick["step"] == tick["steps"]):
+                    print(
+                        f"{tick['model']}: step {tick['step']} of {tick['steps']}, loss {tick['loss']:.4f}", flush=True
+                    )
+                if asked:
+                    break
+    except (ExportError, PictureError, SafetensorError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if asked:
+        if speaks:
+            print("interrupted; the same command goes on from here", flush=True)
+        raise SystemExit(128 + asked[0])
+    if speaks:
+        print(folder / TRAINED)
+
+
+if __name__ == "__main__":
+    main()

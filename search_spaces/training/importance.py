@@ -1,0 +1,169 @@
+"""Which channels matter, and the reordering that puts them first.
+
+Scores are Diff-Pruning's (Fang, Ma & Wang, NeurIPS 2023, eq. 5): gradients of the denoising loss are summed over the informative
+timesteps first, |weight x summed gradient| is summed over every slice of every tensor that belongs to a channel. Channels that
+additions and products join are one channel. Sorting them inside each norm group, and heads inside each attention, leaves the
+full network's function as it is, and makes the leading share of each group the one worth keeping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+
+from nas.contracts import ImageSet, Progress, UserError, derive_seed
+from nas.recipes import Batch, Count, recipe
+from search_spaces.networks.slices import Arch
+from search_spaces.networks.unet import Anatomy
+from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
+from search_spaces.training.optimiser import Batches
+from search_spaces.training.stages import Checkpoints, OneStage
+
+Criterion = Literal["gradient", "magnitude", "random"]
+Scores = dict[str, torch.Tensor]
+"""One number per channel, by the channels' name in the `Anatomy`."""
+
+
+@recipe
+class Order(OneStage):
+    """A stage that reorders the channels by importance; the full network computes what it did.
+
+    `criterion`: "gradient" (Diff-Pruning), "magnitude" of the weights, or "random". `threshold`: the visit of timesteps, from the
+    clean end, stops where the loss falls below this share of the largest so far; noisier ones say little. `stride`: of the visit.
+    `squared`: sums (weight x gradient)^2 instead of the absolute value, norms and biases included. The code released for DDPM squares too,
+    but leaves biases out and norms unsquared.
+    """
+
+    criterion: Criterion = "gradient"
+    threshold: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    batch: Batch = 128
+    stride: Count = 1
+    squared: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "Order", **asdict(self)}
+
+    def macs(self, supernet: ElasticUNet) -> float:
+        """At most: of the whole visit."""
+        visited = -(-supernet.noise.timesteps // self.stride) if self.criterion == "gradient" else 0
+        full = supernet.cost(supernet.anatomy.full).macs
+        return 3.0 * visited * self.batch * full
+
+    def fit(
+        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+    ) -> Iterator[Progress]:
+        """Short enough to start again after a stop, so that it keeps no checkpoint."""
+        anatomy = net.recipe.anatomy
+        if self.criterion == "gradient":
+            yield from self.accumulate(net, data, seed)
+            gradients = {name: p.grad for name, p in net.full.named_parameters() if p.grad is not None}
+            scores = channel_scores(anatomy, dict(net.full.named_parameters()), gradients, self.squared)
+        elif self.criterion == "magnitude":
+            weights = dict(net.full.named_parameters())
+            scores = channel_scores(anatomy, weights, {name: w.sign() for name, w in weights.items()}, self.squared)
+        else:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "random order"))
+            sizes = {
+                s.channels: s.size for t in anatomy.tensors.values() for axis in t.axes for s in axis if s.channels
+            }
+            scores = {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
+        net.full.zero_grad(set_to_none=True)
+        permute(net, permutations(anatomy, scores))
+        yield Progress("order", 1, 1)
+
+    def accumulate(self, net: LoadedElasticUNet, data: ImageSet, seed: int) -> Iterator[Progress]:
+        """Sums the gradients of the noise-prediction error of one batch with one noise over the timesteps, into `.grad`."""
+        generator = torch.Generator().manual_seed(derive_seed(seed, "importance"))
+        batches = Batches(net, data, self.batch, flip=False)
+        x0 = batches.images(generator)
+        noise = torch.randn(x0.shape, generator=generator).to(net.device)
+        net.full.requires_grad_(True).eval()
+        largest, total = 0.0, net.recipe.noise.timesteps
+        for timestep in range(0, total, self.stride):
+            t = torch.full((len(x0),), timestep, device=net.device)
+            loss = torch.nn.functional.mse_loss(net.forward(net.full_arch, batches.at(x0, t, noise), t), noise)
+            largest = max(largest, loss.item())
+            if loss.item() < self.threshold * largest:
+                break
+            torch.autograd.backward(loss)
+            yield Progress("order", timestep, total, {"loss": loss.item()})
+        net.full.requires_grad_(False)
+
+
+def channel_scores(
+    anatomy: Anatomy, weights: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], squared: bool = False
+) -> Scores:
+    """Sum of |weight x gradient|, or its square, over all slices that belong to each channel."""
+    scores: Scores = {}
+    for name, tensor in anatomy.tensors.items():
+        if name not in gradients:
+            continue
+        product = (weights[name].detach() * gradients[name].detach()).double()
+        value = product.square() if squared else product.abs()
+        for dim, axis in enumerate(tensor.axes):
+            along = value.movedim(dim, 0).reshape(value.shape[dim], -1).sum(1)
+            start = 0
+            for stretch in axis:
+                if stretch.channels:
+                    part = along[start : start + stretch.size].cpu()
+                    scores[stretch.channels] = scores.get(stretch.channels, torch.zeros(stretch.size).double()) + part
+                start += stretch.size
+    return scores
+
+
+def permutations(anatomy: Anatomy, scores: Scores) -> dict[str, torch.Tensor]:
+    """New order of the channels of each name: what stands at place i is what stood at `order[i]`.
+
+    With a constant group count, channels by falling score inside each cell that no norm splits, since subnets keep the leading share
+    of each. With a constant group size subnets keep the leading groups: whole groups by falling score, where all norms agree on
+    them. Heads of an attention by falling score.
+    """
+    return {name: _order(anatomy, name, values) for name, values in scores.items()}
+
+
+def _order(anatomy: Anatomy, name: str, values: torch.Tensor) -> torch.Tensor:
+    places = torch.arange(len(values))
+    unit = anatomy.head_sizes.get(name)
+    if unit is None and anatomy.groups == "size" and name in anatomy.cells:
+        unit = anatomy.group_size(name, len(values))
+        if unit is None:
+            return places
+    if unit is not None:
+        blocks = values.reshape(-1, unit).sum(1).argsort(descending=True, stable=True)
+        return places.reshape(-1, unit)[blocks].reshape(-1)
+    bounds = sorted({0, *anatomy.cells.get(name, ()), len(values)})
+    return torch.cat(
+        [start + values[start:stop].argsort(descending=True, stable=True) for start, stop in pairwise(bounds)]
+    )
+
+
+def permute(net: LoadedElasticUNet, order: Mapping[str, torch.Tensor]) -> None:
+    """Reorders the full network's channels in place, those of every tensor alike."""
+    with torch.no_grad():
+        for name, parameter in net.full.named_parameters():
+            for dim, axis in enumerate(net.recipe.anatomy.tensors[name].axes):
+                index: list[torch.Tensor] = []
+                start = 0
+                for stretch in axis:
+                    index.append(start + order.get(stretch.channels, torch.arange(stretch.size)))
+                    start += stretch.size
+                parameter.copy_(parameter.index_select(dim, torch.cat(index).to(parameter.device)))
+    net.forget()
+
+
+def pruned(anatomy: Anatomy, ratio: float) -> Arch:
+    """The subnet that Diff-Pruning's rule leaves at this ratio (its section 4.3): of int(C (1 - ratio)) channels wanted, as many whole
+    ones leave every norm group as fit, floor((C - int(C (1 - ratio))) / groups).
+
+    Raises UserError where nothing would be left.
+    """
+    groups = anatomy.config["norm_num_groups"]
+    kept = [c - groups * ((c - int(c * (1 - ratio))) // groups) for c in anatomy.channels]
+    if not 0 <= ratio < 1 or min(kept) < 1:
+        raise UserError(f"ratio {ratio} must be at least 0 and leave a channel of {min(anatomy.channels)}")
+    return Arch(tuple(k / c for k, c in zip(kept, anatomy.channels, strict=True)))

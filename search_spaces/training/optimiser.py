@@ -1,0 +1,201 @@
+"""What every training shares: noised batches, Adam with a moving average of the weights, a frozen teacher, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nas.base.files import first_line, written
+from nas.contracts import ImageSet, UserError
+from search_spaces.supernet import LoadedElasticUNet
+
+
+class Settings(Protocol):
+    """What the optimiser needs to know of a training."""
+
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def ema(self) -> float: ...
+    @property
+    def clip(self) -> float: ...
+
+
+class Batches:
+    """Images of a batch and their noised versions, drawn from the generator of the step."""
+
+    def __init__(self, net: LoadedElasticUNet, data: ImageSet, size: int, flip: bool) -> None:
+        self._device = net.device
+        self._size = size
+        self._flip = flip
+        self._pixels = torch.from_numpy(data.pixels).to(net.device)
+        self._signal = torch.from_numpy(np.sqrt(net.alphas_cumprod)).float().to(net.device)
+        self._noise = torch.from_numpy(np.sqrt(1 - net.alphas_cumprod)).float().to(net.device)
+
+    def images(self, generator: torch.Generator) -> torch.Tensor:
+        """x_0, (batch, channels, height, width)."""
+        x0 = self._pixels[torch.randint(len(self._pixels), (self._size,), generator=generator).to(self._device)]
+        if self._flip:
+            mirrored = torch.rand(self._size, generator=generator).to(self._device) < 0.5
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        return x0
+
+    def noised(
+        self, x0: torch.Tensor, generator: torch.Generator, served: tuple[int, int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Uniform timesteps (batch,), of all or of start..stop-1, x_t and the noise in it."""
+        start, stop = served or (0, len(self._signal))
+        t = torch.randint(start, stop, (len(x0),), generator=generator).to(self._device)
+        noise = torch.randn(x0.shape, generator=generator).to(self._device)
+        return t, self.at(x0, t, noise), noise
+
+    def at(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
+        return self._signal[t, None, None, None] * x0 + self._noise[t, None, None, None] * noise
+
+
+class Teacher:
+    """The full network as it was, frozen. Nothing where its share is 0."""
+
+    def __init__(self, net: LoadedElasticUNet, share: float) -> None:
+        self._net = net
+        self._share = share
+        self._full = copy.deepcopy(net.full).requires_grad_(False).eval() if share else None
+
+    def target(self, x: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What to predict: squared errors to the noise and to the teacher, mixed by the share, have the gradient of one squared
+        error to their mixture."""
+        if self._full is None:
+            return noise
+        with torch.inference_mode():
+            prediction = self._full(x, t).sample
+        self._net.trained_macs += len(x) * self._net.macs(self._net.full_arch)
+        return noise.lerp(prediction.clone(), self._share)
+
+
+class Optimiser:
+    """Weights, their average, Adam's moments and the step: all that a checkpoint keeps.
+
+    `experts`: which copies of the weights are trained, "" for the shared one.
+    """
+
+    def __init__(self, settings: Settings, net: LoadedElasticUNet, digest: str = "", experts: Sequence[str] = ("",)):
+        self.net = net
+        self.step = 0
+        self._settings = settings
+        self._digest = digest
+        self._trained = {name: net.weights(name) for name in experts}
+        self._named = {
+            _prefix(expert) + name: parameter
+            for expert, full in self._trained.items()
+            for name, parameter in full.train().requires_grad_(True).named_parameters()
+        }
+        self._average = {name: p.detach().clone() for name, p in self._named.items()}
+        self._adam = torch.optim.Adam(self._named.values(), lr=settings.learning_rate)
+
+    def update(self) -> None:
+        settings = self._settings
+        torch.nn.utils.clip_grad_norm_(self._named.values(), settings.clip)
+        share = warm_cosine(self.step, settings.steps, settings.warmup)
+        self._adam.param_groups[0]["lr"] = share * settings.learning_rate
+        self._adam.step()
+        self._adam.zero_grad()
+        decay = min(settings.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                self._average[name].lerp_(parameter, 1 - decay)
+        self.step += 1
+
+    def adopt_average(self) -> None:
+        """Ends the training: the supernet holds the averaged weights."""
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(self._average[name])
+        for full in self._trained.values():
+            full.requires_grad_(False).eval()
+        self.net.forget()
+
+    def save(self, path: Path) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self._named.items():
+            moments = self._adam.state[parameter]
+            tensors |= {
+                f"weight:{name}": parameter.detach(),
+                f"average:{name}": self._average[name],
+                f"first:{name}": moments["exp_avg"],
+                f"second:{name}": moments["exp_avg_sq"],
+            }
+        facts = {"step": self.step, "macs": self.net.trained_macs, "threads": torch.get_num_threads()}
+        write_tensors(
+            tensors, path, {"recipe": self._digest, **{name: json.dumps(fact) for name, fact in facts.items()}}
+        )
+
+    def restore(self, path: Path) -> None:
+        metadata = check_recipe(path, self._digest)
+        with safe_open(path, "pt", device=str(self.net.device)) as file, torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(file.get_tensor(f"weight:{name}"))
+                self._average[name].copy_(file.get_tensor(f"average:{name}"))
+                self._adam.state[parameter] = {
+                    "step": torch.tensor(float(metadata["step"])),
+                    "exp_avg": file.get_tensor(f"first:{name}"),
+                    "exp_avg_sq": file.get_tensor(f"second:{name}"),
+                }
+        self.step = int(metadata["step"])
+        self.net.trained_macs = int(metadata["macs"])
+
+
+def warm_cosine(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate: linear warm-up, cosine to zero."""
+    return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def gather(net: LoadedElasticUNet) -> dict[str, torch.Tensor]:
+    """All weights of a supernet, those of its experts among them, by the names that they have in a file."""
+    return {
+        _prefix(expert) + name: parameter.detach()
+        for expert in ("", *net.experts)
+        for name, parameter in net.weights(expert).named_parameters()
+    }
+
+
+def _prefix(expert: str) -> str:
+    return f"{expert}/" if expert else ""
+
+
+def check_recipe(path: Path, digest: str) -> dict[str, str]:
+    """Metadata of a weights or checkpoint file. Raises UserError where it is damaged or of another recipe."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}); delete it, and the same command trains again"
+        ) from error
+    if metadata.get("recipe") != digest:
+        raise UserError(
+            f"{path} was trained with another network, training, seed or images; use another --out, or delete it to train again"
+        )
+    return metadata
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Whole or not at all: a crash leaves the old file."""
+    partial = path.with_suffix(".partial")
+    with written(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    os.replace(partial, path)

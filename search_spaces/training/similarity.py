@@ -1,0 +1,104 @@
+"""Which timesteps pull the network the same way: cosines of the gradients of the denoising loss (DiffPruning's interval clusters).
+
+g_t is the gradient of E ||noise - prediction(x_t, t)||^2 in all weights of the full network, kept as a random projection. The noise
+of a batch inflates |g_t|, more at some timesteps than at others, and would pull cosines towards 0; two independent half-batches a
+and b free both products of it: A(s, t) = (g_s^a . g_t^b) / sqrt((g_s^a . g_s^b) (g_t^a . g_t^b)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nas.contracts import ImageSet, Progress, UserError, derive_seed
+from search_spaces.supernet import LoadedElasticUNet
+from search_spaces.training.optimiser import Batches
+
+Array = npt.NDArray[np.float64]
+
+RELIABLE = 0.5
+"""Cosine of the two halves' gradients from which a timestep's direction counts as known. A trained network's mean gradients are small
+beside their noise, and at some timesteps far smaller than at others."""
+WIDENED = 5
+"""Times that a half-batch is doubled to get there."""
+
+
+@dataclass
+class GradientSimilarity:
+    """Affinity of a grid of training timesteps. `batch`: images of a half-batch to begin with; `dimensions` of the projection;
+    `agreement`: cosine of the two halves at each timestep of the grid."""
+
+    net: LoadedElasticUNet
+    data: ImageSet
+    seed: int
+    batch: int = 256
+    dimensions: int = 8192
+    agreement: list[float] = field(default_factory=list)
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What the result depends on, beside the weights and the grid."""
+        return {"batch": self.batch, "dimensions": self.dimensions, "reliable": RELIABLE, "widened": WIDENED}
+
+    def measure(self, grid: Sequence[int]) -> Iterator[Progress]:
+        """Afterwards `affinity` is the matrix over the grid, (len(grid), len(grid)), symmetric with a diagonal of 1.
+
+        Raises UserError where the gradient at a timestep cannot be told from noise.
+        """
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "gradient projection"))
+        self.agreement.clear()
+        self.net.full.requires_grad_(True).eval()
+        sizes = [p.numel() for p in self.net.full.parameters()]
+        buckets = torch.randint(self.dimensions, (sum(sizes),), generator=generator).to(self.net.device)
+        signs = (torch.randint(2, (sum(sizes),), generator=generator) * 2 - 1).float().to(self.net.device)
+        halves: list[tuple[Array, Array]] = []
+        try:
+            for number, timestep in enumerate(grid, 1):
+                halves.append(self._two_halves(timestep, buckets, signs))
+                yield Progress("gradients", number, len(grid))
+        finally:
+            self.net.full.requires_grad_(False)
+            self.net.full.zero_grad(set_to_none=True)
+        first, second = (np.stack(half) for half in zip(*halves, strict=True))
+        products = first @ second.T
+        norms = np.sqrt(np.diag(products))
+        self.affinity: Array = (products + products.T) / 2 / np.outer(norms, norms)
+
+    def _two_halves(self, timestep: int, buckets: torch.Tensor, signs: torch.Tensor) -> tuple[Array, Array]:
+        """Projected gradients of two independent half-batches, widened until they agree on a direction."""
+        sums = np.zeros((2, self.dimensions))
+        done = 0
+        for doubling in range(WIDENED + 1):
+            for number in range(done, 2**doubling):
+                for half in range(2):
+                    sums[half] += self._gradient(timestep, half, number, buckets, signs)
+            done = 2**doubling
+            agreement = sums[0] @ sums[1] / (np.linalg.norm(sums[0]) * np.linalg.norm(sums[1]))
+            if agreement >= RELIABLE:
+                break
+        if agreement <= 0:
+            raise UserError(
+                f"the gradient at timestep {timestep} cannot be told from noise with {done * self.batch} images a half; train longer, "
+                "or leave it out"
+            )
+        self.agreement.append(float(agreement))
+        first, second = sums / done
+        return first, second
+
+    def _gradient(self, timestep: int, half: int, number: int, buckets: torch.Tensor, signs: torch.Tensor) -> Array:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, timestep, half, number, "similarity"))
+        batches = Batches(self.net, self.data, self.batch, flip=False)
+        x0 = batches.images(generator)
+        noise = torch.randn(x0.shape, generator=generator).to(self.net.device)
+        t = torch.full((self.batch,), timestep, device=self.net.device)
+        self.net.full.zero_grad(set_to_none=True)
+        loss = torch.nn.functional.mse_loss(self.net.forward(self.net.full_arch, batches.at(x0, t, noise), t), noise)
+        torch.autograd.backward(loss)
+        flat = torch.cat([p.grad.flatten() for p in self.net.full.parameters() if p.grad is not None])
+        projected = torch.zeros(self.dimensions, device=flat.device).index_add_(0, buckets, signs * flat)
+        found: Array = projected.double().cpu().numpy()
+        return found

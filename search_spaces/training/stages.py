@@ -1,0 +1,345 @@
+"""Training of the supernet in stages, resumable with the same call and bit-identical at one thread count."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import torch
+from pydantic import Field
+
+from nas.base.interrupts import whole
+from nas.contracts import Images, ImageSet, Progress, Schedule, UserError, derive_seed, digest_of
+from nas.recipes import Batch, Count, Natural, Positive, Share, Weight, recipe
+from search_spaces.networks.slices import Arch
+from search_spaces.supernet import WEIGHTS, ElasticUNet, LoadedElasticUNet
+from search_spaces.training.optimiser import Batches, Optimiser, Teacher, check_recipe, gather, write_tensors
+
+CHECKPOINT = "checkpoint.safetensors"
+STAGE = "stage.safetensors"
+
+
+class Stage(Protocol):
+    """One part of a training. Changes a loaded supernet in place, a tick at a time."""
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def fit(
+        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+    ) -> Iterator[Progress]:
+        """`files`: where to keep checkpoints and go on from; none for a training that is not interrupted."""
+
+    def parts(self, supernet: ElasticUNet) -> Sequence[Stage]:
+        """What it consists of, itself where it is one piece."""
+
+    def macs(self, supernet: ElasticUNet) -> float:
+        """What it takes in all, expected: forward and backward count thrice."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a stage keeps its state, and what identifies it."""
+
+    path: Path
+    digest: str
+    every: int
+
+    def restore(self, optimiser: Optimiser) -> None:
+        if self.path.exists():
+            optimiser.restore(self.path)
+
+    def keep(self, optimiser: Optimiser, last: int) -> None:
+        if optimiser.step % self.every == 0 or optimiser.step == last:
+            optimiser.save(self.path)
+
+    def keep_now(self, optimiser: Optimiser) -> None:
+        """For a training that is stopped, in between."""
+        if optimiser.step % self.every:
+            with whole():
+                optimiser.save(self.path)
+
+
+@recipe
+class Stages:
+    """One stage after another, on one set of weights."""
+
+    stages: tuple[Stage, ...]
+    checkpoint_every: Count = 250
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "Stages", "stages": [stage.describe() for stage in self.stages]}
+
+    def parts(self, supernet: ElasticUNet) -> list[Stage]:
+        return [part for stage in self.stages for part in stage.parts(supernet)]
+
+    def fit(
+        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+    ) -> Iterator[Progress]:
+        """Trains a loaded supernet in place, without files; afterwards it holds the averaged weights."""
+        for number, part in enumerate(self.parts(net.recipe)):
+            yield from part.fit(net, data, _stage_seed(seed, number), files)
+
+    def run(self, supernet: ElasticUNet, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        """Trains what is missing in `folder` and leaves `weights.safetensors` there, and in `training.json` what each stage took.
+        Yields after every step.
+
+        Raises UserError where the folder holds a damaged checkpoint or weights of another recipe.
+        """
+        data = images.load()
+        check_trainable(supernet, data)
+        digest = digest_of(
+            {"supernet": supernet.describe(), "training": self.describe(), "seed": seed, "images": data.digest}
+        )
+        if (folder / WEIGHTS).exists():
+            check_recipe(folder / WEIGHTS, digest)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        spent: list[dict[str, Any]] = []
+        if (folder / STAGE).exists():
+            spent = json.loads(check_recipe(folder / STAGE, digest)["spent"])
+            net = supernet.read(folder / STAGE, device)
+        else:
+            net = supernet.initial(derive_seed(seed, "supernet", "weights"), device)
+        parts = self.parts(supernet)
+        if not parts:  # the weights are pretrained, or meant to stay as they are drawn
+            write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": "[]"})
+        for number, part in enumerate(parts[len(spent) :], len(spent)):
+            net.trained_macs = 0
+            files = Checkpoints(folder / CHECKPOINT, digest_of([digest, number]), self.checkpoint_every)
+            yield from part.fit(net, data, _stage_seed(seed, number), files)
+            spent.append({**part.describe(), "macs": net.trained_macs})
+            write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": json.dumps(spent)})
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+        (folder / "training.json").write_text(json.dumps(spent, indent=1, default=list) + "\n")
+        (folder / STAGE).replace(folder / WEIGHTS)
+
+    def check(self, supernet: ElasticUNet, data: ImageSet) -> None:
+        """Raises UserError where it cannot train this network on these images, of which a few will do; before anything is trained."""
+        self.parts(supernet)
+        check_trainable(supernet, data)
+
+    def macs(self, supernet: ElasticUNet) -> float:
+        """Of all stages."""
+        return sum(part.macs(supernet) for stage in self.stages for part in stage.parts(supernet))
+
+
+class OneStage:
+    """What a stage needs in order to be a whole training too."""
+
+    checkpoint_every = 250
+
+    def parts(self, supernet: ElasticUNet) -> Sequence[Any]:
+        return (self,)
+
+    def run(self, supernet: ElasticUNet, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        """As `Stages.run`, this stage alone."""
+        return Stages((self,), self.checkpoint_every).run(supernet, images, folder, seed, device)  # type: ignore[arg-type]
+
+    def check(self, supernet: ElasticUNet, data: ImageSet) -> None:
+        """As `Stages.check`."""
+        Stages((self,)).check(supernet, data)  # type: ignore[arg-type]
+
+
+@recipe
+class Sandwich(OneStage):
+    """Each step trains the largest, the smallest and `between` random subnets on one batch (Yu & Huang 2019).
+
+    Every subnet draws its own timesteps and noises and minimises the plain noise-prediction error; the gradients are
+    added with weight `full_weight` for the full net and 1 for the others, clipped to norm `clip`, and applied by one
+    Adam step. Learning rate: linear warm-up, then cosine to zero. The weights that are kept are their exponential
+    moving average with decay min(`ema`, (1 + step) / (10 + step)).
+
+    `full_only`: trains the full net alone. `distillation`: share of the target that is the prediction of the full net as it was
+    before this stage, instead of the noise. `expert`: trains that copy of the weights, made of the shared ones, on the timesteps
+    that it serves.
+    """
+
+    steps: Count
+    batch: Batch = 64
+    learning_rate: Positive = 2e-3
+    warmup: Natural = 100
+    between: Annotated[int, Field(ge=0, le=4096)] = 1
+    full_weight: Weight = 1.0
+    ema: Share = 0.999
+    clip: Positive = 1.0
+    flip: bool = False
+    checkpoint_every: Count = 250
+    full_only: bool = False
+    distillation: Share = 0.0
+    expert: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        settings = asdict(self)
+        del settings["checkpoint_every"]
+        return {"class": "Sandwich", **settings}
+
+    def fit(
+        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+    ) -> Iterator[Progress]:
+        """Trains a loaded supernet in place; afterwards it holds the averaged weights."""
+        if self.expert:
+            net.experts[self.expert] = copy.deepcopy(net.full)
+        teacher = Teacher(net, self.distillation)
+        optimiser = Optimiser(self, net, files.digest if files else "", [self.expert])
+        if files:
+            files.restore(optimiser)
+        batches = Batches(net, data, self.batch, self.flip)
+        name = f"expert {self.expert}" if self.expert else "full network" if self.full_only else "supernet"
+        served = net.recipe.served_by(self.expert)
+        try:
+            while optimiser.step < self.steps:
+                losses: dict[str, float] = {}
+                with whole():
+                    generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "sandwich"))
+                    x0 = batches.images(generator)
+                    for arch in self._members(net.recipe, generator):
+                        t, x, noise = batches.noised(x0, generator, served)
+                        target = teacher.target(x, t, noise)
+                        loss = torch.nn.functional.mse_loss(
+                            net.forward(arch._replace(expert=self.expert), x, t), target
+                        )
+                        weight = self.full_weight if arch == net.full_arch else 1.0
+                        torch.autograd.backward(weight * loss)
+                        losses[_name(arch)] = loss.item()
+                    _check_finite(losses, name, optimiser.step + 1, self.learning_rate)
+                    optimiser.update()
+                    if files:
+                        files.keep(optimiser, self.steps)
+                yield Progress(name, optimiser.step, self.steps, losses)
+        except (GeneratorExit, KeyboardInterrupt):
+            if files and optimiser.step:
+                files.keep_now(optimiser)
+            raise
+        optimiser.adopt_average()
+
+    def macs(self, supernet: ElasticUNet) -> float:
+        full = supernet.cost(supernet.anatomy.full).macs
+        each = 3.0 * full
+        if not self.full_only:
+            table = supernet.subnets(supernet.options).macs
+            each += 3.0 * (float(table.min()) + self.between * float(table.mean()))
+        each += full if self.distillation else 0
+        return self.steps * self.batch * each
+
+    def _members(self, recipe: ElasticUNet, generator: torch.Generator) -> list[Arch]:
+        if self.full_only:
+            return [recipe.anatomy.full]
+        subnets = recipe.subnets(recipe.options)
+        last = len(subnets) - 1
+        drawn = torch.randperm(max(last - 1, 0), generator=generator)[: self.between].tolist()
+        return list(dict.fromkeys(subnets.flat(i) for i in (last, 0, *(i + 1 for i in drawn))))
+
+
+@recipe
+class Experts(OneStage):
+    """Elastic fine-tuning of one copy of the weights for each interval of timesteps (DiffPruning; TDC): the sandwich rule on
+    that interval's timesteps alone, distilling from the full net of the stage before. `each`: the settings of every expert."""
+
+    each: Sandwich
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "Experts", "each": self.each.describe()}
+
+    def parts(self, supernet: ElasticUNet) -> list[Sandwich]:
+        """One stage for each expert. Raises UserError where the supernet has none."""
+        if not supernet.experts:
+            raise UserError("a training of experts needs a supernet with experts=(timesteps where another takes over)")
+        return [replace(self.each, expert=name) for name in supernet.expert_names]
+
+    def macs(self, supernet: ElasticUNet) -> float:
+        return sum(part.macs(supernet) for part in self.parts(supernet))
+
+    def fit(
+        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+    ) -> Iterator[Progress]:
+        return Stages((self,)).fit(net, data, seed, files)
+
+
+@recipe
+class FineTune:
+    """A short training of a supernet for one schedule: each timestep trains the subnet that serves it.
+
+    A sampler step serves the timesteps from its own down to the next step's, the last one down to 0 and the first one
+    all above it. Settings mean what they mean for `Sandwich`.
+    """
+
+    steps: Count
+    batch: Batch = 64
+    learning_rate: Positive = 5e-4
+    warmup: Natural = 50
+    ema: Share = 0.995
+    clip: Positive = 1.0
+    flip: bool = False
+    distillation: Share = 0.0
+
+    def fit(self, net: LoadedElasticUNet, schedule: Schedule, data: ImageSet, seed: int) -> Iterator[Progress]:
+        """Trains in place; afterwards the supernet holds the averaged weights, and its materialised subnets are new."""
+        archs = [Arch(*arch) for arch in schedule.archs]
+        teacher = Teacher(net, self.distillation)
+        optimiser = Optimiser(self, net, experts=list(dict.fromkeys(arch.expert for arch in archs)))
+        batches = Batches(net, data, self.batch, self.flip)
+        served = torch.tensor(schedule.timesteps[1:], dtype=torch.long).flip(0)
+        while optimiser.step < self.steps:
+            generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "fine-tune"))
+            t, x, noise = batches.noised(batches.images(generator), generator)
+            target = teacher.target(x, t, noise)
+            position = len(schedule.steps) - 1 - torch.bucketize(t.cpu(), served)
+            total = 0.0
+            for arch in archs:
+                mine = torch.tensor([schedule.steps[p].arch == arch for p in position.tolist()], device=net.device)
+                if mine.any():
+                    error = (net.forward(arch, x[mine], t[mine]) - target[mine]).square().mean()
+                    loss = error * mine.float().mean()
+                    torch.autograd.backward(loss)
+                    total += loss.item()
+            _check_finite({"loss": total}, "fine-tune", optimiser.step + 1, self.learning_rate)
+            optimiser.update()
+            yield Progress("fine-tune", optimiser.step, self.steps, {"loss": total})
+        optimiser.adopt_average()
+
+
+def _check_finite(losses: Mapping[str, float], name: str, step: int, rate: float) -> None:
+    """Raises UserError at the first loss that is no number; what was kept before it is as it was."""
+    odd = next((label for label, loss in losses.items() if not math.isfinite(loss)), None)
+    if odd is not None:
+        raise UserError(
+            f"training the {name}: the loss of {odd} is {losses[odd]} at step {step}; lower learning_rate={rate:g}, and use another --out"
+        )
+
+
+def _stage_seed(seed: int, number: int) -> int:
+    return derive_seed(seed, number, "stage") if number else seed
+
+
+def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
+    """Raises UserError where this network cannot be trained on these images."""
+    config = supernet.anatomy.config
+    shape = (config["in_channels"], *supernet.anatomy.sample_size)
+    if data.pixels.shape[1:] != shape:
+        theirs, ours = ("x".join(map(str, s)) for s in (data.pixels.shape[1:], shape))
+        raise UserError(
+            f"the images are {theirs} (channels x height x width), the network takes {ours}; change one of them"
+        )
+    if config["in_channels"] != config["out_channels"]:
+        raise UserError(
+            f"out_channels={config['out_channels']} must equal in_channels={config['in_channels']}: the network predicts noise"
+        )
+    if config["class_embed_type"] is not None or config["num_class_embeds"] is not None:
+        raise UserError("training is unconditional; leave class_embed_type and num_class_embeds out of the UNet config")
+    if config["dropout"]:
+        raise UserError(
+            f"dropout={config['dropout']} would make training depend on where it was interrupted; set it to 0"
+        )
+
+
+def _name(arch: Arch) -> str:
+    """Short label for progress bars: one share where all levels have the same."""
+    shares = arch.widths[:1] if len(set(arch.widths)) == 1 else arch.widths
+    depths = f" depth {'/'.join(map(str, arch.depths))}" if arch.depths else ""
+    without = sum(not kept for kept in arch.attention)
+    return "/".join(f"{share:g}" for share in shares) + depths + (f" less {without} attention" if without else "")

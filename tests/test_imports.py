@@ -1,0 +1,55 @@
+"""The rooms of the house: imports point down only."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nas.contracts import UserError
+from nas.study import MOVED, load_study
+
+ROOT = Path(__file__).parent.parent
+
+
+def _lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as l; l()", "--no-cache"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_imports_point_down_only() -> None:
+    done = _lint(ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "arrow"),
+    [
+        ("nas/genomes/genetics.py", "from nas.engine.ledger import Ledger"),
+        ("search_spaces/networks/parts.py", "from search_spaces.networks.unet import Anatomy"),
+        ("evaluators/sampling.py", "from search_spaces.stepwise import Stepwise"),
+        ("nas/results/report.py", "import evaluators.images"),
+    ],
+)
+def test_an_arrow_that_runs_up_is_found(file: str, arrow: str, tmp_path: Path) -> None:
+    for package in ("nas", "search_spaces", "evaluators"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with (tmp_path / file).open("a") as changed:
+        changed.write(f"\n{arrow}\n")
+    done = _lint(tmp_path)
+    assert done.returncode != 0
+    assert "BROKEN" in done.stdout
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_study_file_that_imports_from_a_former_place_is_told_the_present_one(old: str, tmp_path: Path) -> None:
+    assert importlib.util.find_spec(MOVED[old]) is not None
+    file = tmp_path / "study.py"
+    file.write_text(f"import math\nfrom {old} import anything\n")
+    with pytest.raises(UserError, match=rf"imports {old} in line 2, which is {MOVED[old]} now; change the import"):
+        load_study(file)
