@@ -1,6 +1,6 @@
 """Whether the tests notice when the code changes: a seeded sample of mutants of the files that decide scores, stratified by file.
 
-cosmic-ray makes the mutants. Each is tried in a copy of the clone, by the tests that run its line, the quickest first: killed where one of them
+cosmic-ray makes the mutants. Each is tried in a copy of the clone, by tests that run its line: killed where one of them
 fails or they do not end. Rows are kept, so that the same command goes on. `--hours` bounds one call.
 """
 
@@ -53,7 +53,7 @@ SAMPLE = 400
 SECONDS = 180
 """After which a mutant counts as endless, and as killed."""
 
-MOST, ENOUGH = 25, 40.0
+MOST, ENOUGH = 60, 30.0
 """Tests of one mutant, and their seconds on unchanged code."""
 
 EQUIVALENT: dict[str, str] = {}
@@ -123,7 +123,7 @@ def sample() -> list[tuple[str, str, int, str]]:
 
 
 def covering(folder: Path) -> dict[str, dict[int, list[str]]]:
-    """For each file and line the tests that run it, the quickest first, as many as are tried."""
+    """For each file and line the tests that run it, as many as are tried."""
     kept = folder / "coverage.json"
     if kept.exists():
         return {
@@ -170,7 +170,7 @@ def covering(folder: Path) -> dict[str, dict[int, list[str]]]:
         by_line = {line: {name.partition("|")[0] for name in names if name} for line, names in contexts.items()}
         for line, span in _spans((ROOT / file).read_text()):
             tests = by_line.get(line) or {test for other in span for test in by_line.get(other, ())}
-            found.setdefault(file, {})[line] = _quickest(tests or set().union(*by_line.values()), seconds)
+            found.setdefault(file, {})[line] = _chosen(tests or set().union(*by_line.values()), seconds, file)
     write_json(kept, found)
     return found
 
@@ -188,8 +188,10 @@ def _spans(code: str) -> Iterator[tuple[int, range]]:
         yield line, min((span for span in spans if line in span), key=len, default=range(0))
 
 
-def _quickest(tests: set[str], seconds: Counter[str]) -> list[str]:
-    ordered = sorted(tests, key=lambda test: (seconds[test], test))
+def _chosen(tests: set[str], seconds: Counter[str], file: str) -> list[str]:
+    """Those in the file of tests that is named for the module or its package first, then the quickest."""
+    own = (f"tests/test_{Path(file).stem}.py", f"tests/test_{Path(file).parts[0]}.py")
+    ordered = sorted(tests, key=lambda test: (not test.startswith(own), seconds[test], test))
     until = list(itertools.accumulate(seconds[test] for test in ordered))
     return [test for test, spent in zip(ordered[:MOST], until, strict=False) if spent <= ENOUGH] or ordered[:1]
 
