@@ -121,3 +121,8 @@ def test_options_without_a_finite_error_are_never_taken() -> None:
         allocate([[1]], [[math.nan]], [10])
     with pytest.raises(ValueError, match="finite"):
         allocate([[1]], [[0.0]], [math.inf])
+
+
+def test_minimax_where_all_intervals_have_the_same_least_error() -> None:
+    [found] = allocate([[5, 1], [5, 1]], [[1.0, 9.0], [1.0, 9.0]], [10], objective="minimax")
+    assert (found[0].options, found[0].error) == ((0, 0), 1.0)

@@ -39,6 +39,7 @@ from evaluators.proxies import (
     whole,
 )
 from evaluators.sampling import DDIM, DDPM, initial_noise, sample, step_noise, trajectory
+from evaluators.scoring import BLOCKS
 from nas.contracts import Evaluator, Schedule, Step, UserError, jackknife_error
 from nas.testing import check_evaluator
 from search_spaces.intervals import leading, quadratic, uniform
@@ -413,3 +414,28 @@ def test_the_additive_table_is_exact_where_one_interval_differs(tiny_net: Elasti
     assert additive(schedule, 40, 0).spent == {}
     with pytest.raises(UserError, match="hold 2 steps, the schedule has 3"):
         Additive(base, (1, 1)).load(net, tiny_run)(schedule, 40, 0)
+
+
+def test_two_samples_have_a_covariance_and_one_has_none() -> None:
+    rows = np.random.default_rng(0).standard_normal((2, 3))
+    assert np.allclose(Moments.of(rows).gaussian().covariance, np.cov(rows, rowvar=False))
+    with pytest.raises(UserError, match="at least 2 samples, got 1"):
+        Moments.of(rows[:1]).gaussian()
+
+
+def test_replicates_are_exact_up_to_the_dimensions_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).standard_normal((40, 6)) * np.arange(1, 7)
+    reference = Moments.of(rows[::-1] ** 2).gaussian()
+    monkeypatch.setattr("evaluators.frechet.EXACT_DIMENSIONS", 6)
+    replicates = frechet_with_replicates(rows, reference)[1]
+    blocks = np.array_split(np.arange(40), BLOCKS)
+    exact = [reference.distance(Moments.of(np.delete(rows, block, axis=0)).gaussian()) for block in blocks]
+    assert replicates == pytest.approx(exact, rel=1e-9)
+    monkeypatch.setattr("evaluators.frechet.EXACT_DIMENSIONS", 5)
+    assert frechet_with_replicates(rows, reference)[1] != pytest.approx(exact, rel=1e-9)
+
+
+def test_samplers_name_what_an_exported_scheduler_is_set_to() -> None:
+    assert DDIM(clip=False).describe() == {"class": "DDIM", "eta": 0.0, "clip": False}
+    assert not DDIM().stochastic
+    assert DDPM().stochastic

@@ -99,3 +99,28 @@ def test_an_unreachable_budget_names_the_cheapest() -> None:
     with pytest.raises(UserError, match="'watts' is not one that a search can keep to"):
         check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"watts": 3}))
     check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"macs": math.inf}))
+
+
+def test_genes_of_two_options_move_too() -> None:
+    space = TableSpace((frozen([1, 2]), frozen([1]), frozen([1, 2])))
+    rng = np.random.default_rng(0)
+    children = [mutate(space, (0, 0, 1), rng, rate=0.0) for _ in range(40)]
+    assert {(1, 0, 1), (0, 0, 0)} == set(children)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_repair_stops_as_soon_as_the_budget_holds(seed: int) -> None:
+    """Every move saves 100 of 200 or more and 5 are too many, so one gene changes."""
+    space = TableSpace((frozen([100, 200, 400]),) * 6)
+    rng = np.random.default_rng(seed)
+    genome = tuple(rng.permutation([1, 1, 1, 1, 0, 2]).tolist())
+    problem = Problem(space, ("fd", "macs"), {"macs": 4 * 200 + 100 + 400 - 5})
+    repaired = repair(problem, genome, rng)
+    assert sum(before != after for before, after in zip(genome, repaired, strict=True)) == 1
+
+
+def test_repair_lowers_several_genes_of_an_interval_together_where_no_single_one_saves_enough() -> None:
+    space = TableSpace((frozen([[10, 30], [30, 30]]), frozen([5, 6])))
+    problem = Problem(space, ("fd", "macs"), {"macs": 16})
+    for seed in range(20):
+        assert problem.feasible(repair(problem, (1, 1, 1), np.random.default_rng(seed)))

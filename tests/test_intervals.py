@@ -152,3 +152,12 @@ def test_similarity_is_that_of_the_gradients_and_not_of_their_noise(tiny_net: El
     many = np.mean([affinity(512, seed) for seed in range(2)])
     few = [affinity(16, seed) for seed in range(12)]
     assert abs(np.mean(few) - many) < 3 * np.std(few, ddof=1) / np.sqrt(12) + 0.05
+
+
+@given(VALUES)
+def test_scatter_is_the_sum_of_squared_distances_to_the_mean(effects: np.ndarray) -> None:
+    cost = scatter(effects)
+    for left, right in combinations(range(len(effects) + 1), 2):
+        part = effects[left:right]
+        assert cost[left, right - 1] == pytest.approx(part.var(axis=0).sum() * len(part), abs=1e-9)
+    assert np.isinf(cost[np.tril_indices(len(effects), -1)]).all()

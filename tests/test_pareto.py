@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nevergrad.optimization.multiobjective.hypervolume import HypervolumeIndicator
 
-from nas.genomes.pareto import best_first, crowding, front, hypervolume, ranks
+from nas.genomes.pareto import best_first, crowding, domination, front, hypervolume, ranks
 
 POINTS = st.integers(1, 4).flatmap(
     lambda m: hnp.arrays(np.float64, st.tuples(st.integers(1, 12), st.just(m)), elements=st.integers(0, 6).map(float))
@@ -79,3 +79,13 @@ def test_ranks_of_two_objectives_are_those_of_any_number(points: np.ndarray, wor
     assert ranks(two).tolist() == ranks(same).tolist()
     violations = np.arange(len(two)) % (worse + 1)
     assert ranks(two, violations).tolist() == ranks(same, violations).tolist()
+
+
+@given(POINTS, st.integers(0, 2**32 - 1))
+def test_domination_is_debs_with_constraints(points: np.ndarray, seed: int) -> None:
+    excess = np.random.default_rng(seed).choice([-1.0, 0.0, 1.0, 2.0], len(points))
+    found = domination(points, excess)
+    over = np.maximum(excess, 0)
+    for i, j in np.ndindex(found.shape):
+        expected = dominates(points[i], points[j]) if over[i] == over[j] == 0 else over[i] < over[j]
+        assert found[i, j] == expected

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -16,7 +17,7 @@ import pytest
 from nas.contracts import Proposal, Schedule, Score, Trial, UserError, derive_seed
 from nas.engine.ladder import Ladder
 from nas.engine.ledger import Ledger, read_ledgers
-from nas.engine.runner import Conductor
+from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job
 from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from nas.results.report import Run
@@ -87,8 +88,6 @@ def test_a_score_that_is_no_number_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_an_evaluator_that_always_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
-    import itertools
-
     every = tuple(itertools.product(range(4), repeat=3))
     study = toy_study(space__genes=3, evaluator__failing=every)
     with pytest.raises(UserError, match="in a row failed, the last with: RuntimeError: genome"):
@@ -96,8 +95,6 @@ def test_an_evaluator_that_always_fails_ends_the_run_with_its_reason(tmp_path: P
 
 
 def test_failures_with_a_cause_outside_do_not_count_once_it_is_gone(tmp_path: Path) -> None:
-    import itertools
-
     every = tuple(itertools.product(range(4), repeat=3))
     broken = toy_study(space__genes=3, evaluator__failing=every)
     for _ in range(2):
@@ -109,8 +106,6 @@ def test_failures_with_a_cause_outside_do_not_count_once_it_is_gone(tmp_path: Pa
 
 
 def test_a_candidate_that_still_fails_after_such_a_streak_is_not_proposed_again(tmp_path: Path) -> None:
-    import itertools
-
     every = tuple(itertools.product(range(4), repeat=3))
     with pytest.raises(UserError, match="in a row failed"):
         run(toy_study(space__genes=3, evaluator__failing=every), tmp_path, "random")
@@ -333,3 +328,33 @@ def test_searching_verifying_and_confirming_have_noises_of_their_own(tmp_path: P
         assert not any(name.startswith("toy.confirmed") for name, _ in again._known.values()), (
             "no search takes them for its own"
         )
+
+
+def test_a_run_ends_after_so_many_failures_in_a_row_and_not_before(tmp_path: Path) -> None:
+    every = tuple(itertools.product(range(4), repeat=3))
+    with pytest.raises(UserError, match=f"^{FAILURES_IN_A_ROW} evaluations in a row failed"):
+        run(toy_study(space__genes=3, evaluator__failing=every), tmp_path)
+    [(_, trials)] = read_ledgers(open_storage(tmp_path))
+    assert sum(trial.status == "failed" for trial in trials) == FAILURES_IN_A_ROW
+
+
+def test_failures_of_jobs_that_ran_side_by_side_end_a_run_too(tmp_path: Path) -> None:
+    with open_session(toy_study(), tmp_path) as session:
+        conductor = session.conductor("random")
+        jobs = [conductor.next() for _ in range(FAILURES_IN_A_ROW + 3)]
+        for job in jobs:
+            assert isinstance(job, Job)
+            conductor.settle(job.trial.number, "Traceback\nRuntimeError: no")
+        with pytest.raises(
+            UserError, match=f"^{len(jobs)} evaluations in a row failed, the last with: RuntimeError: no"
+        ):
+            conductor.next()
+
+
+def test_what_a_run_will_close_is_planned(tmp_path: Path) -> None:
+    study = toy_study()
+    with open_session(study, tmp_path) as session:
+        conductor = session.conductor("evolution")
+        assert conductor.planned == study.trials + study.verified
+        session.run(conductor)
+        assert conductor.planned == len(conductor.ledger.trials)

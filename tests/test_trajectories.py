@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -180,3 +181,18 @@ def test_lower_precision_is_a_score_of_its_own(tiny_net: ElasticUNet, tiny_run: 
     assert recipes[0].digest(tiny_run) != recipes[1].digest(tiny_run)
     with pytest.raises(UserError, match="float16"):
         Frechet(Digits(), precision="float16")  # type: ignore[arg-type]
+
+
+def test_a_score_made_twice_is_charged_in_full_and_its_seconds_are_those_that_passed(
+    tiny_run: Path, tiny_net: ElasticUNet
+) -> None:
+    evaluator = Frechet(Digits(), rungs=(32, 64)).load(tiny_net.load(tiny_run / "supernet", "cpu"), tiny_run)
+    schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
+    started = time.perf_counter()
+    first, again = evaluator(schedule, 32, 0), evaluator(schedule, 32, 0)
+    passed = time.perf_counter() - started
+    macs = 32 * sum(evaluator.supernet.macs(step.arch) for step in schedule.steps)
+    assert (first.spent["calls"], first.spent["macs"]) == (32 * 3, macs)
+    assert (again.spent["cached_calls"], again.spent["cached_macs"]) == (32 * 3, macs)
+    assert (again.spent["calls"], again.spent["macs"]) == (0, 0)
+    assert 0 < first.spent["seconds"] + again.spent["seconds"] <= passed
