@@ -189,10 +189,10 @@ def test_a_score_made_twice_is_charged_in_full_and_its_seconds_are_those_that_pa
     evaluator = Frechet(Digits(), rungs=(32, 64)).load(tiny_net.load(tiny_run / "supernet", "cpu"), tiny_run)
     schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
     started = time.perf_counter()
-    first, again = evaluator(schedule, 32, 0), evaluator(schedule, 32, 0)
+    first, again = evaluator(schedule, 64, 0), evaluator(schedule, 64, 0)
     passed = time.perf_counter() - started
-    macs = 32 * sum(evaluator.supernet.macs(step.arch) for step in schedule.steps)
-    assert (first.spent["calls"], first.spent["macs"]) == (32 * 3, macs)
-    assert (again.spent["cached_calls"], again.spent["cached_macs"]) == (32 * 3, macs)
+    macs = 64 * sum(evaluator.supernet.macs(step.arch) for step in schedule.steps)
+    assert (first.spent["calls"], first.spent["macs"]) == (64 * 3, macs)
+    assert (again.spent["cached_calls"], again.spent["cached_macs"]) == (64 * 3, macs)
     assert (again.spent["calls"], again.spent["macs"]) == (0, 0)
     assert 0 < first.spent["seconds"] + again.spent["seconds"] <= passed
