@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.genomes.allocation import Allocation, allocate
+from nas.genomes.allocation import Allocation, _Labels, _thinned, allocate
 
 ROW = st.lists(
     st.tuples(st.integers(0, 40), st.one_of(st.integers(-5, 5), st.floats(-3, 3, allow_nan=False))),
@@ -126,3 +126,10 @@ def test_options_without_a_finite_error_are_never_taken() -> None:
 def test_minimax_where_all_intervals_have_the_same_least_error() -> None:
     [found] = allocate([[5, 1], [5, 1]], [[1.0, 9.0], [1.0, 9.0]], [10], objective="minimax")
     assert (found[0].options, found[0].error) == ((0, 0), 1.0)
+
+
+def test_thinning_keeps_the_best_of_each_cell_of_the_cost_axis() -> None:
+    """Of 400 labels whose errors fall with their costs, 40 cells keep two each: the dearest two, which are the best."""
+    labels = _Labels(np.arange(400), 400.0 - np.arange(400), np.zeros(400, int), np.zeros(400, int), None)
+    kept = _thinned(labels, top=2, cells=40, room=399)
+    assert kept.cost.tolist() == [10 * cell + place for cell in range(40) for place in (8, 9)]

@@ -39,7 +39,7 @@ from evaluators.proxies import (
     whole,
 )
 from evaluators.sampling import DDIM, DDPM, initial_noise, sample, step_noise, trajectory
-from evaluators.scoring import BLOCKS
+from evaluators.scoring import BLOCKS, mean_with_replicates
 from nas.contracts import Evaluator, Schedule, Step, UserError, jackknife_error
 from nas.testing import check_evaluator
 from search_spaces.intervals import leading, quadratic, uniform
@@ -439,3 +439,17 @@ def test_samplers_name_what_an_exported_scheduler_is_set_to() -> None:
     assert DDIM(clip=False).describe() == {"class": "DDIM", "eta": 0.0, "clip": False}
     assert not DDIM().stochastic
     assert DDPM().stochastic
+
+
+def test_a_mean_has_a_replicate_for_each_block_left_out() -> None:
+    rows = np.random.default_rng(0).standard_normal(64)
+    value, replicates = mean_with_replicates(rows)
+    assert value == pytest.approx(rows.mean())
+    assert replicates == pytest.approx([np.delete(rows, block).mean() for block in np.array_split(np.arange(64), 20)])
+    assert mean_with_replicates(rows[:2])[1] == pytest.approx(rows[:2][::-1])
+
+
+@pytest.mark.parametrize("kind", [Frechet, KernelDistance, TeacherFrechet])
+def test_settings_of_scores_are_checked(kind: Any) -> None:
+    with pytest.raises(UserError, match="rungs"):
+        kind(Digits(), rungs=("many",))

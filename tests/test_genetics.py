@@ -124,3 +124,12 @@ def test_repair_lowers_several_genes_of_an_interval_together_where_no_single_one
     problem = Problem(space, ("fd", "macs"), {"macs": 16})
     for seed in range(20):
         assert problem.feasible(repair(problem, (1, 1, 1), np.random.default_rng(seed)))
+
+
+def test_a_mutated_gene_moves_by_a_third_of_its_options_in_the_mean() -> None:
+    """From the cheapest of 300 options it can only rise: by a geometric step of mean 100, cut at 299."""
+    space = TableSpace((frozen(list(range(1, 301))),))
+    rng = np.random.default_rng(0)
+    steps = [mutate(space, (0,), rng, rate=1.0)[0] for _ in range(4000)]
+    expected = sum((1 - 1 / 100) ** k for k in range(299))
+    assert np.mean(steps) == pytest.approx(expected, abs=4 * np.std(steps) / math.sqrt(len(steps)))
