@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import math
+import pkgutil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import evaluators
+import nas
+import search_spaces
 from nas.contracts import Schedule, Score, Step, derive_seed, frozen, jackknife_error
 
 ARCHS = st.recursive(st.floats(0, 1) | st.integers(0, 9) | st.text(max_size=3), lambda inner: st.tuples(inner, inner))
@@ -64,3 +70,20 @@ def test_derived_seeds_differ_by_every_part() -> None:
 
 def test_frozen_makes_tuples_of_nested_lists() -> None:
     assert frozen([1, [2.0, ["a"]]]) == (1, (2.0, ("a",)))
+
+
+CHANGING = {"Meter", "Walked", "_Rung", "_Labels", "GradientSimilarity", "Partitions", "StepEffects"}
+
+
+def test_values_are_frozen() -> None:
+    """All dataclasses but those few that are no values: what is counted, learned or measured as it goes."""
+    found = {}
+    for package in (nas, search_spaces, evaluators):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if module.name.endswith("__main__"):
+                continue
+            for kind in vars(importlib.import_module(module.name)).values():
+                if isinstance(kind, type) and kind.__module__ == module.name and dataclasses.is_dataclass(kind):
+                    found[kind.__qualname__] = kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert len(found) > 80
+    assert {name for name, frozen in found.items() if not frozen} == CHANGING

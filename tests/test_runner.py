@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nas.contracts import Proposal, Schedule, Score, Trial, UserError, derive_seed
+from nas.contracts import DONE, WAIT, Proposal, Schedule, Score, Trial, UserError, derive_seed
 from nas.engine.ladder import Ladder
 from nas.engine.ledger import Ledger, read_ledgers
 from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job
@@ -358,3 +358,34 @@ def test_what_a_run_will_close_is_planned(tmp_path: Path) -> None:
         assert conductor.planned == study.trials + study.verified
         session.run(conductor)
         assert conductor.planned == len(conductor.ledger.trials)
+
+
+def test_a_run_waits_while_something_is_under_way_and_is_done_when_all_of_it_is_settled(tmp_path: Path) -> None:
+    study = toy_study(space__genes=2, space__options=2, limits={}, trials=4, verified=2)
+    with open_session(study, tmp_path) as session:
+        conductor = session.conductor("random")
+        evaluate = study.evaluator.load(None, tmp_path)  # type: ignore[arg-type]
+        for count in (4, 2):  # searched side by side, then verified side by side
+            jobs = [conductor.next() for _ in range(count)]
+            assert conductor.next() is WAIT
+            for job in jobs:
+                assert isinstance(job, Job)
+                conductor.settle(job.trial.number, evaluate(job.schedule, job.samples, job.seed))
+        assert conductor.next() is DONE
+
+
+def test_a_candidate_that_was_scored_meanwhile_is_not_tried_again(tmp_path: Path) -> None:
+    """It failed in one run, and another one on the same ledger scored it: its second attempt has nothing to show."""
+    study = toy_study(space__genes=1, space__options=2, limits={}, trials=2, verified=1)
+    with open_session(study, tmp_path) as session:
+        conductor = session.conductor("random")
+        first = conductor.next()
+        assert isinstance(first, Job)
+        conductor.settle(first.trial.number, "RuntimeError: once")
+        again = conductor.next()
+        assert isinstance(again, Job)
+        assert again.trial.origin["retry"] == first.trial.number
+        conductor.settle(again.trial.number, "RuntimeError: twice")
+        session.run(conductor)
+        tried = [trial for trial in conductor.ledger.trials if trial.digest == first.trial.digest and trial.rung == 64]
+    assert len(tried) == 2

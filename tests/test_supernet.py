@@ -218,7 +218,7 @@ def test_a_vanishing_shortcut_is_refused() -> None:
 
 @pytest.mark.parametrize("timesteps", [(0, 500, 999), (999, 999), (), (1000, 3)])
 def test_a_space_refuses_timesteps_that_no_sampler_can_follow(tiny_net: ElasticUNet, timesteps: Any) -> None:
-    with pytest.raises(UserError, match=r"must decrease strictly|past the supernet's last|at least 1 item"):
+    with pytest.raises(UserError, match=r"must decrease strictly|past the supernet's last, 999|at least 1 item"):
         Stepwise(tiny_net, timesteps, (1,) * len(timesteps))
 
 
@@ -247,3 +247,8 @@ def test_cost_of_a_schedule_is_exact_and_params_count_each_net_once(tiny_net: El
     assert cost["params"] == small.params + middle.params
     assert space.cost((2, 2, 2))["macs_share"] == 1.0
     assert len({step.arch for step in space.decode((0, 1, 0)).steps}) == 2
+
+
+def test_a_space_of_a_single_step_is_one(tiny_net: ElasticUNet) -> None:
+    space = Stepwise(tiny_net, (500,), (1,))
+    assert space.decode((0,)).timesteps == (500,)

@@ -20,7 +20,7 @@ from evaluators.frechet import Frechet
 from evaluators.images import Digits, ImageArray
 from evaluators.proxies import DenoisingLoss
 from evaluators.sampling import DDIM, DDPM, sample
-from evaluators.trajectories import Trajectories, batches
+from evaluators.trajectories import Meter, Trajectories, _splits, batches
 from nas.contracts import Schedule, Step, UserError
 from search_spaces.intervals import uniform
 from search_spaces.supernet import ElasticUNet
@@ -196,3 +196,13 @@ def test_a_score_made_twice_is_charged_in_full_and_its_seconds_are_those_that_pa
     assert (again.spent["cached_calls"], again.spent["cached_macs"]) == (64 * 3, macs)
     assert (again.spent["calls"], again.spent["macs"]) == (0, 0)
     assert 0 < first.spent["seconds"] + again.spent["seconds"] <= passed
+
+
+def test_of_a_long_trajectory_few_states_are_kept(tiny_net: ElasticUNet) -> None:
+    """Where the subnet changes, and else at most 32 evenly, the last among them."""
+    wide, narrow = tiny_net.uniform(1.0), tiny_net.uniform(0.5)
+    same = Schedule(tuple(Step(t, wide) for t in range(99, -1, -1)))
+    assert _splits(same) == set(range(4, 101, 4))
+    changed = Schedule(tuple(Step(t, narrow if 41 <= t < 58 else wide) for t in range(99, -1, -1)))
+    assert _splits(changed) == {*range(4, 101, 4), 42, 59}
+    assert Trajectories(tiny_net.initial(0), DDIM()).meter == Meter(0, 0, 0, 0, 0)
