@@ -21,6 +21,7 @@ from search_spaces.intervals import (
     equal,
     equal_snr,
     even,
+    free,
     linear_budgets,
     linspace,
     merged,
@@ -161,3 +162,10 @@ def test_scatter_is_the_sum_of_squared_distances_to_the_mean(effects: np.ndarray
         part = effects[left:right]
         assert cost[left, right - 1] == pytest.approx(part.var(axis=0).sum() * len(part), abs=1e-9)
     assert np.isinf(cost[np.tril_indices(len(effects), -1)]).all()
+
+
+@pytest.mark.parametrize("timesteps", [(5, -1), (5, 5), (5, 6), ()])
+def test_timesteps_that_no_sampler_can_follow_are_refused(timesteps: tuple[int, ...]) -> None:
+    with pytest.raises(UserError, match="must decrease strictly to at least 0"):
+        free(*timesteps)
+    assert free(7, 1, 0) == (7, 1, 0)
