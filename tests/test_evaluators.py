@@ -453,3 +453,8 @@ def test_a_mean_has_a_replicate_for_each_block_left_out() -> None:
 def test_settings_of_scores_are_checked(kind: Any) -> None:
     with pytest.raises(UserError, match="rungs"):
         kind(Digits(), rungs=("many",))
+
+
+def test_a_score_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(tmp_path) not in repr(Frechet(Digits(), reference="stats.npz"))

@@ -169,3 +169,16 @@ def test_timesteps_that_no_sampler_can_follow_are_refused(timesteps: tuple[int, 
     with pytest.raises(UserError, match="must decrease strictly to at least 0"):
         free(*timesteps)
     assert free(7, 1, 0) == (7, 1, 0)
+
+
+def test_the_elbow_is_where_the_curve_is_farthest_below_the_line_between_its_ends() -> None:
+    assert elbow([10.0, 4.0, 3.5, 3.2, 3.0]) == 2
+    assert elbow([10.0, 9.0, 8.5, 1.0, 0.0]) == 4
+    assert elbow([5.0, 5.0, 5.0]) == 1
+    assert elbow([5.0]) == 1
+    assert elbow([5.0, 2.0]) == 2
+
+
+def test_equal_spacing_includes_both_ends() -> None:
+    assert linspace(10) == (999, 888, 777, 666, 555, 444, 333, 222, 111, 0)
+    assert linspace(3, first=500, last=100) == (500, 300, 100)

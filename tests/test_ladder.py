@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.contracts import Score, Trial
+from nas.contracts import Score, Trial, jackknife_error
 from nas.engine.ladder import Ladder, clearly_beaten, paired_errors
 
 
@@ -94,3 +94,17 @@ def test_room_grows_with_what_is_scored_and_verification_waits() -> None:
     early = rising.next(running, searching=False)
     assert early is not None
     assert early.rung == 64, "verification begins with what is known while a straggler runs"
+
+
+@pytest.mark.parametrize(("errors", "told"), [(1.9, False), (2.1, True)])
+def test_scores_are_told_apart_by_two_standard_errors_of_their_difference(errors: float, told: bool) -> None:
+    noise, other = (tuple(np.random.default_rng(seed).standard_normal(20)) for seed in (0, 1))
+    error = jackknife_error([a - b for a, b in zip(noise, other, strict=True)])
+    trials = [trial(0, 1.0, 10, noise), trial(1, 1.0 + errors * error, 10, other)]
+    assert clearly_beaten(trials, ("fd", "macs")).tolist() == [False, told]
+
+
+def test_by_costs_alone_a_trial_is_beaten_by_whoever_is_no_dearer_in_any_and_cheaper_in_one() -> None:
+    costs = ((10, 5), (10, 5), (9, 5), (11, 4), (12, 6))
+    trials = [replace(trial(i, 0.0, a), cost={"macs": a, "params": b}) for i, (a, b) in enumerate(costs)]
+    assert clearly_beaten(trials, ("macs", "params")).tolist() == [True, True, False, False, True]

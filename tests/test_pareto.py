@@ -28,7 +28,7 @@ def test_rank_zero_is_what_nothing_dominates_and_every_rank_has_a_reason(points:
 
 @given(POINTS)
 def test_hypervolume_equals_nevergrad(points: np.ndarray) -> None:
-    reference = [7.0] * points.shape[1]
+    reference = [7.0 + 2 * k for k in range(points.shape[1])]
     expected = HypervolumeIndicator(reference_point=np.array(reference)).compute(list(points))
     assert hypervolume(points.tolist(), reference) == pytest.approx(expected)
 
@@ -89,3 +89,8 @@ def test_domination_is_debs_with_constraints(points: np.ndarray, seed: int) -> N
     for i, j in np.ndindex(found.shape):
         expected = dominates(points[i], points[j]) if over[i] == over[j] == 0 else over[i] < over[j]
         assert found[i, j] == expected
+
+
+def test_ranks_of_two_points_with_three_objectives() -> None:
+    assert ranks(np.array([[0.0, 1.0, 5.0], [1.0, 1.0, 0.0]])).tolist() == [0, 0]
+    assert ranks(np.array([[1.0, 0.0, 5.0], [1.0, 0.0, 6.0]])).tolist() == [0, 1]

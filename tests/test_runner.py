@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from nas.contracts import DONE, WAIT, Proposal, Schedule, Score, Trial, UserError, derive_seed
+from nas.contracts import DONE, WAIT, Proposal, Schedule, Score, Step, Trial, UserError, derive_seed
 from nas.engine.ladder import Ladder
 from nas.engine.ledger import Ledger, read_ledgers
-from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job
+from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job, attempt
 from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from nas.results.report import Run
@@ -246,11 +246,11 @@ def test_the_baseline_ignores_the_limits_and_says_that_it_breaks_them(tmp_path: 
 def killed_at_random(script: str, folder: Path, kills: int, wait: tuple[float, float]) -> None:
     """Runs the script, kills it hard at random moments, and at last lets it end."""
     rng = random.Random(0)
-    for attempt in range(kills + 1):
+    for number in range(kills + 1):
         process = subprocess.Popen(
             [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "RUN": str(folder)}, start_new_session=True
         )
-        if attempt == kills:
+        if number == kills:
             assert process.wait(timeout=240) == 0
             return
         before, deadline = _lines(folder), time.monotonic() + 60
@@ -389,3 +389,15 @@ def test_a_candidate_that_was_scored_meanwhile_is_not_tried_again(tmp_path: Path
         session.run(conductor)
         tried = [trial for trial in conductor.ledger.trials if trial.digest == first.trial.digest and trial.rung == 64]
     assert len(tried) == 2
+
+
+def test_a_reason_ends_with_the_last_calls_before_it() -> None:
+    def fail(depth: int) -> Score:
+        if depth:
+            return fail(depth - 1)
+        raise RuntimeError("no")
+
+    reason = attempt(lambda *arguments: fail(20), Schedule((Step(0, ()),)), 1, 0)
+    assert isinstance(reason, str)
+    assert reason.count("in fail") <= 5
+    assert reason.rstrip().endswith("RuntimeError: no")

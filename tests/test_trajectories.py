@@ -42,6 +42,7 @@ def test_a_shared_beginning_is_run_once_and_changes_no_bit(tiny_net: ElasticUNet
         assert torch.equal(images, sample(net, schedule, sampler, 7, 0, 8))
         spent = trajectories.meter.spent_since(before)
         assert spent["calls"] == 8 * expected
+        assert spent["cache_hits"] == (1 if expected < 4 else 0)
         assert spent["calls"] + spent["cached_calls"] == 8 * 4
         assert spent["macs"] + spent["cached_macs"] == 8 * sum(net.macs(step.arch) for step in schedule.steps)
 
@@ -195,6 +196,7 @@ def test_a_score_made_twice_is_charged_in_full_and_its_seconds_are_those_that_pa
     assert (first.spent["calls"], first.spent["macs"]) == (64 * 3, macs)
     assert (again.spent["cached_calls"], again.spent["cached_macs"]) == (64 * 3, macs)
     assert (again.spent["calls"], again.spent["macs"]) == (0, 0)
+    assert (first.spent["cache_hits"], again.spent["cache_hits"]) == (0, 2)  # two batches
     assert 0 < first.spent["seconds"] + again.spent["seconds"] <= passed
 
 
