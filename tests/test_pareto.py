@@ -94,3 +94,9 @@ def test_domination_is_debs_with_constraints(points: np.ndarray, seed: int) -> N
 def test_ranks_of_two_points_with_three_objectives() -> None:
     assert ranks(np.array([[0.0, 1.0, 5.0], [1.0, 1.0, 0.0]])).tolist() == [0, 0]
     assert ranks(np.array([[1.0, 0.0, 5.0], [1.0, 0.0, 6.0]])).tolist() == [0, 1]
+
+
+def test_an_objective_that_is_the_same_for_all_crowds_nobody() -> None:
+    distance = crowding(np.array([[0.0, 3.0], [1.0, 3.0], [4.0, 3.0]]))
+    assert np.isinf(distance[[0, 2]]).all()
+    assert distance[1] == pytest.approx(1.0)  # of the first objective alone: the whole of its range between both neighbours
