@@ -394,10 +394,13 @@ def test_a_candidate_that_was_scored_meanwhile_is_not_tried_again(tmp_path: Path
 def test_a_reason_ends_with_the_last_calls_before_it() -> None:
     def fail(depth: int) -> Score:
         if depth:
-            return fail(depth - 1)
+            return onward(depth - 1)
         raise RuntimeError("no")
+
+    def onward(depth: int) -> Score:  # in turns, since a traceback does not repeat itself
+        return fail(depth)
 
     reason = attempt(lambda *arguments: fail(20), Schedule((Step(0, ()),)), 1, 0)
     assert isinstance(reason, str)
-    assert reason.count("in fail") <= 5
+    assert reason.count('File "') == 5
     assert reason.rstrip().endswith("RuntimeError: no")
