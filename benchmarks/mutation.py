@@ -99,14 +99,15 @@ SURVIVORS: dict[str, str] = {
     "evaluators/trajectories.py:core/ReplaceComparisonOperator_LtE_Is:0": "fewer states count as just used; what is forgotten first is tested at the noisy end alone",
     "nas/engine/ladder.py:core/ReplaceAndWithOr:3": "shows with four rungs and more, which no test has",
     "nas/engine/ladder.py:core/ReplaceComparisonOperator_GtE_Is:0": "shows with more than 256 schedules on a rung",
-    "nas/engine/runner.py:core/NumberReplacer:44": "one line more of a traceback; noticed by a test since",
     "nas/engine/runner.py:core/ReplaceComparisonOperator_NotEq_IsNot:1": "a retry of what was scored meanwhile is taken from the known scores, and costs nothing",
+    "nas/engine/runner.py:core/NumberReplacer:3": _SETTING,
     "nas/genomes/allocation.py:core/NumberReplacer:0": _SETTING,
     "nas/genomes/allocation.py:core/NumberReplacer:9": "labels are not thinned, and the result is the same in more time",
     "nas/genomes/allocation.py:core/ReplaceBinaryOperator_Mul_BitOr:0": "labels are thinned a little earlier, which their bound allows",
     "nas/genomes/allocation.py:core/ReplaceUnaryOperator_Delete_Not:1": "labels are not thinned, and the result is the same in more time",
     "nas/genomes/genetics.py:core/NumberReplacer:2": _SETTING,
     "nas/genomes/genetics.py:core/NumberReplacer:53": "another gene is lowered first, and genes are in random order anyway",
+    "search_spaces/stepwise.py:core/ReplaceComparisonOperator_Eq_Lt:9": "the dearer of two prices is taken, and the whole is the dearer one anyway",
 }
 """A word on each that no chosen test noticed in the kept run."""
 

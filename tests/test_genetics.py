@@ -133,3 +133,10 @@ def test_a_mutated_gene_moves_by_a_third_of_its_options_in_the_mean() -> None:
     steps = [mutate(space, (0,), rng, rate=1.0)[0] for _ in range(4000)]
     expected = sum((1 - 1 / 100) ** k for k in range(299))
     assert np.mean(steps) == pytest.approx(expected, abs=4 * np.std(steps) / math.sqrt(len(steps)))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_budget_that_is_met_exactly_is_met(seed: int) -> None:
+    space = TableSpace((frozen([100, 200]),) * 6)
+    problem = Problem(space, ("fd", "macs"), {"macs": 6 * 200 - 100})
+    assert sum(repair(problem, (1,) * 6, np.random.default_rng(seed))) == 5

@@ -99,4 +99,6 @@ def test_ranks_of_two_points_with_three_objectives() -> None:
 def test_an_objective_that_is_the_same_for_all_crowds_nobody() -> None:
     distance = crowding(np.array([[0.0, 3.0], [1.0, 3.0], [4.0, 3.0]]))
     assert np.isinf(distance[[0, 2]]).all()
-    assert distance[1] == pytest.approx(1.0)  # of the first objective alone: the whole of its range between both neighbours
+    assert distance[1] == pytest.approx(
+        1.0
+    )  # of the first objective alone: the whole of its range between both neighbours
