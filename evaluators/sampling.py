@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import expm1, log, log1p, sqrt
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from nas.contracts import LoadedSupernet, Schedule, Step
-from nas.recipes import recipe
+from nas.recipes import Share, recipe
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -24,35 +24,64 @@ class Sampler(Protocol):
     """One update x_t -> x_s for neighbouring timesteps t > s of any subset; s = -1 stands for the image itself."""
 
     @property
-    def stochastic(self) -> bool: ...
+    def stochastic(self) -> bool:
+        """Whether it adds noise on the way."""
+
+    @property
+    def multistep(self) -> bool:
+        """Whether an update depends on the predictions before it: its `memory`."""
 
     def describe(self) -> dict[str, Any]:
         """`class` and settings, as an exported folder names them."""
 
     def update(
-        self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`alpha`, `alpha_next`: abar at t and at s. `noise`: standard normal, where stochastic, and None in the last step."""
+        self,
+        x: torch.Tensor,
+        prediction: torch.Tensor,
+        alpha: float,
+        alpha_next: float,
+        noise: torch.Tensor | None,
+        memory: Any = None,
+    ) -> tuple[torch.Tensor, Any]:
+        """x_s, and what the next update needs to know of this one, tensors in (nested) tuples.
+
+        `prediction`: of the noise in x. `alpha`, `alpha_next`: abar at t and at s. `noise`: standard normal, where stochastic, and None in
+        the last step. `memory`: what the update before returned, None in the first."""
 
 
 @recipe
 class DDIM:
-    """Deterministic DDIM, eta = 0 (Song et al. 2021, eq. 12), noise prediction.
+    """DDIM (Song et al. 2021, eq. 12), deterministic with `eta` 0, as noisy as ancestral sampling with 1.
 
-    `clip`: the predicted image is clipped to [-1, 1] (as `clip_sample` of diffusers; off in latent space).
+    `clip`: the predicted image is clipped to [-1, 1] (as `clip_sample` of diffusers; off in latent space). Euler's method without churn is
+    this with eta 0, in other words for the state.
     """
 
     clip: bool = True
-    stochastic = False
+    eta: Share = 0.0
+    multistep = False
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "DDIM", "eta": 0.0, "clip": self.clip}
+        return {"class": "DDIM", "eta": self.eta, "clip": self.clip}
 
     def update(
-        self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        prediction: torch.Tensor,
+        alpha: float,
+        alpha_next: float,
+        noise: torch.Tensor | None,
+        memory: Any = None,
+    ) -> tuple[torch.Tensor, Any]:
         x0 = _predicted_image(x, prediction, alpha, self.clip)
-        return sqrt(alpha_next) * x0 + sqrt(1 - alpha_next) * prediction
+        if noise is None:
+            return sqrt(alpha_next) * x0 + sqrt(1 - alpha_next) * prediction, None
+        variance = self.eta**2 * (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
+        return sqrt(alpha_next) * x0 + sqrt(1 - alpha_next - variance) * prediction + sqrt(variance) * noise, None
 
 
 @recipe
@@ -65,22 +94,71 @@ class DDPM:
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
     clip: bool = True
     stochastic = True
+    multistep = False
 
     def describe(self) -> dict[str, Any]:
         return {"class": "DDPM", "variance": self.variance, "clip": self.clip}
 
     def update(
-        self, x: torch.Tensor, prediction: torch.Tensor, alpha: float, alpha_next: float, noise: torch.Tensor | None
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        prediction: torch.Tensor,
+        alpha: float,
+        alpha_next: float,
+        noise: torch.Tensor | None,
+        memory: Any = None,
+    ) -> tuple[torch.Tensor, Any]:
         x0 = _predicted_image(x, prediction, alpha, self.clip)
         beta = 1 - alpha / alpha_next
         of_image = sqrt(alpha_next) * beta / (1 - alpha)
         of_state = sqrt(alpha / alpha_next) * (1 - alpha_next) / (1 - alpha)
         mean = of_image * x0 + of_state * x
         if noise is None:  # the last step
-            return mean
+            return mean, None
         variance = beta if self.variance == "fixed_large" else (1 - alpha_next) / (1 - alpha) * beta
-        return mean + sqrt(variance) * noise
+        return mean + sqrt(variance) * noise, None
+
+
+@recipe
+class DPMSolver:
+    """DPM-Solver++(2M) (Lu et al. 2022, alg. 2), the multistep solver of second order in the predicted image, over any timestep subset.
+
+    The first step is of first order, and so is one that arrives at the image itself, where no noise is left to compare with. `clip` as for
+    DDIM.
+    """
+
+    clip: bool = True
+    stochastic = False
+    multistep = True
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "DPMSolver", "clip": self.clip}
+
+    def update(
+        self,
+        x: torch.Tensor,
+        prediction: torch.Tensor,
+        alpha: float,
+        alpha_next: float,
+        noise: torch.Tensor | None,
+        memory: Any = None,
+    ) -> tuple[torch.Tensor, Any]:
+        x0 = _predicted_image(x, prediction, alpha, self.clip)
+        if alpha_next >= 1:
+            return x0, None
+        step = _half_log_snr(alpha_next) - _half_log_snr(alpha)
+        image = x0
+        if memory is not None:
+            before, alpha_before = memory
+            ratio = (_half_log_snr(alpha) - _half_log_snr(alpha_before)) / step
+            image = x0 + (x0 - before) / (2 * ratio)
+        after = sqrt((1 - alpha_next) / (1 - alpha)) * x - sqrt(alpha_next) * expm1(-step) * image
+        return after, (x0, alpha)
+
+
+def _half_log_snr(alpha: float) -> float:
+    """lambda = log(sqrt(abar) / sqrt(1 - abar))."""
+    return 0.5 * (log(alpha) - log1p(-alpha))
 
 
 def _predicted_image(x: torch.Tensor, prediction: torch.Tensor, alpha: float, clip: bool) -> torch.Tensor:
@@ -100,20 +178,21 @@ def step_noise(seed: int, start: int, stop: int, shape: tuple[int, ...], step: i
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A batch between two steps: x (n, channels, height, width), and what blocks reuse from the step before."""
+    """A batch between two steps: x (n, channels, height, width), what blocks reuse from the step before, and what the sampler knows of it."""
 
     x: torch.Tensor
     cache: Any = None
+    memory: Any = None
 
 
 def predict(
     net: LoadedSupernet, step: Step, x: torch.Tensor, cache: Any, precision: Precision, keep: Sequence[str] = ()
 ) -> tuple[torch.Tensor, Any]:
-    """The network's call at a step: its prediction, float32 whatever the precision of the call, and the outputs of the blocks in
-    `keep`."""
+    """The network's call at a step: its prediction of the noise, float32 at least whatever the precision of the call, and the outputs of
+    the blocks in `keep`."""
     with torch.inference_mode(), torch.autocast(net.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         prediction, cache = net.denoiser(step, keep)(x, step.timestep, cache)
-    return prediction.float(), cache
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32)), cache
 
 
 def advance(
@@ -137,7 +216,8 @@ def advance(
     prediction, cache = predict(net, step, state.x, state.cache, precision, keep)
     with torch.inference_mode():
         after = getattr(net, "final_alpha", 1.0) if following is None else float(abar[following.timestep])
-        return State(sampler.update(state.x, prediction, float(abar[step.timestep]), after, noise), cache)
+        x, memory = sampler.update(state.x, prediction, float(abar[step.timestep]), after, noise, state.memory)
+        return State(x.to(state.x.dtype), cache, memory)
 
 
 def trajectory(

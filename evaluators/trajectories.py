@@ -195,7 +195,7 @@ def _splits(schedule: Schedule) -> set[int]:
 def _bytes(value: Any) -> int:
     """Memory of the tensors and arrays in nested tuples, dicts and states."""
     if isinstance(value, State):
-        return _bytes(value.x) + _bytes(value.cache)
+        return _bytes(value.x) + _bytes(value.cache) + _bytes(value.memory)
     if isinstance(value, tuple | list):
         return sum(_bytes(item) for item in value)
     if isinstance(value, dict):

@@ -284,7 +284,8 @@ class SearchSpace(Protocol):
 
 
 class Denoiser(Protocol):
-    """One subnet at one step. x: (batch, channels, height, width); t: the step's timestep; cache: what the step before kept."""
+    """One subnet at one step: the noise in x, whatever the network predicts. x: (batch, channels, height, width); t: the step's timestep;
+    cache: what the step before kept."""
 
     def __call__(
         self, x: torch.Tensor, t: int, cache: Any = None, condition: torch.Tensor | None = None
@@ -310,7 +311,7 @@ class LoadedSupernet(Protocol):
 
     @property
     def alphas_cumprod(self) -> npt.NDArray[np.float64]:
-        """abar_t of the forward process for every training timestep; the network predicts the noise."""
+        """abar_t of the forward process for every training timestep."""
 
     @property
     def scheduler(self) -> Mapping[str, Any]:
@@ -337,6 +338,10 @@ class LoadedSupernet(Protocol):
 
     def denoiser(self, step: Step, keep: Sequence[str] = ()) -> Denoiser:
         """`keep`: blocks whose outputs the next step reuses; the cache that the call returns holds them."""
+
+    def noise_in(self, prediction: torch.Tensor, x: torch.Tensor, t: int) -> torch.Tensor:
+        """What the output of a stock subnet says of the noise in x: itself, or a linear map of it and x where the network predicts v or
+        the image."""
 
     def gated(self, arch: Arch) -> Gated: ...
 

@@ -159,9 +159,10 @@ class Study:
                 f"{' or '.join(self.evaluator.metrics)}"
             )
         sampler = getattr(self.evaluator, "sampler", None)
-        if getattr(self.space, "needs_deterministic", False) and getattr(sampler, "stochastic", False):
+        notices = getattr(sampler, "stochastic", False) or getattr(sampler, "multistep", False)
+        if getattr(self.space, "needs_deterministic", False) and notices:
             raise UserError(
-                "the space leaves out steps that compute nothing, which only a deterministic sampler does not notice; give it "
+                "the space leaves out steps that compute nothing, which only a deterministic sampler without memory does not notice; give it "
                 "deterministic=False, or the evaluator DDIM"
             )
         check_limits(self.limits)

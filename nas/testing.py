@@ -324,7 +324,7 @@ def check_supernet(loaded: LoadedSupernet, space: SearchSpace, samples: int = 8)
             extracted.save_pretrained(folder)  # type: ignore[operator]
             for net in (extracted, type(extracted).from_pretrained(folder, low_cpu_mem_usage=False).eval()):  # type: ignore[attr-defined]
                 with torch.inference_mode():
-                    alone = net.to(loaded.device)(x, timestep, None).sample
+                    alone = loaded.noise_in(net.to(loaded.device)(x, timestep, None).sample, x, timestep)
                 difference = float((alone - first[timestep, arch]).abs().max())
                 assert difference <= 1e-5, f"extracted {arch} differs from the supernet by {difference}"
         assert loaded.macs(frozen(json.loads(json.dumps(arch)))) == loaded.macs(arch) > 0, "an arch must survive JSON"

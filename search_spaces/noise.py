@@ -11,7 +11,7 @@ import logging
 from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import diffusers
 import numpy as np
@@ -52,14 +52,21 @@ SCHEDULERS = (
 OURS = ("DDIMScheduler", "DDPMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler")
 
 Beta = Annotated[float, Field(gt=0, lt=1)]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
+
+NO_SIGNAL = 1e-12
+"""abar where a process leaves none at all: what a sampler divides by must not be zero, and this changes no image by more than 1e-6."""
 
 
 @recipe
 class NoiseSchedule:
-    """The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I); the network predicts the noise.
+    """The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), and what the network predicts of it.
 
     Named as in diffusers, whose schedulers compute it. `trained_betas`: each timestep's beta instead of a `beta_schedule`. `final_alpha`:
     abar of the image that the last step arrives at, 1, or that of timestep 0 where a model was made so ("first", as in Stable Diffusion).
+    `prediction`: the noise, the image itself, or v = sqrt(abar) noise - sqrt(1 - abar) image (Salimans & Ho 2022, app. D).
+    `rescale_betas_zero_snr`: no signal is left at the noisiest timestep (Lin et al. 2024, alg. 1), of which a prediction of the noise would
+    say nothing. Raises UserError where the fields do not fit together.
     """
 
     timesteps: Annotated[int, Field(ge=2, le=10**5)] = 1000
@@ -68,8 +75,15 @@ class NoiseSchedule:
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     trained_betas: tuple[Beta, ...] = field(default=(), repr=False)
     final_alpha: Literal["one", "first"] = "one"
+    prediction: Prediction = "epsilon"
+    rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
+        if self.rescale_betas_zero_snr and self.prediction == "epsilon":
+            raise UserError(
+                "rescale_betas_zero_snr leaves no signal at the noisiest timestep, where a network that predicts the noise says nothing about "
+                "the image; use prediction='v_prediction' or 'sample'"
+            )
         if self.trained_betas and len(self.trained_betas) != self.timesteps:
             raise UserError(
                 f"{len(self.trained_betas)} trained_betas for {self.timesteps} timesteps; give one for each"
@@ -83,9 +97,10 @@ class NoiseSchedule:
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "beta_schedule": self.beta_schedule,
-            "prediction_type": "epsilon",
+            "prediction_type": self.prediction,
             **({"trained_betas": self.trained_betas} if self.trained_betas else {}),
             **({"set_alpha_to_one": False} if self.final_alpha == "first" else {}),
+            **({"rescale_betas_zero_snr": True} if self.rescale_betas_zero_snr else {}),
         }
 
     @property
@@ -103,8 +118,8 @@ class NoiseSchedule:
     def from_scheduler(cls, path: str | Path) -> NoiseSchedule:
         """The process of a scheduler's settings: a file, its folder, or the folder of a pipeline that has one.
 
-        Raises UserError for a process that these networks are not sampled from: another prediction than the noise, no signal at all at
-        the noisiest timestep, no discrete timesteps.
+        Raises UserError for a process that these networks are not sampled from: no discrete timesteps, a prediction that has no name here, or
+        one of the noise where none of the signal is left.
         """
         file = _settings_file(Path(path))
         config = read_json(file, "give the scheduler folder of a diffusers pipeline")
@@ -124,16 +139,17 @@ class NoiseSchedule:
                 f"{file}: diffusers cannot make this {name} ({first_line(error)}); mend the file"
             ) from error
         prediction = stock.config.prediction_type
-        if prediction != "epsilon":
-            raise UserError(
-                f"{file}: the network predicts {prediction!r}; only prediction_type='epsilon', the noise, can be searched so far"
-            )
-        if taken.get("rescale_betas_zero_snr"):
+        if prediction not in get_args(Prediction):
+            raise UserError(f"{file}: the network predicts {prediction!r}; known are {', '.join(get_args(Prediction))}")
+        rescaled = bool(taken.get("rescale_betas_zero_snr"))
+        if rescaled and prediction == "epsilon":
             raise UserError(
                 f"{file}: rescale_betas_zero_snr leaves no signal at the noisiest timestep, where a network that predicts the noise says nothing "
-                "about the image; such a model predicts v, which cannot be searched so far"
+                "about the image; mend the file where the model predicts v"
             )
-        if not np.isfinite(abar).all() or abar.min() <= 0 or (np.diff(abar) > 0).any():
+        # Where no signal is left, each stock scheduler has a small number of its own.
+        left = abar[:-1] if rescaled else abar
+        if not np.isfinite(left).all() or left.min() <= 0 or (np.diff(left) > 0).any():
             raise UserError(
                 f"{file}: abar goes from {abar[0]:.3g} to {abar[-1]:.3g}, which is no falling process; mend the file"
             )
@@ -142,7 +158,7 @@ class NoiseSchedule:
             end = float(abar[0])
         if name not in OURS:
             log.info("%s: its noise process is taken; the study's sampler replaces the stepping rule of %s", file, name)
-        return cls._of(taken, betas, abar, "one" if end == 1.0 else "first")
+        return cls._of(taken, betas, abar, "one" if end == 1.0 else "first", prediction)
 
     @classmethod
     def _of(
@@ -151,24 +167,34 @@ class NoiseSchedule:
         betas: list[float],
         abar: npt.NDArray[np.float64],
         final: Literal["one", "first"],
+        prediction: Prediction,
     ) -> NoiseSchedule:
         """By its settings where they give this very process, else by its betas."""
-        known = {key: settings[key] for key in ("beta_start", "beta_end", "beta_schedule") if key in settings}
+        named = ("beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+        known = {key: settings[key] for key in named if key in settings}
         if not settings.get("trained_betas"):
             try:
-                found = cls(len(abar), **known, final_alpha=final)
+                found = cls(len(abar), **known, final_alpha=final, prediction=prediction)
             except UserError:
                 pass
             else:
-                if np.array_equal(found.alphas_cumprod, abar):
+                compared = -1 if found.rescale_betas_zero_snr else None
+                if np.array_equal(found.alphas_cumprod[:compared], abar[:compared]):
                     return found
-        return cls(len(abar), trained_betas=tuple(betas), final_alpha=final)
+        rescaled = bool(settings.get("rescale_betas_zero_snr"))
+        return cls(
+            len(abar),
+            trained_betas=tuple(settings.get("trained_betas") or betas),
+            final_alpha=final,
+            prediction=prediction,
+            rescale_betas_zero_snr=rescaled,
+        )
 
 
 @lru_cache(maxsize=64)
 def _alphas_cumprod(settings: str) -> npt.NDArray[np.float64]:
     abar: npt.NDArray[np.float64] = DDPMScheduler(**json.loads(settings)).alphas_cumprod.double().numpy()
-    return abar
+    return np.maximum(abar, NO_SIGNAL)
 
 
 def _settings_file(path: Path) -> Path:

@@ -33,7 +33,7 @@ class Stepwise:
     `patterns`: what the steps of an interval may compute, as one more gene of each; by default the whole subnet at each step. The
     first step computes everything; so does a step whose subnet is another one than that of the step before, since nothing of that can be
     reused. `finer`: branches without a reader do not run either, where otherwise blocks run whole. `deterministic`: the sampler is DDIM
-    without noise, where a step that computes nothing equals a longer step, and so leaves the schedule; otherwise it stays and holds
+    without noise and without memory, where a step that computes nothing equals a longer step, and so leaves the schedule; otherwise it stays and holds
     the prediction.
     """
 
@@ -83,7 +83,7 @@ class Stepwise:
 
     @property
     def needs_deterministic(self) -> bool:
-        """Whether its schedules presuppose a sampler without noise."""
+        """Whether its schedules presuppose a sampler without noise and without memory."""
         return self.deterministic and bool(self.patterns)
 
     def decode(self, genome: Genome) -> Schedule:

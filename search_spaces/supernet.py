@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +32,7 @@ from search_spaces.networks.unet import Anatomy, StockUNet, arguments, predict, 
 from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options, Subnets
 from search_spaces.pretrained import find, read_weights, weights_digest
-from search_spaces.shipped.reuse import run
+from search_spaces.shipped.reuse import as_noise, run
 
 WEIGHTS = "weights.safetensors"
 
@@ -271,7 +271,7 @@ class LoadedElasticUNet:
     def forward(
         self, arch: Arch, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The subnet's prediction, differentiable in the shared weights. x: (batch, channels, h, w); t: (batch,)."""
+        """The subnet's prediction, whatever it predicts, differentiable in the shared weights. x: (batch, channels, h, w); t: (batch,)."""
         net = self._skeleton(arch).train(self.full.training)
         inputs = arguments(net, x, t, condition)
         self.trained_macs += (3 if torch.is_grad_enabled() else 1) * len(x) * self.macs(arch)
@@ -293,9 +293,10 @@ class LoadedElasticUNet:
         def call(
             x: torch.Tensor, t: int, cache: Any = None, condition: torch.Tensor | None = None
         ) -> tuple[torch.Tensor, Any]:
+            answer = partial(self.noise_in, x=x, t=t)
             if step.reuse or keep:
-                return run(stock, x, t, step.reuse, keep, cache, condition)
-            return predict(net, x, t, condition), None
+                return run(stock, x, t, step.reuse, keep, cache, condition, answer=answer)
+            return answer(predict(net, x, t, condition)), None
 
         return call
 
@@ -306,9 +307,12 @@ class LoadedElasticUNet:
         def call(
             x: torch.Tensor, t: int, gates: Mapping[str, torch.Tensor], cache: Any = None
         ) -> tuple[torch.Tensor, Any]:
-            return run(stock, x, t, cache=cache, gates=gates)
+            return run(stock, x, t, cache=cache, gates=gates, answer=partial(self.noise_in, x=x, t=t))
 
         return call
+
+    def noise_in(self, prediction: torch.Tensor, x: torch.Tensor, t: int) -> torch.Tensor:
+        return as_noise(prediction, x, float(self.alphas_cumprod[t]), self.recipe.noise.prediction)
 
     def blocks(self, arch: Arch, finer: bool = False) -> tuple[str, ...]:
         return self.recipe.cost.graph(Arch(*arch)).names(finer)

@@ -44,12 +44,31 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "euler": ("EulerDiscreteScheduler", {"beta_schedule": "linear", "timestep_spacing": "leading"}),
     "dpm": ("DPMSolverMultistepScheduler", {"beta_schedule": "scaled_linear", "final_sigmas_type": "zero"}),
+    "v": ("DDIMScheduler", {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"}),
+    "the image": ("DDPMScheduler", {"prediction_type": "sample"}),
+    "no signal left": ("DDIMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+    "no signal left for euler": (
+        "EulerDiscreteScheduler",
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ),
+    "no signal left of betas of one's own": (
+        "DDPMScheduler",
+        {
+            "num_train_timesteps": 50,
+            "trained_betas": [0.001 * (i + 1) for i in range(50)],
+            "prediction_type": "sample",
+            "rescale_betas_zero_snr": True,
+        },
+    ),
     "unipc, a newer key": ("UniPCMultistepScheduler", {"beta_schedule": "linear", "from_the_future": 3}),
 }
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "v": ("DDIMScheduler", {"prediction_type": "v_prediction"}, "predicts 'v_prediction'"),
-    "sample": ("DDPMScheduler", {"prediction_type": "sample"}, "predicts 'sample'"),
+    "flow's velocity": (
+        "DPMSolverMultistepScheduler",
+        {"prediction_type": "flow_prediction"},
+        "predicts 'flow_prediction'",
+    ),
     "zero terminal SNR": ("DDIMScheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr leaves no signal"),
     "flow": ("FlowMatchEulerDiscreteScheduler", {}, "no process of discrete timesteps"),
     "edm": ("EDMEulerScheduler", {}, "no process of discrete timesteps"),
@@ -72,10 +91,14 @@ def test_the_noise_process_is_the_schedulers(name: str, tmp_path: Path) -> None:
     stock = getattr(diffusers, kind).from_config(
         {**BASE, **{k: v for k, v in settings.items() if k != "from_the_future"}}
     )
-    assert np.array_equal(found.alphas_cumprod, stock.alphas_cumprod.double().numpy())
+    left = slice(None, -1 if settings.get("rescale_betas_zero_snr") else None)
+    assert np.array_equal(found.alphas_cumprod[left], stock.alphas_cumprod.double().numpy()[left])
+    assert 0 < found.alphas_cumprod[-1] <= max(float(stock.alphas_cumprod[-1]), 1e-12)
+    assert found.prediction == stock.config.prediction_type
     assert found.end == pytest.approx(float(getattr(stock, "final_alpha_cumprod", 1.0)), abs=0)
     again = DDIMScheduler(**found.scheduler)
-    assert torch.equal(again.alphas_cumprod, stock.alphas_cumprod)
+    assert torch.equal(again.alphas_cumprod[left], stock.alphas_cumprod[left])
+    assert again.config.prediction_type == found.prediction
     assert float(again.final_alpha_cumprod) == found.end
 
 

@@ -31,8 +31,10 @@ from nas.handover.export import export
 from nas.handover.training import adopt
 from nas.results.report import Run
 from nas.study import load_study
+from search_spaces.noise import NoiseSchedule
 from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.supernet import ElasticUNet
+from tests.conftest import TINY
 from tests.test_cli import nas, refused
 
 QUICK = Settings(steps=12, batch=8, warmup=2, checkpoint_every=3)
@@ -350,3 +352,23 @@ def test_distillation_is_the_share_of_the_teacher(exported: Path) -> None:
     assert losses[1.0] == pytest.approx(0.0, abs=1e-10)
     assert losses[0.0] > 0.3
     assert losses[0.5] == pytest.approx(losses[0.0] / 4, rel=1e-4), "half of the way is a quarter of the squared error"
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("sample", 9.0), ("v_prediction", None), ("epsilon", 1.0)])
+def test_the_script_trains_what_the_network_predicts(kind: Any, expected: float | None, tmp_path: Path) -> None:
+    """A network that answers zero, on images that are 3 everywhere: its loss is the mean square of what it should have answered."""
+    process = NoiseSchedule(prediction=kind)
+    net = ElasticUNet(TINY, (1.0,), noise=process)
+    loaded = net.initial(0)
+    torch.nn.init.zeros_(loaded.full.conv_out.weight)
+    torch.nn.init.zeros_(loaded.full.conv_out.bias)
+    schedule = Schedule((Step(900, net.uniform(1.0)),))
+    export(loaded, schedule, {"class": "DDIM", "clip": True}, {}, tmp_path / "model")
+    ticks = train(
+        tmp_path / "model", np.full((4, 1, 8, 8), 3, np.float32), replace(QUICK, batch=512, distillation=0.0), cpu=True
+    )
+    if expected is None:
+        expected = float(np.mean(process.alphas_cumprod + 9 * (1 - process.alphas_cumprod)))
+    # 512 timesteps of uniform draws: their mean of abar has a standard error of 0.014, and v's square grows by 8 of it
+    assert next(ticks)["loss"] == pytest.approx(expected, abs=0.45 if kind == "v_prediction" else 0.05)
+    ticks.close()

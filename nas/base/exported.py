@@ -18,6 +18,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 """Of networks that are exported."""
 
+SAMPLERS = ("DDIM", "DDPM", "DPMSolver")
+
 NAME = re.compile(r"unet_[0-9]{1,5}|teacher")
 REMEDY = "export the schedule again"
 
@@ -116,8 +118,8 @@ def _check_schedule(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     total = plan["scheduler"]["num_train_timesteps"]
     if not 0 <= timesteps[-1] <= timesteps[0] < total or any(a <= b for a, b in pairwise(timesteps)):
         raise ExportError(f"{path}: timesteps must fall from at most {total - 1} to at least 0; {REMEDY}")
-    if _entry(_entry(plan, "sampler", dict, path), "class", str, path) not in ("DDIM", "DDPM"):
-        raise ExportError(f"{path}: sampler {plan['sampler']['class']!r} is neither DDIM nor DDPM; {REMEDY}")
+    if _entry(_entry(plan, "sampler", dict, path), "class", str, path) not in SAMPLERS:
+        raise ExportError(f"{path}: sampler {plan['sampler']['class']!r} is none of {', '.join(SAMPLERS)}; {REMEDY}")
     return networks
 
 

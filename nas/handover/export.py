@@ -31,7 +31,6 @@ from nas.contracts import LoadedSupernet, Schedule, Step, UserError
 from nas.engine.facts import package_versions
 
 TOLERANCE = 1e-5
-SAMPLERS = ("DDIM", "DDPM")
 """Those that an exported pipeline knows."""
 
 PROGRAM = "model.pt2"
@@ -55,8 +54,10 @@ def export(
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; give --to a new or empty folder")
-    if sampler["class"] not in SAMPLERS:
-        raise UserError(f"sampler {sampler['class']} has no stand-alone loop to export; use {' or '.join(SAMPLERS)}")
+    if sampler["class"] not in exported.SAMPLERS:
+        raise UserError(
+            f"sampler {sampler['class']} has no stand-alone loop to export; use {' or '.join(exported.SAMPLERS)}"
+        )
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -105,7 +106,7 @@ def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path
         if step.arch == arch:
             with torch.inference_mode():
                 ours, _ = net.denoiser(Step(step.timestep, arch))(x, step.timestep)
-                theirs = reloaded(x, step.timestep, None).sample
+                theirs = net.noise_in(reloaded(x, step.timestep, None).sample, x, step.timestep)
             worst = max(worst, float((ours - theirs).abs().max()))
     return worst
 

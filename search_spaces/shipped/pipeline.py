@@ -8,14 +8,16 @@ Needs torch, numpy and diffusers alone. An exported folder holds a copy of this 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
-from .reuse import run
+from .reuse import as_noise, run
 
 
 class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -51,27 +53,27 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         plan = self.config.schedule
         steps = _subset(plan["steps"], num_inference_steps)
         noise = _noise(batch_size, plan["shape"], generator, seed)
-        alphas = [*self.scheduler.alphas_cumprod.double().tolist(), float(self.scheduler.final_alpha_cumprod)]
+        # Where no signal is left at all, what is divided by must not be zero.
+        alphas = [max(a, 1e-12) for a in self.scheduler.alphas_cumprod.double().tolist()]
+        alphas.append(float(self.scheduler.final_alpha_cumprod))
         x = next(noise).to(self.device)
         cache: Any = None
+        memory: Any = None
         with self.progress_bar(total=len(steps)) as bar:
             for number, step in enumerate(steps):
                 following: Any = steps[number + 1] if number + 1 < len(steps) else {"timestep": -1, "reuse": []}
                 net = getattr(self, step["model"])
                 kept = following["reuse"]
-                prediction, cache = run(net, x.to(net.dtype), step["timestep"], step["reuse"], kept, cache)
                 a, b = alphas[step["timestep"]], alphas[following["timestep"]]
-                image = (x - (1 - a) ** 0.5 * prediction.to(x)) / a**0.5
-                image = image.clamp(-1, 1) if plan["sampler"]["clip"] else image
+                answer = partial(as_noise, x=x, alpha=a, kind=self.scheduler.config.prediction_type)
+                prediction, cache = run(
+                    net, x.to(net.dtype), step["timestep"], step["reuse"], kept, cache, answer=answer
+                )
                 drawn = next(noise).to(x)
-                if plan["sampler"]["class"] == "DDIM":
-                    x = b**0.5 * image + (1 - b) ** 0.5 * prediction.to(x)
-                else:
-                    beta = 1 - a / b
-                    x = b**0.5 * beta / (1 - a) * image + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
-                    large = plan["sampler"]["variance"] == "fixed_large"
-                    if number + 1 < len(steps):
-                        x = x + (beta if large else (1 - b) / (1 - a) * beta) ** 0.5 * drawn
+                after, memory = _update(
+                    plan["sampler"], x, prediction, a, b, drawn if number + 1 < len(steps) else None, memory
+                )
+                x = after.to(x.dtype)
                 bar.update()
         return self._output(x, output_type, return_dict)
 
@@ -82,6 +84,39 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _update(
+    sampler: Mapping[str, Any],
+    x: torch.Tensor,
+    prediction: torch.Tensor,
+    a: float,
+    b: float,
+    drawn: torch.Tensor | None,
+    memory: Any,
+) -> tuple[torch.Tensor, Any]:
+    """The state at abar = b after that at a, by the predicted noise, and what the next update needs to know of this one. `drawn`: fresh noise,
+    None in the last step."""
+    prediction = prediction.to(torch.promote_types(prediction.dtype, x.dtype))
+    image = (x - (1 - a) ** 0.5 * prediction) / a**0.5
+    image = image.clamp(-1, 1) if sampler["clip"] else image
+    if sampler["class"] == "DDIM":
+        variance = sampler.get("eta", 0.0) ** 2 * (1 - b) / (1 - a) * (1 - a / b) if drawn is not None else 0.0
+        after = b**0.5 * image + (1 - b - variance) ** 0.5 * prediction
+        return after + variance**0.5 * drawn if variance else after, None
+    if sampler["class"] == "DDPM":
+        beta = 1 - a / b
+        after = b**0.5 * beta / (1 - a) * image + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
+        variance = beta if sampler["variance"] == "fixed_large" else (1 - b) / (1 - a) * beta
+        return after if drawn is None else after + variance**0.5 * drawn, None
+    if b >= 1:
+        return image, None
+    here, there = (0.5 * (math.log(alpha) - math.log1p(-alpha)) for alpha in (a, b))
+    ahead = image
+    if memory is not None:
+        before, place = memory
+        ahead = image + (image - before) * (there - here) / (2 * (here - place))
+    return ((1 - b) / (1 - a)) ** 0.5 * x - b**0.5 * math.expm1(here - there) * ahead, (image, here)
 
 
 def _subset(steps: Sequence[dict[str, Any]], count: int | None) -> Sequence[dict[str, Any]]:

@@ -9,7 +9,7 @@ nothing does: then the prediction itself is the one before.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, combinations
@@ -140,6 +140,20 @@ def _branches(depths: tuple[int, ...], middle: bool) -> tuple[Branch, ...]:
     return tuple(found)
 
 
+def as_noise(prediction: torch.Tensor, x: torch.Tensor, alpha: float, kind: str) -> torch.Tensor:
+    """The noise in x = sqrt(alpha) image + sqrt(1 - alpha) noise by a prediction of this `prediction_type`.
+
+    In float64 where hardly any signal is left: the image follows from it as a small difference.
+    """
+    if kind == "epsilon":
+        return prediction
+    x = x.double() if alpha < 1e-4 else x
+    prediction = prediction.to(x)
+    signal, rest = alpha**0.5, (1 - alpha) ** 0.5
+    noise: torch.Tensor = signal * prediction + rest * x if kind == "v_prediction" else (x - signal * prediction) / rest
+    return noise
+
+
 def graph_of(net: Any) -> Graph:
     """Of a stock UNet2DModel or UNet2DConditionModel."""
     return Graph(tuple(len(block.resnets) for block in net.down_blocks), net.mid_block is not None)
@@ -154,11 +168,13 @@ def run(
     cache: Cache | None = None,
     condition: torch.Tensor | None = None,
     gates: Mapping[str, torch.Tensor] | None = None,
+    answer: Callable[[torch.Tensor], torch.Tensor] = lambda output: output,
 ) -> tuple[torch.Tensor, Cache]:
     """The prediction at one step, and what the next one may reuse.
 
     x: (batch, channels, height, width). `reuse`: blocks or branches that do not run; their outputs are those of `cache`, which the step
-    before returned. `keep`: whose outputs the returned cache holds, run now or handed on. `condition`: class labels.
+    before returned. `keep`: whose outputs the returned cache holds, run now or handed on. `condition`: class labels. `answer`: what the
+    network's output becomes before it is returned, or kept to be held at another step, where it would mean something else.
 
     `gates`: for learning which blocks to reuse. Everything runs, and the output of a block (or branch) of weight g counts as
     g * its own + (1 - g) * the cached one, here and in the returned cache, which holds all.
@@ -191,7 +207,7 @@ def run(
             if gates is not None and branch.block in gates and _ends_block(graph, branch):
                 for name in graph.expand([branch.block]):
                     outputs[name] = _mix(outputs[name], kept, name, gates[branch.block])
-        prediction = _predict(net, output(last))
+        prediction = answer(_predict(net, output(last)))
     held = {name: outputs.get(name, kept.get(name)) for name in wanted}
     if last in wanted:
         held[PREDICTION] = prediction

@@ -212,7 +212,9 @@ def _step(
     t = served[torch.randint(len(served), (settings.batch,), generator=generator)].to(data.device)
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     x = scheduler.add_noise(x0, noise, t)
-    loss = _loss(net, bare, teacher, x, t, noise, settings, accelerator)
+    kind = scheduler.config.prediction_type
+    truth = noise if kind == "epsilon" else x0 if kind == "sample" else scheduler.get_velocity(x0, noise, t)
+    loss = _loss(net, bare, teacher, x, t, truth, settings, accelerator)
     optimiser.zero_grad()
     accelerator.backward(loss)
     accelerator.clip_grad_norm_(net.parameters(), settings.clip)
@@ -229,18 +231,18 @@ def _loss(
     teacher: Any,
     x: torch.Tensor,
     t: torch.Tensor,
-    noise: torch.Tensor,
+    truth: torch.Tensor,
     settings: Settings,
     accelerator: Any,
 ) -> torch.Tensor:
     mine, theirs = Maps(bare, settings.features > 0), Maps(teacher, settings.features > 0)
     with accelerator.autocast():
         prediction = _predict(net, x, t).float()
-        target = noise
+        target = truth
         if settings.distillation or settings.features:
             with torch.no_grad():
                 shown = _predict(teacher, x, t).float()
-            target = torch.lerp(noise, shown, settings.distillation)
+            target = torch.lerp(truth, shown, settings.distillation)
     loss = torch.nn.functional.mse_loss(prediction, target)
     maps = [torch.nn.functional.mse_loss(a, b) for a, b in zip(mine.close(), theirs.close(), strict=True)]
     return loss + settings.features * torch.stack(maps).mean() if maps else loss

@@ -77,7 +77,7 @@ class Order(OneStage):
         yield Progress("order", 1, 1)
 
     def accumulate(self, net: LoadedElasticUNet, data: ImageSet, seed: int) -> Iterator[Progress]:
-        """Sums the gradients of the noise-prediction error of one batch with one noise over the timesteps, into `.grad`."""
+        """Sums the gradients of the prediction error of one batch with one noise over the timesteps, into `.grad`."""
         generator = torch.Generator().manual_seed(derive_seed(seed, "importance"))
         batches = Batches(net, data, self.batch, flip=False)
         x0 = batches.images(generator)
@@ -86,7 +86,9 @@ class Order(OneStage):
         largest, total = 0.0, net.recipe.noise.timesteps
         for timestep in range(0, total, self.stride):
             t = torch.full((len(x0),), timestep, device=net.device)
-            loss = torch.nn.functional.mse_loss(net.forward(net.full_arch, batches.at(x0, t, noise), t), noise)
+            loss = torch.nn.functional.mse_loss(
+                net.forward(net.full_arch, batches.at(x0, t, noise), t), batches.target(x0, t, noise)
+            )
             largest = max(largest, loss.item())
             if loss.item() < self.threshold * largest:
                 break

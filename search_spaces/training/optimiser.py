@@ -42,6 +42,7 @@ class Batches:
         self._device = net.device
         self._size = size
         self._flip = flip
+        self._prediction = net.recipe.noise.prediction
         self._pixels = torch.from_numpy(data.pixels).to(net.device)
         self._signal = torch.from_numpy(np.sqrt(net.alphas_cumprod)).float().to(net.device)
         self._noise = torch.from_numpy(np.sqrt(1 - net.alphas_cumprod)).float().to(net.device)
@@ -57,11 +58,19 @@ class Batches:
     def noised(
         self, x0: torch.Tensor, generator: torch.Generator, served: tuple[int, int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Uniform timesteps (batch,), of all or of start..stop-1, x_t and the noise in it."""
+        """Uniform timesteps (batch,), of all or of start..stop-1, x_t, and what the network is to predict of it."""
         start, stop = served or (0, len(self._signal))
         t = torch.randint(start, stop, (len(x0),), generator=generator).to(self._device)
         noise = torch.randn(x0.shape, generator=generator).to(self._device)
-        return t, self.at(x0, t, noise), noise
+        return t, self.at(x0, t, noise), self.target(x0, t, noise)
+
+    def target(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The noise, the image, or v = sqrt(abar_t) noise - sqrt(1 - abar_t) x_0, as the network predicts."""
+        if self._prediction == "epsilon":
+            return noise
+        if self._prediction == "sample":
+            return x0
+        return self._signal[t, None, None, None] * noise - self._noise[t, None, None, None] * x0
 
     def at(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
@@ -76,15 +85,15 @@ class Teacher:
         self._share = share
         self._full = copy.deepcopy(net.full).requires_grad_(False).eval() if share else None
 
-    def target(self, x: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """What to predict: squared errors to the noise and to the teacher, mixed by the share, have the gradient of one squared
+    def target(self, x: torch.Tensor, t: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """What to predict: squared errors to the truth and to the teacher, mixed by the share, have the gradient of one squared
         error to their mixture."""
         if self._full is None:
-            return noise
+            return truth
         with torch.inference_mode():
             prediction = self._full(x, t).sample
         self._net.trained_macs += len(x) * self._net.macs(self._net.full_arch)
-        return noise.lerp(prediction.clone(), self._share)
+        return truth.lerp(prediction.clone(), self._share)
 
 
 class Optimiser:

@@ -1,6 +1,6 @@
 """Which timesteps pull the network the same way: cosines of the gradients of the denoising loss (DiffPruning's interval clusters).
 
-g_t is the gradient of E ||noise - prediction(x_t, t)||^2 in all weights of the full network, kept as a random projection. The noise
+g_t is the gradient of E ||target - prediction(x_t, t)||^2 in all weights of the full network, kept as a random projection. The noise
 of a batch inflates |g_t|, more at some timesteps than at others, and would pull cosines towards 0; two independent half-batches a
 and b free both products of it: A(s, t) = (g_s^a . g_t^b) / sqrt((g_s^a . g_s^b) (g_t^a . g_t^b)).
 """
@@ -96,7 +96,9 @@ class GradientSimilarity:
         noise = torch.randn(x0.shape, generator=generator).to(self.net.device)
         t = torch.full((self.batch,), timestep, device=self.net.device)
         self.net.full.zero_grad(set_to_none=True)
-        loss = torch.nn.functional.mse_loss(self.net.forward(self.net.full_arch, batches.at(x0, t, noise), t), noise)
+        loss = torch.nn.functional.mse_loss(
+            self.net.forward(self.net.full_arch, batches.at(x0, t, noise), t), batches.target(x0, t, noise)
+        )
         torch.autograd.backward(loss)
         flat = torch.cat([p.grad.flatten() for p in self.net.full.parameters() if p.grad is not None])
         projected = torch.zeros(self.dimensions, device=flat.device).index_add_(0, buckets, signs * flat)

@@ -198,8 +198,8 @@ class Sandwich(OneStage):
                     generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "sandwich"))
                     x0 = batches.images(generator)
                     for arch in self._members(net.recipe, generator):
-                        t, x, noise = batches.noised(x0, generator, served)
-                        target = teacher.target(x, t, noise)
+                        t, x, truth = batches.noised(x0, generator, served)
+                        target = teacher.target(x, t, truth)
                         loss = torch.nn.functional.mse_loss(
                             net.forward(arch._replace(expert=self.expert), x, t), target
                         )
@@ -286,8 +286,8 @@ class FineTune:
         served = torch.tensor(schedule.timesteps[1:], dtype=torch.long).flip(0)
         while optimiser.step < self.steps:
             generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "fine-tune"))
-            t, x, noise = batches.noised(batches.images(generator), generator)
-            target = teacher.target(x, t, noise)
+            t, x, truth = batches.noised(batches.images(generator), generator)
+            target = teacher.target(x, t, truth)
             position = len(schedule.steps) - 1 - torch.bucketize(t.cpu(), served)
             total = 0.0
             for arch in archs:
