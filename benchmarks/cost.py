@@ -1,4 +1,4 @@
-"""Is the cost model exact, does it reproduce the published MACs of DDSM's network, and how long does it take?"""
+"""Is the cost model exact, does it reproduce the published MACs of DDSM's network and of others, and how long does it take?"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import Benchmark, Target, needs
+from benchmarks.published import NETWORKS, Published
 from search_spaces.intervals import per_step, uniform
 from search_spaces.networks.slices import Arch
 from search_spaces.networks.unet import arguments
@@ -146,6 +147,8 @@ def main() -> None:
     costs = {width: ddpm.cost(ddpm.uniform(width)) for width in PUBLISHED}
     mean = sum(n * (costs[w].macs - costs[w].attention_macs) for w, n in RELEASED_SCHEDULE.items()) / steps / 1e6
 
+    published = {name: bench.row(name, partial(beside, network)) for name, network in NETWORKS.items()}
+
     timesteps = uniform(1000)
     space = Stepwise(ddpm, timesteps, per_step(timesteps))
     genome = tuple(i % 4 for i in range(1000))
@@ -179,6 +182,12 @@ def main() -> None:
                 0.01,
                 abs(mean / RELEASED_MEAN - 1),
             ),
+            Target(
+                "published_macs_difference",
+                f"largest relative difference from the MACs, with and without attention products, and the parameters of {len(NETWORKS)} published networks",
+                0.001,
+                max(row["difference"] for row in published.values()),
+            ),
         ]
     )
 
@@ -194,6 +203,19 @@ def compare(net: ElasticUNet, arch: Arch) -> dict[str, Any]:
         "params": cost.params,
         "model_params": params,
     }
+
+
+def beside(network: Published) -> dict[str, Any]:
+    """What the config costs, in the units of the published figures, and how far that is from them."""
+    net = ElasticUNet(network.config, widths=(1.0,))
+    cost = net.cost(net.uniform(1.0))
+    ours = {
+        "params_millions": cost.params / 1e6,
+        "gmacs": cost.macs / 1e9,
+        "gmacs_without_attention": (cost.macs - cost.attention_macs) / 1e9,
+    }
+    theirs = (network.params, network.macs, network.without_attention)
+    return {**ours, "difference": max(abs(mine / other - 1) for mine, other in zip(ours.values(), theirs, strict=True))}
 
 
 def small_cost(net: ElasticUNet) -> dict[str, float]:

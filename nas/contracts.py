@@ -393,8 +393,8 @@ class Supernet(Protocol):
         output is reused."""
 
     def outline(self) -> Mapping[str, float]:
-        """What the full network is, without a weight: `params`, `macs` of one call, and how many numbers one image's `activations` are,
-        all modules' outputs together. Builds the largest and the smallest network on the meta device and runs them. Raises
+        """What the full network is, without a weight: `params`, `macs` of one call, where it knows them the `attention_macs` among these, of
+        the two products of every attention, and how many numbers one image's `activations` are, all modules' outputs together. Builds the largest and the smallest network on the meta device and runs them. Raises
         UserError where one does not hand out what it is handed."""
 
     def load(self, folder: Path, device: str) -> LoadedSupernet:

@@ -190,11 +190,6 @@ class Subnets:
             anatomy.check_depths()
         if options.attention and not anatomy.attention_places:
             raise UserError("attention=True, but the network has no attention to leave out")
-        for key in ("downsample_type", "upsample_type"):
-            if options.attention and anatomy.config[key] != "conv":
-                raise UserError(
-                    f"attention=True needs {key}='conv': stock blocks without attention have no {key}={anatomy.config[key]!r}"
-                )
 
     def _check_width(self, level: int | None, share: float) -> None:
         widths = [share if level in (None, i) else 1.0 for i in range(self._anatomy.levels)]

@@ -174,7 +174,12 @@ class ElasticUNet:
                 raise UserError(f"the subnet {arch} makes {tuple(handed)} of an input of {shape}; check sample_size")
             activations = sum(sizes)
         cost = self.cost(self.anatomy.full)
-        return {"params": cost.params, "macs": cost.macs, "activations": activations}
+        return {
+            "params": cost.params,
+            "macs": cost.macs,
+            "attention_macs": cost.attention_macs,
+            "activations": activations,
+        }
 
     def initial(self, seed: int, device: str = "cpu") -> LoadedElasticUNet:
         """Freshly initialised weights, as the stock class draws them, or the pretrained ones."""

@@ -12,7 +12,8 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from benchmarks import common, ddsm_loop, digits_table, handover, pareto_problems
+from benchmarks import common, cost, ddsm_loop, digits_table, handover, pareto_problems
+from benchmarks.published import NETWORKS
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet, Moments
 from evaluators.images import Digits
@@ -163,3 +164,9 @@ def test_a_row_says_which_commit_made_it_and_whether_code_was_changed(
     assert common.commit() == git("rev-parse", "HEAD")
     code.write_text("2")
     assert common.commit() == git("rev-parse", "HEAD") + "+"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_published_networks_cost_what_is_printed_of_them(name: str) -> None:
+    row = cost.beside(NETWORKS[name])
+    assert row["difference"] <= 1e-4, row

@@ -49,6 +49,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "up_block_types": (UP, UP, ATTENTION_UP, UP),
         "resnet_time_scale_shift": "scale_shift",
     },
+    "sampled by residual blocks": {
+        **TINY,
+        "block_out_channels": (8, 16, 16),
+        "layers_per_block": 1,
+        "down_block_types": (ATTENTION_DOWN, "ResnetDownsampleBlock2D", ATTENTION_DOWN),
+        "up_block_types": (ATTENTION_UP, "ResnetUpsampleBlock2D", ATTENTION_UP),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+    },
     "one block, no middle": {
         **TINY,
         "layers_per_block": 1,
@@ -197,6 +206,10 @@ def test_levels_that_a_subnet_would_make_equal_are_kept_apart() -> None:
         ({"depths": (1,)}, r"must include 2, the full network"),
         ({"groups": "size"}, r"needs groups='count'"),
         ({"attention": True, "config": {"add_attention": False}}, r"no attention to leave out"),
+        (
+            {"depths": (1, 2), "config": {"down_block_types": (DOWN, ATTENTION_DOWN), "downsample_type": "resnet"}},
+            r"levels of different depth need downsample_type='conv'",
+        ),
         ({"depths": (1, 2), "config": {"act_fn": "gelu"}}, r"levels of different depth need act_fn='silu' or 'swish'"),
         ({"widths": (0.5, 0.5, 1.0)}, "must be distinct"),
     ],

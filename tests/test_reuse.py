@@ -243,7 +243,7 @@ def test_a_step_that_computes_nothing_equals_the_longer_ddim_step(tiny_net: Elas
             with torch.no_grad():
                 prediction, cache = run(model, state, t, reuse, after[1], cache)
             abar = [*loaded.alphas_cumprod, 1.0]
-            state = sampler.update(state, prediction, float(abar[t]), float(abar[after[0]]), None)
+            state, _ = sampler.update(state, prediction, float(abar[t]), float(abar[after[0]]), None)
         return state
 
     longer = [step for step in held if not step[1]]

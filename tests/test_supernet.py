@@ -44,7 +44,23 @@ RICH: dict[str, Any] = {
 PLAIN = {**TINY, "mid_block_type": None, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
 NO_ATTENTION = {**TINY, "add_attention": False, "norm_num_groups": 4}
 NO_MIDDLE_NORM = {**TINY, "resnet_time_scale_shift": "scale_shift"}
-CONFIGS = {"tiny": TINY, "rich": RICH, "no middle norm": NO_MIDDLE_NORM, "plain": PLAIN, "no attention": NO_ATTENTION}
+SAMPLED_BY_RESNETS = {
+    **TINY,
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+    "resnet_time_scale_shift": "scale_shift",
+}
+CONFIGS = {
+    "sampled by resnets": SAMPLED_BY_RESNETS,
+    "tiny": TINY,
+    "rich": RICH,
+    "no middle norm": NO_MIDDLE_NORM,
+    "plain": PLAIN,
+    "no attention": NO_ATTENTION,
+}
 
 
 def randomised(net: ElasticUNet) -> Any:

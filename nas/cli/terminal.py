@@ -157,6 +157,11 @@ def print_outline(facts: Mapping[str, Any]) -> None:
         "choices, intervals": f"{facts['choices']}, {facts['intervals']}",
         "full network: parameters": _short(network["params"]),
         "full network: MACs of one call": _short(network["macs"]),
+        **(
+            {"the same without attention products": _short(network["macs"] - network["attention_macs"])}
+            if "attention_macs" in network
+            else {}
+        ),
         "MACs of a trajectory: cheapest": f"{_short(macs['least'])}  ({share['least']:.1%})",
         "MACs of a trajectory: budget": f"{_short(macs['budget'])}  ({share['budget']:.1%})",
         "MACs of a trajectory: full": f"{_short(macs['most'])}  ({share['most']:.1%})",

@@ -17,7 +17,14 @@ from diffusers import UNet2DModel
 from nas.base.files import first_line
 from nas.contracts import UserError
 
-_BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D")
+_BLOCKS = (
+    "DownBlock2D",
+    "AttnDownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "UpBlock2D",
+    "AttnUpBlock2D",
+    "ResnetUpsampleBlock2D",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,8 +288,8 @@ class Parts:
         self.attentions.append(AttentionAnatomy(inner, positions, unit))
 
     def _sampler(self, name: str, block: str, kind: str, axis: Axis, positions: int) -> Axis:
-        """Down- or upsampling; only the blocks with attention know the kind "resnet"."""
-        if kind == "resnet" and block.startswith("Attn"):
+        """Down- or upsampling, by a residual block in blocks of that name, and in those with attention of that kind."""
+        if block.startswith("Resnet") or (kind == "resnet" and block.startswith("Attn")):
             return self._resnet(name, axis, axis, positions)
         after = (Stretch(axis[0].size, axis[0].level, name),)
         self._conv(f"{name}.conv", axis, after, positions)

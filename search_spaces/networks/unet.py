@@ -91,7 +91,7 @@ class Anatomy(Parts, Slices):
         for key in ("down_block_types", "up_block_types"):
             levels = range(self.levels) if key.startswith("down") else range(self.levels - 1, -1, -1)
             config[key] = tuple(
-                block if self.attends(arch, level) else block.removeprefix("Attn")
+                block if self.attends(arch, level) else self._without_attention(block, key)
                 for block, level in zip(config[key], levels, strict=True)
             )
         if not self.single_middle(arch):
@@ -115,6 +115,14 @@ class Anatomy(Parts, Slices):
             "layers_per_block": self.depths(arch),
             "attention_head_dim": 8 if heads is None else heads,
         }
+
+    def _without_attention(self, block: str, key: str) -> str:
+        """The block type that is this one without attention: it samples up or down as that did."""
+        if not block.startswith("Attn"):
+            return block
+        side = "Down" if key.startswith("down") else "Up"
+        by_resnet = self.config[f"{side.lower()}sample_type"] == "resnet"
+        return f"Resnet{side}sampleBlock2D" if by_resnet else f"{side}Block2D"
 
     def stock_class(self, arch: Arch) -> type[StockUNet]:
         kinds: dict[bool, type[StockUNet]] = {False: UNet2DModel, True: UNet2DConditionModel}

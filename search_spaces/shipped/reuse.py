@@ -221,20 +221,21 @@ def _run_branch(net: Any, branch: Branch, inputs: Sequence[torch.Tensor], embedd
     side, level, place = branch.name[0], int(branch.block[1:]), branch.name.partition(".")[2]
     block = (net.down_blocks if side == "d" else net.up_blocks)[level]
     if place == "down":
-        return _resample(block.downsamplers, hidden, embedding, getattr(block, "downsample_type", "conv"))
+        return _resample(block.downsamplers, hidden, embedding)
     if side == "u":
         hidden = torch.cat([hidden, inputs[1]], dim=1)
     hidden = block.resnets[int(place)](hidden, embedding)
     if getattr(block, "attentions", None) is not None:
         hidden = block.attentions[int(place)](hidden)
     if side == "u" and int(place) + 1 == len(block.resnets) and block.upsamplers is not None:
-        hidden = _resample(block.upsamplers, hidden, embedding, getattr(block, "upsample_type", "conv"))
+        hidden = _resample(block.upsamplers, hidden, embedding)
     return hidden
 
 
-def _resample(modules: Any, hidden: torch.Tensor, embedding: torch.Tensor, kind: str | None) -> torch.Tensor:
+def _resample(modules: Any, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
     for module in modules:
-        hidden = module(hidden, temb=embedding) if kind == "resnet" else module(hidden)
+        # A residual block that samples takes the timestep in, a convolution does not.
+        hidden = module(hidden, temb=embedding) if hasattr(module, "time_emb_proj") else module(hidden)
     return hidden
 
 

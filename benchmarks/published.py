@@ -1,0 +1,113 @@
+"""Networks of published systems as configs of stock classes, and what they cost: parameters and multiply-adds of one call on one image, with
+and without the two products of every attention. Most papers name the latter, those on transformers the former.
+
+Head sizes that no stock class has are left at one head, which changes neither number.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+DOWN, UP = "DownBlock2D", "UpBlock2D"
+ATTENTION_DOWN, ATTENTION_UP = "AttnDownBlock2D", "AttnUpBlock2D"
+RESNET_DOWN, RESNET_UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
+
+
+class Published(NamedTuple):
+    """`params` in millions, `macs` and `without_attention` in 1e9, as printed; the arguments of a UNet2DModel."""
+
+    params: float
+    macs: float
+    without_attention: float
+    config: dict[str, Any]
+
+
+def unet(
+    size: int,
+    channels: tuple[int, ...],
+    attends: tuple[bool, ...],
+    depth: int = 2,
+    by_resnets: bool = False,
+    **others: Any,
+) -> dict[str, Any]:
+    """`attends`: whether each level, outermost first, has attention. `by_resnets`: residual blocks change the resolution."""
+    plain_down, plain_up = (RESNET_DOWN, RESNET_UP) if by_resnets else (DOWN, UP)
+    last = len(channels) - 1
+    down = [ATTENTION_DOWN if at else DOWN if level == last else plain_down for level, at in enumerate(attends)]
+    up = [ATTENTION_UP if at else UP if level == 0 else plain_up for level, at in enumerate(attends)]
+    kind = "resnet" if by_resnets else "conv"
+    settings = {"in_channels": 3, "out_channels": 3, "attention_head_dim": None, "norm_num_groups": 32}
+    return {
+        "sample_size": size,
+        "block_out_channels": channels,
+        "layers_per_block": depth,
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(reversed(up)),
+        "downsample_type": kind,
+        "upsample_type": kind,
+        **settings,
+        **others,
+    }
+
+
+SCALED: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32}
+LDM_8: dict[str, Any] = {"size": 32, "channels": (192, 384, 384, 768, 768), "attends": (True, True, True, True, False)}
+LDM_8 |= {"in_channels": 4, "out_channels": 4, **SCALED}
+
+NETWORKS = {
+    "LDM-4 bedrooms, FFHQ, CelebA-HQ": Published(
+        274.06, 101.200, 96.018, unet(64, (224, 448, 672, 896), (False, True, True, True), attention_head_dim=32)
+    ),
+    "LDM-8 churches": Published(
+        294.97,
+        20.924,
+        18.641,
+        unet(**LDM_8, by_resnets=True),
+    ),
+    "LDM-8 churches, plain convolutions": Published(267.18, 18.582, 16.299, unet(**LDM_8)),
+    "IDDPM ImageNet-64, class-conditional, 192 channels": Published(
+        273.05,
+        89.086,
+        88.507,
+        unet(
+            64,
+            (192, 384, 576, 768),
+            (False, False, True, True),
+            depth=3,
+            out_channels=6,
+            num_class_embeds=1000,
+            **SCALED,
+        ),
+    ),
+    "IDDPM ImageNet-64, 128 channels": Published(
+        121.06,
+        39.736,
+        39.350,
+        unet(64, (128, 256, 384, 512), (False, False, True, True), depth=3, out_channels=6, **SCALED),
+    ),
+    "ADM ImageNet-64": Published(
+        295.90,
+        109.678,
+        103.462,
+        unet(
+            64,
+            (192, 384, 576, 768),
+            (False, True, True, True),
+            depth=3,
+            by_resnets=True,
+            out_channels=6,
+            num_class_embeds=1000,
+            attention_head_dim=64,
+            **SCALED,
+        ),
+    ),
+    "IDDPM CIFAR-10": Published(
+        52.55,
+        8.387,
+        8.137,
+        unet(32, (128, 256, 256, 256), (False, True, True, False), depth=3, out_channels=6, **SCALED),
+    ),
+    "DDIM CelebA-64": Published(
+        78.70, 24.051, 23.883, unet(64, (128, 256, 256, 256, 512), (False, False, True, False, False))
+    ),
+}
