@@ -127,6 +127,5 @@ def mean_with_replicates(rows: npt.NDArray[Any]) -> tuple[float, tuple[float, ..
     """Mean of one number per sample, (n,) or (n, 1), and its delete-a-block jackknife replicates."""
     values = rows.reshape(len(rows)).astype(np.float64)
     total = values.sum()
-    parts = np.array_split(values, min(BLOCKS, len(values)))
-    replicates = tuple(float((total - part.sum()) / (len(values) - len(part))) for part in parts)
-    return float(values.mean()), replicates if len(values) >= 2 else ()
+    parts = np.array_split(values, min(BLOCKS, len(values))) if len(values) >= 2 else []
+    return float(values.mean()), tuple(float((total - part.sum()) / (len(values) - len(part))) for part in parts)
