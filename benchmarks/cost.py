@@ -61,7 +61,7 @@ def count_with_fvcore(net: ElasticUNet, arch: Arch) -> tuple[int, int, int]:
     model = net.initial(0).extract(arch)
     config = net.anatomy.config
     x = torch.zeros(1, config["in_channels"], *net.anatomy.sample_size)
-    classes = torch.tensor([1]) if config["num_class_embeds"] else None
+    classes = {"class_labels": torch.tensor([1])} if config["num_class_embeds"] else None
     counted = macs_of(model, arguments(model, x, torch.tensor([5]), classes))
     return *counted, sum(p.numel() for p in model.parameters())
 

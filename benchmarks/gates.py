@@ -274,7 +274,7 @@ def speed(size: Size, batch: int, repeats: int) -> Row:
             started = time.perf_counter()
             sample(loaded, schedule, DDIM(), 0, 0, batch)
             seconds[label].append(time.perf_counter() - started)
-    x = initial_noise(0, 0, batch, loaded.image_shape)
+    x = initial_noise(0, 0, batch, loaded.state_shape)
     step = schedules[reusing.label].steps[1]
     with torch.inference_mode():
         _, cache = loaded.denoiser(Step(steps[0], loaded.full_arch), step.reuse)(x, steps[0])

@@ -125,14 +125,14 @@ def fine_tune(setting: Setting, schedule: Schedule) -> Row:
         export(loaded, schedule, DDIM().describe(), {}, folder)
     plan = json.loads((folder / "train.json").read_text())
     archs = read_export(folder).networks
-    teacher = loaded.macs(loaded.full_arch) if setting.tune.distillation else 0
+    teacher = loaded.macs(Step(0, loaded.full_arch)) if setting.tune.distillation else 0
     mean = sum(  # of one gradient step: forward and backward count thrice
         sum(stop - start for start, stop in ranges)
         / len(loaded.alphas_cumprod)
-        * (3 * loaded.macs(archs[name]) + teacher)
+        * (3 * loaded.macs(Step(0, archs[name])) + teacher)
         for name, ranges in plan["timesteps"].items()
     )
-    whole = 3 * loaded.macs(loaded.full_arch) + teacher
+    whole = 3 * loaded.macs(Step(0, loaded.full_arch)) + teacher
     settings = replace(setting.tune, steps=round(setting.tune.steps * whole / mean))
     for _ in train(folder, images.load().pixels, settings, cpu=True):
         pass
@@ -147,7 +147,7 @@ def judge(setting: Setting, schedule: Schedule, seeds: Sequence[int], trained: b
     if trained:
         adopt(evaluator, setting.exported(schedule) / TRAINED)
     scores = [evaluator(schedule, setting.samples, seed) for seed in seeds]
-    macs = sum(loaded.macs(step.arch) for step in schedule.steps)
+    macs = sum(loaded.macs(step) for step in schedule.steps)
     return {
         "fd": [score.values["fd"] for score in scores],
         "replicates": [score.replicates["fd"] for score in scores],
@@ -246,8 +246,7 @@ def speed(loaded: LoadedSupernet, schedule: Schedule, folder: Path, batch: int, 
             if number:  # the first is warm-up
                 seconds[name].append(time.perf_counter() - started)
     macs = {
-        name: sum(loaded.macs(step.arch) for step in each.steps)
-        for name, each in ((FULL, plain), ("schedule", schedule))
+        name: sum(loaded.macs(step) for step in each.steps) for name, each in ((FULL, plain), ("schedule", schedule))
     }
     ratio = macs[FULL] / macs["schedule"]
     faster = median(a / b for a, b in zip(seconds[FULL], seconds["schedule"], strict=True))

@@ -185,11 +185,11 @@ def measured(loaded: LoadedElasticUNet, setting: Setting, schedule: Schedule, tu
         unlike = similarity.load(loaded, setting.folder)(schedule, compared, 0).values["teacher_dissimilarity"]
     evaluate = Frechet(images, rungs=(setting.samples,)).load(loaded, setting.folder)
     score = evaluate(schedule, setting.samples, derive_seed(setting.seed, "spaces benchmark"))
-    macs = sum(loaded.macs(step.arch) for step in schedule.steps)
+    macs = sum(loaded.macs(step) for step in schedule.steps)
     return {
         "fd": score.values["fd"],
         "replicates": score.replicates["fd"],
-        "macs_share": macs / (len(steps) * loaded.macs(loaded.full_arch)),
+        "macs_share": macs / (len(steps) * loaded.macs(Step(0, loaded.full_arch))),
         "ssim": None if unlike is None else 1 - unlike,
     }
 

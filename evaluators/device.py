@@ -89,7 +89,7 @@ def fingerprint(device: torch.device) -> str:
 
 
 def _seconds(net: LoadedSupernet, batch: int, precision: Precision, repeats: int) -> float:
-    x = torch.zeros((batch, *net.image_shape), device=net.device)
+    x = torch.zeros((batch, *net.state_shape), device=net.device)
     least = float("inf")
     for _ in range(repeats + 2):  # the first calls choose kernels and compile
         wait(net.device)

@@ -65,9 +65,9 @@ class Timer:
         """Milliseconds for an image, of each repeat; 0 where nothing runs. Raises UserError for a compiled step that reuses blocks."""
         if self._settings.compiled and step.reuse:
             raise UserError("steps that reuse blocks are not compiled; time them with Latency(compiled=False)")
-        if not self._net.macs(step.arch, step.reuse):
+        if not self._net.macs(step):
             return [0.0] * self._settings.repeats
-        key = json.dumps([step.arch, step.reuse])
+        key = json.dumps([step.arch, step.reuse, *([step.guidance] if step.guidance else [])])
         with filelock.FileLock(self._path.with_suffix(".lock")):
             known: dict[str, dict[str, list[float]]] = json.loads(self._path.read_text()) if self._path.exists() else {}
             times = known.setdefault(self.device, {})
@@ -91,7 +91,7 @@ class Timer:
     def _measure(self, step: Step) -> list[float]:
         settings, net = self._settings, self._net
         before = net.run_as(settings.channels_last, settings.compiled)
-        x = torch.zeros((settings.batch, *net.image_shape), device=net.device)
+        x = torch.zeros((settings.batch, *net.state_shape), device=net.device)
         found = []
         try:
             cache = None

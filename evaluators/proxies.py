@@ -188,7 +188,9 @@ class TrajectoryDistance(OfImages):
                     return _mean_square(after.x - states[number + 1].x)
 
                 key = ("one step", teacher.digest, number, arch, seed, start, stop)
-                total += trajectories.kept(key, one_step, stop - start, (stop - start) * supernet.macs(arch))
+                total += trajectories.kept(
+                    key, one_step, stop - start, (stop - start) * supernet.macs(schedule.steps[number])
+                )
             return total
 
         return LoadedScore(
@@ -225,10 +227,10 @@ class DenoisingLoss(OfImages):
         def loss(step: Step, seed: int, start: int, stop: int) -> Floats:
             chosen = np.arange(start, stop) % len(images)
             x0 = torch.from_numpy(images.pixels[chosen]).to(supernet.device)
-            noise = step_noise(seed, start, stop, supernet.image_shape, step.timestep).to(supernet.device)
+            noise = step_noise(seed, start, stop, supernet.state_shape, step.timestep).to(supernet.device)
             signal = float(abar[step.timestep])
             trajectories.meter.calls += stop - start
-            trajectories.meter.macs += (stop - start) * supernet.macs(step.arch)
+            trajectories.meter.macs += (stop - start) * supernet.macs(step)
             x = signal**0.5 * x0 + (1 - signal) ** 0.5 * noise
             return _mean_square(predict(supernet, step, x, None, self.precision)[0] - noise)
 
@@ -241,7 +243,7 @@ class DenoisingLoss(OfImages):
                     made = lambda single=single: loss(single, seed, start, stop)  # noqa: E731
                     key = ("loss", images.digest, single, seed, start, stop)
                     charged = stop - start if sign > 0 else 0
-                    total += sign * trajectories.kept(key, made, charged, charged * supernet.macs(arch))
+                    total += sign * trajectories.kept(key, made, charged, charged * supernet.macs(single))
             return total
 
         return LoadedScore(

@@ -211,7 +211,7 @@ def advance(
     abar = net.alphas_cumprod
     noise = None
     if sampler.stochastic and following is not None:
-        noise = step_noise(seed, start, start + len(state.x), net.image_shape, number).to(net.device)
+        noise = step_noise(seed, start, start + len(state.x), net.state_shape, number).to(net.device)
     keep = following.reuse if following else ()
     prediction, cache = predict(net, step, state.x, state.cache, precision, keep)
     with torch.inference_mode():
@@ -224,7 +224,7 @@ def trajectory(
     net: LoadedSupernet, schedule: Schedule, sampler: Sampler, seed: int, start: int, stop: int
 ) -> Iterator[torch.Tensor]:
     """Yields the state before the first step and after each, for samples start..stop-1. Runs under inference mode."""
-    state = State(initial_noise(seed, start, stop, net.image_shape).to(net.device))
+    state = State(initial_noise(seed, start, stop, net.state_shape).to(net.device))
     yield state.x
     for number in range(len(schedule.steps)):
         state = advance(net, sampler, schedule, number, state, seed, start)

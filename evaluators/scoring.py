@@ -106,7 +106,7 @@ class LoadedScore:
     def rows_of(self, schedule: Schedule, count: int, seed: int) -> npt.NDArray[Any]:
         """Rows of samples 0..count-1, (count, d)."""
         steps = self.rows.steps(schedule)
-        macs = sum(self.supernet.macs(step.arch, step.reuse) for step in steps)
+        macs = sum(self.supernet.macs(step) for step in steps)
         parts = []
         for start, stop in self.trajectories.batches(count, self.recipe.rungs):
             key = (self.rows.name, schedule.digest, seed, start, stop)

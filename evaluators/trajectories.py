@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise, zip_longest
 from math import ceil
 from typing import Any, ClassVar, TypeVar, cast
@@ -148,7 +148,7 @@ class Trajectories:
     def _start(self, seed: int, start: int, stop: int) -> State:
         key = ("noise", seed, start, stop)
         if key not in self._kept:
-            self._keep(key, noise := State(initial_noise(seed, start, stop, self.net.image_shape).to(self.net.device)))
+            self._keep(key, noise := State(initial_noise(seed, start, stop, self.net.state_shape).to(self.net.device)))
             return noise
         return cast(State, self._kept[key])
 
@@ -157,7 +157,7 @@ class Trajectories:
             self._kept[key] = value
 
     def _macs(self, steps: Sequence[Step]) -> int:
-        return sum(self.net.macs(step.arch, step.reuse) for step in steps)
+        return sum(self.net.macs(step) for step in steps)
 
 
 def batches(count: int, size: int, edges: Sequence[int] = ()) -> list[tuple[int, int]]:
@@ -172,7 +172,9 @@ def batches(count: int, size: int, edges: Sequence[int] = ()) -> list[tuple[int,
 def _prefixes(schedule: Schedule) -> list[str]:
     """For each number of steps 1, 2, ...: what identifies those steps, the timestep that follows them, and what it reuses."""
     parts = [
-        json.dumps([step.timestep, step.arch, step.reuse, *([after.timestep, after.reuse] if after else [])])
+        json.dumps(
+            [step.timestep, step.arch, step.reuse, step.guidance, *([after.timestep, after.reuse] if after else [])]
+        )
         for step, after in zip_longest(schedule.steps, schedule.steps[1:])
     ]
     return list(
@@ -187,7 +189,7 @@ def _splits(schedule: Schedule) -> set[int]:
     changes = {
         number
         for number in range(1, len(steps))
-        if (steps[number].arch, steps[number].reuse) != (steps[number - 1].arch, steps[number - 1].reuse)
+        if replace(steps[number], timestep=0) != replace(steps[number - 1], timestep=0)
     }
     return changes | {*range(stride, len(steps), stride), len(steps)}
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,17 +60,36 @@ class Choice:
     interval: int
 
 
+class Guidance(NamedTuple):
+    """Classifier-free guidance of a step (Ho & Salimans 2022, eq. 6, whose weight is this scale less 1): the noise is u + scale (c - u),
+    where c is predicted with the sample's condition and u with the null one, by the subnet `arch`; where that is empty, by the step's own."""
+
+    scale: float
+    arch: Arch = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One network call of the sampler: which subnet runs at this timestep, and which blocks' outputs are reused."""
+    """What the sampler does at a timestep: which subnet runs, which blocks' outputs are reused, and how it is guided, if it is."""
 
     timestep: int
     arch: Arch
     reuse: tuple[str, ...] = ()
+    guidance: Guidance | None = None
+
+    @property
+    def archs(self) -> tuple[Arch, ...]:
+        """The subnets that it calls: its own, and another one that guides it."""
+        other = self.guidance.arch if self.guidance else ()
+        return (self.arch, other) if other and other != self.arch else (self.arch,)
 
 
 Price = Callable[[Step], int]
-"""What a network call costs, in a unit of its own."""
+"""What a step costs, in a unit of its own."""
+
+Condition = Mapping[str, "torch.Tensor"]
+"""What samples are conditioned on: the stock model's own keyword arguments, one row for each sample. For a guided step twice as many: the
+samples' own conditions, then as many null ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +113,23 @@ class Schedule:
     @property
     def archs(self) -> tuple[Arch, ...]:
         """The distinct subnets, in order of their first use."""
-        return tuple(dict.fromkeys(step.arch for step in self.steps))
+        return tuple(dict.fromkeys(arch for step in self.steps for arch in step.archs))
 
     def to_json(self) -> str:
-        return json.dumps([[step.timestep, step.arch, step.reuse] for step in self.steps], separators=(",", ":"))
+        """Guidance is left out where there is none, so that schedules from before there was any keep their digests."""
+        rows = [
+            [step.timestep, step.arch, step.reuse, *([step.guidance] if step.guidance else [])] for step in self.steps
+        ]
+        return json.dumps(rows, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        return cls(tuple(Step(t, frozen(arch), frozen(reuse)) for t, arch, reuse in json.loads(text)))
+        return cls(
+            tuple(
+                Step(t, frozen(arch), frozen(reuse), *(Guidance(scale, frozen(other)) for scale, other in guidance))
+                for t, arch, reuse, *guidance in json.loads(text)
+            )
+        )
 
     @property
     def digest(self) -> str:
@@ -284,11 +312,11 @@ class SearchSpace(Protocol):
 
 
 class Denoiser(Protocol):
-    """One subnet at one step: the noise in x, whatever the network predicts. x: (batch, channels, height, width); t: the step's timestep;
-    cache: what the step before kept."""
+    """One step's noise in x, whatever the network predicts. x: (batch, channels, height, width); t: the step's timestep; cache: what the
+    step before kept; condition: of (2 x batch) rows where the step is guided."""
 
     def __call__(
-        self, x: torch.Tensor, t: int, cache: Any = None, condition: torch.Tensor | None = None
+        self, x: torch.Tensor, t: int, cache: Any = None, condition: Condition | None = None
     ) -> tuple[torch.Tensor, Any]: ...
 
 
@@ -297,7 +325,12 @@ class Gated(Protocol):
     the gates, a scalar for each block by name; without a cache, and without gates, it is the plain subnet. Returns the cache too."""
 
     def __call__(
-        self, x: torch.Tensor, t: int, gates: Mapping[str, torch.Tensor], cache: Any = None
+        self,
+        x: torch.Tensor,
+        t: int,
+        gates: Mapping[str, torch.Tensor],
+        cache: Any = None,
+        condition: Condition | None = None,
     ) -> tuple[torch.Tensor, Any]: ...
 
 
@@ -318,8 +351,12 @@ class LoadedSupernet(Protocol):
         """Arguments of a diffusers scheduler for the same process."""
 
     @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the sampler's state: of noises and inputs."""
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of the sampler's state."""
+        """(channels, height, width) of an image, which is compared with real ones."""
 
     @property
     def device(self) -> torch.device: ...
@@ -357,11 +394,14 @@ class LoadedSupernet(Protocol):
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
         """Sampler state to images in [-1, 1]: identity in pixel space."""
 
+    def to_states(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] to the states that they are, the inverse."""
+
     def extract(self, arch: Arch) -> torch.nn.Module:
         """A stand-alone copy of the subnet as a stock diffusers model, on the CPU."""
 
-    def macs(self, arch: Arch, reuse: Sequence[str] = ()) -> int:
-        """Exact multiply-adds of one call on one sample, in which the outputs of these blocks are those of the step before."""
+    def macs(self, step: Step) -> int:
+        """Exact multiply-adds of a step on one sample: what it reuses does not run, what guides it does."""
 
     @property
     def pipeline_files(self) -> Sequence[Path]:

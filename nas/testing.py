@@ -306,7 +306,7 @@ def check_supernet(loaded: LoadedSupernet, space: SearchSpace, samples: int = 8)
     import torch
 
     rng = np.random.default_rng(0)
-    x = torch.randn((2, *loaded.image_shape), generator=torch.Generator().manual_seed(0)).to(loaded.device)
+    x = torch.randn((2, *loaded.state_shape), generator=torch.Generator().manual_seed(0)).to(loaded.device)
     first: dict[tuple[int, Any], Any] = {}
     for _ in range(2):
         for _ in range(samples):
@@ -327,7 +327,9 @@ def check_supernet(loaded: LoadedSupernet, space: SearchSpace, samples: int = 8)
                     alone = loaded.noise_in(net.to(loaded.device)(x, timestep, None).sample, x, timestep)
                 difference = float((alone - first[timestep, arch]).abs().max())
                 assert difference <= 1e-5, f"extracted {arch} differs from the supernet by {difference}"
-        assert loaded.macs(frozen(json.loads(json.dumps(arch)))) == loaded.macs(arch) > 0, "an arch must survive JSON"
+        assert loaded.macs(Step(0, frozen(json.loads(json.dumps(arch))))) == loaded.macs(Step(0, arch)) > 0, (
+            "an arch must survive JSON"
+        )
 
 
 def check_evaluator(evaluator: Evaluator, supernet: Supernet, space: SearchSpace, folder: Path) -> None:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from nas.base.files import file_digest, first_line, tensors_digest
-from nas.contracts import Denoiser, Gated, Step, UserError
+from nas.contracts import Condition, Denoiser, Gated, Step, UserError
 from nas.recipes import recipe
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.slices import Arch, Groups, take
@@ -32,7 +32,7 @@ from search_spaces.networks.unet import Anatomy, StockUNet, arguments, predict, 
 from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options, Subnets
 from search_spaces.pretrained import find, read_weights, weights_digest
-from search_spaces.shipped.reuse import as_noise, run
+from search_spaces.shipped.reuse import as_noise, first_rows, guided, run
 
 WEIGHTS = "weights.safetensors"
 
@@ -91,6 +91,15 @@ class ElasticUNet:
     def cost(self) -> CostModel:
         """MACs and parameters of an arch: `net.cost(arch).macs`."""
         return CostModel(self.anatomy)
+
+    def macs(self, step: Step) -> int:
+        """Exact multiply-adds of a step on one sample. One that reuses everything holds a prediction and calls nothing, whoever guided it."""
+        arch = Arch(*step.arch)
+        own = self.cost.macs(arch, step.reuse)
+        if step.guidance is None or not own:
+            return own
+        other = Arch(*step.guidance.arch) if step.guidance.arch else arch
+        return own + (own if other == arch else self.cost.macs(other))
 
     def uniform(self, width: float) -> Arch:
         """The same share at every level, as deep as the full network."""
@@ -167,7 +176,7 @@ class ElasticUNet:
                 module.register_forward_hook(lambda _, __, output, sizes=sizes: sizes.append(_numbers(output)))
             x = torch.empty(shape, device="meta")
             classes = self.anatomy.config["num_class_embeds"] or self.anatomy.config["class_embed_type"]
-            labels = torch.zeros(1, dtype=torch.long, device="meta") if classes else None
+            labels = {"class_labels": torch.zeros(1, dtype=torch.long, device="meta")} if classes else None
             with torch.inference_mode():
                 handed = predict(net, x, torch.zeros(1, dtype=torch.long, device="meta"), labels).shape
             if handed[0] != 1 or handed[2:] != shape[2:]:
@@ -262,7 +271,7 @@ class LoadedElasticUNet:
         self.alphas_cumprod = recipe.noise.alphas_cumprod
         self.final_alpha = recipe.noise.end
         self.scheduler = recipe.noise.scheduler
-        self.image_shape = (recipe.anatomy.config["in_channels"], *recipe.anatomy.sample_size)
+        self.state_shape = self.image_shape = (recipe.anatomy.config["in_channels"], *recipe.anatomy.sample_size)
         self.full_arch = recipe.anatomy.full
         self.smallest_arch = recipe.subnets(recipe.options).flat(0)
         self.version = 0
@@ -273,13 +282,11 @@ class LoadedElasticUNet:
         self._form = (False, False)
         self._skeletons: OrderedDict[Arch, Any] = OrderedDict()
 
-    def forward(
-        self, arch: Arch, x: torch.Tensor, t: torch.Tensor, condition: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, arch: Arch, x: torch.Tensor, t: torch.Tensor, condition: Condition | None = None) -> torch.Tensor:
         """The subnet's prediction, whatever it predicts, differentiable in the shared weights. x: (batch, channels, h, w); t: (batch,)."""
         net = self._skeleton(arch).train(self.full.training)
         inputs = arguments(net, x, t, condition)
-        self.trained_macs += (3 if torch.is_grad_enabled() else 1) * len(x) * self.macs(arch)
+        self.trained_macs += (3 if torch.is_grad_enabled() else 1) * len(x) * self.recipe.cost.macs(arch)
         prediction: torch.Tensor = functional_call(net, self._slices(arch), inputs, {"return_dict": False})[0]
         return prediction
 
@@ -292,16 +299,27 @@ class LoadedElasticUNet:
     def denoiser(self, step: Step, keep: Sequence[str] = ()) -> Denoiser:
         """Inference with a materialised copy of the step's subnet, as the weights were at its first use. Compiled only where nothing is
         reused or kept."""
-        net = self._materialised(Arch(*step.arch))
+        net, guidance = self._materialised(Arch(*step.arch)), step.guidance
         stock = getattr(net, "_orig_mod", net)
+        other = self._materialised(Arch(*step.archs[1])) if len(step.archs) > 1 else None
 
         def call(
-            x: torch.Tensor, t: int, cache: Any = None, condition: torch.Tensor | None = None
+            x: torch.Tensor, t: int, cache: Any = None, condition: Condition | None = None
         ) -> tuple[torch.Tensor, Any]:
-            answer = partial(self.noise_in, x=x, t=t)
-            if step.reuse or keep:
-                return run(stock, x, t, step.reuse, keep, cache, condition, answer=answer)
-            return answer(predict(net, x, t, condition)), None
+            def own(x: torch.Tensor, cache: Any, condition: Condition | None) -> tuple[torch.Tensor, Any]:
+                answer = partial(self.noise_in, x=x, t=t)
+                if step.reuse or keep:
+                    return run(stock, x, t, step.reuse, keep, cache, condition, answer=answer)
+                return answer(predict(net, x, t, condition)), None
+
+            def plain(x: torch.Tensor, null: Condition) -> torch.Tensor:
+                return self.noise_in(predict(other, x, t, null), x, t)
+
+            if guidance is None:
+                return own(x, first_rows(cache, len(x)), condition)
+            if condition is None:
+                raise ValueError("a guided step needs conditions, the samples' own and then the null ones")
+            return guided(own, plain if other is not None else None, x, guidance.scale, cache, condition)
 
         return call
 
@@ -310,9 +328,15 @@ class LoadedElasticUNet:
         stock = getattr(net, "_orig_mod", net)
 
         def call(
-            x: torch.Tensor, t: int, gates: Mapping[str, torch.Tensor], cache: Any = None
+            x: torch.Tensor,
+            t: int,
+            gates: Mapping[str, torch.Tensor],
+            cache: Any = None,
+            condition: Condition | None = None,
         ) -> tuple[torch.Tensor, Any]:
-            return run(stock, x, t, cache=cache, gates=gates, answer=partial(self.noise_in, x=x, t=t))
+            return run(
+                stock, x, t, cache=cache, condition=condition, gates=gates, answer=partial(self.noise_in, x=x, t=t)
+            )
 
         return call
 
@@ -334,11 +358,14 @@ class LoadedElasticUNet:
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
+    def to_states(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
     def extract(self, arch: Arch) -> StockUNet:
         return self._copy(Arch(*arch), torch.device("cpu"))
 
-    def macs(self, arch: Arch, reuse: Sequence[str] = ()) -> int:
-        return self.recipe.cost.macs(Arch(*arch), reuse)
+    def macs(self, step: Step) -> int:
+        return self.recipe.macs(step)
 
     @property
     def pipeline_files(self) -> tuple[Path, ...]:

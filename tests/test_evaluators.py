@@ -79,7 +79,7 @@ def test_ddpm_equals_diffusers_given_the_same_noise(
     model: UNet2DModel = net.extract(tiny_net.uniform(1.0))
     states = list(trajectory(net, full_schedule(tiny_net, timesteps), DDPM(variance), 3, 0, 4))
     for number, (t, x, ours) in enumerate(zip(scheduler.timesteps, states, states[1:], strict=False)):
-        noise = step_noise(3, 0, 4, net.image_shape, number)
+        noise = step_noise(3, 0, 4, net.state_shape, number)
         monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, n=noise, **k: n)
         with torch.inference_mode():
             theirs = scheduler.step(model(x, t).sample, int(t), x).prev_sample

@@ -73,7 +73,7 @@ def test_straight_through_gates_are_hard_with_the_gradient_of_the_probability() 
 def test_gamma_counts_the_blocks_that_vanish_with_a_block() -> None:
     loaded, arch = DEEP_NET.initial(0), DEEP_NET.uniform(1.0)
     gamma = dict(zip(loaded.blocks(arch), gammas(loaded, arch, False).tolist(), strict=True))
-    share = {name: 1 - loaded.macs(arch, [name]) / loaded.macs(arch) for name in gamma}
+    share = {name: 1 - loaded.macs(Step(0, arch, (name,))) / loaded.macs(Step(0, arch)) for name in gamma}
     assert gamma["u3"] == 1.0  # without it nothing runs at all
     assert gamma["d0"] == pytest.approx(share["d0"])  # everything that reads it can read its old output
     assert gamma["u0"] == pytest.approx(share["u0"] + share["mid"] + share["d3"])
@@ -97,8 +97,8 @@ def test_closing_gates_changes_the_trajectory_as_reuse_does(monkeypatch: pytest.
         [distance] = pruner._distances(QUICK, loaded, FULL, names, gates, noise)
     expected = dissimilarity(sample(loaded, schedule, DDIM(), 3, 0, 4), sample(loaded, FULL, DDIM(), 3, 0, 4))
     assert float(distance) == pytest.approx(float(expected), abs=1e-5)
-    macs = sum(loaded.macs(step.arch, step.reuse) for step in schedule.steps)
-    assert kept_share(loaded, arch, names, gates, False) == pytest.approx(macs / (5 * loaded.macs(arch)))
+    macs = sum(loaded.macs(step) for step in schedule.steps)
+    assert kept_share(loaded, arch, names, gates, False) == pytest.approx(macs / (5 * loaded.macs(Step(0, arch))))
 
 
 @pytest.mark.parametrize("scope", ["trajectory", "step"])
@@ -113,7 +113,7 @@ def test_learning_is_charged_and_resumes_to_the_same_gates(
     assert keep.shape == (4, 9)
     assert (keep != keep[0, 0]).any()
     runs = 4 if checkpointing and scope == "trajectory" else 3
-    assert spent == 3 * 2 * 5 * (1 + runs) * loaded.macs(FULL.archs[0])
+    assert spent == 3 * 2 * 5 * (1 + runs) * loaded.macs(Step(0, FULL.archs[0]))
     [snapshot] = [tick for tick in ticks if isinstance(tick, Snapshot)]
     (again, also), _ = finished(learn_gates(settings, randomised(DEEP_NET), FULL, 1, snapshot))
     assert torch.equal(again, keep)

@@ -234,7 +234,7 @@ def test_sampling_ends_where_the_scheduler_ends(final: str, tmp_path: Path) -> N
     scheduler.set_timesteps(10)
     from evaluators.sampling import initial_noise
 
-    x = initial_noise(0, 0, 4, net.image_shape)
+    x = initial_noise(0, 0, 4, net.state_shape)
     with torch.inference_mode():
         for t in scheduler.timesteps:
             x = scheduler.step(net.full.eval()(x, t).sample, t, x).prev_sample

@@ -66,8 +66,8 @@ class Formula:
 
         return call
 
-    def macs(self, arch: Any) -> int:
-        return (int(arch[0]) + 1) ** 2
+    def macs(self, step: Any) -> int:
+        return (int(step.arch[0]) + 1) ** 2
 
 
 def learned_policy(settings: Relaxation, seed: int = 0) -> tuple[RoutingSearch, Problem, int]:

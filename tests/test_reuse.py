@@ -72,7 +72,7 @@ def test_with_nothing_reused_it_is_the_stock_model_bit_for_bit(config: dict[str,
     model = randomised(net).full
     x, t, classes = inputs(net)
     with torch.no_grad():
-        expected = model(x, t, classes).sample
+        expected = model(x, t, **classes).sample
         prediction, kept = run(model, x, t, keep=graph_of(model).blocks, condition=classes)
     assert torch.equal(prediction, expected)
     assert set(kept) == {*graph_of(model).names(finer=True), "prediction"}

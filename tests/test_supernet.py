@@ -74,10 +74,10 @@ def randomised(net: ElasticUNet) -> Any:
     return loaded
 
 
-def inputs(net: ElasticUNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def inputs(net: ElasticUNet) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(2)
     shape = (3, net.anatomy.config["in_channels"], *net.anatomy.sample_size)
-    classes = torch.tensor([1, 5, 9]) if net.anatomy.config["num_class_embeds"] else None
+    classes = {"class_labels": torch.tensor([1, 5, 9])} if net.anatomy.config["num_class_embeds"] else {}
     return torch.randn(shape, generator=generator), torch.tensor([0, 400, 999]), classes
 
 
@@ -89,7 +89,7 @@ def test_full_width_is_the_stock_model(config: dict[str, Any]) -> None:
     stock.load_state_dict(loaded.full.state_dict())
     x, t, classes = inputs(net)
     with torch.no_grad():
-        assert torch.equal(loaded.forward(net.uniform(1.0), x, t, classes), stock(x, t, classes).sample)
+        assert torch.equal(loaded.forward(net.uniform(1.0), x, t, classes), stock(x, t, **classes).sample)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -101,7 +101,7 @@ def test_training_slices_and_materialised_copies_agree(config: dict[str, Any]) -
     assert isinstance(extracted, UNet2DModel)
     with torch.no_grad():
         expected = loaded.forward(net.uniform(0.5), x, t, classes)
-        assert torch.allclose(extracted(x, t, classes).sample, expected, atol=CALL)
+        assert torch.allclose(extracted(x, t, **classes).sample, expected, atol=CALL)
 
 
 def test_after_a_concatenation_trunk_and_skip_are_sliced_apart() -> None:

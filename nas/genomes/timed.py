@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -52,8 +53,7 @@ class TimedSpace:
             raise UserError(f"{missing} of {len(steps)} calls were not timed; `nas run` goes on with it")
         # Where a step that reuses blocks seems slower than one that computes them, that is noise.
         self._nanoseconds = {
-            (step.arch, step.reuse): round(min(times[key(step)], times[key(Step(0, step.arch))]) * NANOSECONDS)
-            for step in steps
+            key(step): round(min(times[key(step)], times[key(replace(step, reuse=()))]) * NANOSECONDS) for step in steps
         }
 
     @property
@@ -78,12 +78,12 @@ class TimedSpace:
         return self._space.interval_costs(self._price)
 
     def _price(self, step: Step) -> int:
-        return self._nanoseconds[step.arch, step.reuse]
+        return self._nanoseconds[key(step)]
 
 
 def key(step: Step) -> str:
     """What the time of a step depends on."""
-    return json.dumps([step.arch, step.reuse])
+    return json.dumps([step.arch, step.reuse, *([step.guidance] if step.guidance else [])])
 
 
 def calls(space: SearchSpace) -> list[Step]:

@@ -71,7 +71,7 @@ def export(
             raise RuntimeError(
                 f"exported models differ from the supernet by {wrong}, more than {TOLERANCE}; nothing was exported"
             )
-        failed = write_programs(partial, names.values(), net.image_shape) if programs else {}
+        failed = write_programs(partial, names.values(), net.state_shape) if programs else {}
         plan = {
             "steps": [
                 {"timestep": step.timestep, "model": names[step.arch], "arch": step.arch, "reuse": step.reuse}
@@ -79,7 +79,7 @@ def export(
             ],
             "sampler": dict(sampler),
             "scheduler": dict(net.scheduler),
-            "shape": net.image_shape,
+            "shape": net.state_shape,
         }
         _write(partial / "schedule.json", plan)
         teacher = _write_training(net, schedule, names, provenance, partial)
@@ -100,7 +100,7 @@ def export(
 def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path) -> float:
     """Largest output difference between the model as reloaded from disk and the supernet's subnet, on fixed inputs."""
     reloaded = read_network(folder).to(net.device)
-    x = torch.randn((4, *net.image_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
+    x = torch.randn((4, *net.state_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
     worst = 0.0
     for step in schedule.steps:
         if step.arch == arch:
@@ -203,7 +203,7 @@ def _write_training(
         "settings": dict(net.training_settings),
         "images": provenance.get("images"),
         "scheduler": dict(net.scheduler),
-        "shape": net.image_shape,
+        "shape": net.state_shape,
     }
     _write(folder / "train.json", plan)
     return teacher

@@ -33,6 +33,7 @@ from nas.contracts import (
     Schedule,
     Signal,
     Snapshot,
+    Step,
     Trial,
     UserError,
     derive_seed,
@@ -206,8 +207,8 @@ def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: bool
         raise UserError("gates are learned for one subnet on all steps; a space of experts has several")
     [arch] = full.archs
     names = net.blocks(arch, finer)
-    whole = net.macs(arch)
-    found = {"weight": torch.tensor([1 - net.macs(arch, [name]) / whole for name in names])}
+    whole = net.macs(Step(0, arch))
+    found = {"weight": torch.tensor([1 - net.macs(Step(0, arch, (name,))) / whole for name in names])}
     places = {step.timestep: number - 1 for number, step in enumerate(full.steps)}
     any_reuse = False
     for k, (genes, table) in enumerate(zip(costs.genes, costs.tables, strict=True)):

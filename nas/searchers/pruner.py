@@ -22,7 +22,7 @@ from pydantic import Field
 from torch.utils.checkpoint import checkpoint
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from nas.contracts import Gated, LoadedSupernet, Progress, Schedule, Snapshot, UserError, derive_seed
+from nas.contracts import Gated, LoadedSupernet, Progress, Schedule, Snapshot, Step, UserError, derive_seed
 from nas.recipes import Batch, Count, Positive, Share, Weight, recipe
 
 EVERY = 25
@@ -96,9 +96,9 @@ def straight_through(logits: torch.Tensor) -> torch.Tensor:
 def gammas(net: LoadedSupernet, arch: Any, finer: bool) -> torch.Tensor:
     """For each block, the share of a step's MACs that vanish with it: its own, and those of blocks that only it reads."""
     names = net.blocks(arch, finer)
-    full = net.macs(arch)
+    full = net.macs(Step(0, arch))
     without = [net.reused(arch, [other for other in names if other != name], finer) for name in names]
-    return torch.tensor([1 - net.macs(arch, reuse) / full for reuse in without])
+    return torch.tensor([1 - net.macs(Step(0, arch, tuple(reuse))) / full for reuse in without])
 
 
 def learn_gates(
@@ -134,7 +134,7 @@ def learn_gates(
             dissimilarity += float(distance.detach())
         optimiser.step()
         runs = 3 if settings.scope == "step" or not settings.checkpointing else 4
-        spent += len(noise) * net.macs(arch) * (len(full.steps) * (1 + runs))
+        spent += len(noise) * net.macs(Step(0, arch)) * (len(full.steps) * (1 + runs))
         yield Progress("gates", number + 1, settings.steps, {"1 - SSIM": dissimilarity, "kept MACs": kept})
         if (number + 1) % EVERY == 0 and number + 1 < settings.steps:
             state = {name: tensor.detach().cpu().clone() for name, tensor in scorer.state_dict().items()}
@@ -145,11 +145,11 @@ def learn_gates(
 
 def kept_share(net: LoadedSupernet, arch: Any, names: Sequence[str], gates: torch.Tensor, finer: bool) -> float:
     """Of the full trajectory's MACs, when blocks that nobody reads do not run either."""
-    full = net.macs(arch)
+    full = net.macs(Step(0, arch))
     kept = full
     for row in (gates.detach() > 0.5).tolist():
         wanted = [name for name, is_open in zip(names, row, strict=True) if is_open]
-        kept += net.macs(arch, net.reused(arch, wanted, finer))
+        kept += net.macs(Step(0, arch, tuple(net.reused(arch, wanted, finer))))
     return kept / (full * (len(gates) + 1))
 
 
@@ -159,7 +159,7 @@ def _noise(settings: Pruner, net: LoadedSupernet, number: int, seed: int) -> tor
     for i in range(number * settings.batch, (number + 1) * settings.batch):
         which = i if settings.noises is None else i % settings.noises
         generator = torch.Generator().manual_seed(derive_seed(seed, which, "noise of the gates"))
-        rows.append(torch.randn(net.image_shape, generator=generator))
+        rows.append(torch.randn(net.state_shape, generator=generator))
     return torch.stack(rows).to(net.device)
 
 

@@ -100,7 +100,7 @@ def learn(
         with torch.no_grad():
             predictions = torch.stack([supernet.denoiser(each)(x, step.timestep)[0] for each in arches])
             teacher = supernet.denoiser(step)(x, step.timestep)[0]
-        spent += settings.batch * sum(supernet.macs(each.arch) for each in (*arches, step))
+        spent += settings.batch * sum(supernet.macs(each) for each in (*arches, step))
         mixed = torch.einsum("o,onchw->nchw", weights[0, gene, :options].to(x), predictions.clone())
         denoising = (mixed - noise).square().mean()
         distillation = (mixed - teacher.clone()).square().mean()

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from nas.contracts import UserError
+from nas.contracts import Condition, UserError
 from search_spaces.networks.parts import Parts, Unit
 from search_spaces.networks.slices import Arch, Groups, Slices
 
@@ -198,14 +198,15 @@ def skeleton(anatomy: Anatomy, arch: Arch) -> StockUNet:
     return net
 
 
-def predict(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: torch.Tensor | None = None) -> torch.Tensor:
+def predict(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None = None) -> torch.Tensor:
     """A stock subnet's prediction, whichever class it is of (or a compiled form of it)."""
     return net(*arguments(net, x, t, condition), return_dict=False)[0]  # type: ignore[no-any-return]
 
 
-def arguments(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: torch.Tensor | None) -> tuple[Any, ...]:
+def arguments(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> tuple[Any, ...]:
     """Positional arguments of a call; the class with text conditions is given none."""
-    return (x, t, None, condition) if "encoder_hid_dim" in net.config else (x, t, condition)
+    labels = (condition or {}).get("class_labels")
+    return (x, t, None, labels) if "encoder_hid_dim" in net.config else (x, t, labels)
 
 
 def _shrink(size: int, share: float, what: str) -> int:

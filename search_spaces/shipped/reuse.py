@@ -23,6 +23,9 @@ PREDICTION = "prediction"
 Cache = Mapping[str, torch.Tensor]
 """Outputs by branch."""
 
+Condition = Mapping[str, torch.Tensor]
+"""The network's own keyword arguments, one row for each sample."""
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -166,14 +169,14 @@ def run(
     reuse: Sequence[str] = (),
     keep: Sequence[str] = (),
     cache: Cache | None = None,
-    condition: torch.Tensor | None = None,
+    condition: Condition | None = None,
     gates: Mapping[str, torch.Tensor] | None = None,
     answer: Callable[[torch.Tensor], torch.Tensor] = lambda output: output,
 ) -> tuple[torch.Tensor, Cache]:
     """The prediction at one step, and what the next one may reuse.
 
     x: (batch, channels, height, width). `reuse`: blocks or branches that do not run; their outputs are those of `cache`, which the step
-    before returned. `keep`: whose outputs the returned cache holds, run now or handed on. `condition`: class labels. `answer`: what the
+    before returned. `keep`: whose outputs the returned cache holds, run now or handed on. `condition`: such as `class_labels`. `answer`: what the
     network's output becomes before it is returned, or kept to be held at another step, where it would mean something else.
 
     `gates`: for learning which blocks to reuse. Everything runs, and the output of a block (or branch) of weight g counts as
@@ -214,6 +217,37 @@ def run(
     return prediction, {name: value for name, value in held.items() if value is not None}
 
 
+def guided(
+    call: Callable[[torch.Tensor, Cache | None, Condition], tuple[torch.Tensor, Cache | None]],
+    other: Callable[[torch.Tensor, Condition], torch.Tensor] | None,
+    x: torch.Tensor,
+    scale: float,
+    cache: Cache | None,
+    condition: Condition,
+) -> tuple[torch.Tensor, Cache | None]:
+    """u + scale (c - u): the noise by classifier-free guidance (Ho & Salimans 2022), and what the next step may reuse.
+
+    `condition`: twice as many rows as x has, the samples' own and then the null ones. `call(x, cache, condition)`: the step's network, which
+    predicts both at once, and so keeps outputs of twice as many rows; or c alone where `other` predicts u.
+    """
+    own, null = (
+        {name: rows[part] for name, rows in condition.items()} for part in (slice(len(x)), slice(len(x), None))
+    )
+    if other is None:
+        both, kept = call(torch.cat([x, x]), cache, condition)
+        told, plain = both.chunk(2)
+    else:
+        told, kept = call(x, cache, own)
+        plain = other(x, null)
+    noise = plain + scale * (told - plain)
+    return noise, {**kept, PREDICTION: noise} if kept and PREDICTION in kept else kept
+
+
+def first_rows(cache: Cache | None, count: int) -> Cache | None:
+    """Of what a guided step kept, that of the samples' own conditions."""
+    return None if cache is None else {name: rows[:count] for name, rows in cache.items()}
+
+
 def _run_branch(net: Any, branch: Branch, inputs: Sequence[torch.Tensor], embedding: torch.Tensor) -> torch.Tensor:
     hidden = inputs[0]
     if branch.name == "mid":
@@ -239,15 +273,15 @@ def _resample(modules: Any, hidden: torch.Tensor, embedding: torch.Tensor) -> to
     return hidden
 
 
-def _time_embedding(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: torch.Tensor | None) -> torch.Tensor:
+def _time_embedding(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> torch.Tensor:
     t = torch.as_tensor(t, device=x.device).reshape(-1)
     t = t * torch.ones(len(x), dtype=t.dtype, device=t.device)
     embedding: torch.Tensor = net.time_embedding(net.time_proj(t).to(dtype=net.dtype))
     if net.class_embedding is not None:
         if condition is None:
-            raise ValueError("the network needs class labels as its condition")
-        timestep = net.config.class_embed_type == "timestep"
-        labels = net.time_proj(condition).to(dtype=net.dtype) if timestep else condition
+            raise ValueError("the network needs class_labels as its condition")
+        labels = condition["class_labels"]
+        labels = net.time_proj(labels).to(dtype=net.dtype) if net.config.class_embed_type == "timestep" else labels
         embedding = embedding + net.class_embedding(labels).to(dtype=net.dtype)
     return embedding
 

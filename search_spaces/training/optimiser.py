@@ -92,7 +92,7 @@ class Teacher:
             return truth
         with torch.inference_mode():
             prediction = self._full(x, t).sample
-        self._net.trained_macs += len(x) * self._net.macs(self._net.full_arch)
+        self._net.trained_macs += len(x) * self._net.recipe.cost.macs(self._net.full_arch)
         return truth.lerp(prediction.clone(), self._share)
 
 
