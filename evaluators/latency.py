@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,15 +93,17 @@ class Timer:
         settings, net = self._settings, self._net
         before = net.run_as(settings.channels_last, settings.compiled)
         x = torch.zeros((settings.batch, *net.state_shape), device=net.device)
+        condition = net.some_condition(settings.batch)
         found = []
         try:
             cache = None
             if step.reuse:
-                _, cache = predict(net, Step(step.timestep, step.arch), x, None, settings.precision, step.reuse)
+                whole = replace(step, reuse=())
+                _, cache = predict(net, whole, x, None, settings.precision, step.reuse, condition)
             for number in range(settings.warmup + settings.repeats):
                 wait(net.device)
                 started = time.perf_counter()
-                predict(net, step, x, cache, settings.precision, step.reuse)
+                predict(net, step, x, cache, settings.precision, step.reuse, condition)
                 wait(net.device)
                 if number >= settings.warmup:
                     found.append((time.perf_counter() - started) * 1e3 / settings.batch)
@@ -132,6 +135,10 @@ class Timed:
     @property
     def sampler(self) -> Any:
         return getattr(self.base, "sampler", None)
+
+    @property
+    def conditions(self) -> Any:
+        return getattr(self.base, "conditions", None)
 
     def describe(self) -> Mapping[str, Any]:
         return {"class": "Timed", "base": self.base.describe(), "latency": self.latency.describe()}

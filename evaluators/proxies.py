@@ -23,6 +23,7 @@ from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
 from nas.contracts import (
     Arch,
     Evaluator,
+    Guidance,
     Images,
     LoadedEvaluator,
     LoadedSupernet,
@@ -39,8 +40,11 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 def whole(arch: Arch, schedule: Schedule, timesteps: tuple[int, ...] | None = None) -> Schedule:
-    """One arch on the given timesteps, or on the schedule's."""
-    return Schedule(tuple(Step(t, arch) for t in timesteps or schedule.timesteps))
+    """One arch on the given timesteps, or on the schedule's, where it guides itself as the schedule is guided."""
+    if timesteps is not None:
+        return Schedule(tuple(Step(t, arch) for t in timesteps))
+    alone = [step.guidance and Guidance(step.guidance.scale) for step in schedule.steps]
+    return Schedule(tuple(Step(step.timestep, arch, (), by) for step, by in zip(schedule.steps, alone, strict=True)))
 
 
 @recipe
@@ -232,7 +236,10 @@ class DenoisingLoss(OfImages):
             trajectories.meter.calls += stop - start
             trajectories.meter.macs += (stop - start) * supernet.macs(step)
             x = signal**0.5 * x0 + (1 - signal) ** 0.5 * noise
-            return _mean_square(predict(supernet, step, x, None, self.precision)[0] - noise)
+            labels = None if images.labels is None or self.conditions is None else images.labels[chosen]
+            condition = None if labels is None else {"class_labels": torch.from_numpy(labels)}
+            prediction, _ = predict(supernet, step, x, None, self.precision, condition=condition)
+            return _mean_square(prediction - noise)
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
             _refuse_reuse("DenoisingLoss", schedule)

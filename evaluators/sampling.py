@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from nas.contracts import LoadedSupernet, Schedule, Step
+from evaluators.conditions import ConditionSet
+from nas.contracts import Condition, LoadedSupernet, Schedule, Step
 from nas.recipes import Share, recipe
 
 Precision = Literal["float32", "bfloat16"]
@@ -186,12 +187,23 @@ class State:
 
 
 def predict(
-    net: LoadedSupernet, step: Step, x: torch.Tensor, cache: Any, precision: Precision, keep: Sequence[str] = ()
+    net: LoadedSupernet,
+    step: Step,
+    x: torch.Tensor,
+    cache: Any,
+    precision: Precision,
+    keep: Sequence[str] = (),
+    condition: Condition | None = None,
 ) -> tuple[torch.Tensor, Any]:
     """The network's call at a step: its prediction of the noise, float32 at least whatever the precision of the call, and the outputs of
-    the blocks in `keep`."""
+    the blocks in `keep`. `condition`: of the samples; a guided step is handed the network's null one after it."""
+    if condition is not None:
+        null = net.null_condition(condition) if step.guidance else {}
+        condition = {
+            name: (torch.cat([rows, null[name]]) if null else rows).to(net.device) for name, rows in condition.items()
+        }
     with torch.inference_mode(), torch.autocast(net.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-        prediction, cache = net.denoiser(step, keep)(x, step.timestep, cache)
+        prediction, cache = net.denoiser(step, keep)(x, step.timestep, cache, condition)
     return prediction.to(torch.promote_types(prediction.dtype, torch.float32)), cache
 
 
@@ -204,6 +216,7 @@ def advance(
     seed: int,
     start: int,
     precision: Precision = "float32",
+    conditions: ConditionSet | None = None,
 ) -> State:
     """The state of samples start, start + 1, ... after the schedule's step `number`, counted from 0."""
     step = schedule.steps[number]
@@ -213,7 +226,8 @@ def advance(
     if sampler.stochastic and following is not None:
         noise = step_noise(seed, start, start + len(state.x), net.state_shape, number).to(net.device)
     keep = following.reuse if following else ()
-    prediction, cache = predict(net, step, state.x, state.cache, precision, keep)
+    condition = conditions.of(seed, start, start + len(state.x)) if conditions is not None else None
+    prediction, cache = predict(net, step, state.x, state.cache, precision, keep, condition)
     with torch.inference_mode():
         after = getattr(net, "final_alpha", 1.0) if following is None else float(abar[following.timestep])
         x, memory = sampler.update(state.x, prediction, float(abar[step.timestep]), after, noise, state.memory)
@@ -221,19 +235,33 @@ def advance(
 
 
 def trajectory(
-    net: LoadedSupernet, schedule: Schedule, sampler: Sampler, seed: int, start: int, stop: int
+    net: LoadedSupernet,
+    schedule: Schedule,
+    sampler: Sampler,
+    seed: int,
+    start: int,
+    stop: int,
+    conditions: ConditionSet | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yields the state before the first step and after each, for samples start..stop-1. Runs under inference mode."""
     state = State(initial_noise(seed, start, stop, net.state_shape).to(net.device))
     yield state.x
     for number in range(len(schedule.steps)):
-        state = advance(net, sampler, schedule, number, state, seed, start)
+        state = advance(net, sampler, schedule, number, state, seed, start, conditions=conditions)
         yield state.x
 
 
-def sample(net: LoadedSupernet, schedule: Schedule, sampler: Sampler, seed: int, start: int, stop: int) -> torch.Tensor:
+def sample(
+    net: LoadedSupernet,
+    schedule: Schedule,
+    sampler: Sampler,
+    seed: int,
+    start: int,
+    stop: int,
+    conditions: ConditionSet | None = None,
+) -> torch.Tensor:
     """Final images of samples start..stop-1 in [-1, 1], (stop - start, channels, height, width), on the net's device."""
-    *_, x = trajectory(net, schedule, sampler, seed, start, stop)
+    *_, x = trajectory(net, schedule, sampler, seed, start, stop, conditions)
     with torch.inference_mode():
         return net.to_images(x).clamp(-1, 1)
 

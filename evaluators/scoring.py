@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
+from evaluators.conditions import Conditions
 from evaluators.device import settle
 from evaluators.sampling import DDIM, Precision, Sampler
 from evaluators.trajectories import Trajectories
@@ -31,7 +32,8 @@ class Sampled:
 
     `rungs`: sample counts, increasing; the last verifies. `batch`: samples per network call, a matter of speed alone (up
     to the rounding of floats); None leaves it to the device. `precision`: of the network's calls; "bfloat16" is faster on
-    some devices and gives other scores. `cache_bytes`: memory of each worker for states that schedules share.
+    some devices and gives other scores. `cache_bytes`: memory of each worker for states that schedules share. `conditions`: what
+    samples are conditioned on, such as `Labels(images)`, where the network takes conditions.
     """
 
     rungs: Annotated[tuple[Annotated[int, Field(ge=2, le=10**7)], ...], Field(min_length=1)] = (512, 2048)
@@ -39,6 +41,7 @@ class Sampled:
     batch: Batch | None = None
     precision: Precision = "float32"
     cache_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**29
+    conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
         if list(self.rungs) != sorted(set(self.rungs)):
@@ -46,14 +49,16 @@ class Sampled:
 
     def describe_sampling(self) -> dict[str, Any]:
         """What decides how samples look."""
-        return {"rungs": self.rungs, "sampler": self.sampler.describe(), "precision": self.precision}
+        given = {} if self.conditions is None else {"conditions": self.conditions.describe()}
+        return {"rungs": self.rungs, "sampler": self.sampler.describe(), "precision": self.precision, **given}
 
     def trajectories(self, net: LoadedSupernet, folder: Path) -> Trajectories:
         """Shared by all scores of this supernet with the same settings."""
         execution = settle(net, folder, self.precision)
         net.run_as(execution.channels_last, execution.compiled)
         batch = execution.batch if self.batch is None else self.batch
-        return Trajectories.shared(net, self.sampler, self.precision, batch, self.cache_bytes)
+        conditions = None if self.conditions is None else self.conditions.load()
+        return Trajectories.shared(net, self.sampler, self.precision, batch, self.cache_bytes, conditions)
 
 
 @dataclass(frozen=True)

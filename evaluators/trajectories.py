@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from cachetools import LRUCache
 
+from evaluators.conditions import ConditionSet
 from evaluators.sampling import Precision, Sampler, State, advance, initial_noise
 from nas.contracts import LoadedSupernet, Schedule, Step
 
@@ -55,8 +56,10 @@ class Trajectories:
         precision: Precision = "float32",
         batch: int = 256,
         cache_bytes: int = 2**29,
+        conditions: ConditionSet | None = None,
     ) -> None:
         self.net = net
+        self.conditions = conditions
         self.sampler = sampler
         self.precision = precision
         self.batch = batch
@@ -67,12 +70,19 @@ class Trajectories:
 
     @classmethod
     def shared(
-        cls, net: LoadedSupernet, sampler: Sampler, precision: Precision, batch: int, cache_bytes: int
+        cls,
+        net: LoadedSupernet,
+        sampler: Sampler,
+        precision: Precision,
+        batch: int,
+        cache_bytes: int,
+        conditions: ConditionSet | None = None,
     ) -> Trajectories:
-        key = id(net), json.dumps(sampler.describe()), precision, batch, cache_bytes
+        given = None if conditions is None else conditions.digest
+        key = id(net), json.dumps(sampler.describe()), precision, batch, cache_bytes, given
         found = cls._shared.get(key)
         if found is None:
-            cls._shared[key] = found = cls(net, sampler, precision, batch, cache_bytes)
+            cls._shared[key] = found = cls(net, sampler, precision, batch, cache_bytes, conditions)
         return found
 
     def batches(self, count: int, edges: Sequence[int] = ()) -> list[tuple[int, int]]:
@@ -104,7 +114,7 @@ class Trajectories:
         """`advance`, counted."""
         self.meter.calls += len(state.x)
         self.meter.macs += len(state.x) * self._macs(schedule.steps[number : number + 1])
-        return advance(self.net, self.sampler, schedule, number, state, seed, start, self.precision)
+        return advance(self.net, self.sampler, schedule, number, state, seed, start, self.precision, self.conditions)
 
     def kept(self, key: Hashable, make: Callable[[], Kept], calls: float, macs: float) -> Kept:
         """What an earlier call made under this key for the same weights, or made now. `calls`, `macs`: what it takes."""

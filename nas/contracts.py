@@ -358,6 +358,12 @@ class LoadedSupernet(Protocol):
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image, which is compared with real ones."""
 
+    def null_condition(self, condition: Condition) -> Condition:
+        """The condition that says nothing, in as many rows: what a guided step also predicts with."""
+
+    def some_condition(self, count: int) -> Condition | None:
+        """Any condition that the network takes, of so many rows, for who only wants to see it run; None where it takes none."""
+
     @property
     def device(self) -> torch.device: ...
 

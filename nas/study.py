@@ -165,6 +165,13 @@ class Study:
                 "the space leaves out steps that compute nothing, which only a deterministic sampler without memory does not notice; give it "
                 "deterministic=False, or the evaluator DDIM"
             )
+        conditional = getattr(self.supernet, "conditional", False)
+        if conditional != (getattr(self.evaluator, "conditions", None) is not None):
+            raise UserError(
+                "the network takes conditions; give the evaluator conditions=Labels(images)"
+                if conditional
+                else "the network takes no conditions; leave out the evaluator's conditions, or give the network num_class_embeds"
+            )
         check_limits(self.limits)
         if not self.limits_time:
             check_reachable(self.problem)

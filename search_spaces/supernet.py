@@ -106,6 +106,11 @@ class ElasticUNet:
         return Arch((float(width),) * self.anatomy.levels)
 
     @property
+    def conditional(self) -> bool:
+        """Whether the network takes class labels. The last of `num_class_embeds` is that of no class."""
+        return bool(self.anatomy.config["num_class_embeds"] or self.anatomy.config["class_embed_type"])
+
+    @property
     def options(self) -> Options:
         """What its subnets may differ in."""
         return Options(self.widths, self.depths, self.per_level, self.attention)
@@ -175,8 +180,7 @@ class ElasticUNet:
             for module in net.modules():
                 module.register_forward_hook(lambda _, __, output, sizes=sizes: sizes.append(_numbers(output)))
             x = torch.empty(shape, device="meta")
-            classes = self.anatomy.config["num_class_embeds"] or self.anatomy.config["class_embed_type"]
-            labels = {"class_labels": torch.zeros(1, dtype=torch.long, device="meta")} if classes else None
+            labels = {"class_labels": torch.zeros(1, dtype=torch.long, device="meta")} if self.conditional else None
             with torch.inference_mode():
                 handed = predict(net, x, torch.zeros(1, dtype=torch.long, device="meta"), labels).shape
             if handed[0] != 1 or handed[2:] != shape[2:]:
@@ -360,6 +364,13 @@ class LoadedElasticUNet:
 
     def to_states(self, images: torch.Tensor) -> torch.Tensor:
         return images
+
+    def null_condition(self, condition: Condition) -> Condition:
+        last = (self.recipe.anatomy.config["num_class_embeds"] or 1) - 1
+        return {name: torch.full_like(labels, last) for name, labels in condition.items()}
+
+    def some_condition(self, count: int) -> Condition | None:
+        return {"class_labels": torch.zeros(count, dtype=torch.long)} if self.recipe.conditional else None
 
     def extract(self, arch: Arch) -> StockUNet:
         return self._copy(Arch(*arch), torch.device("cpu"))

@@ -80,14 +80,14 @@ class Order(OneStage):
         """Sums the gradients of the prediction error of one batch with one noise over the timesteps, into `.grad`."""
         generator = torch.Generator().manual_seed(derive_seed(seed, "importance"))
         batches = Batches(net, data, self.batch, flip=False)
-        x0 = batches.images(generator)
+        x0, condition = batches.images(generator)
         noise = torch.randn(x0.shape, generator=generator).to(net.device)
         net.full.requires_grad_(True).eval()
         largest, total = 0.0, net.recipe.noise.timesteps
         for timestep in range(0, total, self.stride):
             t = torch.full((len(x0),), timestep, device=net.device)
             loss = torch.nn.functional.mse_loss(
-                net.forward(net.full_arch, batches.at(x0, t, noise), t), batches.target(x0, t, noise)
+                net.forward(net.full_arch, batches.at(x0, t, noise), t, condition), batches.target(x0, t, noise)
             )
             largest = max(largest, loss.item())
             if loss.item() < self.threshold * largest:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from nas.base.files import first_line, written
-from nas.contracts import ImageSet, UserError
+from nas.contracts import Condition, ImageSet, UserError
 from search_spaces.supernet import LoadedElasticUNet
 
 
@@ -36,24 +36,37 @@ class Settings(Protocol):
 
 
 class Batches:
-    """Images of a batch and their noised versions, drawn from the generator of the step."""
+    """Images of a batch with their labels, where the network takes any, and their noised versions, drawn from the generator of the step.
 
-    def __init__(self, net: LoadedElasticUNet, data: ImageSet, size: int, flip: bool) -> None:
+    `drop`: share of the labels that say nothing instead, so that the network can guide itself.
+    """
+
+    def __init__(self, net: LoadedElasticUNet, data: ImageSet, size: int, flip: bool, drop: float = 0.0) -> None:
         self._device = net.device
         self._size = size
         self._flip = flip
         self._prediction = net.recipe.noise.prediction
+        self._net = net
+        self._drop = drop
         self._pixels = torch.from_numpy(data.pixels).to(net.device)
+        labels = data.labels if net.recipe.conditional else None
+        self._labels = None if labels is None else torch.from_numpy(labels).to(net.device)
         self._signal = torch.from_numpy(np.sqrt(net.alphas_cumprod)).float().to(net.device)
         self._noise = torch.from_numpy(np.sqrt(1 - net.alphas_cumprod)).float().to(net.device)
 
-    def images(self, generator: torch.Generator) -> torch.Tensor:
-        """x_0, (batch, channels, height, width)."""
-        x0 = self._pixels[torch.randint(len(self._pixels), (self._size,), generator=generator).to(self._device)]
+    def images(self, generator: torch.Generator) -> tuple[torch.Tensor, Condition | None]:
+        """x_0, (batch, channels, height, width), and the condition of each."""
+        chosen = torch.randint(len(self._pixels), (self._size,), generator=generator).to(self._device)
+        x0 = self._pixels[chosen]
         if self._flip:
             mirrored = torch.rand(self._size, generator=generator).to(self._device) < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-        return x0
+        if self._labels is None:
+            return x0, None
+        condition = {"class_labels": self._labels[chosen]}
+        dropped = torch.rand(self._size, generator=generator).to(self._device) < self._drop
+        null = self._net.null_condition(condition)
+        return x0, {name: torch.where(dropped, null[name], rows) for name, rows in condition.items()}
 
     def noised(
         self, x0: torch.Tensor, generator: torch.Generator, served: tuple[int, int] | None = None
@@ -85,13 +98,15 @@ class Teacher:
         self._share = share
         self._full = copy.deepcopy(net.full).requires_grad_(False).eval() if share else None
 
-    def target(self, x: torch.Tensor, t: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    def target(
+        self, x: torch.Tensor, t: torch.Tensor, truth: torch.Tensor, condition: Condition | None = None
+    ) -> torch.Tensor:
         """What to predict: squared errors to the truth and to the teacher, mixed by the share, have the gradient of one squared
         error to their mixture."""
         if self._full is None:
             return truth
         with torch.inference_mode():
-            prediction = self._full(x, t).sample
+            prediction = self._full(x, t, **(condition or {})).sample
         self._net.trained_macs += len(x) * self._net.recipe.cost.macs(self._net.full_arch)
         return truth.lerp(prediction.clone(), self._share)
 

@@ -92,12 +92,12 @@ class GradientSimilarity:
     def _gradient(self, timestep: int, half: int, number: int, buckets: torch.Tensor, signs: torch.Tensor) -> Array:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, timestep, half, number, "similarity"))
         batches = Batches(self.net, self.data, self.batch, flip=False)
-        x0 = batches.images(generator)
+        x0, condition = batches.images(generator)
         noise = torch.randn(x0.shape, generator=generator).to(self.net.device)
         t = torch.full((self.batch,), timestep, device=self.net.device)
         self.net.full.zero_grad(set_to_none=True)
         loss = torch.nn.functional.mse_loss(
-            self.net.forward(self.net.full_arch, batches.at(x0, t, noise), t), batches.target(x0, t, noise)
+            self.net.forward(self.net.full_arch, batches.at(x0, t, noise), t, condition), batches.target(x0, t, noise)
         )
         torch.autograd.backward(loss)
         flat = torch.cat([p.grad.flatten() for p in self.net.full.parameters() if p.grad is not None])

@@ -145,6 +145,10 @@ class OneStage:
         Stages((self,)).check(supernet, data)  # type: ignore[arg-type]
 
 
+DROP = 0.1
+"""Share of labels that are dropped in training, as Ho & Salimans (2022) and their followers do."""
+
+
 @recipe
 class Sandwich(OneStage):
     """Each step trains the largest, the smallest and `between` random subnets on one batch (Yu & Huang 2019).
@@ -156,7 +160,7 @@ class Sandwich(OneStage):
 
     `full_only`: trains the full net alone. `distillation`: share of the target that is the prediction of the full net as it was
     before this stage, instead of the noise. `expert`: trains that copy of the weights, made of the shared ones, on the timesteps
-    that it serves.
+    that it serves. `drop`: share of the labels that are those of no class, where the network takes labels.
     """
 
     steps: Count
@@ -172,10 +176,13 @@ class Sandwich(OneStage):
     full_only: bool = False
     distillation: Share = 0.0
     expert: str = ""
+    drop: Share = DROP
 
     def describe(self) -> dict[str, Any]:
         settings = asdict(self)
         del settings["checkpoint_every"]
+        if self.drop == DROP:  # networks without labels, and recipes from before there were any, are described as ever
+            del settings["drop"]
         return {"class": "Sandwich", **settings}
 
     def fit(
@@ -188,7 +195,7 @@ class Sandwich(OneStage):
         optimiser = Optimiser(self, net, files.digest if files else "", [self.expert])
         if files:
             files.restore(optimiser)
-        batches = Batches(net, data, self.batch, self.flip)
+        batches = Batches(net, data, self.batch, self.flip, self.drop)
         name = f"expert {self.expert}" if self.expert else "full network" if self.full_only else "supernet"
         served = net.recipe.served_by(self.expert)
         try:
@@ -196,13 +203,12 @@ class Sandwich(OneStage):
                 losses: dict[str, float] = {}
                 with whole():
                     generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "sandwich"))
-                    x0 = batches.images(generator)
+                    x0, condition = batches.images(generator)
                     for arch in self._members(net.recipe, generator):
                         t, x, truth = batches.noised(x0, generator, served)
-                        target = teacher.target(x, t, truth)
-                        loss = torch.nn.functional.mse_loss(
-                            net.forward(arch._replace(expert=self.expert), x, t), target
-                        )
+                        target = teacher.target(x, t, truth, condition)
+                        prediction = net.forward(arch._replace(expert=self.expert), x, t, condition)
+                        loss = torch.nn.functional.mse_loss(prediction, target)
                         weight = self.full_weight if arch == net.full_arch else 1.0
                         torch.autograd.backward(weight * loss)
                         losses[_name(arch)] = loss.item()
@@ -276,24 +282,27 @@ class FineTune:
     clip: Positive = 1.0
     flip: bool = False
     distillation: Share = 0.0
+    drop: Share = DROP
 
     def fit(self, net: LoadedElasticUNet, schedule: Schedule, data: ImageSet, seed: int) -> Iterator[Progress]:
         """Trains in place; afterwards the supernet holds the averaged weights, and its materialised subnets are new."""
         archs = [Arch(*arch) for arch in schedule.archs]
         teacher = Teacher(net, self.distillation)
         optimiser = Optimiser(self, net, experts=list(dict.fromkeys(arch.expert for arch in archs)))
-        batches = Batches(net, data, self.batch, self.flip)
+        batches = Batches(net, data, self.batch, self.flip, self.drop)
         served = torch.tensor(schedule.timesteps[1:], dtype=torch.long).flip(0)
         while optimiser.step < self.steps:
             generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "fine-tune"))
-            t, x, truth = batches.noised(batches.images(generator), generator)
-            target = teacher.target(x, t, truth)
+            x0, condition = batches.images(generator)
+            t, x, truth = batches.noised(x0, generator)
+            target = teacher.target(x, t, truth, condition)
             position = len(schedule.steps) - 1 - torch.bucketize(t.cpu(), served)
             total = 0.0
             for arch in archs:
                 mine = torch.tensor([schedule.steps[p].arch == arch for p in position.tolist()], device=net.device)
                 if mine.any():
-                    error = (net.forward(arch, x[mine], t[mine]) - target[mine]).square().mean()
+                    its = None if condition is None else {name: rows[mine] for name, rows in condition.items()}
+                    error = (net.forward(arch, x[mine], t[mine], its) - target[mine]).square().mean()
                     loss = error * mine.float().mean()
                     torch.autograd.backward(loss)
                     total += loss.item()
@@ -329,8 +338,21 @@ def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
         raise UserError(
             f"out_channels={config['out_channels']} must equal in_channels={config['in_channels']}: the network predicts noise"
         )
-    if config["class_embed_type"] is not None or config["num_class_embeds"] is not None:
-        raise UserError("training is unconditional; leave class_embed_type and num_class_embeds out of the UNet config")
+    if config["class_embed_type"] is not None:
+        raise UserError(
+            f"class_embed_type={config['class_embed_type']!r} is not trained; leave it out, and give num_class_embeds for labels"
+        )
+    if supernet.conditional:
+        if data.labels is None:
+            raise UserError(
+                f"num_class_embeds={config['num_class_embeds']} needs images with labels; use others, or leave it out"
+            )
+        most = int(data.labels.max())
+        if most > config["num_class_embeds"] - 2:
+            raise UserError(
+                f"labels go up to {most}, and the last class embedding is that of no class; set num_class_embeds to {most + 2} or more, "
+                f"not {config['num_class_embeds']}"
+            )
     if config["dropout"]:
         raise UserError(
             f"dropout={config['dropout']} would make training depend on where it was interrupted; set it to 0"
