@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from nas.contracts import Choice, Genome, Price, Schedule, Step, UserError
+from nas.contracts import Choice, Genome, Guidance, Price, Schedule, Step, UserError, frozen
 from nas.recipes import Count, recipe
 from search_spaces.intervals import Timesteps, free
 from search_spaces.networks.slices import Arch
@@ -35,6 +35,9 @@ class Stepwise:
     reused. `finer`: branches without a reader do not run either, where otherwise blocks run whole. `deterministic`: the sampler is DDIM
     without noise and without memory, where a step that computes nothing equals a longer step, and so leaves the schedule; otherwise it stays and holds
     the prediction.
+
+    `guidance`: how the steps of an interval may be guided, as one more gene of each; None for not at all, a scale, or `Guidance(scale, arch)`
+    where another subnet predicts without the condition. By default no step is guided.
     """
 
     net: ElasticUNet
@@ -45,8 +48,18 @@ class Stepwise:
     patterns: tuple[Pattern, ...] = ()
     finer: bool = False
     deterministic: bool = True
+    guidance: tuple[Annotated[float, Field(gt=0, le=1000)] | Guidance | None, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(self.guidance) and not self.net.conditional:
+            raise UserError(
+                "guidance needs a network that takes labels; give the UNet config num_class_embeds, one more than there are classes"
+            )
+        if len(set(self._guides)) != len(self._guides):
+            raise UserError(f"guidance {self.guidance} must be distinct")
+        for guide in self._guides:
+            if guide is not None and guide.arch:
+                self.net.anatomy.segments(Arch(*guide.arch))
         free(*self.timesteps)
         if sum(self.intervals) != len(self.timesteps) or min(self.intervals, default=0) < 1:
             raise UserError(
@@ -78,7 +91,7 @@ class Stepwise:
         return tuple(
             Choice(f"interval{k:02d}.{name}", options, k)
             for k, subnets in enumerate(self.subnets)
-            for name, options in (*self._subnet_genes(subnets), *self._pattern_gene(k))
+            for name, options in self._genes(k, subnets)
         )
 
     @property
@@ -90,29 +103,31 @@ class Stepwise:
         """Equal schedules for genomes that come to the same: what a step cannot reuse it computes, and a block that nobody reads does
         not run."""
         steps: list[Step] = []
-        for t, arch, computed in self._asked(genome):
+        for t, arch, computed, guide in self._asked(genome):
             idle = computed is None or (not computed and self.deterministic)
             if idle and steps:
                 continue
-            before = Arch(*steps[-1].arch) if steps else None
-            if before is not None and not computed:
-                steps.append(
-                    Step(t, before, self.net.cost.graph(before).blocks)
-                )  # holds the prediction, whose it may be
-            else:
-                steps.append(Step(t, arch, self._reused(arch, computed) if arch == before else ()))
+            last = steps[-1] if steps else None
+            if last is not None and not computed:
+                # It holds the prediction, whose it may be, guided as it was.
+                steps.append(Step(t, last.arch, self.net.cost.graph(Arch(*last.arch)).blocks, last.guidance))
+                continue
+            by = self._guided_by(guide, arch)
+            can = last is not None and arch == Arch(*last.arch) and _keeps(last, by)
+            steps.append(Step(t, arch, self._reused(arch, computed) if can else (), by))
         return Schedule(tuple(steps))
 
     def cost(self, genome: Genome) -> dict[str, float]:
         """`params` counts a subnet again for each expert that runs it."""
         if self.patterns:
-            steps = [(step.arch, step.reuse) for step in self.decode(genome).steps]
-            macs = sum(self.net.cost.macs(arch, reuse) for arch, reuse in steps)
-            archs = {arch for arch, _ in steps}
+            schedule = self.decode(genome)
+            macs = sum(self.net.macs(step) for step in schedule.steps)
+            archs = {Arch(*arch) for arch in schedule.archs}
         else:
             genes = self._split(genome)
             macs = sum(int(table[option]) for table, option in zip(self._tables, genes, strict=True))
-            archs = {arch for _, arch, _ in self._asked(genome)}
+            asked = [(arch, self._guided_by(guide, arch)) for _, arch, _, guide in self._asked(genome)]
+            archs = {arch for arch, _ in asked} | {Arch(*by.arch) for _, by in asked if by and by.arch}
         params = sum(self.net.cost(arch).params for arch in archs)
         return {"macs": macs, "macs_share": macs / self._full_macs, "params": params}
 
@@ -131,7 +146,33 @@ class Stepwise:
         if self.patterns:
             asked = [[pattern.steps(count) for pattern in self._patterns[k]] for k, count in enumerate(self.intervals)]
             described |= {"patterns": asked, "finer": self.finer, "deterministic": self.deterministic}
+        if any(self.guidance):
+            described["guidance"] = self._guides
         return described
+
+    # --------------------------------------------------------------------------------------------------- guidance
+
+    @property
+    def _guides(self) -> tuple[Guidance | None, ...]:
+        """What an interval may choose; a single one, of no guidance, where nothing is said."""
+        each = (Guidance(one) if isinstance(one, int | float) else one for one in self.guidance or (None,))
+        return tuple(one and Guidance(float(one.scale), frozen(one.arch)) for one in each)
+
+    def _guided_by(self, guide: Guidance | None, arch: Arch) -> Guidance | None:
+        """By the subnet's own weights where they are an expert's, and by itself where it is the subnet that guides."""
+        if guide is None or not guide.arch:
+            return guide
+        other = Arch(*guide.arch)._replace(expert=arch.expert)
+        return Guidance(guide.scale) if other == arch else Guidance(guide.scale, other)
+
+    def _guidance_gene(self) -> list[tuple[str, tuple[str, ...]]]:
+        if len(self._guides) < 2:
+            return []
+        return [("guidance", tuple(_guide_label(guide) for guide in self._guides))]
+
+    def _genes(self, k: int, subnets: Subnets) -> list[tuple[str, tuple[float | int | str, ...]]]:
+        """Names and options of interval k's genes."""
+        return [*self._subnet_genes(subnets), *self._pattern_gene(k), *self._guidance_gene()]
 
     # ------------------------------------------------------------------------------------------------------ reuse
 
@@ -170,22 +211,23 @@ class Stepwise:
             )
 
     def _subnet_genes(self, subnets: Subnets) -> list[tuple[str, tuple[float | int | str, ...]]]:
-        """None where one subnet is all there is and patterns are to be chosen."""
-        single = len(subnets) == 1 and len(self.patterns) > 1
+        """None where one subnet is all there is and something else is to be chosen."""
+        single = len(subnets) == 1 and (len(self.patterns) > 1 or len(self._guides) > 1)
         return [] if single else [(gene.name, gene.options) for gene in subnets.genes]
 
     def _pattern_gene(self, k: int) -> list[tuple[str, tuple[str, ...]]]:
         return [("reuse", tuple(pattern.label for pattern in self._patterns[k]))] if len(self.patterns) > 1 else []
 
-    def _asked(self, genome: Genome) -> Iterator[tuple[int, Arch, Computed]]:
-        """For each timestep the subnet, and what the genes ask it to compute, whether that can be had or not."""
+    def _asked(self, genome: Genome) -> Iterator[tuple[int, Arch, Computed, Guidance | None]]:
+        """For each timestep the subnet, what the genes ask it to compute, whether that can be had or not, and what is to guide it."""
         steps = iter(self._steps)
         for k, (subnets, genes) in enumerate(zip(self.subnets, self._split(genome), strict=True)):
             own = len(self._subnet_genes(subnets))
             arch = subnets.arch(genes[:own] if own else (0,) * len(subnets.shape))
+            guide = self._guides[genes[-1] if len(self._guides) > 1 else 0]
             for computed in self._computed(k, genes[own:]):
                 t, expert = next(steps)
-                yield t, arch._replace(expert=expert) if expert else arch, computed
+                yield t, arch._replace(expert=expert) if expert else arch, computed, guide
 
     @cached_property
     def _steps(self) -> list[tuple[int, str]]:
@@ -194,7 +236,8 @@ class Stepwise:
 
     def _computed(self, k: int, gene: Genome) -> tuple[Computed, ...]:
         count = self.intervals[k]
-        return self._patterns[k][gene[0] if gene else 0].steps(count) if self.patterns else (ALL,) * count
+        chosen = gene[0] if len(self.patterns) > 1 else 0
+        return self._patterns[k][chosen].steps(count) if self.patterns else (ALL,) * count
 
     def _reused(self, arch: Arch, computed: Computed) -> tuple[str, ...]:
         if computed == ALL:
@@ -215,37 +258,46 @@ class Stepwise:
 
     @cached_property
     def _tables(self) -> tuple[npt.NDArray[np.int64], ...]:
-        return self._priced(lambda step: self.net.cost.macs(step.arch, step.reuse))
+        return self._priced(self.net.macs)
 
     def _priced(self, price: Price) -> tuple[npt.NDArray[np.int64], ...]:
         """What an interval takes whatever the one before runs: its first running step may reuse blocks only where all intervals
         run the same subnet."""
         alike = len({subnets.arch((0,) * len(subnets.shape)) for subnets in self.subnets}) == 1 and not self.net.experts
-        alike = alike and all(len(subnets) == 1 for subnets in self.subnets)
+        alike = alike and all(len(subnets) == 1 for subnets in self.subnets) and len(self._guides) == 1
         found = []
         start = 0
         for k, (subnets, count) in enumerate(zip(self.subnets, self.intervals, strict=True)):
             experts = [expert for _, expert in self._steps[start : start + count]]
             choices = (len(self.patterns),) if len(self.patterns) > 1 else ()
-            table = np.empty((*subnets.shape, *choices), dtype=np.int64)
             patterns = [self._computed(k, gene) for gene in np.ndindex(*choices)]
-            for option in np.ndindex(*subnets.shape):
-                arch = subnets.arch(option)
-                costs = [self._interval_cost(price, arch, steps, experts, k == 0, alike) for steps in patterns]
-                table[option] = costs if len(self.patterns) > 1 else costs[0]
-            found.append(table.reshape(self._shapes[k]))
+            costs = [
+                self._interval_cost(price, subnets.arch(option), steps, experts, k == 0, alike, guide)
+                for option in np.ndindex(*subnets.shape)
+                for steps in patterns
+                for guide in self._guides
+            ]
+            found.append(np.array(costs, dtype=np.int64).reshape(self._shapes[k]))
             start += count
         return tuple(found)
 
     def _interval_cost(
-        self, price: Price, arch: Arch, steps: Sequence[Computed], experts: Sequence[str], first: bool, alike: bool
+        self,
+        price: Price,
+        arch: Arch,
+        steps: Sequence[Computed],
+        experts: Sequence[str],
+        first: bool,
+        alike: bool,
+        guide: Guidance | None,
     ) -> int:
         total, before = 0, experts[0] if alike and not first else None
         for place, (computed, expert) in enumerate(zip(steps, experts, strict=True)):
             if computed or (first and place == 0):
                 mine = arch._replace(expert=expert) if expert else arch
-                whole = price(Step(0, mine))
-                reused = Step(0, mine, self._reused(arch, computed)) if computed else Step(0, mine)
+                by = self._guided_by(guide, mine)
+                whole = price(Step(0, mine, (), by))
+                reused = Step(0, mine, self._reused(arch, computed), by) if computed else Step(0, mine, (), by)
                 if before == expert:
                     total += price(reused)
                 elif before is None and not (first and place == 0):  # the interval before may have run the same subnet
@@ -262,10 +314,7 @@ class Stepwise:
 
     @cached_property
     def _shapes(self) -> list[tuple[int, ...]]:
-        return [
-            tuple(len(options) for _, options in (*self._subnet_genes(subnets), *self._pattern_gene(k)))
-            for k, subnets in enumerate(self.subnets)
-        ]
+        return [tuple(len(options) for _, options in self._genes(k, subnets)) for k, subnets in enumerate(self.subnets)]
 
     def _split(self, genome: Genome) -> list[Genome]:
         """The genes of each interval. Raises ValueError for a genome that is not of this space."""
@@ -276,7 +325,21 @@ class Stepwise:
 
     @cached_property
     def _full_macs(self) -> int:
-        return len(self.timesteps) * self.net.cost(self.net.anatomy.full).macs
+        """Of the full net at every timestep, guided by itself where the space has guidance."""
+        guide = Guidance(1.0) if any(self._guides) else None
+        return len(self.timesteps) * self.net.macs(Step(0, self.net.anatomy.full, (), guide))
+
+
+def _keeps(last: Step, by: Guidance | None) -> bool:
+    """Whether what a step kept is enough for one so guided: who guides itself needs outputs of twice as many rows."""
+    return by is None or bool(by.arch) or (last.guidance is not None and not last.guidance.arch)
+
+
+def _guide_label(guide: Guidance | None) -> str:
+    if guide is None:
+        return "none"
+    other = f" by {'/'.join(f'{share:g}' for share in Arch(*guide.arch).widths)}" if guide.arch else ""
+    return f"{guide.scale:g}{other}"
 
 
 def _parts(genome: Genome, lengths: Sequence[int]) -> Iterator[Genome]:

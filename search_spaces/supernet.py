@@ -306,6 +306,7 @@ class LoadedElasticUNet:
         net, guidance = self._materialised(Arch(*step.arch)), step.guidance
         stock = getattr(net, "_orig_mod", net)
         other = self._materialised(Arch(*step.archs[1])) if len(step.archs) > 1 else None
+        held = bool(step.reuse) and not self.recipe.macs(step)
 
         def call(
             x: torch.Tensor, t: int, cache: Any = None, condition: Condition | None = None
@@ -319,6 +320,8 @@ class LoadedElasticUNet:
             def plain(x: torch.Tensor, null: Condition) -> torch.Tensor:
                 return self.noise_in(predict(other, x, t, null), x, t)
 
+            if held:  # the prediction as it was guided; what is handed on keeps all its rows
+                return own(x, cache, condition)
             if guidance is None:
                 return own(x, first_rows(cache, len(x)), condition)
             if condition is None:

@@ -4,6 +4,7 @@ number to subtract from, and what is feasible can be enumerated without visiting
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cached_property
@@ -122,8 +123,10 @@ def budget_of(problem: Problem) -> float:
     known, key = _latest[2], tuple(problem.limits.items())
     if key not in known:
         cost = problem.space.cost(least)
-        full = cost["macs"] / cost["macs_share"]
-        known[key] = min(problem.limits.get("macs", math.inf), problem.limits.get("macs_share", math.inf) * full)
+        full = round(cost["macs"] / cost["macs_share"])
+        share = problem.limits.get("macs_share", math.inf) * full
+        # Up to the rounding of the share, so that who costs just as much keeps to it.
+        known[key] = min(problem.limits.get("macs", math.inf), share * (1 + 4 * sys.float_info.epsilon))
     return known[key]
 
 

@@ -237,7 +237,7 @@ def guided(
         both, kept = call(torch.cat([x, x]), cache, condition)
         told, plain = both.chunk(2)
     else:
-        told, kept = call(x, cache, own)
+        told, kept = call(x, first_rows(cache, len(x)), own)
         plain = other(x, null)
     noise = plain + scale * (told - plain)
     return noise, {**kept, PREDICTION: noise} if kept and PREDICTION in kept else kept

@@ -1,0 +1,352 @@
+"""Class-conditional networks: who sample i is, guidance against calls by hand, its cost, its reuse, and label dropout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.cost import macs_of
+from evaluators.conditions import Labels
+from evaluators.frechet import Frechet
+from evaluators.images import Digits
+from evaluators.proxies import DenoisingLoss, TeacherDistance, TrajectoryDistance
+from evaluators.sampling import DDIM, DDPM, DPMSolver, sample
+from evaluators.trajectories import Trajectories
+from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
+from nas.genomes.genetics import IntervalCosts
+from nas.study import Study
+from nas.testing import check_evaluator, check_space
+from search_spaces.intervals import uniform
+from search_spaces.networks.slices import Arch
+from search_spaces.networks.unet import arguments
+from search_spaces.patterns import Every
+from search_spaces.shipped.reuse import graph_of, run
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import WEIGHTS, ElasticUNet, LoadedElasticUNet
+from search_spaces.training import Sandwich
+from search_spaces.training.optimiser import Batches
+from tests.arithmetic import CALL, SAMPLES
+from tests.conftest import TINY
+from tests.test_supernet import randomised
+
+CLASSES = 10
+NET = ElasticUNet({**TINY, "num_class_embeds": CLASSES + 1}, (0.5, 1.0))
+WHOLE, HALF = NET.uniform(1.0), NET.uniform(0.5)
+BY_HALF = Guidance(2.5, HALF)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedElasticUNet:
+    found: LoadedElasticUNet = randomised(NET)
+    return found
+
+
+def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, labels, and the null label as often."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(5, 1, 8, 8, generator=generator), torch.tensor([0, 3, 9, 3, 1]), torch.full((5,), CLASSES)
+
+
+# -------------------------------------------------------------------------------------------------------- who sample i is
+
+
+@given(st.integers(0, 99), st.integers(0, 4000), st.integers(1, 300))
+def test_the_label_of_a_sample_depends_on_seed_and_place_alone(seed: int, start: int, count: int) -> None:
+    labels = Labels(Digits()).load()
+    rows = labels.of(seed, start, start + count)["class_labels"]
+    middle = start + count // 2
+    parts = [labels.of(seed, *span)["class_labels"] for span in ((start, middle), (middle, start + count))]
+    assert torch.equal(torch.cat(parts), rows)
+
+
+def test_every_image_is_met_once_before_any_is_met_again_and_classes_are_spread_evenly() -> None:
+    data = Digits().load()
+    assert data.labels is not None
+    count, labels = len(data), Labels(Digits()).load()
+    real = np.bincount(data.labels, minlength=CLASSES)
+    for seed, number in ((0, 0), (0, 1), (7, 0)):
+        rows = labels.of(seed, number * count, (number + 1) * count)["class_labels"].numpy()
+        assert np.array_equal(np.bincount(rows, minlength=CLASSES), real)
+        for start in range(0, count - 100, 50):
+            here = np.bincount(rows[start : start + 100], minlength=CLASSES)
+            assert np.abs(here - 100 * real / count).max() < 2, (
+                "of n evenly spread places one more or less falls into a window"
+            )
+    first, second, other = (
+        labels.of(seed, start, start + 200)["class_labels"] for seed, start in ((0, 0), (0, count), (1, 0))
+    )
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_images_without_labels_condition_nothing() -> None:
+    class Bare(Digits):  # type: ignore[misc]
+        def load(self) -> ImageSet:
+            return replace(super().load(), labels=None)
+
+    with pytest.raises(UserError, match="have no labels to condition samples on"):
+        Labels(Bare()).load()
+
+
+# ---------------------------------------------------------------------------------------------------------------- a step
+
+
+@pytest.mark.parametrize("guide", [Guidance(2.0), Guidance(0.0), Guidance(1.0), BY_HALF], ids=str)
+def test_a_guided_step_is_two_calls(loaded: LoadedElasticUNet, guide: Guidance) -> None:
+    x, labels, null = batch()
+    condition = {"class_labels": torch.cat([labels, null])}
+    with torch.no_grad():
+        noise, _ = loaded.denoiser(Step(400, WHOLE, (), guide))(x, 400, None, condition)
+        told = loaded.extract(WHOLE)(x, 400, class_labels=labels).sample
+        plain = loaded.extract(Arch(*(guide.arch or WHOLE)))(x, 400, class_labels=null).sample
+    assert torch.allclose(noise, plain + guide.scale * (told - plain), atol=5 * CALL)
+    assert torch.equal(loaded.null_condition({"class_labels": labels})["class_labels"], null)
+
+
+@pytest.mark.parametrize("guide", [None, Guidance(2.0), BY_HALF], ids=str)
+def test_a_guided_steps_cost_is_that_of_what_runs(loaded: LoadedElasticUNet, guide: Guidance | None) -> None:
+    x, t = torch.zeros(1, 1, 8, 8), torch.tensor([400])
+    calls = [WHOLE] if guide is None else [WHOLE, Arch(*(guide.arch or WHOLE))]
+    counted = 0
+    for arch in calls:
+        model = loaded.extract(arch)
+        counted += macs_of(model, arguments(model, x, t, {"class_labels": torch.tensor([1])}))[0]
+    assert loaded.macs(Step(400, WHOLE, (), guide)) == counted
+
+
+@pytest.mark.parametrize("before", [None, Guidance(3.0), BY_HALF], ids=str)
+@pytest.mark.parametrize("guide", [None, Guidance(2.0), BY_HALF], ids=str)
+def test_a_guided_step_reuses_what_each_of_its_calls_had(
+    loaded: LoadedElasticUNet, before: Guidance | None, guide: Guidance | None
+) -> None:
+    """The reference runs both predictions apart, each with blocks of its own."""
+    if guide == Guidance(2.0) and before != Guidance(3.0):
+        return  # who guides itself needs both; the space does not ask for it
+    (first, labels, null), (x, _, _) = batch(0), batch(1)
+    model, half = loaded.extract(WHOLE), loaded.extract(HALF)
+    graph = graph_of(model)
+    reuse = tuple(name for name in graph.blocks if name not in ("d0", "u1"))
+    told, untold = {"class_labels": labels}, {"class_labels": null}
+    both = {"class_labels": torch.cat([labels, null])}
+    with torch.no_grad():
+        _, cache = loaded.denoiser(Step(500, WHOLE, (), before), reuse)(first, 500, None, both if before else told)
+        noise, _ = loaded.denoiser(Step(400, WHOLE, reuse, guide))(x, 400, cache, both if guide else told)
+        own = run(model, x, 400, reuse, (), run(model, first, 500, (), reuse, None, told)[1], told)[0]
+        if guide is None:
+            expected = own
+        elif guide.arch:
+            other = half(x, 400, class_labels=null).sample
+            expected = other + guide.scale * (own - other)
+        else:
+            other = run(model, x, 400, reuse, (), run(model, first, 500, (), reuse, None, untold)[1], untold)[0]
+            expected = other + guide.scale * (own - other)
+    assert torch.allclose(noise, expected, atol=5 * CALL)
+
+
+def test_a_guided_step_without_conditions_is_refused(loaded: LoadedElasticUNet) -> None:
+    with pytest.raises(ValueError, match="needs conditions"):
+        loaded.denoiser(Step(400, WHOLE, (), Guidance(2.0)))(batch()[0], 400)
+
+
+# ----------------------------------------------------------------------------------------------------------- trajectories
+
+
+SCHEDULES = {
+    "unguided": Schedule((Step(900, WHOLE), Step(500, HALF), Step(100, WHOLE))),
+    "guided in the middle": Schedule((Step(900, WHOLE), Step(500, WHOLE, (), Guidance(3.0)), Step(100, HALF))),
+    "guided by the half": Schedule((Step(900, WHOLE, (), BY_HALF), Step(500, WHOLE, (), BY_HALF))),
+    "reused": Schedule(
+        (
+            Step(900, WHOLE, (), Guidance(3.0)),
+            Step(700, WHOLE, ("mid", "u0"), Guidance(2.0)),
+            Step(500, WHOLE, ("d0", "d1", "mid", "u0", "u1"), Guidance(2.0)),
+            Step(300, WHOLE, ("mid",), Guidance(2.0)),
+            Step(100, WHOLE, ("mid",)),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("sampler", [DDIM(), DDPM(), DPMSolver()], ids=lambda sampler: type(sampler).__name__)
+def test_shared_beginnings_change_no_bit(loaded: LoadedElasticUNet, name: str, sampler: Any) -> None:
+    conditions, schedule = Labels(Digits()).load(), SCHEDULES[name]
+    shared = Trajectories(loaded, sampler, conditions=conditions)
+    expected = sample(loaded, schedule, sampler, 0, 0, 8, conditions)
+    for _ in range(2):
+        assert torch.equal(shared.images(schedule, 0, 0, 8), expected)
+    changed = Schedule((*schedule.steps[:-1], replace(schedule.steps[-1], arch=HALF, reuse=(), guidance=None)))
+    assert torch.equal(shared.images(changed, 0, 0, 8), sample(loaded, changed, sampler, 0, 0, 8, conditions))
+    assert shared.meter.macs + shared.meter.cached_macs == 8 * (
+        2 * sum(map(loaded.macs, schedule.steps)) + sum(map(loaded.macs, changed.steps))
+    )
+    parts = torch.cat([sample(loaded, schedule, sampler, 0, start, start + 4, conditions) for start in (0, 4)])
+    assert torch.allclose(parts, expected, atol=SAMPLES)
+
+
+def test_guidance_survives_json_and_older_schedules_keep_their_digests() -> None:
+    for schedule in SCHEDULES.values():
+        assert Schedule.from_json(schedule.to_json()) == schedule
+    old = Schedule((Step(900, (0.5, 1.0)), Step(100, (1.0, 1.0), ("mid",))))
+    assert old.to_json() == '[[900,[0.5,1.0],[]],[100,[1.0,1.0],["mid"]]]'
+    guided = Schedule((Step(900, (0.5, 1.0), (), Guidance(2.0)), Step(100, (1.0, 1.0), ("mid",))))
+    assert guided.digest != old.digest
+    assert SCHEDULES["guided by the half"].archs == (WHOLE, HALF)
+
+
+# ------------------------------------------------------------------------------------------------------------------ spaces
+
+
+GUIDES = (None, 1.5, Guidance(3.0, HALF))
+SPACES = {
+    "guidance alone": Stepwise(ElasticUNet(dict(NET.config), (1.0,)), uniform(6), (2, 2, 2), guidance=(None, 1.5, 3.0)),
+    "guidance and width": Stepwise(NET, uniform(6), (2, 2, 2), guidance=GUIDES),
+    "always guided": Stepwise(NET, uniform(6), (2, 2, 2), guidance=(2.0,)),
+    "and reuse": Stepwise(NET, uniform(6), (2, 2, 2), guidance=GUIDES, patterns=(Every(1), Every(2))),
+    "and reuse, held": Stepwise(
+        NET,
+        uniform(6),
+        (3, 3),
+        guidance=GUIDES,
+        patterns=(Every(1), Every(2), Every(3, ("d0", "u1"))),
+        deterministic=False,
+    ),
+    "of experts": Stepwise(
+        ElasticUNet(dict(NET.config), (0.5, 1.0), experts=(500,)), uniform(6), (3, 3), guidance=GUIDES
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_spaces_with_guidance_keep_the_laws(name: str) -> None:
+    space = SPACES[name]
+    check_space(space, samples=200)
+    net = space.net
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        genome = tuple(int(rng.integers(len(choice.options))) for choice in space.choices)
+        schedule = space.decode(genome)
+        macs = sum(net.macs(step) for step in schedule.steps)
+        assert space.cost(genome)["macs"] == macs <= IntervalCosts(space).total(genome)
+        assert space.cost(genome)["macs_share"] == macs / (6 * 2 * net.cost(net.uniform(1.0)).macs)
+        assert space.cost(genome)["params"] == sum(net.cost(Arch(*arch)).params for arch in schedule.archs)
+        if not space.patterns:
+            assert IntervalCosts(space).total(genome) == macs
+        for before, step in zip((None, *schedule.steps), schedule.steps, strict=False):
+            if step.reuse and step.guidance and not step.guidance.arch:
+                assert before is not None
+                assert before.guidance is not None
+                assert not before.guidance.arch, "who guides itself reuses of who did"
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_schedule_of_such_a_space_can_be_sampled(name: str) -> None:
+    space = SPACES[name]
+    loaded = randomised(space.net)
+    for seed, expert in enumerate(space.net.expert_names):
+        loaded.experts[expert] = space.net.initial(seed).full
+    rng, conditions = np.random.default_rng(1), Labels(Digits()).load()
+    for _ in range(6):
+        genome = tuple(int(rng.integers(len(choice.options))) for choice in space.choices)
+        assert sample(loaded, space.decode(genome), DDIM(), 0, 0, 2, conditions).isfinite().all()
+
+
+def test_genes_of_guidance_are_named() -> None:
+    assert [choice.name for choice in SPACES["guidance alone"].choices] == [
+        f"interval{k:02d}.guidance" for k in range(3)
+    ]
+    assert SPACES["guidance and width"].choices[1].options == ("none", "1.5", "3 by 0.5/0.5")
+
+
+def test_guidance_that_cannot_be_is_refused(tiny_net: ElasticUNet) -> None:
+    with pytest.raises(UserError, match="guidance needs a network that takes labels"):
+        Stepwise(tiny_net, uniform(4), (4,), guidance=(None, 2.0))
+    with pytest.raises(UserError, match="must be distinct"):
+        Stepwise(NET, uniform(4), (4,), guidance=(2.0, Guidance(2.0)))
+    with pytest.raises(UserError, match="guidance"):
+        Stepwise(NET, uniform(4), (4,), guidance=(-1.0, None))
+
+
+# --------------------------------------------------------------------------------------------------------- scores, training
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("conditional")
+    training = Sandwich(steps=12, batch=16, warmup=2, checkpoint_every=5)
+    for _ in training.run(NET, Digits(), folder / "supernet", 0, "cpu"):
+        pass
+    return folder
+
+
+@pytest.mark.parametrize("kind", [Frechet, DenoisingLoss, TeacherDistance, TrajectoryDistance])
+def test_scores_of_guided_schedules_keep_the_laws(kind: Any, run_folder: Path) -> None:
+    images = Digits()
+    evaluator = kind(images, rungs=(32, 64), conditions=Labels(images))
+    check_evaluator(evaluator, NET, SPACES["guidance and width"], run_folder)
+    assert evaluator.digest(run_folder) != replace(evaluator, conditions=None).digest(run_folder)
+
+
+def test_labels_are_dropped_by_the_steps_own_generator(loaded: LoadedElasticUNet) -> None:
+    data = Digits().load()
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    x0, kept = Batches(loaded, data, 2000, flip=False).images(generators[0])
+    again, dropped = Batches(loaded, data, 2000, flip=False, drop=0.25).images(generators[1])
+    assert torch.equal(x0, again)
+    assert kept is not None
+    assert dropped is not None
+    null = dropped["class_labels"] == CLASSES
+    assert float(null.float().mean()) == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / 2000) ** 0.5)
+    assert torch.equal(dropped["class_labels"][~null], kept["class_labels"][~null])
+
+
+def test_a_stopped_training_ends_as_the_uninterrupted_one(run_folder: Path, tmp_path: Path) -> None:
+    training = Sandwich(steps=12, batch=16, warmup=2, checkpoint_every=5)
+    stopped = training.run(NET, Digits(), tmp_path, 0, "cpu")
+    for _ in range(7):
+        next(stopped)
+    stopped.close()  # type: ignore[attr-defined]
+    for _ in training.run(NET, Digits(), tmp_path, 0, "cpu"):
+        pass
+    first, second = (
+        NET.read(folder / WEIGHTS, "cpu").full.state_dict() for folder in (run_folder / "supernet", tmp_path)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_recipes_of_networks_without_labels_are_described_as_ever() -> None:
+    assert "drop" not in Sandwich(steps=1).describe()
+    assert Sandwich(steps=1, drop=0.2).describe()["drop"] == 0.2
+    assert "conditions" not in Frechet(Digits()).describe()
+    assert "guidance" not in Stepwise(NET, uniform(2), (1, 1)).describe()
+
+
+@pytest.mark.parametrize(
+    ("embeds", "conditions", "message"),
+    [
+        (CLASSES + 1, None, r"give the evaluator conditions=Labels\(images\)"),
+        (None, Labels(Digits()), "takes no conditions; leave out"),
+    ],
+)
+def test_a_study_whose_parts_disagree_on_conditions_is_refused(
+    embeds: int | None, conditions: Any, message: str, tiny_study: Study
+) -> None:
+    net = ElasticUNet({**TINY, "num_class_embeds": embeds}, (0.5, 1.0))
+    space = replace(tiny_study.space, net=net)  # type: ignore[type-var]
+    with pytest.raises(UserError, match=message):
+        replace(tiny_study, supernet=net, space=space, evaluator=Frechet(Digits(), conditions=conditions))
+
+
+def test_labels_that_the_network_has_no_room_for_are_refused() -> None:
+    few = ElasticUNet({**TINY, "num_class_embeds": CLASSES}, (0.5, 1.0))
+    with pytest.raises(UserError, match="set num_class_embeds to 11 or more, not 10"):
+        Sandwich(steps=1).check(few, Digits().load())
+    with pytest.raises(UserError, match="needs images with labels"):
+        Sandwich(steps=1).check(NET, replace(Digits().load(), labels=None))
