@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks.cost import macs_of
 from evaluators.conditions import Labels
@@ -19,8 +23,11 @@ from evaluators.images import Digits
 from evaluators.proxies import DenoisingLoss, TeacherDistance, TrajectoryDistance
 from evaluators.sampling import DDIM, DDPM, DPMSolver, sample
 from evaluators.trajectories import Trajectories
+from nas.base.exported import ExportError, read_export
+from nas.base.pictures import PictureError
 from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
 from nas.genomes.genetics import IntervalCosts
+from nas.handover.export import export
 from nas.study import Study
 from nas.testing import check_evaluator, check_space
 from search_spaces.intervals import uniform
@@ -28,6 +35,7 @@ from search_spaces.networks.slices import Arch
 from search_spaces.networks.unet import arguments
 from search_spaces.patterns import Every
 from search_spaces.shipped.reuse import graph_of, run
+from search_spaces.shipped.train_diffusers import Settings, folder_labels, train
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import WEIGHTS, ElasticUNet, LoadedElasticUNet
 from search_spaces.training import Sandwich
@@ -350,3 +358,100 @@ def test_labels_that_the_network_has_no_room_for_are_refused() -> None:
         Sandwich(steps=1).check(few, Digits().load())
     with pytest.raises(UserError, match="needs images with labels"):
         Sandwich(steps=1).check(NET, replace(Digits().load(), labels=None))
+
+
+# ---------------------------------------------------------------------------------------------------------------- hand-over
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("sampler", [DDIM(), DPMSolver()], ids=lambda sampler: type(sampler).__name__)
+def test_an_exported_folder_samples_the_classes_asked_for_as_ours(
+    name: str, sampler: Any, loaded: LoadedElasticUNet, tmp_path: Path
+) -> None:
+    folder, conditions = str(tmp_path / "model"), Labels(Digits()).load()
+    export(loaded, SCHEDULES[name], sampler.describe(), {}, Path(folder))
+    read_export(Path(folder))
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    labels = conditions.of(0, 0, 6)["class_labels"]
+    images = pipeline(class_labels=labels, seed=0, output_type="pt").images * 2 - 1
+    assert torch.allclose(images, sample(loaded, SCHEDULES[name], sampler, 0, 0, 6, conditions), atol=SAMPLES)
+    others = pipeline(class_labels=[0] * 6, seed=0, output_type="pt").images * 2 - 1
+    assert not torch.allclose(images, others, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"batch_size": 2}, "need class_labels, one from 0 to 9"),
+        ({"batch_size": 3, "class_labels": [1, 2]}, "2 class_labels for 3 images"),
+        ({"class_labels": [1, 11]}, "from 0 to 9, or 10 for no class"),
+        ({"class_labels": []}, "give one for each"),
+    ],
+)
+def test_labels_that_a_pipeline_cannot_draw_are_refused(
+    asked: dict[str, Any], message: str, loaded: LoadedElasticUNet, tmp_path: Path
+) -> None:
+    folder = str(tmp_path / "model")
+    export(loaded, SCHEDULES["unguided"], DDIM().describe(), {}, Path(folder))
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match=message):
+        pipeline(**asked)
+
+
+@pytest.mark.parametrize(
+    "guidance", [{"scale": "2", "model": "unet_1"}, {"scale": 2.0, "model": "../unet_1"}, {"scale": 2.0}, 3]
+)
+def test_guidance_of_an_exported_folder_is_not_trusted(
+    guidance: Any, loaded: LoadedElasticUNet, tmp_path: Path
+) -> None:
+    export(loaded, SCHEDULES["guided by the half"], DDIM().describe(), {}, tmp_path / "model")
+    plan = json.loads((tmp_path / "model" / "schedule.json").read_text())
+    assert plan["steps"][0]["guidance"] == {"scale": 2.5, "model": "unet_1", "arch": [[0.5, 0.5], [], [], ""]}
+    assert plan["null_label"] == CLASSES
+    plan["steps"][0]["guidance"] = guidance
+    (tmp_path / "model" / "schedule.json").write_text(json.dumps(plan))
+    with pytest.raises(ExportError):
+        read_export(tmp_path / "model")
+
+
+def test_exported_networks_are_trained_with_labels_and_resume_exactly(
+    loaded: LoadedElasticUNet, tmp_path: Path
+) -> None:
+    data = Digits().load()
+    settings = Settings(steps=12, batch=8, warmup=2, checkpoint_every=3)
+    weights = "diffusion_pytorch_model.safetensors"
+    found = []
+    for name, stop in (("whole", 99), ("parts", 4)):
+        folder = tmp_path / name
+        export(loaded, SCHEDULES["guided by the half"], DDIM().describe(), {}, folder)
+        ticks = train(folder, data.pixels, settings, cpu=True, labels=data.labels)
+        for _, _ in zip(range(stop), ticks, strict=False):
+            pass
+        ticks.close()
+        list(train(folder, data.pixels, settings, cpu=True, labels=data.labels))
+        found.append({path.name: load_file(path / weights) for path in sorted((folder / "trained").glob("unet_*"))})
+    assert [*found[0]] == ["unet_0", "unet_1"], "the network that guides is trained too"
+    for network in found[0]:
+        assert all(torch.equal(found[0][network][name], found[1][network][name]) for name in found[0][network])
+    before = load_file(tmp_path / "whole" / "unet_0" / weights)
+    assert (before["class_embedding.weight"] != found[0]["unet_0"]["class_embedding.weight"]).any()
+
+
+@pytest.mark.parametrize("labels", [None, np.full(1797, CLASSES), np.full(1797, -1)])
+def test_networks_with_labels_are_trained_on_images_with_labels(
+    labels: Any, loaded: LoadedElasticUNet, tmp_path: Path
+) -> None:
+    export(loaded, SCHEDULES["unguided"], DDIM().describe(), {}, tmp_path / "model")
+    with pytest.raises(ExportError, match="need a label from 0 to 9 for each image"):
+        next(train(tmp_path / "model", Digits().load().pixels, Settings(), cpu=True, labels=labels))
+
+
+def test_folders_are_classes_where_asked(tmp_path: Path) -> None:
+    for name, count in (("b", 2), ("a", 1)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("L", (8, 8)).save(tmp_path / name / f"{i}.png")
+    assert folder_labels(tmp_path).tolist() == [0, 1, 1]
+    Image.new("L", (8, 8)).save(tmp_path / "c.png")
+    with pytest.raises(PictureError, match="lies in no class's folder"):
+        folder_labels(tmp_path)

@@ -113,7 +113,10 @@ def _check_schedule(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
         arch = _tuples(step.get("arch"))
         if networks.setdefault(name, arch) != arch:
             raise ExportError(f"{path} calls two networks {name}; {REMEDY}")
+        if "guidance" in step:
+            _check_guidance(_entry(step, "guidance", dict, path), networks, folder, path)
     _check_scheduler(plan, path)
+    _check_classes(plan, path)
     timesteps = [step["timestep"] for step in steps]
     total = plan["scheduler"]["num_train_timesteps"]
     if not 0 <= timesteps[-1] <= timesteps[0] < total or any(a <= b for a, b in pairwise(timesteps)):
@@ -123,10 +126,26 @@ def _check_schedule(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
     return networks
 
 
+def _check_guidance(guidance: Mapping[str, Any], networks: dict[str, Any], folder: Path, path: Path) -> None:
+    scale: Any = guidance.get("scale")
+    if type(scale) not in (int, float) or not abs(scale) <= 1e6:
+        raise ExportError(f"{path}: guidance by a scale of {scale!r}; {REMEDY}")
+    name = _name(_entry(guidance, "model", str, path), folder, path)
+    arch = _tuples(guidance.get("arch"))
+    if networks.setdefault(name, arch) != arch:
+        raise ExportError(f"{path} calls two networks {name}; {REMEDY}")
+
+
+def _check_classes(data: Mapping[str, Any], path: Path) -> None:
+    if "null_label" in data and not 0 <= _entry(data, "null_label", int, path) <= 10**6:
+        raise ExportError(f"{path}: null_label={data['null_label']} is out of range; {REMEDY}")
+
+
 def _check_training(folder: Path, training: Mapping[str, Any], networks: Mapping[str, Any]) -> None:
     path = folder / TRAINING
     served = _entry(training, "timesteps", dict, path)
     _check_scheduler(training, path)
+    _check_classes(training, path)
     total = training["scheduler"]["num_train_timesteps"]
     for name, ranges in served.items():
         if _name(name, folder, path) not in networks:

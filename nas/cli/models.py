@@ -37,6 +37,10 @@ class Precision(enum.StrEnum):
     fp16 = "fp16"
 
 
+class Labels(enum.StrEnum):
+    folders = "folders"
+
+
 class Resize(enum.StrEnum):
     box = "box"
     bilinear = "bilinear"
@@ -175,6 +179,9 @@ def train(
     resize: Annotated[
         Resize | None, typer.Option(help="Crop and resize pictures of other sizes by this rule.", show_default=False)
     ] = None,
+    labels: Annotated[
+        Labels | None, typer.Option(help="The folders right below --images are the classes.", show_default=False)
+    ] = None,
     changed_weights: Annotated[
         bool,
         typer.Option("--changed-weights", help="Take networks that were changed on purpose after they were written."),
@@ -224,8 +231,9 @@ def train(
             torch.cuda.set_device(device)
         chosen = settings_of(settings)
         pixels = follow(bars, _pixels(images, plan["shape"], resize))
+        classes = _labels(images, labels) if "null_label" in plan or labels else None
         keep_settings(folder, settings)
-        ticks = begin(folder, pixels, chosen, device == "cpu", changed_weights, whole)
+        ticks = begin(folder, pixels, chosen, device == "cpu", changed_weights, whole, classes)
         validation = None
         if study is not None and searched is not None and validate_every != 0:
             validation = Validation(study, searched, exported, device)
@@ -241,6 +249,17 @@ def train(
         out.print(facts["trained"], highlight=False, soft_wrap=True)
         if "words" in facts:
             out.print(facts["words"], highlight=False, soft_wrap=True)
+
+
+def _labels(images: str, labels: Labels | None) -> Any:
+    """Of the digits, or by folders; None where nothing says any."""
+    from search_spaces.shipped.train_diffusers import folder_labels
+
+    if images.partition(":")[0] == "digits":
+        from evaluators.images import Digits
+
+        return Digits().load().labels
+    return folder_labels(Path(images)) if labels else None
 
 
 def _pixels(images: str, shape: Sequence[int], resize: str | None) -> Generator[Progress, None, Any]:

@@ -71,15 +71,13 @@ def export(
             raise RuntimeError(
                 f"exported models differ from the supernet by {wrong}, more than {TOLERANCE}; nothing was exported"
             )
-        failed = write_programs(partial, names.values(), net.state_shape) if programs else {}
+        failed = write_programs(partial, names.values(), net.state_shape, _classes(net)) if programs else {}
         plan = {
-            "steps": [
-                {"timestep": step.timestep, "model": names[step.arch], "arch": step.arch, "reuse": step.reuse}
-                for step in schedule.steps
-            ],
+            "steps": [_step_in_words(step, names) for step in schedule.steps],
             "sampler": dict(sampler),
             "scheduler": dict(net.scheduler),
             "shape": net.state_shape,
+            **_classes(net),
         }
         _write(partial / "schedule.json", plan)
         teacher = _write_training(net, schedule, names, provenance, partial)
@@ -102,13 +100,28 @@ def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path
     reloaded = read_network(folder).to(net.device)
     x = torch.randn((4, *net.state_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
     worst = 0.0
+    condition = {name: rows.to(net.device) for name, rows in (net.some_condition(len(x)) or {}).items()}
+    text = {"encoder_hidden_states": None} if "encoder_hid_dim" in reloaded.config else {}
     for step in schedule.steps:
-        if step.arch == arch:
+        if arch in step.archs:
             with torch.inference_mode():
-                ours, _ = net.denoiser(Step(step.timestep, arch))(x, step.timestep)
-                theirs = net.noise_in(reloaded(x, step.timestep, None).sample, x, step.timestep)
+                ours, _ = net.denoiser(Step(step.timestep, arch))(x, step.timestep, None, condition or None)
+                theirs = net.noise_in(reloaded(x, step.timestep, **text, **condition).sample, x, step.timestep)
             worst = max(worst, float((ours - theirs).abs().max()))
     return worst
+
+
+def _step_in_words(step: Step, names: Mapping[Any, str]) -> dict[str, Any]:
+    """As schedule.json has it."""
+    guidance = step.guidance and {"scale": step.guidance.scale, "model": names[step.archs[-1]], "arch": step.archs[-1]}
+    said = {"timestep": step.timestep, "model": names[step.arch], "arch": step.arch, "reuse": step.reuse}
+    return {**said, **({"guidance": guidance} if guidance else {})}
+
+
+def _classes(net: LoadedSupernet) -> dict[str, int]:
+    """The label of no class, where the networks take labels: there are as many classes before it."""
+    condition = net.some_condition(1)
+    return {} if condition is None else {"null_label": int(net.null_condition(condition)["class_labels"][0])}
 
 
 class _Call(torch.nn.Module):
@@ -123,9 +136,13 @@ class _Call(torch.nn.Module):
         return prediction
 
 
-def write_programs(folder: Path, names: Iterable[str], shape: Sequence[int]) -> dict[str, str]:
+def write_programs(
+    folder: Path, names: Iterable[str], shape: Sequence[int], classes: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """Writes model.pt2 into these model folders: call(sample, timestep), (batch, *shape) and (batch,), returns the prediction. Returned is
-    why there is none, for each of which that is so."""
+    why there is none, for each of which that is so, as of all that take `classes`."""
+    if classes:
+        return dict.fromkeys(names, "it takes class labels, and programs are made of networks that take none")
     reasons = {name: _write_program(folder / name, shape) for name in names}
     return {name: reason for name, reason in reasons.items() if reason}
 
@@ -190,11 +207,12 @@ def _write_training(
     bounds = [len(net.alphas_cumprod), *(t + 1 for t in schedule.timesteps[1:]), 0]
     timesteps: dict[str, list[list[int]]] = {name: [] for name in names.values()}
     for step, (stop, start) in zip(schedule.steps, pairwise(bounds), strict=True):
-        mine = timesteps[names[step.arch]]
-        if mine and mine[-1][0] == stop:
-            mine[-1][0] = start
-        else:
-            mine.append([start, stop])
+        for arch in step.archs:
+            mine = timesteps[names[arch]]
+            if mine and mine[-1][0] == stop:
+                mine[-1][0] = start
+            else:
+                mine.append([start, stop])
     plan = {
         "timesteps": timesteps,
         "teacher": teacher,
@@ -204,6 +222,7 @@ def _write_training(
         "images": provenance.get("images"),
         "scheduler": dict(net.scheduler),
         "shape": net.state_shape,
+        **_classes(net),
     }
     _write(folder / "train.json", plan)
     return teacher
@@ -238,7 +257,8 @@ one timestep for each image.
 
 `trust_remote_code` lets diffusers run this folder's `pipeline.py`: do so with folders that you or people you trust have written.
 
-With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines.
+With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines. Networks that
+take class labels are told them by `class_labels=[3, 1, 4]`, one for each image; how the schedule guides them is in it.
 """
 
 _SAMPLE = '''"""Samples from the folder that this file lies in, into one picture."""
@@ -254,6 +274,7 @@ from exported import ExportError, read_export
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--count", type=int, default=16)
 parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--labels", type=int, nargs="*", help="classes, taken in turn; all of them by default, where the networks take any")
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--to", default="samples.png")
 arguments = parser.parse_args()
@@ -264,7 +285,9 @@ try:
 except ExportError as error:
     raise SystemExit(f"error: {error}") from error
 pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True).to(arguments.device)
-images = pipeline(batch_size=arguments.count, seed=arguments.seed).images
+classes = pipeline.config.schedule.get("null_label")
+labels = None if classes is None else [arguments.labels[i % len(arguments.labels)] if arguments.labels else i % classes for i in range(arguments.count)]
+images = pipeline(batch_size=arguments.count, seed=arguments.seed, class_labels=labels).images
 columns = min(8, len(images))
 width, height = images[0].size
 grid = Image.new(images[0].mode, (columns * width, -(-len(images) // columns) * height))

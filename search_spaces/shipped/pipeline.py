@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
-from .reuse import as_noise, run
+from .reuse import as_noise, first_rows, guided, holds, run
 
 
 class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
-    """`schedule`: the steps, each with its timestep, network and reused blocks; the sampler and the shape of an image."""
+    """`schedule`: the steps, each with its timestep, network, reused blocks, and how it is guided, if it is; the sampler, the shape of an
+    image, and where the networks take class labels, that of no class."""
 
     def __init__(self, scheduler: Any, unet_0: Any, schedule: Any = None) -> None:
         super().__init__()
@@ -36,23 +37,27 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
     @torch.inference_mode()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
         seed: int | None = None,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
     ) -> Any:
-        """`batch_size` images, as `output_type` says: "pil", "np" in [0, 1], (batch, height, width, channels), or "pt", the same as a
+        """`batch_size` images, or one for each of the `class_labels`, as `output_type` says: "pil", "np" in [0, 1], (batch, height, width, channels), or "pt", the same as a
         tensor (batch, channels, height, width).
 
         `generator`: where the noise comes from, one or a list with one for each image; `seed` instead: image i depends on the seed and i
         alone, and equals image i of `nas sample` of this seed. `num_inference_steps`: evenly so many of the schedule's steps; all by
-        default. Raises ValueError for more steps than the schedule has, and for fewer where steps reuse blocks.
+        default. Raises ValueError for more steps than the schedule has, for fewer where steps reuse blocks, and for labels that are missing,
+        too many, or of no class.
         """
         plan = self.config.schedule
         steps = _subset(plan["steps"], num_inference_steps)
-        noise = _noise(batch_size, plan["shape"], generator, seed)
+        told, null = _conditions(plan.get("null_label"), class_labels, batch_size, self.device)
+        count = len(told["class_labels"]) if told else batch_size or 1
+        noise = _noise(count, plan["shape"], generator, seed)
         # Where no signal is left at all, what is divided by must not be zero.
         alphas = [max(a, 1e-12) for a in self.scheduler.alphas_cumprod.double().tolist()]
         alphas.append(float(self.scheduler.final_alpha_cumprod))
@@ -62,13 +67,9 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         with self.progress_bar(total=len(steps)) as bar:
             for number, step in enumerate(steps):
                 following: Any = steps[number + 1] if number + 1 < len(steps) else {"timestep": -1, "reuse": []}
-                net = getattr(self, step["model"])
                 kept = following["reuse"]
                 a, b = alphas[step["timestep"]], alphas[following["timestep"]]
-                answer = partial(as_noise, x=x, alpha=a, kind=self.scheduler.config.prediction_type)
-                prediction, cache = run(
-                    net, x.to(net.dtype), step["timestep"], step["reuse"], kept, cache, answer=answer
-                )
+                prediction, cache = self._denoise(step, a, kept, x, cache, told, null)
                 drawn = next(noise).to(x)
                 after, memory = _update(
                     plan["sampler"], x, prediction, a, b, drawn if number + 1 < len(steps) else None, memory
@@ -77,6 +78,45 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                 bar.update()
         return self._output(x, output_type, return_dict)
 
+    def _denoise(
+        self,
+        step: Mapping[str, Any],
+        alpha: float,
+        keep: Sequence[str],
+        x: torch.Tensor,
+        cache: Any,
+        told: Any,
+        null: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        """The noise in x by a step's network, guided where the step is, and what the next step may reuse."""
+        own = partial(self._noise_in, step["model"], step["timestep"], alpha, step["reuse"], keep)
+        guidance = step.get("guidance")
+        if holds(getattr(self, step["model"]), step["reuse"]):
+            return own(x, cache, None)
+        if guidance is None:
+            return own(x, first_rows(cache, len(x)), told)
+        by = None
+        if guidance["model"] != step["model"]:
+            other = partial(self._noise_in, guidance["model"], step["timestep"], alpha, (), ())
+            by = lambda x, null: other(x, None, null)[0]  # noqa: E731
+        both = {name: torch.cat([rows, null[name]]) for name, rows in told.items()}
+        return guided(own, by, x, guidance["scale"], cache, both)
+
+    def _noise_in(
+        self,
+        model: str,
+        t: int,
+        alpha: float,
+        reuse: Sequence[str],
+        keep: Sequence[str],
+        x: torch.Tensor,
+        cache: Any,
+        condition: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        net = getattr(self, model)
+        answer = partial(as_noise, x=x, alpha=alpha, kind=self.scheduler.config.prediction_type)
+        return run(net, x.to(net.dtype), t, reuse, keep, cache, condition, answer=answer)
+
     def _output(self, x: torch.Tensor, output_type: str | None, return_dict: bool) -> Any:
         images: Any = (x.clamp(-1, 1) / 2 + 0.5).cpu()
         if output_type != "pt":
@@ -84,6 +124,22 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _conditions(null_label: int | None, labels: Any, count: int | None, device: Any) -> tuple[Any, Any]:
+    """What the images are conditioned on, and as many null conditions; None each, where the networks take none."""
+    if null_label is None:
+        if labels is not None:
+            raise ValueError("the networks take no class_labels; leave them out")
+        return None, None
+    if labels is None:
+        raise ValueError(f"the networks need class_labels, one from 0 to {null_label - 1} for each image")
+    rows = torch.as_tensor(labels, dtype=torch.long).reshape(-1)
+    if (count is not None and len(rows) != count) or not len(rows):
+        raise ValueError(f"{len(rows)} class_labels for {count} images; give one for each")
+    if rows.min() < 0 or rows.max() > null_label:
+        raise ValueError(f"class_labels must be from 0 to {null_label - 1}, or {null_label} for no class")
+    return {"class_labels": rows.to(device)}, {"class_labels": torch.full_like(rows, null_label).to(device)}
 
 
 def _update(

@@ -243,6 +243,12 @@ def guided(
     return noise, {**kept, PREDICTION: noise} if kept and PREDICTION in kept else kept
 
 
+def holds(net: Any, reuse: Collection[str]) -> bool:
+    """Whether a call with these blocks reused runs nothing, and hands out the prediction of the step before."""
+    graph = graph_of(net)
+    return len(graph.expand(reuse)) == len(graph.branches)
+
+
 def first_rows(cache: Cache | None, count: int) -> Cache | None:
     """Of what a guided step kept, that of the samples' own conditions."""
     return None if cache is None else {name: rows[:count] for name, rows in cache.items()}

@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import numpy as np
@@ -70,6 +70,7 @@ class Settings:
     precision: str = "no"
     seed: int = 0
     checkpoint_every: int = 250
+    drop: float = 0.1
 
 
 def settings_of(given: Any) -> Settings:
@@ -97,12 +98,14 @@ def train(
     cpu: bool = False,
     changed_weights: bool = False,
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    labels: npt.NDArray[np.int64] | None = None,
 ) -> Generator[dict[str, Any], None, None]:
     """Trains what `folder/trained` lacks; yields after each step the network's name, its step, how many there are, the loss, and the
     average of its weights, which the next step changes. Closed early, it keeps its state first.
 
     pixels: (n, channels, height, width) in [-1, 1]. `changed_weights`: takes networks that are not those that were exported. `whole`: makes
-    a context in which nobody is interrupted. Raises ExportError where the folder is damaged.
+    a context in which nobody is interrupted. `labels`: (n,), where the networks take labels; a share `settings.drop` of them is dropped. Raises
+    ExportError where the folder is damaged, and for labels that the networks need or do not take.
     """
     export = read_export(folder)
     plan = export.training
@@ -113,7 +116,15 @@ def train(
     into = folder / TRAINED
     into.mkdir(exist_ok=True)
     teacher = read_network(folder / plan["teacher"]).to(accelerator.device).requires_grad_(False)
-    data = torch.from_numpy(pixels).to(accelerator.device)
+    null = plan.get("null_label")
+    if (labels is None) != (null is None) or (labels is not None and not 0 <= labels.min() <= labels.max() < null):
+        raise ExportError(
+            "the networks take no labels; leave them out"
+            if null is None
+            else f"the networks need a label from 0 to {null - 1} for each image: give --labels folders, or images that have them"
+        )
+    classes = None if labels is None else torch.from_numpy(labels).to(accelerator.device)
+    data = Labelled(torch.from_numpy(pixels).to(accelerator.device), classes, null)
     scheduler = diffusers.DDIMScheduler(**plan["scheduler"])
     exported = export.provenance.get("files", {})
     teachers = {file: exported[file] for file in exported if file.startswith("teacher/")}
@@ -138,6 +149,14 @@ def train(
                 os.replace(partial, into / part.name)
 
 
+class Labelled(NamedTuple):
+    """Images (n, channels, height, width), their labels (n,), and that of no class; None where the networks take none."""
+
+    pixels: torch.Tensor
+    labels: torch.Tensor | None
+    null: int | None
+
+
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
@@ -149,7 +168,7 @@ def _train_one(
     name: str,
     ranges: Sequence[Sequence[int]],
     teacher: Any,
-    data: torch.Tensor,
+    data: Labelled,
     scheduler: Any,
     settings: Settings,
     accelerator: Any,
@@ -192,7 +211,7 @@ def _step(
     net: Any,
     bare: Any,
     teacher: Any,
-    data: torch.Tensor,
+    data: Labelled,
     served: torch.Tensor,
     scheduler: Any,
     settings: Settings,
@@ -205,16 +224,21 @@ def _step(
     # Each process has noise of its own; the same step has the same noise, whatever came before it.
     seed = int.from_bytes(np.random.default_rng((settings.seed, step, accelerator.process_index)).bytes(4), "big")
     generator = torch.Generator().manual_seed(seed)
-    x0 = data[torch.randint(len(data), (settings.batch,), generator=generator).to(data.device)]
+    device = data.pixels.device
+    chosen = torch.randint(len(data.pixels), (settings.batch,), generator=generator).to(device)
+    x0, labels = data.pixels[chosen], None if data.labels is None else data.labels[chosen]
     if settings.flip:
-        mirrored = torch.rand(settings.batch, generator=generator).to(data.device) < 0.5
+        mirrored = torch.rand(settings.batch, generator=generator).to(device) < 0.5
         x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
-    t = served[torch.randint(len(served), (settings.batch,), generator=generator)].to(data.device)
+    if labels is not None:
+        dropped = torch.rand(settings.batch, generator=generator).to(device) < settings.drop
+        labels = torch.where(dropped, torch.full_like(labels, data.null or 0), labels)
+    t = served[torch.randint(len(served), (settings.batch,), generator=generator)].to(device)
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     x = scheduler.add_noise(x0, noise, t)
     kind = scheduler.config.prediction_type
     truth = noise if kind == "epsilon" else x0 if kind == "sample" else scheduler.get_velocity(x0, noise, t)
-    loss = _loss(net, bare, teacher, x, t, truth, settings, accelerator)
+    loss = _loss(net, bare, teacher, x, t, labels, truth, settings, accelerator)
     optimiser.zero_grad()
     accelerator.backward(loss)
     accelerator.clip_grad_norm_(net.parameters(), settings.clip)
@@ -231,17 +255,18 @@ def _loss(
     teacher: Any,
     x: torch.Tensor,
     t: torch.Tensor,
+    labels: torch.Tensor | None,
     truth: torch.Tensor,
     settings: Settings,
     accelerator: Any,
 ) -> torch.Tensor:
     mine, theirs = Maps(bare, settings.features > 0), Maps(teacher, settings.features > 0)
     with accelerator.autocast():
-        prediction = _predict(net, x, t).float()
+        prediction = _predict(net, bare, x, t, labels).float()
         target = truth
         if settings.distillation or settings.features:
             with torch.no_grad():
-                shown = _predict(teacher, x, t).float()
+                shown = _predict(teacher, teacher, x, t, labels).float()
             target = torch.lerp(truth, shown, settings.distillation)
     loss = torch.nn.functional.mse_loss(prediction, target)
     maps = [torch.nn.functional.mse_loss(a, b) for a, b in zip(mine.close(), theirs.close(), strict=True)]
@@ -267,8 +292,9 @@ class Maps:
         return self._found
 
 
-def _predict(net: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    prediction: torch.Tensor = net(x, t, None, return_dict=False)[0]
+def _predict(net: Any, bare: Any, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    given = (None, labels) if "encoder_hid_dim" in bare.config else (labels,)
+    prediction: torch.Tensor = net(x, t, *given, return_dict=False)[0]
     return prediction
 
 
@@ -332,6 +358,18 @@ def read_images(
         yield number + 1, len(listed.files), pixels
 
 
+def folder_labels(path: Path) -> npt.NDArray[np.int64]:
+    """The classes of all pictures below a folder, in the order in which they are read: the folders right below it, by name. Raises
+    PictureError where a picture lies in none."""
+    names = []
+    for file in find_pictures(path).files:
+        inside = Path(file).relative_to(path).parts
+        if len(inside) < 2:
+            raise PictureError(f"{file} lies in no class's folder; put each picture into one below {path}")
+        names.append(inside[0])
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
 def main() -> None:
     folder = Path(__file__).resolve().parent
     try:
@@ -344,6 +382,7 @@ def main() -> None:
     parser.add_argument(
         "--resize", choices=["box", "bilinear", "bicubic", "lanczos"], help="crop and resize pictures of other sizes"
     )
+    parser.add_argument("--labels", choices=["folders"], help="the folders right below --images are the classes")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument(
         "--changed-weights", action="store_true", help="take networks that were changed after the export"
@@ -355,7 +394,9 @@ def main() -> None:
         else:
             parser.add_argument(option, type=type(value), default=value, help=f"default {value}")
     chosen = vars(parser.parse_args())
-    images, resize, cpu, changed = (chosen.pop(name) for name in ("images", "resize", "cpu", "changed_weights"))
+    images, resize, cpu, changed, said = (
+        chosen.pop(name) for name in ("images", "resize", "cpu", "changed_weights", "labels")
+    )
     channels, *size = plan["shape"]
     speaks = PartialState(cpu=cpu).is_main_process
     asked: list[int] = []
@@ -367,7 +408,8 @@ def main() -> None:
                 print(f"reading images: {done} of {total}", flush=True)
             if asked:
                 raise SystemExit(128 + asked[0])
-        with closing(train(folder, pixels, settings_of(chosen), cpu, changed)) as ticks:
+        labels = folder_labels(images) if said else None
+        with closing(train(folder, pixels, settings_of(chosen), cpu, changed, labels=labels)) as ticks:
             for tick in ticks:
                 if not math.isfinite(tick["loss"]):
                     raise SystemExit(
