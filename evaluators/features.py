@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -108,12 +108,20 @@ class SmallClassifier:
         os.replace(partial, path)
 
     def load(self, folder: Path, device: torch.device) -> LoadedFeatures:
+        return _Extractor(self._network(folder, device), f"small classifier {self.digest(folder)}", "FD")
+
+    def classifier(self, folder: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Images (n, channels, height, width) in [-1, 1] to a logit for each class, (n, classes)."""
+        net = self._network(folder, device)
+        return lambda images: net.head(net(images))
+
+    def _network(self, folder: Path, device: torch.device) -> _Classifier:
         path = self._path(folder)
         metadata = self._metadata(path)
         in_channels, classes = int(metadata["in_channels"]), int(metadata["classes"])
         net = _Classifier(in_channels, self.channels, self.dimensions, classes).to(device)
         net.load_state_dict(load_file(path, device=str(device)))
-        return _Extractor(net.eval(), f"small classifier {self.digest(folder)}", "FD")
+        return net.eval()
 
     def digest(self, folder: Path) -> str:
         self._metadata(self._path(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,17 @@ from evaluators.conditions import Conditions
 from evaluators.device import settle
 from evaluators.sampling import DDIM, Precision, Sampler
 from evaluators.trajectories import Trajectories
-from nas.contracts import LoadedSupernet, Schedule, Score, Step, UserError
+from nas.contracts import (
+    Evaluator,
+    LoadedEvaluator,
+    LoadedSupernet,
+    Progress,
+    Schedule,
+    Score,
+    Step,
+    UserError,
+    digest_of,
+)
 from nas.recipes import Batch, recipe
 
 Array = npt.NDArray[np.float64]
@@ -134,3 +144,79 @@ def mean_with_replicates(rows: npt.NDArray[Any]) -> tuple[float, tuple[float, ..
     total = values.sum()
     parts = np.array_split(values, min(BLOCKS, len(values))) if len(values) >= 2 else []
     return float(values.mean()), tuple(float((total - part.sum()) / (len(values) - len(part))) for part in parts)
+
+
+@recipe
+class Scores:
+    """Several scores of the same samples, each an objective of its own: `Scores((Frechet(...), Agreement(...)))`. What one of them has
+    sampled the others find kept. Raises UserError where they do not look at the same samples."""
+
+    parts: Annotated[tuple[Evaluator, ...], Field(min_length=1)]
+
+    def __post_init__(self) -> None:
+        first, *others = self.parts
+        for other in others:
+            for name in ("rungs", "sampler", "precision", "conditions"):
+                mine, theirs = (getattr(part, name, None) for part in (first, other))
+                if mine != theirs:
+                    raise UserError(f"parts of Scores have the {name} {mine} and {theirs}; give them the same")
+        if len(set(self.metrics)) != len(self.metrics):
+            raise UserError(f"parts of Scores measure {', '.join(self.metrics)}; each may stand there once")
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        return tuple(self.parts[0].rungs)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(metric for part in self.parts for metric in part.metrics)
+
+    @property
+    def sampler(self) -> Any:
+        return getattr(self.parts[0], "sampler", None)
+
+    @property
+    def conditions(self) -> Any:
+        return getattr(self.parts[0], "conditions", None)
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "Scores", "parts": [part.describe() for part in self.parts]}
+
+    def digest(self, folder: Path) -> str:
+        return digest_of([part.digest(folder) for part in self.parts])
+
+    def check(self) -> None:
+        """As each of them."""
+        for part in self.parts:
+            getattr(part, "check", lambda: None)()
+
+    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        for part in self.parts:
+            yield from part.prepare(folder, seed, device)
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScores:
+        return LoadedScores([part.load(supernet, folder) for part in self.parts])
+
+
+class LoadedScores:
+    def __init__(self, parts: Sequence[LoadedEvaluator]) -> None:
+        self.parts = parts
+        self.supernet = parts[0].supernet
+        self.sampler = parts[0].sampler
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        first, *others = (part(schedule, rung, seed) for part in self.parts)
+        spent = dict(first.spent)
+        for score in others:
+            # What the first has sampled is kept for the others, and was paid for by it.
+            for name in ("calls", "macs", "seconds"):
+                spent[name] = spent.get(name, 0.0) + score.spent.get(name, 0.0)
+        return Score(
+            {name: value for score in (first, *others) for name, value in score.values.items()},
+            {name: values for score in (first, *others) for name, values in score.replicates.items()},
+            spent,
+            {name: label for score in (first, *others) for name, label in score.labels.items()},
+        )
+
+    def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+        return self.parts[0].sample(schedule, count, seed)

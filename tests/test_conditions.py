@@ -17,11 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from benchmarks.cost import macs_of
+from evaluators.agreement import Agreement
 from evaluators.conditions import Labels
+from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet
 from evaluators.images import Digits
 from evaluators.proxies import DenoisingLoss, TeacherDistance, TrajectoryDistance
 from evaluators.sampling import DDIM, DDPM, DPMSolver, sample
+from evaluators.scoring import Scores
 from evaluators.trajectories import Trajectories
 from nas.base.exported import ExportError, read_export
 from nas.base.pictures import PictureError
@@ -300,6 +303,42 @@ def test_scores_of_guided_schedules_keep_the_laws(kind: Any, run_folder: Path) -
     evaluator = kind(images, rungs=(32, 64), conditions=Labels(images))
     check_evaluator(evaluator, NET, SPACES["guidance and width"], run_folder)
     assert evaluator.digest(run_folder) != replace(evaluator, conditions=None).digest(run_folder)
+
+
+def test_agreement_is_the_share_that_the_judge_puts_into_their_class(run_folder: Path) -> None:
+    images = Digits()
+    data, labels = images.load(), Labels(images)
+    evaluator = Agreement(images, rungs=(32, 64), conditions=labels)
+    check_evaluator(evaluator, NET, SPACES["guidance and width"], run_folder)
+    loaded = evaluator.load(NET.load(run_folder / "supernet", "cpu"), run_folder)
+    classify = SmallClassifier().classifier(run_folder, torch.device("cpu"))
+    with torch.inference_mode():
+        real = classify(torch.from_numpy(data.pixels)).argmax(1).numpy()
+        seen = classify(loaded.sample(SCHEDULES["guided in the middle"], 64, 5)).argmax(1)
+    assert (real == data.labels).mean() > 0.9, "the judge knows real digits"
+    asked = labels.load().of(5, 0, 64)["class_labels"]
+    score = loaded(SCHEDULES["guided in the middle"], 64, 5)
+    assert score.values["disagreement"] == pytest.approx(float((seen != asked).double().mean()))
+    with pytest.raises(UserError, match=r"give it conditions=Labels\(images\)"):
+        Agreement(images)
+
+
+def test_several_scores_of_the_same_samples_cost_their_samples_once(run_folder: Path) -> None:
+    images = Digits()
+    labels = Labels(images)
+    parts = (Frechet(images, rungs=(32, 64), conditions=labels), Agreement(images, rungs=(32, 64), conditions=labels))
+    both = Scores(parts)
+    check_evaluator(both, NET, SPACES["guidance and width"], run_folder)
+    fresh = [part.load(NET.load(run_folder / "supernet", "cpu"), run_folder) for part in (both, *parts)]
+    together, fd, disagreement = (loaded(SCHEDULES["reused"], 32, 0) for loaded in fresh)
+    assert together.values == {**fd.values, **disagreement.values}
+    assert together.replicates == {**fd.replicates, **disagreement.replicates}
+    assert (together.spent["calls"], together.spent["macs"]) == (fd.spent["calls"], fd.spent["macs"])
+    assert together.charged_in_full().spent["macs"] == fd.charged_in_full().spent["macs"]
+    with pytest.raises(UserError, match="parts of Scores have the rungs"):
+        Scores((parts[0], replace(parts[1], rungs=(16,))))
+    with pytest.raises(UserError, match="each may stand there once"):
+        Scores((parts[0], parts[0]))
 
 
 def test_labels_are_dropped_by_the_steps_own_generator(loaded: LoadedElasticUNet) -> None:

@@ -1,0 +1,72 @@
+"""Whether samples show what they were asked to: the share that a judge puts into another class than their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from evaluators.conditions import Labels
+from evaluators.features import SmallClassifier
+from evaluators.images import check_shape, load_once
+from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
+from nas.contracts import Images, LoadedSupernet, Progress, Schedule, UserError, digest_of
+from nas.recipes import recipe
+
+
+@recipe
+class Agreement(Sampled):
+    """Share of a schedule's samples that the judge does not put into their class. Value: "disagreement", which falls as accuracy rises.
+
+    It sees whether a sample can be recognised, and nothing else: strong guidance raises it while samples become alike, which a Frechet
+    distance notices. `judge`: a classifier of the images, by default the one whose features the Frechet distance is taken of.
+    """
+
+    images: Images
+    judge: SmallClassifier = field(default_factory=SmallClassifier)
+    metrics = ("disagreement",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.conditions, Labels):
+            raise UserError("Agreement compares samples with their labels; give it conditions=Labels(images)")
+
+    def describe(self) -> Mapping[str, object]:
+        return {
+            "class": "Agreement",
+            **self.describe_sampling(),
+            "judge": self.judge.describe(),
+            "images": load_once(self.images).digest,
+        }
+
+    def digest(self, folder: Path) -> str:
+        return digest_of({**self.describe(), "judge": self.judge.digest(folder)})
+
+    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from self.judge.prepare(load_once(self.images), folder, seed, device)
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
+        check_shape(load_once(self.images), supernet.image_shape)
+        trajectories, classify = self.trajectories(supernet, folder), self.judge.classifier(folder, supernet.device)
+        conditions = trajectories.conditions
+        assert conditions is not None
+
+        def make(schedule: Schedule, seed: int, start: int, stop: int) -> npt.NDArray[np.float64]:
+            asked = conditions.of(seed, start, stop)["class_labels"]
+            with torch.inference_mode():
+                seen = classify(trajectories.images(schedule, seed, start, stop)).argmax(1).cpu()
+            return (seen != asked).double().numpy()
+
+        judge = digest_of({"recipe": self.judge.describe(), "prepared": self.judge.digest(folder)})
+        return LoadedScore(
+            self,
+            trajectories,
+            "disagreement",
+            Rows(f"classes by {judge} other than asked for", make),
+            mean_with_replicates,
+            lambda count: f"samples in another class@{count} (small classifier {self.judge.digest(folder)})",
+        )
