@@ -31,6 +31,7 @@ from nas.contracts import (
     Step,
     UserError,
     digest_of,
+    some_condition,
 )
 from nas.recipes import Batch, Few, recipe
 
@@ -93,7 +94,7 @@ class Timer:
         settings, net = self._settings, self._net
         before = net.run_as(settings.channels_last, settings.compiled)
         x = torch.zeros((settings.batch, *net.state_shape), device=net.device)
-        condition = net.some_condition(settings.batch)
+        condition = some_condition(net, settings.batch)
         found = []
         try:
             cache = None

@@ -196,12 +196,9 @@ def predict(
     condition: Condition | None = None,
 ) -> tuple[torch.Tensor, Any]:
     """The network's call at a step: its prediction of the noise, float32 at least whatever the precision of the call, and the outputs of
-    the blocks in `keep`. `condition`: of the samples; a guided step is handed the network's null one after it."""
+    the blocks in `keep`. `condition`: of the samples."""
     if condition is not None:
-        null = net.null_condition(condition) if step.guidance else {}
-        condition = {
-            name: (torch.cat([rows, null[name]]) if null else rows).to(net.device) for name, rows in condition.items()
-        }
+        condition = {name: rows.to(net.device) for name, rows in condition.items()}
     with torch.inference_mode(), torch.autocast(net.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
         prediction, cache = net.denoiser(step, keep)(x, step.timestep, cache, condition)
     return prediction.to(torch.promote_types(prediction.dtype, torch.float32)), cache

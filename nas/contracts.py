@@ -88,8 +88,7 @@ Price = Callable[[Step], int]
 """What a step costs, in a unit of its own."""
 
 Condition = Mapping[str, "torch.Tensor"]
-"""What samples are conditioned on: the stock model's own keyword arguments, one row for each sample. For a guided step twice as many: the
-samples' own conditions, then as many null ones."""
+"""What samples are conditioned on: the stock model's own keyword arguments, one row for each sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +312,7 @@ class SearchSpace(Protocol):
 
 class Denoiser(Protocol):
     """One step's noise in x, whatever the network predicts. x: (batch, channels, height, width); t: the step's timestep; cache: what the
-    step before kept; condition: of (2 x batch) rows where the step is guided."""
+    step before kept; condition: the samples' own; a guided step adds the null one itself."""
 
     def __call__(
         self, x: torch.Tensor, t: int, cache: Any = None, condition: Condition | None = None
@@ -334,9 +333,25 @@ class Gated(Protocol):
     ) -> tuple[torch.Tensor, Any]: ...
 
 
-OPTIONAL = {"Supernet": ("profile", "outline"), "Training": ("macs",)}
+OPTIONAL = {
+    "Supernet": ("profile", "outline"),
+    "Training": ("macs",),
+    "LoadedSupernet": ("noise_in", "null_condition", "some_condition", "to_states"),
+}
 """Members of a protocol that a search does without: a dry run asks for the outline and for what training takes, pictures of schedules for
-the profile."""
+the profile; a loaded supernet without the last ones predicts the noise and takes no conditions."""
+
+
+def some_condition(net: LoadedSupernet, count: int) -> Condition | None:
+    """Any condition that the network takes, of so many rows, for who only wants to see it run; None where it takes none."""
+    make = getattr(net, "some_condition", None)
+    return None if make is None else make(count)
+
+
+def noise_in(net: LoadedSupernet, prediction: torch.Tensor, x: torch.Tensor, t: int) -> torch.Tensor:
+    """What the output of a stock subnet says of the noise in x: itself, where the supernet does not know better."""
+    told = getattr(net, "noise_in", None)
+    return prediction if told is None else told(prediction, x, t)
 
 
 class LoadedSupernet(Protocol):

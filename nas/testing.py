@@ -14,7 +14,7 @@ import math
 import pickle
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ from nas.contracts import (
     Supernet,
     Trial,
     frozen,
+    noise_in,
+    some_condition,
 )
 from nas.genomes.genetics import LATENCY, IntervalCosts, cheapest, check_reachable, dearest, feasible_genomes
 from nas.genomes.timed import TimedSpace, calls, key
@@ -300,32 +302,39 @@ def check_space(space: SearchSpace, samples: int = 50) -> None:
 
 def check_supernet(loaded: LoadedSupernet, space: SearchSpace, samples: int = 8) -> None:
     """All laws of a supernet: the subnet of an arch does not depend on what ran before, equals its extraction, and a
-    saved and reloaded extraction, a stock model called with (x, t, None)."""
+    saved and reloaded extraction, a stock model."""
     import tempfile
 
     import torch
 
     rng = np.random.default_rng(0)
     x = torch.randn((2, *loaded.state_shape), generator=torch.Generator().manual_seed(0)).to(loaded.device)
-    first: dict[tuple[int, Any], Any] = {}
+    condition = {name: rows.to(loaded.device) for name, rows in (some_condition(loaded, len(x)) or {}).items()}
+
+    def predicted(step: Step) -> Any:
+        with torch.inference_mode():
+            return loaded.denoiser(step)(x, step.timestep, None, condition or None)[0]
+
+    first: dict[Step, Any] = {}
     for _ in range(2):
         for _ in range(samples):
             genome = tuple(int(rng.integers(len(choice.options))) for choice in space.choices)
             for step in space.decode(genome).steps:
-                with torch.inference_mode():
-                    prediction, _ = loaded.denoiser(step)(x, step.timestep)
+                step = replace(step, reuse=())
+                prediction = predicted(step)
                 assert prediction.shape == x.shape, "a prediction has the shape of its input"
-                known = first.setdefault((step.timestep, step.arch), prediction)
-                assert torch.equal(known, prediction), f"arch {step.arch} gives another result after other archs ran"
-    for arch in {arch for _, arch in first}:
-        timestep = next(t for t, a in first if a == arch)
-        extracted = loaded.extract(arch)
+                known = first.setdefault(step, prediction)
+                assert torch.equal(known, prediction), f"{step} gives another result after other subnets ran"
+    for arch in {arch for step in first for arch in step.archs}:
+        timestep = next(step.timestep for step in first if arch in step.archs)
+        extracted, ours = loaded.extract(arch), predicted(Step(timestep, arch))
         with tempfile.TemporaryDirectory() as folder:
             extracted.save_pretrained(folder)  # type: ignore[operator]
             for net in (extracted, type(extracted).from_pretrained(folder, low_cpu_mem_usage=False).eval()):  # type: ignore[attr-defined]
+                given = {"encoder_hidden_states": None} if "encoder_hid_dim" in net.config else {}  # type: ignore[operator]
                 with torch.inference_mode():
-                    alone = loaded.noise_in(net.to(loaded.device)(x, timestep, None).sample, x, timestep)
-                difference = float((alone - first[timestep, arch]).abs().max())
+                    alone = net.to(loaded.device)(x, timestep, **given, **condition).sample
+                difference = float((noise_in(loaded, alone, x, timestep) - ours).abs().max())
                 assert difference <= 1e-5, f"extracted {arch} differs from the supernet by {difference}"
         assert loaded.macs(Step(0, frozen(json.loads(json.dumps(arch))))) == loaded.macs(Step(0, arch)) > 0, (
             "an arch must survive JSON"

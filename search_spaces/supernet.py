@@ -325,8 +325,9 @@ class LoadedElasticUNet:
             if guidance is None:
                 return own(x, first_rows(cache, len(x)), condition)
             if condition is None:
-                raise ValueError("a guided step needs conditions, the samples' own and then the null ones")
-            return guided(own, plain if other is not None else None, x, guidance.scale, cache, condition)
+                raise ValueError("a guided step needs the samples' conditions")
+            null = self.null_condition(condition)
+            return guided(own, plain if other is not None else None, x, guidance.scale, cache, condition, null)
 
         return call
 

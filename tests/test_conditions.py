@@ -32,7 +32,7 @@ from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
 from nas.genomes.genetics import IntervalCosts
 from nas.handover.export import export
 from nas.study import Study
-from nas.testing import check_evaluator, check_space
+from nas.testing import check_evaluator, check_space, check_supernet
 from search_spaces.intervals import uniform
 from search_spaces.networks.slices import Arch
 from search_spaces.networks.unet import arguments
@@ -112,9 +112,8 @@ def test_images_without_labels_condition_nothing() -> None:
 @pytest.mark.parametrize("guide", [Guidance(2.0), Guidance(0.0), Guidance(1.0), BY_HALF], ids=str)
 def test_a_guided_step_is_two_calls(loaded: LoadedElasticUNet, guide: Guidance) -> None:
     x, labels, null = batch()
-    condition = {"class_labels": torch.cat([labels, null])}
     with torch.no_grad():
-        noise, _ = loaded.denoiser(Step(400, WHOLE, (), guide))(x, 400, None, condition)
+        noise, _ = loaded.denoiser(Step(400, WHOLE, (), guide))(x, 400, None, {"class_labels": labels})
         told = loaded.extract(WHOLE)(x, 400, class_labels=labels).sample
         plain = loaded.extract(Arch(*(guide.arch or WHOLE)))(x, 400, class_labels=null).sample
     assert torch.allclose(noise, plain + guide.scale * (told - plain), atol=5 * CALL)
@@ -145,10 +144,9 @@ def test_a_guided_step_reuses_what_each_of_its_calls_had(
     graph = graph_of(model)
     reuse = tuple(name for name in graph.blocks if name not in ("d0", "u1"))
     told, untold = {"class_labels": labels}, {"class_labels": null}
-    both = {"class_labels": torch.cat([labels, null])}
     with torch.no_grad():
-        _, cache = loaded.denoiser(Step(500, WHOLE, (), before), reuse)(first, 500, None, both if before else told)
-        noise, _ = loaded.denoiser(Step(400, WHOLE, reuse, guide))(x, 400, cache, both if guide else told)
+        _, cache = loaded.denoiser(Step(500, WHOLE, (), before), reuse)(first, 500, None, told)
+        noise, _ = loaded.denoiser(Step(400, WHOLE, reuse, guide))(x, 400, cache, told)
         own = run(model, x, 400, reuse, (), run(model, first, 500, (), reuse, None, told)[1], told)[0]
         if guide is None:
             expected = own
@@ -162,7 +160,7 @@ def test_a_guided_step_reuses_what_each_of_its_calls_had(
 
 
 def test_a_guided_step_without_conditions_is_refused(loaded: LoadedElasticUNet) -> None:
-    with pytest.raises(ValueError, match="needs conditions"):
+    with pytest.raises(ValueError, match="needs the samples' conditions"):
         loaded.denoiser(Step(400, WHOLE, (), Guidance(2.0)))(batch()[0], 400)
 
 
@@ -267,6 +265,11 @@ def test_every_schedule_of_such_a_space_can_be_sampled(name: str) -> None:
     for _ in range(6):
         genome = tuple(int(rng.integers(len(choice.options))) for choice in space.choices)
         assert sample(loaded, space.decode(genome), DDIM(), 0, 0, 2, conditions).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["guidance and width", "and reuse"])
+def test_class_conditional_supernets_keep_the_laws(name: str, loaded: LoadedElasticUNet) -> None:
+    check_supernet(loaded, SPACES[name], samples=4)
 
 
 def test_genes_of_guidance_are_named() -> None:

@@ -27,7 +27,7 @@ import torch
 
 from nas.base import exported, pictures
 from nas.base.exported import hashes_of, read_network
-from nas.contracts import LoadedSupernet, Schedule, Step, UserError
+from nas.contracts import LoadedSupernet, Schedule, Step, UserError, noise_in, some_condition
 from nas.engine.facts import package_versions
 
 TOLERANCE = 1e-5
@@ -100,13 +100,13 @@ def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path
     reloaded = read_network(folder).to(net.device)
     x = torch.randn((4, *net.state_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
     worst = 0.0
-    condition = {name: rows.to(net.device) for name, rows in (net.some_condition(len(x)) or {}).items()}
+    condition = {name: rows.to(net.device) for name, rows in (some_condition(net, len(x)) or {}).items()}
     text = {"encoder_hidden_states": None} if "encoder_hid_dim" in reloaded.config else {}
     for step in schedule.steps:
         if arch in step.archs:
             with torch.inference_mode():
                 ours, _ = net.denoiser(Step(step.timestep, arch))(x, step.timestep, None, condition or None)
-                theirs = net.noise_in(reloaded(x, step.timestep, **text, **condition).sample, x, step.timestep)
+                theirs = noise_in(net, reloaded(x, step.timestep, **text, **condition).sample, x, step.timestep)
             worst = max(worst, float((ours - theirs).abs().max()))
     return worst
 
@@ -120,7 +120,7 @@ def _step_in_words(step: Step, names: Mapping[Any, str]) -> dict[str, Any]:
 
 def _classes(net: LoadedSupernet) -> dict[str, int]:
     """The label of no class, where the networks take labels: there are as many classes before it."""
-    condition = net.some_condition(1)
+    condition = some_condition(net, 1)
     return {} if condition is None else {"null_label": int(net.null_condition(condition)["class_labels"][0])}
 
 

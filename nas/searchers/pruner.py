@@ -22,7 +22,17 @@ from pydantic import Field
 from torch.utils.checkpoint import checkpoint
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from nas.contracts import Gated, LoadedSupernet, Progress, Schedule, Snapshot, Step, UserError, derive_seed
+from nas.contracts import (
+    Gated,
+    LoadedSupernet,
+    Progress,
+    Schedule,
+    Snapshot,
+    Step,
+    UserError,
+    derive_seed,
+    some_condition,
+)
 from nas.recipes import Batch, Count, Positive, Share, Weight, recipe
 
 EVERY = 25
@@ -108,6 +118,10 @@ def learn_gates(
     costs the full network's trajectory, and three or, with checkpointing, four times as much for the gated one."""
     if len(full.archs) > 1:
         raise UserError("gates are learned for one subnet on all steps; a space of experts has several")
+    if some_condition(net, 1) is not None:
+        raise UserError(
+            "gates are learned of networks without conditions so far; use evolution over patterns for this one"
+        )
     [arch] = full.archs
     names = net.blocks(arch, settings.finer)
     scorer = Scorer(settings, len(full.steps) - 1, len(names), derive_seed(seed, "pruner")).to(net.device)

@@ -24,7 +24,9 @@ from nas.contracts import (
     Progress,
     Schedule,
     Snapshot,
+    UserError,
     derive_seed,
+    some_condition,
 )
 from nas.genomes.genetics import IntervalCosts, dearest
 from nas.recipes import Batch, Count, Few, Positive, Weight, recipe
@@ -62,6 +64,15 @@ class RelaxedPolicy(Protocol):
         the budget loss has to teach it, or early intervals would never learn to leave something to late ones."""
 
 
+def labels_for(supernet: LoadedSupernet, images: ImageSet) -> torch.Tensor | None:
+    """The images' labels where the network takes any. Raises UserError where they have none."""
+    if some_condition(supernet, 1) is None:
+        return None
+    if images.labels is None:
+        raise UserError("the network takes labels, and the images have none to learn with; use images with labels")
+    return torch.from_numpy(images.labels).to(supernet.device)
+
+
 def learn(
     settings: Relaxation,
     policy: RelaxedPolicy,
@@ -77,6 +88,7 @@ def learn(
     homes = [costs.home(gene) for gene in range(len(problem.space.choices))]
     steps_of = _steps_of(problem, costs)
     pixels = torch.from_numpy(images.pixels).to(supernet.device)
+    labels = labels_for(supernet, images)
     abar = torch.from_numpy(supernet.alphas_cumprod).float()
     optimiser = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
     first, spent = (0, 0) if so_far is None else (_restore(policy, optimiser, so_far), so_far.macs)
@@ -90,7 +102,8 @@ def learn(
         gene = int(rng.integers(len(homes)))
         place = int(rng.choice(steps_of[homes[gene]]))
         generator = torch.Generator().manual_seed(derive_seed(seed, number, "relaxation batch"))
-        x0 = pixels[torch.randint(len(pixels), (settings.batch,), generator=generator).to(pixels.device)]
+        chosen = torch.randint(len(pixels), (settings.batch,), generator=generator).to(pixels.device)
+        x0, condition = pixels[chosen], None if labels is None else {"class_labels": labels[chosen]}
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         step = full.steps[place]
         x = abar[step.timestep].sqrt() * x0 + (1 - abar[step.timestep]).sqrt() * noise
@@ -98,8 +111,10 @@ def learn(
         schedules = [problem.space.decode(_changed(genomes[0], gene, option)) for option in range(options)]
         arches = [schedule.steps[place] for schedule in schedules]
         with torch.no_grad():
-            predictions = torch.stack([supernet.denoiser(each)(x, step.timestep)[0] for each in arches])
-            teacher = supernet.denoiser(step)(x, step.timestep)[0]
+            predictions = torch.stack(
+                [supernet.denoiser(each)(x, step.timestep, None, condition)[0] for each in arches]
+            )
+            teacher = supernet.denoiser(step)(x, step.timestep, None, condition)[0]
         spent += settings.batch * sum(supernet.macs(each) for each in (*arches, step))
         mixed = torch.einsum("o,onchw->nchw", weights[0, gene, :options].to(x), predictions.clone())
         denoising = (mixed - noise).square().mean()

@@ -99,8 +99,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         if guidance["model"] != step["model"]:
             other = partial(self._noise_in, guidance["model"], step["timestep"], alpha, (), ())
             by = lambda x, null: other(x, None, null)[0]  # noqa: E731
-        both = {name: torch.cat([rows, null[name]]) for name, rows in told.items()}
-        return guided(own, by, x, guidance["scale"], cache, both)
+        return guided(own, by, x, guidance["scale"], cache, told, null)
 
     def _noise_in(
         self,

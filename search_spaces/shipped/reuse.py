@@ -224,20 +224,19 @@ def guided(
     scale: float,
     cache: Cache | None,
     condition: Condition,
+    null: Condition,
 ) -> tuple[torch.Tensor, Cache | None]:
     """u + scale (c - u): the noise by classifier-free guidance (Ho & Salimans 2022), and what the next step may reuse.
 
-    `condition`: twice as many rows as x has, the samples' own and then the null ones. `call(x, cache, condition)`: the step's network, which
-    predicts both at once, and so keeps outputs of twice as many rows; or c alone where `other` predicts u.
+    `condition` and `null`: a row for each of x. `call(x, cache, condition)`: the step's network, which predicts both at once, and so keeps
+    outputs of twice as many rows; or c alone where `other` predicts u.
     """
-    own, null = (
-        {name: rows[part] for name, rows in condition.items()} for part in (slice(len(x)), slice(len(x), None))
-    )
     if other is None:
-        both, kept = call(torch.cat([x, x]), cache, condition)
-        told, plain = both.chunk(2)
+        both = {name: torch.cat([rows, null[name]]) for name, rows in condition.items()}
+        noises, kept = call(torch.cat([x, x]), cache, both)
+        told, plain = noises.chunk(2)
     else:
-        told, kept = call(x, first_rows(cache, len(x)), own)
+        told, kept = call(x, first_rows(cache, len(x)), condition)
         plain = other(x, null)
     noise = plain + scale * (told - plain)
     return noise, {**kept, PREDICTION: noise} if kept and PREDICTION in kept else kept
