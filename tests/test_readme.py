@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from evaluators.latency import Latency, Timed
+from nas.contracts import Guidance
 from nas.searchers.evolution import Evolution
 from nas.searchers.gates import Gates
-from studies import digits, digits_reuse, digits_wide
+from studies import digits, digits_classes, digits_reuse, digits_wide
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -70,12 +71,18 @@ def test_files_that_are_named_exist() -> None:
 
 def test_the_spaces_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    common: dict[str, Any] = {"Gates": Gates, "Evolution": Evolution, "Latency": Latency, "Timed": Timed}
+    common: dict[str, Any] = {
+        "Gates": Gates,
+        "Evolution": Evolution,
+        "Latency": Latency,
+        "Timed": Timed,
+        "Guidance": Guidance,
+    }
     for module in ("intervals", "options", "patterns", "stepwise", "supernet", "training"):
         common |= vars(importlib.import_module(f"search_spaces.{module}"))
     digits_wide.net.initial(0).extract(digits_wide.net.uniform(1.0)).save_pretrained("model")
     shown = [block for block in blocks("python") if "Stepwise(" in block or "Timed(" in block]
-    for block, module in zip(shown, (digits, digits_wide, digits_reuse, digits), strict=True):  # type: ignore[assignment]
+    for block, module in zip(shown, (digits, digits_wide, digits_reuse, digits_classes, digits), strict=True):  # type: ignore[assignment]
         exec(block.replace("    ...,\n", SAME), {**common, **vars(module)})
 
 
