@@ -1,4 +1,4 @@
-# make demo   install, then the digits study end to end: train, search, compare, export
+# make demo   install, then a study of the digits by class end to end: train, search, compare, export
 # make test   install, then ruff, mypy and pytest
 # make test-all   these, and every benchmark at small sizes
 # make mutants   try the tests on changed code
@@ -7,15 +7,15 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-RUN    ?= runs/digits
+RUN    ?= runs/digits-classes
 
 .PHONY: demo test test-all lint types tests mutants clean
 
 demo: $(VENV)/.demo
-	$(BIN)/nas run studies/digits.py --out $(RUN)
+	$(BIN)/nas run studies/digits_classes.py --out $(RUN)
 	rm -rf $(RUN)/exported
-	$(BIN)/nas export studies/digits.py --within macs_share=0.5 --to $(RUN)/exported --out $(RUN)
-	$(BIN)/nas sample studies/digits.py --within macs_share=0.5 --to $(RUN)/report/samples.png --out $(RUN)
+	$(BIN)/nas export studies/digits_classes.py --within macs_share=0.3 --to $(RUN)/exported --out $(RUN)
+	$(BIN)/nas sample studies/digits_classes.py --within macs_share=0.3 --to $(RUN)/report/samples.png --out $(RUN)
 
 test: lint types tests
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,10 @@ from search_spaces.training import Sandwich
 from search_spaces.training.optimiser import Batches
 from tests.arithmetic import CALL, SAMPLES
 from tests.conftest import TINY
+from tests.test_cli import nas
 from tests.test_supernet import randomised
+
+ROOT = Path(__file__).parent.parent
 
 CLASSES = 10
 NET = ElasticUNet({**TINY, "num_class_embeds": CLASSES + 1}, (0.5, 1.0))
@@ -497,3 +502,67 @@ def test_folders_are_classes_where_asked(tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "c.png")
     with pytest.raises(PictureError, match="lies in no class's folder"):
         folder_labels(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- all the way
+
+STUDY = """
+from dataclasses import replace
+from evaluators.agreement import Agreement
+from evaluators.conditions import Labels
+from evaluators.frechet import Frechet
+from evaluators.proxies import DenoisingLoss, TeacherFrechet
+from evaluators.scoring import Scores
+from nas.searchers.knapsack import Knapsack
+from nas.searchers.routing import Routing
+from nas.searchers.relaxation import Relaxation
+from search_spaces.training import Sandwich
+from studies.digits_classes import images, labels, study as digits
+
+settings = {"rungs": (32, 64), "conditions": labels}
+study = replace(
+    digits,
+    training=Sandwich(steps=30, batch=16),
+    evaluator=Scores((Frechet(images, **settings), Agreement(images, **settings))),
+    searchers={**digits.searchers, "knapsack": Knapsack(), "routing": Routing(warm_start=Relaxation(steps=3, batch=4))},
+    trials=8,
+    verified=3,
+    proxies={"loss": DenoisingLoss(images, rungs=(32,), conditions=labels), "teacher": TeacherFrechet(images, rungs=(32,), conditions=labels)},
+)
+"""
+
+
+@pytest.mark.slow
+def test_a_class_conditional_study_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, run, model = tmp_path / "study.py", tmp_path / "run", tmp_path / "model"
+    study.write_text(STUDY)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.syspath_prepend(str(ROOT))
+    for command in (
+        ("run", study, "--dry-run", "--out", run),
+        ("run", study, "--searcher", "evolution,random,knapsack,routing", "--out", run, "-q"),
+        ("compare", run),
+        ("report", study, "--out", run),
+        ("audit", study, "--schedules", 20, "--out", run, "-q"),
+        ("export", study, "--within", "macs_share=0.5", "--to", model, "--out", run),
+        ("sample", study, "--within", "macs_share=0.5", "--to", tmp_path / "samples.png", "--count", 20, "--out", run),
+        ("sample", study, "--within", "macs_share=0.5", "--to", tmp_path / "samples.npy", "--count", 20, "--out", run),
+        ("train", model, "--images", "digits", "--steps", 12, "--study", study, "--out", run, "-q"),
+    ):
+        done = nas(*command)
+        assert done.returncode == 0, (command, done.stderr)
+    alone = subprocess.run(
+        [sys.executable, "sample.py", "--count", "12", "--labels", "3", "7"],
+        cwd=model / "trained",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert alone.returncode == 0, alone.stderr
+    told = json.loads((model / "provenance.json").read_text())
+    assert set(told["confirmed"]["values"]) == {"fd", "disagreement"}
+    folder = str(model)
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    asked = Labels(Digits()).load().of(0, 0, 20)["class_labels"]
+    images = pipeline(class_labels=asked, seed=0, output_type="pt").images * 2 - 1
+    assert torch.allclose(images, torch.from_numpy(np.load(tmp_path / "samples.npy")), atol=SAMPLES)

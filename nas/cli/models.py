@@ -109,7 +109,7 @@ def sample(
     storage: StorageOption = None,
     device: DeviceOption = "cpu",
 ) -> None:
-    """Draw images with a trial's schedule."""
+    """Draw images with a trial's schedule; where they are of classes, the picture shows them class by class."""
     import numpy as np
 
     from nas.study import load_study
@@ -122,6 +122,10 @@ def sample(
     chosen, ledger = choose(study, folder, storage, searcher, search_seed, trial, within)
     again = confirmed(study, folder, storage, chosen, device) if within else None
     images = study.load(folder, device).sample(study.space.decode(chosen.genome), count, seed).cpu().numpy()
+    conditions = getattr(study.evaluator, "conditions", None)
+    if conditions is not None and to.suffix == ".png":  # people look class by class
+        labels = conditions.load().of(seed, 0, count).get("class_labels")
+        images = images if labels is None else images[np.argsort(labels.numpy(), kind="stable")]
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".npy":
         np.save(to, images)
