@@ -33,6 +33,7 @@ from nas.base.pictures import PictureError
 from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
 from nas.genomes.genetics import IntervalCosts
 from nas.handover.export import export
+from nas.results.plots import class_by_class
 from nas.study import Study
 from nas.testing import check_evaluator, check_space, check_supernet
 from search_spaces.intervals import uniform
@@ -530,6 +531,14 @@ study = replace(
     proxies={"loss": DenoisingLoss(images, rungs=(32,), conditions=labels), "teacher": TeacherFrechet(images, rungs=(32,), conditions=labels)},
 )
 """
+
+
+def test_samples_are_shown_class_by_class() -> None:
+    asked = Labels(Digits()).load().of(3, 0, 40)["class_labels"].numpy()
+    images = asked[:, None, None, None].astype(np.float32)
+    shown = class_by_class(images, Frechet(Digits(), conditions=Labels(Digits())), 3)
+    assert shown.ravel().tolist() == sorted(asked.tolist())
+    assert class_by_class(images, Frechet(Digits()), 3) is images
 
 
 @pytest.mark.slow

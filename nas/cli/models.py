@@ -122,16 +122,13 @@ def sample(
     chosen, ledger = choose(study, folder, storage, searcher, search_seed, trial, within)
     again = confirmed(study, folder, storage, chosen, device) if within else None
     images = study.load(folder, device).sample(study.space.decode(chosen.genome), count, seed).cpu().numpy()
-    conditions = getattr(study.evaluator, "conditions", None)
-    if conditions is not None and to.suffix == ".png":  # people look class by class
-        labels = conditions.load().of(seed, 0, count).get("class_labels")
-        images = images if labels is None else images[np.argsort(labels.numpy(), kind="stable")]
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".npy":
         np.save(to, images)
     else:
-        from nas.results.plots import draw_samples
+        from nas.results.plots import class_by_class, draw_samples
 
+        images = class_by_class(images, study.evaluator, seed)
         draw_samples(images, to, scale=max(1, 96 // images.shape[-1]))
     out.print(
         f"{count} images of {ledger} trial {chosen.number} ({summary_of(chosen, study, again)}) are in {to}",

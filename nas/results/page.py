@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from nas.contracts import Genome, Trial
 from nas.genomes.genetics import LATENCY, dearest
-from nas.results.plots import INK, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
+from nas.results.plots import INK, class_by_class, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
 from nas.results.report import Run, Scale, against, cost_in_words, verified_front
 from nas.study import BASELINE, Study
 
@@ -206,7 +206,9 @@ def _grids(
 def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
     """Samples of a genome's schedule, from the noise that all grids share."""
     images = loaded.sample(study.space.decode(genome), SAMPLES, study.seed).cpu().numpy()
-    draw_samples(images, path, columns=6, scale=max(1, 64 // images.shape[-1]))
+    draw_samples(
+        class_by_class(images, study.evaluator, study.seed), path, columns=6, scale=max(1, 64 // images.shape[-1])
+    )
 
 
 def export_command(study_file: str, run: Run, searcher: str, seed: int, trial: int) -> str:

@@ -248,6 +248,13 @@ def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
+def class_by_class(images: npt.NDArray[np.float32], evaluator: Any, seed: int) -> npt.NDArray[np.float32]:
+    """Samples 0, 1, ... of this seed in order of the classes they were asked to be, where the evaluator conditions them on any."""
+    conditions = getattr(evaluator, "conditions", None)
+    labels = None if conditions is None else conditions.load().of(seed, 0, len(images)).get("class_labels")
+    return images if labels is None else images[np.argsort(labels.numpy(), kind="stable")]
+
+
 def draw_samples(images: npt.NDArray[np.float32], path: Path, columns: int = 8, scale: int = 1) -> None:
     """Writes a grid of (n, channels, height, width) images in [-1, 1] as PNG, each pixel `scale` pixels wide."""
     from PIL import Image
