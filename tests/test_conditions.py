@@ -31,7 +31,7 @@ from evaluators.trajectories import Trajectories
 from nas.base.exported import ExportError, read_export
 from nas.base.pictures import PictureError
 from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
-from nas.genomes.genetics import IntervalCosts
+from nas.genomes.genetics import IntervalCosts, uniform_genomes
 from nas.handover.export import export
 from nas.results.plots import class_by_class
 from nas.study import Study
@@ -276,6 +276,14 @@ def test_every_schedule_of_such_a_space_can_be_sampled(name: str) -> None:
 @pytest.mark.parametrize("name", ["guidance and width", "and reuse"])
 def test_class_conditional_supernets_keep_the_laws(name: str, loaded: LoadedElasticUNet) -> None:
     check_supernet(loaded, SPACES[name], samples=4)
+
+
+def test_the_baseline_has_the_full_network_with_each_kind_of_guidance() -> None:
+    space = SPACES["guidance and width"]
+    schedules = [space.decode(genome) for genome in uniform_genomes(space)]
+    whole = {steps[0].guidance for steps in (s.steps for s in schedules) if {step.arch for step in steps} == {WHOLE}}
+    assert whole == {None, Guidance(1.5), Guidance(3.0, HALF)}
+    assert all(len({step.guidance for step in schedule.steps}) == 1 for schedule in schedules)
 
 
 def test_genes_of_guidance_are_named() -> None:

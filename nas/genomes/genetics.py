@@ -107,9 +107,13 @@ def dearest(space: SearchSpace) -> Genome:
 
 
 def uniform_genomes(space: SearchSpace) -> list[Genome]:
-    """One option index for the whole trajectory (its last one where a choice has fewer options), cheapest first."""
-    most = max(len(choice.options) for choice in space.choices)
-    found = [tuple(min(index, len(choice.options) - 1) for choice in space.choices) for index in range(most)]
+    """One option index for the whole trajectory (its last one where a choice has fewer options), cheapest first; and where steps may be
+    guided, the full network with each kind of guidance throughout."""
+    sizes = [len(choice.options) for choice in space.choices]
+    guides = [choice.name.endswith(".guidance") for choice in space.choices]
+    found = [tuple(min(index, size - 1) for size in sizes) for index in range(max(sizes))]
+    for index in range(max((size for size, guide in zip(sizes, guides, strict=True) if guide), default=0)):
+        found.append(tuple(index if guide else size - 1 for size, guide in zip(sizes, guides, strict=True)))
     return sorted(dict.fromkeys(found), key=lambda genome: space.cost(genome)["macs"])
 
 

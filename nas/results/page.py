@@ -39,7 +39,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
     draw_scores(ledgers, run.facts, run.scale, facts["label"], folder / "fronts.svg")
     draw_curves(facts["searchers"], facts["area_until_macs"], folder / "compute.svg")
     best = _best_searcher(facts)
-    full = _full(ledgers.get(BASELINE, ()))
+    full = _full(ledgers.get(BASELINE, ()), quality)
     winner = _winner(ledgers, run.facts["limits"], quality)
     page = _template().render(
         study=study.name,
@@ -51,7 +51,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         curves=_inline(folder / "compute.svg"),
         mapped=best,
         maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
-        grids=_grids(study, loaded, winner[1], ledgers.get(BASELINE, ()), run.scale, folder) if winner else [],
+        grids=_grids(study, loaded, winner[1], ledgers.get(BASELINE, ()), run.scale, folder, quality) if winner else [],
         audit=_audit(run.folder, folder),
         trained=_trained(facts["trained"], quality),
         spent=_spent(run, facts),
@@ -86,9 +86,15 @@ def _best_searcher(facts: Mapping[str, Any]) -> str:
     return str(max(rows, key=lambda row: row["hypervolume"])["searcher"]) if rows else BASELINE
 
 
-def _full(uniform: Sequence[Trial]) -> Trial | None:
+def _full(uniform: Sequence[Trial], quality: str) -> Trial | None:
+    """The full network at every step, guided as does it best where steps may be guided."""
     done = [trial for trial in uniform if trial.status == "complete" and trial.cost["macs_share"] == 1]
-    return done[-1] if done else None
+    return min(done, key=lambda trial: trial.objectives((quality,)), default=None)
+
+
+def _full_in_words(run: Run) -> str:
+    guided = any(name.endswith(".guidance") for name, _ in run.facts["choices"])
+    return "the full network, guided throughout" if guided else "the full network"
 
 
 def _winner(
@@ -145,7 +151,7 @@ def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str, r
         shown = _with_error(full, quality)
         difference = against(winner[1], full, quality) if winner else None
         words = f"the best {difference['words']}" if difference else ""
-        cards.append({"what": f"{quality} of the full network", "value": shown, "words": words})
+        cards.append({"what": f"{quality} of {_full_in_words(run)}", "value": shown, "words": words})
     return cards
 
 
@@ -185,9 +191,10 @@ def _grids(
     uniform: Sequence[Trial],
     scale: Scale,
     folder: Path,
+    quality: str,
 ) -> list[dict[str, str]]:
     """The full network, the winner, and one option at every step that costs no more."""
-    full = _full(uniform)
+    full = _full(uniform, quality)
     same = [trial for trial in uniform if trial.scored and scale.share(trial) <= scale.share(winner)]
     shown = [("best within the limits", winner)]
     if full is not None:

@@ -292,8 +292,9 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapp
                 zorder=2,
             )
             if x[-1] == 1:
-                axes.axhline(y[-1], color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
-                axes.annotate("full network", (1, y[-1]), (0, -14), textcoords="offset points", ha="right", fontsize=9)
+                full = min(value for place, value in zip(x, y, strict=True) if place == 1)  # guided as does it best
+                axes.axhline(full, color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
+                axes.annotate("full network", (1, full), (0, -14), textcoords="offset points", ha="right", fontsize=9)
             continue
         colour = next(colours)
         axes.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
