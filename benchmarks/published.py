@@ -14,7 +14,8 @@ RESNET_DOWN, RESNET_UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
 
 
 class Published(NamedTuple):
-    """`params` in millions, `macs` and `without_attention` in 1e9, as printed; the arguments of a UNet2DModel."""
+    """`params` in millions, `macs` and `without_attention` in 1e9, pinned as they were counted apart from this project; papers print their first
+    two or three digits. `config`: the arguments of a UNet2DModel."""
 
     params: float
     macs: float
