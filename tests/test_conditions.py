@@ -34,6 +34,7 @@ from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
 from nas.genomes.genetics import IntervalCosts, uniform_genomes
 from nas.handover.export import export
 from nas.results.plots import class_by_class
+from nas.searchers.pruner import Pruner, learn_gates
 from nas.study import Study
 from nas.testing import check_evaluator, check_space, check_supernet
 from search_spaces.intervals import uniform
@@ -356,6 +357,37 @@ def test_several_scores_of_the_same_samples_cost_their_samples_once(run_folder: 
         Scores((parts[0], replace(parts[1], rungs=(16,))))
     with pytest.raises(UserError, match="each may stand there once"):
         Scores((parts[0], parts[0]))
+
+
+def test_gates_are_learned_with_labels_and_of_unguided_steps_alone() -> None:
+    """Through the gated network, whose answer at open gates is the plain network's."""
+    loaded, labels = randomised(NET), torch.tensor([7, 2])
+    settings = Pruner(steps=2, batch=2)
+    full = Schedule(tuple(Step(t, WHOLE) for t in (900, 500, 100)))
+    seen: list[torch.Tensor] = []
+    gated = loaded.gated
+
+    def watched(arch: Any) -> Any:
+        call = gated(arch)
+
+        def noted(x: Any, t: Any, gates: Any, cache: Any = None, condition: Any = None) -> Any:
+            seen.append(condition["class_labels"])
+            return call(x, t, gates, cache, condition)
+
+        return noted
+
+    loaded.gated = watched
+    for _ in learn_gates(settings, loaded, full, 0, labels=labels):
+        pass
+    assert {tuple(rows.tolist()) for rows in seen} <= {(7, 2), (2, 7), (7, 7), (2, 2)}
+    assert len(seen) >= 2 * 2 * 3
+    x, asked, _ = batch()
+    told = {"class_labels": asked}
+    with torch.no_grad():
+        plain = loaded.denoiser(Step(400, WHOLE))(x, 400, None, told)[0]
+        assert torch.allclose(gated(WHOLE)(x, 400, {}, None, told)[0], plain, atol=CALL)
+    with pytest.raises(UserError, match="of steps that are not guided"):
+        next(learn_gates(settings, loaded, Schedule((Step(900, WHOLE), Step(500, WHOLE, (), Guidance(2.0)))), 0))
 
 
 def test_labels_are_dropped_by_the_steps_own_generator(loaded: LoadedElasticUNet) -> None:

@@ -42,6 +42,7 @@ from nas.genomes.allocation import allocate
 from nas.genomes.genetics import IntervalCosts, Taken, budget_of, dearest, exact_cost, near, novel, random_genome
 from nas.recipes import recipe
 from nas.searchers.pruner import Pruner, learn_gates
+from nas.searchers.relaxation import labels_for
 
 Choosing = Literal["bisection", "greedy", "knapsack"]
 Floats = npt.NDArray[np.float64]
@@ -67,7 +68,7 @@ class Gates:
         space that offers no reuse."""
         full = problem.space.decode(dearest(problem.space))
         meanings = _meanings(problem, supernet, full, self.pruner.finer)
-        keep, spent = yield from learn_gates(self.pruner, supernet, full, seed, so_far)
+        keep, spent = yield from learn_gates(self.pruner, supernet, full, seed, so_far, labels_for(supernet, images))
         return {"keep": keep, **meanings}, spent
 
     def start(self, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None) -> GatesSearch:

@@ -22,17 +22,7 @@ from pydantic import Field
 from torch.utils.checkpoint import checkpoint
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from nas.contracts import (
-    Gated,
-    LoadedSupernet,
-    Progress,
-    Schedule,
-    Snapshot,
-    Step,
-    UserError,
-    derive_seed,
-    some_condition,
-)
+from nas.contracts import Condition, Gated, LoadedSupernet, Progress, Schedule, Snapshot, Step, UserError, derive_seed
 from nas.recipes import Batch, Count, Positive, Share, Weight, recipe
 
 EVERY = 25
@@ -112,15 +102,21 @@ def gammas(net: LoadedSupernet, arch: Any, finer: bool) -> torch.Tensor:
 
 
 def learn_gates(
-    settings: Pruner, net: LoadedSupernet, full: Schedule, seed: int, so_far: Snapshot | None = None
+    settings: Pruner,
+    net: LoadedSupernet,
+    full: Schedule,
+    seed: int,
+    so_far: Snapshot | None = None,
+    labels: torch.Tensor | None = None,
 ) -> Generator[Progress | Snapshot, None, tuple[torch.Tensor, int]]:
     """Keep probabilities of the schedule's blocks, (steps - 1, blocks), for all steps but the first, and the MACs that took. Each noise
-    costs the full network's trajectory, and three or, with checkpointing, four times as much for the gated one."""
+    costs the full network's trajectory, and three or, with checkpointing, four times as much for the gated one. `labels`: (n,), of images,
+    where the network takes any; each noise has one of them."""
     if len(full.archs) > 1:
         raise UserError("gates are learned for one subnet on all steps; a space of experts has several")
-    if some_condition(net, 1) is not None:
+    if any(step.guidance for step in full.steps):
         raise UserError(
-            "gates are learned of networks without conditions so far; use evolution over patterns for this one"
+            "gates are learned of steps that are not guided; leave guidance out of the space, or use evolution over its patterns"
         )
     [arch] = full.archs
     names = net.blocks(arch, settings.finer)
@@ -134,10 +130,13 @@ def learn_gates(
     gamma = gammas(net, arch, settings.finer).to(net.device)
     for number in range(first, settings.steps):
         optimiser.param_groups[0]["lr"] = settings.learning_rate * (1 + math.cos(math.pi * number / settings.steps)) / 2
-        noise = _noise(settings, net, number, seed)
+        noise, condition = _noise(settings, net, number, seed), None
+        if labels is not None:
+            drawn = [derive_seed(seed, i, "label of the gates") % len(labels) for i in _places(settings, number)]
+            condition = {"class_labels": labels[torch.tensor(drawn, device=labels.device)]}
         gates = straight_through(scorer())
         kept = kept_share(net, arch, names, gates, settings.finer)
-        distances = _distances(settings, net, full, names, gates, noise)
+        distances = _distances(settings, net, full, names, gates, noise, condition)
         optimiser.zero_grad()
         dissimilarity = 0.0
         if kept >= settings.floor:
@@ -167,11 +166,16 @@ def kept_share(net: LoadedSupernet, arch: Any, names: Sequence[str], gates: torc
     return kept / (full * (len(gates) + 1))
 
 
+def _places(settings: Pruner, number: int) -> list[int]:
+    """Which noises a gradient step has."""
+    here = range(number * settings.batch, (number + 1) * settings.batch)
+    return [i if settings.noises is None else i % settings.noises for i in here]
+
+
 def _noise(settings: Pruner, net: LoadedSupernet, number: int, seed: int) -> torch.Tensor:
     """(batch, channels, height, width)."""
     rows = []
-    for i in range(number * settings.batch, (number + 1) * settings.batch):
-        which = i if settings.noises is None else i % settings.noises
+    for which in _places(settings, number):
         generator = torch.Generator().manual_seed(derive_seed(seed, which, "noise of the gates"))
         rows.append(torch.randn(net.state_shape, generator=generator))
     return torch.stack(rows).to(net.device)
@@ -184,9 +188,10 @@ def _distances(
     names: Sequence[str],
     gates: torch.Tensor,
     noise: torch.Tensor,
+    condition: Condition | None = None,
 ) -> Iterator[torch.Tensor]:
     """1 - SSIM with the full network: of the final samples; or of each step's predicted images, one after another."""
-    walk = _Walk(net, full, settings)
+    walk = _Walk(net, full, settings, condition)
     if settings.scope == "trajectory":
         with torch.no_grad():
             teacher = noise
@@ -212,7 +217,10 @@ def _distances(
 class _Walk:
     """Deterministic DDIM (Song et al. 2021, eq. 12) over a schedule's timesteps with gated blocks."""
 
-    def __init__(self, net: LoadedSupernet, full: Schedule, settings: Pruner) -> None:
+    def __init__(
+        self, net: LoadedSupernet, full: Schedule, settings: Pruner, condition: Condition | None = None
+    ) -> None:
+        self._condition = condition
         self._gated: Gated = net.gated(full.archs[0])
         self._timesteps = full.timesteps
         abar = net.alphas_cumprod
@@ -222,7 +230,7 @@ class _Walk:
     def call(
         self, number: int, x: torch.Tensor, gates: Mapping[str, torch.Tensor], cache: Any
     ) -> tuple[torch.Tensor, Any]:
-        return self._gated(x, self._timesteps[number], gates, cache)
+        return self._gated(x, self._timesteps[number], gates, cache, self._condition)
 
     def image(self, number: int, x: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         alpha = self._alphas[number]
