@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -13,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nas.base.files import file_digest, tensors_digest
-from nas.contracts import UserError
+from nas.contracts import UserError, digest_of
 from nas.engine.ledger import STUDY
 from nas.engine.session import open_session
+from nas.genomes.genetics import dearest
 from nas.results.report import Run
 from nas.study import Study
 
@@ -98,3 +100,26 @@ def test_a_ledger_that_knows_its_weights_by_their_file_is_continued_and_learns_t
     rewritten(copied / "supernet" / "weights.safetensors")
     with open_session(tiny_study, copied) as session:
         session.run(session.conductor("evolution"))
+
+
+PINNED = {
+    "digits": ("356946db079993c9", "cd08b7b0d6ddfd84", "ec4070424990c659", "b2d44c6c664a65dd", "84ea20908a7fdbce"),
+    "digits_wide": ("fee218a0b27ca77b", "cd08b7b0d6ddfd84", "bc4c5dd54b7cc89d", "d87794b2b0132878", "84ea20908a7fdbce"),
+    "digits_reuse": (
+        "0a7d735980591cf2",
+        "540d56b274120f05",
+        "9b39ce95dc1e5ddf",
+        "c6002a4ed8102aa3",
+        "5a9577e7a0ecfba2",
+    ),
+}
+"""Of space, dearest schedule, supernet, training and evaluator, as run folders have them that were written before there were conditions."""
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_ledgers_from_before_there_were_conditions_are_continued(name: str) -> None:
+    study = importlib.import_module(f"studies.{name}").study
+    described = (study.space, study.supernet, study.training, study.evaluator)
+    space, supernet, training, evaluator = (digest_of(part.describe()) for part in described)
+    schedule = study.space.decode(dearest(study.space)).digest
+    assert (space, schedule, supernet, training, evaluator) == PINNED[name]
