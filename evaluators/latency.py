@@ -65,8 +65,7 @@ class Timer:
 
     def of_step(self, step: Step) -> list[float]:
         """Milliseconds for an image, of each repeat; 0 where nothing runs. Raises UserError for a compiled step that reuses blocks."""
-        if self._settings.compiled and step.reuse:
-            raise UserError("steps that reuse blocks are not compiled; time them with Latency(compiled=False)")
+        self._check(step)
         if not self._net.macs(step):
             return [0.0] * self._settings.repeats
         key = json.dumps([step.arch, step.reuse, *([step.guidance] if step.guidance else [])])
@@ -82,6 +81,8 @@ class Timer:
 
     def of_schedule(self, schedule: Schedule) -> tuple[float, tuple[float, ...]]:
         """The sum of the steps' medians, and as many replicates as there are repeats, whose spread is the error of the means."""
+        for step in schedule.steps:
+            self._check(step)
         times = np.array([self.of_step(step) for step in schedule.steps])
         value = float(np.median(times, axis=1).sum())
         total = times.sum(axis=0)
@@ -89,6 +90,10 @@ class Timer:
             return value, ()
         left_out = (total.sum() - total) / (len(total) - 1)
         return value, tuple((value + left_out - total.mean()).tolist())
+
+    def _check(self, step: Step) -> None:
+        if self._settings.compiled and step.reuse:
+            raise UserError("steps that reuse blocks are not compiled; time them with Latency(compiled=False)")
 
     def _measure(self, step: Step) -> list[float]:
         settings, net = self._settings, self._net

@@ -68,7 +68,7 @@ def drawn(number: int) -> torch.Tensor:
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_ddim_with_noise_equals_diffusers(eta: float, clip: bool) -> None:
-    """To the rounding of its abar, which diffusers keeps in float32."""
+    """To the rounding of diffusers, which keeps abar, and takes the difference 1 - abar - variance under a root, in float32."""
     scheduler = DDIMScheduler(clip_sample=clip, timestep_spacing="trailing")
     scheduler.set_timesteps(10)
     states = run(DDIM(clip, eta), NoiseSchedule().alphas_cumprod, uniform(10), drawn)
@@ -78,7 +78,7 @@ def test_ddim_with_noise_equals_diffusers(eta: float, clip: bool) -> None:
         x = scheduler.step(
             noise_of(x, t), t, x, eta=0.0 if last else eta, variance_noise=None if last else drawn(number)
         ).prev_sample
-        assert torch.allclose(states[number + 1], x, atol=1e-5)
+        assert torch.allclose(states[number + 1], x, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

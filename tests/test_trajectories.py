@@ -169,7 +169,13 @@ def test_no_form_changes_what_is_computed(tiny_net: ElasticUNet, compiled: bool)
     schedule = schedule_of(tiny_net, 1, 0.5)
     plain = sample(net, schedule, DDIM(), 0, 0, 8)
     net.run_as(not compiled, compiled)
-    assert torch.allclose(sample(net, schedule, DDIM(), 0, 0, 8), plain, atol=1e-4)
+    try:
+        formed = sample(net, schedule, DDIM(), 0, 0, 8)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if "CppCompileError" not in str(error):
+            raise
+        pytest.skip("torch writes C++ that this compiler does not take")
+    assert torch.allclose(formed, plain, atol=1e-4)
 
 
 def test_lower_precision_is_a_score_of_its_own(tiny_net: ElasticUNet, tiny_run: Path) -> None:
