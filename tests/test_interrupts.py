@@ -166,3 +166,23 @@ def test_training_ends_at_the_first_loss_that_is_no_number(tmp_path: Path) -> No
             pass
     assert not (tmp_path / "weights.safetensors").exists()
     assert torch.get_num_threads() >= 1
+
+
+def test_what_is_closed_at_the_very_end_of_the_interpreter_is_whole_too() -> None:
+    script = """
+from nas.base.interrupts import answer_sigterm, whole
+
+def training():
+    try:
+        while True:
+            yield
+    finally:
+        with whole():
+            print("kept")
+
+answer_sigterm()
+left_open = training()
+next(left_open)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "kept\n", "")

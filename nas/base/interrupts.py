@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -46,28 +45,24 @@ def whole() -> Iterator[None]:
         yield
         return
     asked: list[int] = []
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    # At the very end of the interpreter, where a training that was left open is closed, there are no handlers any more.
+    known = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in known.items() if callable(handler)}
 
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(number)
         if len(asked) > 1:
-            _answer(before[signal.Signals(number)], number, frame)
+            before[signal.Signals(number)](number, frame)
 
-    for number in SIGNALS:
-        if callable(before[number]):
-            signal.signal(number, note)
+    for number in before:
+        signal.signal(number, note)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if asked:
-        _answer(before[signal.Signals(asked[0])], asked[0], None)
-
-
-def _answer(handler: Any, number: int, frame: FrameType | None) -> None:
-    if callable(handler):
-        handler(number, frame)
+        before[signal.Signals(asked[0])](asked[0], None)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
