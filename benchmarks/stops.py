@@ -94,11 +94,11 @@ def killed(
             happened, left = happened + 1, left - 1
             expected = -signal.SIGKILL if number == signal.SIGKILL else 143
             if run.returncode not in (expected, -number) or "Traceback" in said:
-                wrong.append([arguments[0], run.returncode, said[-300:]])
+                wrong.append([arguments[0], run.returncode, _last_line(said)])
         end = subprocess.run([sys.executable, "-m", "nas.cli", *arguments], capture_output=True, text=True, check=False)
         already = arguments[0] == "export" and "is not empty" in end.stderr
         if end.returncode and not already:
-            wrong.append([arguments[0], end.returncode, end.stderr[-400:]])
+            wrong.append([arguments[0], end.returncode, _last_line(end.stderr)])
             break
     return {"kills": happened, "wrong": wrong, **outcome(folder)}
 
@@ -149,6 +149,11 @@ def kills(bench: Benchmark) -> dict[str, Any]:
         },
         "survived": float(np.mean([row["equal"] and not row["wrong"] for row in rows])),
     }
+
+
+def _last_line(said: str) -> str:
+    """Of what a command said, which of a traceback is its reason; the lines before it name places of this machine."""
+    return next(reversed(said.strip().splitlines()), "")
 
 
 @contextlib.contextmanager
