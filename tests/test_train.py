@@ -28,7 +28,7 @@ from nas.contracts import Schedule, Step, derive_seed
 from nas.engine.ledger import read_ledgers
 from nas.engine.storage import open_storage
 from nas.handover.export import export
-from nas.handover.training import adopt
+from nas.handover.training import adopt, fine_tune
 from nas.results.report import Run
 from nas.study import load_study
 from search_spaces.noise import NoiseSchedule
@@ -372,3 +372,22 @@ def test_the_script_trains_what_the_network_predicts(kind: Any, expected: float 
     # 512 timesteps of uniform draws: their mean of abar has a standard error of 0.014, and v's square grows by 8 of it
     assert next(ticks)["loss"] == pytest.approx(expected, abs=0.45 if kind == "v_prediction" else 0.05)
     ticks.close()
+
+
+def test_a_training_is_closed_with_who_follows_it_whoever_else_holds_it(tmp_path: Path) -> None:
+    (tmp_path / "trained").mkdir()
+    closed = []
+
+    def training() -> Any:
+        try:
+            while True:
+                yield {"model": "unet_0", "step": 1, "steps": 9, "loss": 0.5, "average": {}}
+        finally:
+            closed.append(True)
+
+    ticks = training()
+    following = fine_tune(ticks, tmp_path)
+    next(following)
+    following.close()  # type: ignore[attr-defined]
+    assert closed
+    assert list(ticks) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,10 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def fine_tune(
-    ticks: Iterator[Mapping[str, Any]], folder: Path, validation: Validation | None = None, every: int | None = None
+    ticks: Generator[Mapping[str, Any], None, None],
+    folder: Path,
+    validation: Validation | None = None,
+    every: int | None = None,
 ) -> Iterator[Progress]:
     """Follows a training: `ticks` name the network, its step, how many there are, the loss and the weights' average. Keeps the losses in
     trained/losses.jsonl, the scores of `validation`, after every so many steps of a network (a quarter of them by default) and its last
@@ -110,19 +114,22 @@ def fine_tune(
         yield Progress("scoring the exported networks", 0, 1)
         validate("", 0)
         yield Progress("scoring the exported networks", 1, 1, values)
-    for tick in ticks:
-        if not math.isfinite(tick["loss"]):
-            raise UserError(
-                f"the loss of {tick['model']} is {tick['loss']} at step {tick['step']}; delete {log.parent} and lower --learning-rate"
-            )
-        with log.open("a") as file:
-            file.write(json.dumps({name: tick[name] for name in ("model", "step", "steps", "loss")}) + "\n")
-        step, last = tick["step"], tick["steps"]
-        if validation is not None and (step == last or step % (every or -(-last // 4)) == 0):
-            validation.take(tick["model"], tick["average"])
-            validate(tick["model"], step)
-            draw_losses(_losses(log), _rows(scores), log.with_suffix(".png"))
-        yield Progress(f"training {tick['model']}", step, last, {"loss": tick["loss"], **values})
+    with closing(
+        ticks
+    ):  # who stops this in its midst has the training keep its state now, not at the end of the interpreter
+        for tick in ticks:
+            if not math.isfinite(tick["loss"]):
+                raise UserError(
+                    f"the loss of {tick['model']} is {tick['loss']} at step {tick['step']}; delete {log.parent} and lower --learning-rate"
+                )
+            with log.open("a") as file:
+                file.write(json.dumps({name: tick[name] for name in ("model", "step", "steps", "loss")}) + "\n")
+            step, last = tick["step"], tick["steps"]
+            if validation is not None and (step == last or step % (every or -(-last // 4)) == 0):
+                validation.take(tick["model"], tick["average"])
+                validate(tick["model"], step)
+                draw_losses(_losses(log), _rows(scores), log.with_suffix(".png"))
+            yield Progress(f"training {tick['model']}", step, last, {"loss": tick["loss"], **values})
     if log.exists():
         draw_losses(_losses(log), _rows(scores), log.with_suffix(".png"))
 
