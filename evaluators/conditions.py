@@ -61,8 +61,11 @@ class LabelSet:
 
     def of(self, seed: int, start: int, stop: int) -> dict[str, torch.Tensor]:
         count = len(self._labels)
-        rows = [self._labels[self._round(seed, i // count)[i % count]] for i in range(start, stop)]
-        return {"class_labels": torch.tensor(rows, dtype=torch.long)}
+        rounds = range(start // count, -(-stop // count))
+        order = [self._round(seed, number) for number in rounds] or [np.empty(0, np.int64)]
+        first = start - start // count * count
+        chosen = np.concatenate(order)[first : first + stop - start]
+        return {"class_labels": torch.from_numpy(self._labels[chosen])}
 
     def _spread(self, seed: int, number: int) -> npt.NDArray[np.int64]:
         """A permutation of the images: the j-th of n images of a class, in an order of its own, stands at (j + u) / n of the way, u uniform."""

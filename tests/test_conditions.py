@@ -502,6 +502,15 @@ def test_guidance_of_an_exported_folder_is_not_trusted(
         read_export(tmp_path / "model")
 
 
+def test_guidance_of_networks_without_labels_is_refused(loaded: LoadedElasticUNet, tmp_path: Path) -> None:
+    export(loaded, SCHEDULES["guided by the half"], DDIM().describe(), {}, tmp_path / "model")
+    plan = json.loads((tmp_path / "model" / "schedule.json").read_text())
+    del plan["null_label"]
+    (tmp_path / "model" / "schedule.json").write_text(json.dumps(plan))
+    with pytest.raises(ExportError, match="guides steps of networks that take no labels"):
+        read_export(tmp_path / "model")
+
+
 def test_exported_networks_are_trained_with_labels_and_resume_exactly(
     loaded: LoadedElasticUNet, tmp_path: Path
 ) -> None:

@@ -68,7 +68,8 @@ def drawn(number: int) -> torch.Tensor:
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 def test_ddim_with_noise_equals_diffusers(eta: float, clip: bool) -> None:
-    """To the rounding of diffusers, which keeps abar, and takes the difference 1 - abar - variance under a root, in float32."""
+    """To the rounding of diffusers, which keeps abar, and with noise takes the difference 1 - abar - variance under a root, in float32."""
+    tolerance = 1e-4 if eta else 1e-5
     scheduler = DDIMScheduler(clip_sample=clip, timestep_spacing="trailing")
     scheduler.set_timesteps(10)
     states = run(DDIM(clip, eta), NoiseSchedule().alphas_cumprod, uniform(10), drawn)
@@ -78,7 +79,7 @@ def test_ddim_with_noise_equals_diffusers(eta: float, clip: bool) -> None:
         x = scheduler.step(
             noise_of(x, t), t, x, eta=0.0 if last else eta, variance_noise=None if last else drawn(number)
         ).prev_sample
-        assert torch.allclose(states[number + 1], x, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(states[number + 1], x, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -117,6 +117,8 @@ def _check_schedule(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
             _check_guidance(_entry(step, "guidance", dict, path), networks, folder, path)
     _check_scheduler(plan, path)
     _check_classes(plan, path)
+    if "null_label" not in plan and any("guidance" in step for step in steps):
+        raise ExportError(f"{path} guides steps of networks that take no labels; {REMEDY}")
     timesteps = [step["timestep"] for step in steps]
     total = plan["scheduler"]["num_train_timesteps"]
     if not 0 <= timesteps[-1] <= timesteps[0] < total or any(a <= b for a, b in pairwise(timesteps)):
