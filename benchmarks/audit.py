@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, Benchmark, Target, borrow, digits_run
+from benchmarks.digits import digits, images
 from evaluators.frechet import Frechet, KernelDistance
 from evaluators.proxies import Additive, DenoisingLoss, TeacherDistance, TeacherFrechet, TrajectoryDistance
 from nas.contracts import Evaluator, Genome, Score, Trial, derive_seed
@@ -26,8 +27,7 @@ from nas.results.plots import draw_audit
 from nas.study import Study
 from search_spaces.intervals import equal
 from search_spaces.stepwise import Stepwise
-from studies.digits import images, net, steps
-from studies.digits import study as digits
+from studies.digits import net, steps
 
 CHEAP = 1 / 8
 DRAWS = 40

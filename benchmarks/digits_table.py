@@ -21,6 +21,7 @@ import optuna
 import torch
 
 from benchmarks.common import RUNS, Benchmark
+from benchmarks.digits import digits, images
 from evaluators.frechet import Frechet, Gaussian, Moments, frechet_with_replicates
 from evaluators.images import load_once
 from nas.contracts import Genome, Problem, Schedule, Score, Searcher, Trial, derive_seed
@@ -32,8 +33,7 @@ from nas.genomes.pareto import hypervolume
 from nas.study import LedgerInfo
 from search_spaces.intervals import equal
 from search_spaces.stepwise import Stepwise
-from studies.digits import images, net, steps
-from studies.digits import study as digits
+from studies.digits import net, steps
 
 SEED = derive_seed(0, "search cost benchmark")
 

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from benchmarks import ddsm_loop
 from benchmarks.common import Benchmark, Target, borrow, digits_run
 from benchmarks.cost import DDPM_CIFAR10
+from benchmarks.digits import digits, images
 from evaluators.device import Execution
 from evaluators.frechet import Frechet, Moments
 from evaluators.images import PhotoPatches, load_once
@@ -39,8 +40,7 @@ from search_spaces.intervals import equal
 from search_spaces.networks.slices import Arch
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import WEIGHTS, ElasticUNet
-from studies.digits import images, net, steps
-from studies.digits import study as digits
+from studies.digits import net, steps
 
 SEED = derive_seed(0, "evaluation benchmark")
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")

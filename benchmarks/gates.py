@@ -25,6 +25,8 @@ import numpy as np
 import torch
 
 from benchmarks.common import Benchmark, borrow
+from benchmarks.digits import digits_reuse
+from benchmarks.digits import images16 as images
 from evaluators.frechet import Frechet
 from evaluators.proxies import TeacherDistance, TeacherSimilarity
 from evaluators.sampling import DDIM, initial_noise, sample
@@ -42,8 +44,7 @@ from search_spaces.options import Options
 from search_spaces.patterns import ALL, Every, Only, Pattern, Subset, legal
 from search_spaces.stepwise import Stepwise
 from search_spaces.training import Sandwich
-from studies.digits_reuse import images, net, steps
-from studies.digits_reuse import study as digits_reuse
+from studies.digits_reuse import net, steps
 
 BUDGETS = (0.2, 0.35, 0.5, 0.7)
 INTERVALS = 5

@@ -27,6 +27,7 @@ from scipy.stats import kendalltau
 from scipy.stats import t as student
 
 from benchmarks.common import Benchmark, Target
+from benchmarks.digits import digits, images
 from evaluators.frechet import Frechet
 from evaluators.sampling import DDIM
 from nas.base.exported import read_export
@@ -42,8 +43,7 @@ from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.training import Sandwich
 from studies.ddsm_cifar10 import UNET as CIFAR
-from studies.digits import images, net
-from studies.digits import study as digits
+from studies.digits import net
 
 BUDGET = 0.4
 COUNTS = (10, 15, 20, 25, 30, 40)

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from benchmarks.common import Benchmark, Target, digits_run
+from benchmarks.digits import digits
 from evaluators.latency import Latency, Timer
 from evaluators.sampling import DDIM, trajectory
 from nas.contracts import LoadedSupernet, Schedule
 from nas.genomes.genetics import uniform_genomes
-from studies.digits import study as digits
 
 Row = dict[str, Any]
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import Benchmark, Target
+from benchmarks.digits import digits, images
 from evaluators.frechet import Frechet
 from nas.contracts import Schedule, Score, Step, Trial, derive_seed, jackknife_error
 from nas.engine.session import open_session
@@ -27,8 +28,7 @@ from nas.study import Study
 from search_spaces.intervals import linspace
 from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
 from search_spaces.training import FineTune, Sandwich
-from studies.digits import images, net
-from studies.digits import study as digits
+from studies.digits import net
 
 BUDGETS = (0.4, 0.5, 0.51, 0.6)
 FOUND, RIVAL, FULL = "found within 51%", "uniform width 0.75", "uniform width 1"

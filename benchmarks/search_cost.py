@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import Benchmark, Target, borrow, digits_run
+from benchmarks.digits import digits, images
 from benchmarks.digits_table import (
     FULL_TABLE,
     QUICK_TABLE,
@@ -47,8 +48,7 @@ from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.random import Random
 from nas.study import Study
-from studies.digits import images, net
-from studies.digits import study as digits
+from studies.digits import net
 
 WITHIN = 0.99
 """Share of the literal search's hypervolume at which another search is as good."""

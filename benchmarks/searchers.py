@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.common import Benchmark, Target, borrow, digits_run, needs
+from benchmarks.digits import digits, images
 from benchmarks.digits_table import (
     FULL_TABLE,
     QUICK_TABLE,
@@ -53,8 +54,7 @@ from nas.study import Study
 from nas.testing import closed, table_problem, toy_score
 from search_spaces.intervals import equal
 from search_spaces.stepwise import Stepwise
-from studies.digits import images, net, steps
-from studies.digits import study as digits
+from studies.digits import net, steps
 
 Array = npt.NDArray[np.float64]
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import Benchmark, Target, borrow
+from benchmarks.digits import images
 from evaluators.frechet import Frechet
 from evaluators.proxies import TeacherSimilarity
 from nas.contracts import Schedule, Score, Step, derive_seed, jackknife_error
@@ -35,7 +36,7 @@ from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
 from search_spaces.training import Experts, FineTune, Sandwich, Stage, Stages
 from search_spaces.training.importance import Criterion, Order, pruned
 from search_spaces.training.similarity import GradientSimilarity
-from studies.digits import UNET, images, steps
+from studies.digits import UNET, steps
 
 BUDGETS = (0.3, 0.4, 0.5, 0.6)
 INTERVALS = 5

@@ -61,6 +61,8 @@ class Agreement(Sampled):
                 seen = classify(trajectories.images(schedule, seed, start, stop)).argmax(1).cpu()
             return (seen != asked).double().numpy()
 
+        accuracy = self.judge.held_out_accuracy(folder)
+        words = "" if accuracy is None else f", right about {accuracy:.1%} of held-out images"
         judge = digest_of({"recipe": self.judge.describe(), "prepared": self.judge.digest(folder)})
         return LoadedScore(
             self,
@@ -68,5 +70,5 @@ class Agreement(Sampled):
             "disagreement",
             Rows(f"classes by {judge} other than asked for", make),
             mean_with_replicates,
-            lambda count: f"samples in another class@{count} (small classifier {self.judge.digest(folder)})",
+            lambda count: f"samples in another class@{count} (small classifier {self.judge.digest(folder)}{words})",
         )

@@ -100,9 +100,13 @@ class SmallClassifier:
                 )
             accuracy = float((logits.argmax(1) == target).float().mean())
             yield Progress("features", step + 1, self.steps, {"loss": loss.item(), "accuracy": accuracy})
+        metadata = {"in_channels": str(pixels.shape[1]), "classes": str(classes), "recipe": recipe}
+        if images.held_out is not None and images.held_out.labels is not None:
+            accuracy = _accuracy(net, images.held_out, device)
+            metadata["held_out_accuracy"] = f"{accuracy:.4f}"
+            yield Progress("features", self.steps, self.steps, {"held_out_accuracy": accuracy})
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        metadata = {"in_channels": str(pixels.shape[1]), "classes": str(classes), "recipe": recipe}
         with written(path):
             save_file(net.state_dict(), partial, metadata)
         os.replace(partial, path)
@@ -122,6 +126,11 @@ class SmallClassifier:
         net = _Classifier(in_channels, self.channels, self.dimensions, classes).to(device)
         net.load_state_dict(load_file(path, device=str(device)))
         return net.eval()
+
+    def held_out_accuracy(self, folder: Path) -> float | None:
+        """Share of the held-out images that it puts into their class; None where none were held out."""
+        told = self._metadata(self._path(folder)).get("held_out_accuracy")
+        return None if told is None else float(told)
 
     def digest(self, folder: Path) -> str:
         self._metadata(self._path(folder))
@@ -263,6 +272,17 @@ class _Extractor:
             output = self._net(self._preprocess(images))
             features: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
             return features.flatten(1).float()
+
+
+@torch.inference_mode()
+def _accuracy(net: _Classifier, images: ImageSet, device: str) -> float:
+    assert images.labels is not None
+    right = 0
+    for start in range(0, len(images), 500):
+        part = slice(start, start + 500)
+        seen = net.head(net(torch.from_numpy(images.pixels[part]).to(device))).argmax(1).cpu().numpy()
+        right += int((seen == images.labels[part]).sum())
+    return right / len(images)
 
 
 def _rotated(images: torch.Tensor, quarter_turns: torch.Tensor) -> torch.Tensor:

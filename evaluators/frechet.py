@@ -224,9 +224,15 @@ class OfFeatures(Sampled):
         check_shape(load_once(self.images), supernet.image_shape)
         return self.features.load(folder, supernet.device)
 
+    def label(self, name: str, count: int, features: LoadedFeatures) -> str:
+        """What a score of so many samples is called."""
+        held_out = load_once(self.images).held_out
+        against = f" to {len(held_out):,} held-out images" if held_out else ""
+        return f"{name}@{count}{against} ({features.label})"
+
     def real_rows(self, features: LoadedFeatures, device: torch.device) -> list[npt.NDArray[np.float32]]:
-        """Features of the real images, in batches."""
-        pixels = load_once(self.images).pixels
+        """Features of the real images that samples are compared with, in batches."""
+        pixels = load_once(self.images).reference.pixels
         return [
             features(torch.from_numpy(pixels[start:stop]).to(device)).cpu().numpy()
             for start, stop in batches(len(pixels), 256)
@@ -282,7 +288,11 @@ class Frechet(OfFeatures):
             "fd",
             feature_rows(trajectories, features, self.features_identity(folder)),
             lambda rows: frechet_with_replicates(rows, reference),
-            lambda count: f"{features.distance}@{count} ({features.label})",
+            lambda count: (
+                self.label(features.distance, count, features)
+                if self.reference is None
+                else f"{features.distance}@{count} ({features.label})"
+            ),
         )
 
 
@@ -307,7 +317,7 @@ class KernelDistance(OfFeatures):
             "kid",
             feature_rows(trajectories, features, self.features_identity(folder)),
             lambda rows: kernel_with_replicates(rows, reference, among_reference),
-            lambda count: f"{'KID' if features.distance == 'FID' else 'KD'}@{count} ({features.label})",
+            lambda count: self.label("KID" if features.distance == "FID" else "KD", count, features),
         )
 
 

@@ -1,32 +1,27 @@
-"""Real images as float32 arrays in [-1, 1]. Every source is a recipe; `load` reads, checks and hashes."""
+"""Real images as float32 arrays in [-1, 1]. Every source is a recipe; `load` reads, checks and hashes.
+
+`holdout`, of every source: the share of each class on which nothing is trained, and with which samples are compared.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import os
 import zipfile
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from nas.base.files import first_line, read_json, write_json
+from evaluators.kept import MINIMUM, Holdout, KeptImages, Source, counted, split, train_first
+from nas.base.files import first_line
 from nas.base.pictures import WHITE, Found, PictureError, find_pictures, read_picture
-from nas.contracts import Images, ImageSet, Progress, UserError, digest_of
+from nas.contracts import Images, ImageSet, UserError, digest_of
 from nas.recipes import Few, Seed, recipe
-
-log = logging.getLogger("nas")
-
-MINIMUM = 16
-"""Fewer images give neither a training batch nor a covariance."""
 
 PEEKED = 8
 """Files that are read to see whether a folder holds what it should."""
@@ -39,6 +34,7 @@ class Digits:
     """scikit-learn's bundled handwritten digits: 1,797 real 8x8 grey images with labels, enlarged bilinearly to `size` pixels."""
 
     size: Annotated[int, Field(ge=8, le=1024)] = 8
+    holdout: Holdout = 0.0
 
     def load(self) -> ImageSet:
         from sklearn.datasets import load_digits
@@ -47,7 +43,7 @@ class Digits:
         pixels = torch.from_numpy(digits.images[:, None] / 8.0 - 1.0)
         if self.size > 8:
             pixels = torch.nn.functional.interpolate(pixels, (self.size, self.size), mode="bilinear")
-        return _checked(pixels.numpy(), digits.target, "digits")
+        return split(pixels.numpy(), digits.target, "digits", self.holdout)
 
 
 @recipe
@@ -61,6 +57,7 @@ class PhotoPatches:
     size: Few = 32
     halvings: Annotated[int, Field(ge=0, le=8)] = 1
     seed: Seed = 0
+    holdout: Holdout = 0.0
 
     def load(self) -> ImageSet:
         from sklearn.datasets import load_sample_images
@@ -77,11 +74,11 @@ class PhotoPatches:
         for label in labels:
             top, left = (rng.integers(side - self.size + 1) for side in photos[label].shape[:2])
             patches.append(photos[label][top : top + self.size, left : left + self.size].transpose(2, 0, 1))
-        return _checked(np.stack(patches), labels, "photograph patches")
+        return split(np.stack(patches), labels, "photograph patches", self.holdout)
 
 
 @recipe
-class ImageFolder:
+class ImageFolder(KeptImages):
     """Every picture below `path`, in order of its name; a relative path is one in the study file's folder.
 
     `size`: the side, or (height, width), that every file must have. `resize`: a resampling rule, for who wants files of other sizes cropped
@@ -95,6 +92,7 @@ class ImageFolder:
     labels: Literal["folders"] | None = None
     resize: Literal["box", "bilinear", "bicubic", "lanczos"] | None = None
     background: tuple[Byte, Byte, Byte] = WHITE
+    holdout: Holdout = 0.0
     base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
 
     @property
@@ -113,41 +111,24 @@ class ImageFolder:
         labels, _ = self._labels(found)
         return ImageSet(np.stack([self._read(file) for file in found.files[:PEEKED]]), labels, "")
 
-    def load(self) -> ImageSet:
-        for _ in self.prepare(_KEPT.get(self)):
-            pass
-        return _LOADED[self]
-
-    def prepare(self, folder: Path | None) -> Iterator[Progress]:
-        """Reads all files, or what an earlier call kept of the same files in `folder`/images; later loads take it from there."""
-        if folder is not None:
-            _KEPT[self] = folder
-        if self in _LOADED:
-            return
+    def source(self) -> Source:
         found = self._find()
         labels, classes = self._labels(found)
-        key = self._key(found)
-        kept = None if folder is None else folder / "images" / f"{key}.npy"
-        if kept is None or not kept.with_suffix(".json").exists():
-            pixels = np.empty((len(found.files), *self.shape), dtype=np.float32)
-            for number, file in enumerate(found.files):
-                pixels[number] = self._read(file)
-                if number % 100 == 99 or number + 1 == len(found.files):
-                    yield Progress("reading images", number + 1, len(found.files))
-            made = _checked(pixels, labels, str(self.root))
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                partial = kept.with_suffix(f".{os.getpid()}.partial")
-                with partial.open("wb") as opened:
-                    np.save(opened, made.pixels)
-                os.replace(partial, kept)
-                write_json(kept.with_suffix(".json"), {"digest": made.digest})
-        else:
-            pixels = np.load(kept, mmap_mode="c", allow_pickle=False)
-            made = ImageSet(pixels, labels, read_json(kept.with_suffix(".json"), "delete it")["digest"])
-        log.info("%s%s", found.words(), classes)
-        _LOADED.clear()
-        _LOADED[self] = made
+        files, held_out = list(found.files), 0
+        if self.holdout:
+            order, train = train_first(len(files), labels, self.holdout)
+            files, held_out = [files[i] for i in order], len(files) - train
+            labels = None if labels is None else labels[order]
+        said = f"; {held_out} are held out" if held_out else ""
+        return Source(
+            self._key(found),
+            (len(files), *self.shape),
+            labels,
+            held_out,
+            lambda: (self._read(file)[None] for file in files),
+            str(self.root),
+            f"{found.words()}{classes}{said}",
+        )
 
     def _read(self, file: Path) -> npt.NDArray[np.float32]:
         try:
@@ -172,21 +153,16 @@ class ImageFolder:
         bare = next((file for file, names in zip(found.files, parts, strict=True) if len(names) < 2), None)
         if bare is not None:
             raise UserError(f"{bare} lies in no class's folder; with labels='folders' each file does, so move it")
-        counts = Counter(names[0] for names in parts)
-        classes = sorted(counts)
+        classes = sorted({names[0] for names in parts})
         numbers = {name: number for number, name in enumerate(classes)}
-        said = ", ".join(f"{name} ({counts[name]})" for name in classes[:20]) + (", ..." if len(classes) > 20 else "")
-        return np.array([numbers[names[0]] for names in parts]), f"; {len(classes)} classes: {said}"
+        labels = np.array([numbers[names[0]] for names in parts])
+        return labels, f"; {counted(classes, labels)}"
 
     def _key(self, found: Found) -> str:
         """Of the files and of how they are read."""
         facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in found.files]
-        return digest_of([facts, self.shape, self.resize, self.background])
-
-
-_KEPT: dict[ImageFolder, Path] = {}
-_LOADED: dict[ImageFolder, ImageSet] = {}
-"""The folder read last."""
+        given = [self.holdout, self.labels] if self.holdout else []
+        return digest_of([facts, self.shape, self.resize, self.background, *given])
 
 
 @recipe
@@ -198,6 +174,7 @@ class ImageArray:
     """
 
     path: str
+    holdout: Holdout = 0.0
     base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
 
     def load(self) -> ImageSet:
@@ -226,7 +203,8 @@ class ImageArray:
             )
         if labels is not None and len(labels) and labels.min() < 0:
             raise UserError(f"'labels' of {path} goes down to {labels.min()}; classes are numbered from 0")
-        return _checked(channels_last.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0, labels, str(path))
+        pixels = channels_last.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1.0
+        return split(pixels, labels, str(path), self.holdout)
 
 
 @lru_cache(maxsize=2)
@@ -249,13 +227,3 @@ def _halved(photo: npt.NDArray[np.float64], times: int) -> npt.NDArray[np.float6
         height, width = (side // 2 * 2 for side in photo.shape[:2])
         photo = photo[:height, :width].reshape(height // 2, 2, width // 2, 2, -1).mean((1, 3))
     return photo
-
-
-def _checked(pixels: npt.NDArray[Any], labels: npt.NDArray[Any] | None, what: str) -> ImageSet:
-    if len(pixels) < MINIMUM:
-        raise UserError(f"{what} has {len(pixels)} images; at least {MINIMUM} are needed")
-    pixels = np.ascontiguousarray(pixels, dtype=np.float32)
-    labels = None if labels is None else labels.astype(np.int64)
-    content = hashlib.sha256(pixels.tobytes() + (b"" if labels is None else labels.tobytes()))
-    content.update(str(pixels.shape).encode())
-    return ImageSet(pixels, labels, content.hexdigest()[:16])

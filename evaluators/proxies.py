@@ -215,7 +215,7 @@ class TrajectoryDistance(OfImages):
 class DenoisingLoss(OfImages):
     """Noise-prediction loss on real images above the full net's, summed over the schedule's steps. Value: "loss_gap".
 
-    Sample i is real image i (around again after the last) with noise of its own at each timestep, the same for all archs. It
+    Sample i is real image i, of the held-out ones where there are some (around again after the last) with noise of its own at each timestep, the same for all archs. It
     estimates what training minimises; it misleads where a timestep's loss and its part in image quality differ, as they do at the
     clean end.
     """
@@ -223,7 +223,7 @@ class DenoisingLoss(OfImages):
     metrics = ("loss_gap",)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
-        images = load_once(self.images)
+        images = load_once(self.images).reference
         check_shape(images, supernet.image_shape)
         trajectories = self.trajectories(supernet, folder)
         abar = supernet.alphas_cumprod

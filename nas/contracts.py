@@ -483,11 +483,18 @@ class Images(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """`pixels`: float32 (n, channels, height, width) in [-1, 1]; `labels`: int64 (n,) or None; `digest`: content hash."""
+    """`pixels`: float32 (n, channels, height, width) in [-1, 1]; `labels`: int64 (n,) or None; `digest`: content hash, of the held-out
+    images too; `held_out`: further images, on which nothing is trained."""
 
     pixels: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64] | None
     digest: str
+    held_out: ImageSet | None = None
+
+    @property
+    def reference(self) -> ImageSet:
+        """What samples are compared with: the held-out images, where there are some."""
+        return self.held_out or self
 
     def __len__(self) -> int:
         return len(self.pixels)

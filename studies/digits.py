@@ -34,7 +34,7 @@ UNET = {
     "norm_num_groups": 8,
 }
 
-images = Digits()
+images = Digits(holdout=0.2)
 net = ElasticUNet(UNET, widths=(0.25, 0.5, 0.75, 1.0), groups="size")
 steps = linspace(10, first=999, last=20)
 

@@ -30,7 +30,7 @@ UNET = {
     "num_class_embeds": 11,  # ten digits, and the label of none
 }
 
-images = Digits()
+images = Digits(holdout=0.2)
 labels = Labels(images)
 net = ElasticUNet(UNET, widths=(0.25, 0.5, 0.75, 1.0), groups="size")
 steps = linspace(10, first=999, last=20)

@@ -31,7 +31,7 @@ UNET = {
     "add_attention": False,
 }
 
-images = Digits(size=16)
+images = Digits(size=16, holdout=0.2)
 net = ElasticUNet(UNET, widths=(0.5, 1.0))
 steps = linspace(20, first=999, last=10)
 

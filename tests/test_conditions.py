@@ -605,7 +605,7 @@ def test_a_class_conditional_study_goes_all_the_way(tmp_path: Path, monkeypatch:
         ("export", study, "--within", "macs_share=0.5", "--to", model, "--out", run),
         ("sample", study, "--within", "macs_share=0.5", "--to", tmp_path / "samples.png", "--count", 20, "--out", run),
         ("sample", study, "--within", "macs_share=0.5", "--to", tmp_path / "samples.npy", "--count", 20, "--out", run),
-        ("train", model, "--images", "digits", "--steps", 12, "--study", study, "--out", run, "-q"),
+        ("train", model, "--steps", 12, "--study", study, "--out", run, "-q"),
     ):
         done = nas(*command)
         assert done.returncode == 0, (command, done.stderr)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evaluators.images
+import evaluators.kept
 from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, check_shape
 from nas.base.pictures import PictureError, read_picture
 from nas.contracts import UserError
@@ -243,14 +243,14 @@ def test_what_was_read_is_kept_in_the_run_folder_until_a_file_changes(
     ticks = list(recipe.prepare(tmp_path / "run"))
     assert [(tick.done, tick.total) for tick in ticks] == [(100, 250), (200, 250), (250, 250)]
     loaded = recipe.load()
-    evaluators.images._LOADED.clear()
+    evaluators.kept._LOADED.clear()
     monkeypatch.setattr(evaluators.images, "read_picture", lambda *given: pytest.fail("it was read before"))
     again = recipe.load()
     assert again.digest == loaded.digest
     assert np.array_equal(again.pixels, loaded.pixels)
     monkeypatch.undo()
     Image.new("RGB", (8, 8)).save(source / "000.png")
-    evaluators.images._LOADED.clear()
+    evaluators.kept._LOADED.clear()
     assert recipe.load().digest != loaded.digest
 
 

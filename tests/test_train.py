@@ -282,6 +282,7 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
 
 
 def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> None:
+    refused(nas("train", exported), "what to train on is not said; give --images")
     refused(nas("train", tmp_path, "--images", "digits"), "no exported folder")
     refused(nas("train", exported, "--images", tmp_path / "none"), "does not exist; give a folder")
     refused(nas("train", exported, "--images", "digits:16"), "the networks take")

@@ -142,11 +142,12 @@ def train(
         Path, typer.Argument(metavar="EXPORT_DIR", help="Folder that `nas export` wrote.", show_default=False)
     ],
     images: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Folder of pictures, .npy in [-1, 1], or `digits` (`digits:16` enlarged).", show_default=False
+            help="Folder of pictures, .npy in [-1, 1], or `digits` (`digits:16` enlarged). By default what the supernet of --study was trained on.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     study_file: Annotated[
         str | None,
         typer.Option("--study", help="Study whose evaluator scores it, before and after.", show_default=False),
@@ -206,6 +207,8 @@ def train(
             folder, dict.fromkeys([*plan["timesteps"], plan["teacher"]]), exported.provenance, "--changed-weights"
         )
     check_device(device)
+    if images is None and study_file is None:
+        raise UserError("what to train on is not said; give --images, or the --study whose images are to be used")
     study = load_study(study_file) if study_file else None
     searched = run_folder(study, out_dir) if study else None
     given = {
@@ -231,8 +234,14 @@ def train(
 
             torch.cuda.set_device(device)
         chosen = settings_of(settings)
-        pixels = follow(bars, _pixels(images, plan["shape"], resize))
-        classes = _labels(images, labels) if "null_label" in plan or labels else None
+        conditional = "null_label" in plan or labels is not None
+        if images is not None:
+            pixels = follow(bars, _pixels(images, plan["shape"], resize))
+            classes = _labels(images, labels) if conditional else None
+        else:
+            assert study is not None
+            data = study.images.load()
+            pixels, classes = data.pixels, data.labels if conditional else None
         keep_settings(folder, settings)
         ticks = begin(folder, pixels, chosen, device == "cpu", changed_weights, whole, classes)
         validation = None
