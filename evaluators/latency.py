@@ -182,7 +182,7 @@ class LoadedTimed:
     def __init__(self, base: LoadedEvaluator, timer: Timer, settings: Latency) -> None:
         self.base = base
         self.supernet = base.supernet
-        self.sampler = base.sampler
+        self.sampler_of = base.sampler_of
         self._timer = timer
         self._settings = settings
 

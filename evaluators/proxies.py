@@ -40,11 +40,12 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 def whole(arch: Arch, schedule: Schedule, timesteps: tuple[int, ...] | None = None) -> Schedule:
-    """One arch on the given timesteps, or on the schedule's, where it guides itself as the schedule is guided."""
+    """One arch on the given timesteps, or on the schedule's, where it guides itself as the schedule is guided; by the schedule's sampler."""
     if timesteps is not None:
-        return Schedule(tuple(Step(t, arch) for t in timesteps))
+        return Schedule(tuple(Step(t, arch) for t in timesteps), schedule.sampler)
     alone = [step.guidance and Guidance(step.guidance.scale) for step in schedule.steps]
-    return Schedule(tuple(Step(step.timestep, arch, (), by) for step, by in zip(schedule.steps, alone, strict=True)))
+    steps = tuple(Step(step.timestep, arch, (), by) for step, by in zip(schedule.steps, alone, strict=True))
+    return Schedule(steps, schedule.sampler)
 
 
 @recipe
@@ -308,7 +309,7 @@ class LoadedAdditive:
         self.recipe = recipe
         self.base = base
         self.supernet = base.supernet
-        self.sampler = base.sampler
+        self.sampler_of = base.sampler_of
         self._table: dict[tuple[str, int, int, int], Score] = {}
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
@@ -343,7 +344,8 @@ class LoadedAdditive:
         origin = self._entry(anchor, rung, seed, spent)
         terms = [(1, origin)]
         for start, stop in pairwise(accumulate(self.recipe.intervals, initial=0)):
-            changed = Schedule(anchor.steps[:start] + schedule.steps[start:stop] + anchor.steps[stop:])
+            steps = anchor.steps[:start] + schedule.steps[start:stop] + anchor.steps[stop:]
+            changed = Schedule(steps, schedule.sampler)
             if changed != anchor:
                 terms += [(1, self._entry(changed, rung, seed, spent)), (-1, origin)]
         return terms

@@ -7,7 +7,7 @@ nor the number of samples changes what sample i looks like, and schedules that b
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from math import expm1, log, log1p, sqrt
 from typing import Any, Literal, Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from evaluators.conditions import ConditionSet
-from nas.contracts import Condition, LoadedSupernet, Schedule, Step
+from nas.contracts import Condition, LoadedSupernet, Schedule, Step, UserError
 from nas.recipes import Share, recipe
 
 Precision = Literal["float32", "bfloat16"]
@@ -27,6 +27,10 @@ class Sampler(Protocol):
     @property
     def stochastic(self) -> bool:
         """Whether it adds noise on the way."""
+
+    @property
+    def name(self) -> str:
+        """What a schedule calls it, where a study offers several."""
 
     @property
     def multistep(self) -> bool:
@@ -43,22 +47,43 @@ class Sampler(Protocol):
         alpha_next: float,
         noise: torch.Tensor | None,
         memory: Any = None,
+        learned: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Any]:
         """x_s, and what the next update needs to know of this one, tensors in (nested) tuples.
 
         `prediction`: of the noise in x. `alpha`, `alpha_next`: abar at t and at s. `noise`: standard normal, where stochastic, and None in
-        the last step. `memory`: what the update before returned, None in the first."""
+        the last step. `memory`: what the update before returned, None in the first. `learned`: what the network says of the variance, given
+        where it says anything."""
+
+
+class _Named:
+    """What a search calls a sampler: its class, and the settings that are not the usual ones."""
+
+    @property
+    def name(self) -> str:
+        usual = {one.name: one.default for one in fields(self)}  # type: ignore[arg-type]
+        own = [f"{name}={getattr(self, name)!r}" for name in usual if getattr(self, name) != usual[name]]
+        return type(self).__name__ + (f"({', '.join(own)})" if own else "")
+
+
+def name_of(sampler: Sampler) -> str:
+    return getattr(sampler, "name", type(sampler).__name__)
+
+
+def in_space(sampler: Sampler, in_pixels: bool) -> Sampler:
+    """The sampler, decided whether it clips, where it leaves that to the space."""
+    return replace(sampler, clip=in_pixels) if getattr(sampler, "clip", True) is None else sampler  # type: ignore[type-var]
 
 
 @recipe
-class DDIM:
+class DDIM(_Named):
     """DDIM (Song et al. 2021, eq. 12), deterministic with `eta` 0, as noisy as ancestral sampling with 1.
 
-    `clip`: the predicted image is clipped to [-1, 1] (as `clip_sample` of diffusers; off in latent space). Euler's method without churn is
-    this with eta 0, in other words for the state.
+    `clip`: the predicted image is clipped to [-1, 1] (as `clip_sample` of diffusers); None for clipping in pixel space alone. Euler's method
+    without churn is this with eta 0, in other words for the state.
     """
 
-    clip: bool = True
+    clip: bool | None = None
     eta: Share = 0.0
     multistep = False
 
@@ -67,7 +92,7 @@ class DDIM:
         return self.eta > 0
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "DDIM", "eta": self.eta, "clip": self.clip}
+        return {"class": "DDIM", "eta": self.eta, "clip": self.clip is not False}
 
     def update(
         self,
@@ -77,6 +102,7 @@ class DDIM:
         alpha_next: float,
         noise: torch.Tensor | None,
         memory: Any = None,
+        learned: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Any]:
         x0 = _predicted_image(x, prediction, alpha, self.clip)
         if noise is None:
@@ -86,19 +112,20 @@ class DDIM:
 
 
 @recipe
-class DDPM:
+class DDPM(_Named):
     """Ancestral sampling (Ho et al. 2020, eq. 6-7) over any timestep subset, noise prediction.
 
-    `variance`: "fixed_small" is the posterior's, "fixed_large" is beta_t. No noise is added in the last step.
+    `variance`: "fixed_small" is the posterior's, "fixed_large" is beta_t, "learned_range" lies between the two where a network that has
+    learned it says (Nichol & Dhariwal 2021, eq. 15). No noise is added in the last step.
     """
 
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
-    clip: bool = True
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
+    clip: bool | None = None
     stochastic = True
     multistep = False
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "DDPM", "variance": self.variance, "clip": self.clip}
+        return {"class": "DDPM", "variance": self.variance, "clip": self.clip is not False}
 
     def update(
         self,
@@ -108,6 +135,7 @@ class DDPM:
         alpha_next: float,
         noise: torch.Tensor | None,
         memory: Any = None,
+        learned: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Any]:
         x0 = _predicted_image(x, prediction, alpha, self.clip)
         beta = 1 - alpha / alpha_next
@@ -116,24 +144,31 @@ class DDPM:
         mean = of_image * x0 + of_state * x
         if noise is None:  # the last step
             return mean, None
-        variance = beta if self.variance == "fixed_large" else (1 - alpha_next) / (1 - alpha) * beta
-        return mean + sqrt(variance) * noise, None
+        small = (1 - alpha_next) / (1 - alpha) * beta
+        if self.variance == "learned_range":
+            if learned is None:
+                raise UserError(
+                    "DDPM(variance='learned_range') needs a network of twice as many output as input channels, which says where the variance lies"
+                )
+            share = (learned + 1) / 2
+            return mean + torch.exp((share * log(beta) + (1 - share) * log(small)) / 2) * noise, None
+        return mean + sqrt(beta if self.variance == "fixed_large" else small) * noise, None
 
 
 @recipe
-class DPMSolver:
+class DPMSolver(_Named):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2), the multistep solver of second order in the predicted image, over any timestep subset.
 
     The first step is of first order, and so is one that arrives at the image itself, where no noise is left to compare with. `clip` as for
     DDIM.
     """
 
-    clip: bool = True
+    clip: bool | None = None
     stochastic = False
     multistep = True
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "DPMSolver", "clip": self.clip}
+        return {"class": "DPMSolver", "clip": self.clip is not False}
 
     def update(
         self,
@@ -143,6 +178,7 @@ class DPMSolver:
         alpha_next: float,
         noise: torch.Tensor | None,
         memory: Any = None,
+        learned: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Any]:
         x0 = _predicted_image(x, prediction, alpha, self.clip)
         if alpha_next >= 1:
@@ -162,9 +198,9 @@ def _half_log_snr(alpha: float) -> float:
     return 0.5 * (log(alpha) - log1p(-alpha))
 
 
-def _predicted_image(x: torch.Tensor, prediction: torch.Tensor, alpha: float, clip: bool) -> torch.Tensor:
+def _predicted_image(x: torch.Tensor, prediction: torch.Tensor, alpha: float, clip: bool | None) -> torch.Tensor:
     x0 = (x - sqrt(1 - alpha) * prediction) / sqrt(alpha)
-    return x0.clamp(-1, 1) if clip else x0
+    return x0 if clip is False else x0.clamp(-1, 1)
 
 
 def initial_noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -197,6 +233,20 @@ def predict(
 ) -> tuple[torch.Tensor, Any]:
     """The network's call at a step: its prediction of the noise, float32 at least whatever the precision of the call, and the outputs of
     the blocks in `keep`. `condition`: of the samples."""
+    prediction, cache = _call(net, step, x, cache, precision, keep, condition)
+    return prediction[:, : x.shape[1]], cache
+
+
+def _call(
+    net: LoadedSupernet,
+    step: Step,
+    x: torch.Tensor,
+    cache: Any,
+    precision: Precision,
+    keep: Sequence[str],
+    condition: Condition | None,
+) -> tuple[torch.Tensor, Any]:
+    """`predict`, with what the network says of the variance."""
     if condition is not None:
         condition = {name: rows.to(net.device) for name, rows in condition.items()}
     with torch.inference_mode(), torch.autocast(net.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -224,10 +274,14 @@ def advance(
         noise = step_noise(seed, start, start + len(state.x), net.state_shape, number).to(net.device)
     keep = following.reuse if following else ()
     condition = conditions.of(seed, start, start + len(state.x)) if conditions is not None else None
-    prediction, cache = predict(net, step, state.x, state.cache, precision, keep, condition)
+    prediction, cache = _call(net, step, state.x, state.cache, precision, keep, condition)
     with torch.inference_mode():
         after = getattr(net, "final_alpha", 1.0) if following is None else float(abar[following.timestep])
-        x, memory = sampler.update(state.x, prediction, float(abar[step.timestep]), after, noise, state.memory)
+        channels = state.x.shape[1]
+        said = {"learned": prediction[:, channels:]} if prediction.shape[1] > channels else {}
+        x, memory = in_space(sampler, getattr(net, "in_pixels", True)).update(
+            state.x, prediction[:, :channels], float(abar[step.timestep]), after, noise, state.memory, **said
+        )
         return State(x.to(state.x.dtype), cache, memory)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,11 +43,12 @@ class Sampled:
     `rungs`: sample counts, increasing; the last verifies. `batch`: samples per network call, a matter of speed alone (up
     to the rounding of floats); None leaves it to the device. `precision`: of the network's calls; "bfloat16" is faster on
     some devices and gives other scores. `cache_bytes`: memory of each worker for states that schedules share. `conditions`: what
-    samples are conditioned on, such as `Labels(images)`, where the network takes conditions.
+    samples are conditioned on, such as `Labels(images)`, where the network takes conditions. `sampler`: several, where the space chooses
+    among them.
     """
 
     rungs: Annotated[tuple[Annotated[int, Field(ge=2, le=10**7)], ...], Field(min_length=1)] = (512, 2048)
-    sampler: Sampler = field(default_factory=DDIM)
+    sampler: Sampler | Annotated[tuple[Sampler, ...], Field(min_length=1)] = field(default_factory=DDIM)
     batch: Batch | None = None
     precision: Precision = "float32"
     cache_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**29
@@ -60,7 +61,10 @@ class Sampled:
     def describe_sampling(self) -> dict[str, Any]:
         """What decides how samples look."""
         given = {} if self.conditions is None else {"conditions": self.conditions.describe()}
-        return {"rungs": self.rungs, "sampler": self.sampler.describe(), "precision": self.precision, **given}
+        sampler = (
+            [one.describe() for one in self.sampler] if isinstance(self.sampler, tuple) else self.sampler.describe()
+        )
+        return {"rungs": self.rungs, "sampler": sampler, "precision": self.precision, **given}
 
     def trajectories(self, net: LoadedSupernet, folder: Path) -> Trajectories:
         """Shared by all scores of this supernet with the same settings."""
@@ -107,7 +111,6 @@ class LoadedScore:
         self.statistic = statistic
         self.label = label
         self.supernet = trajectories.net
-        self.sampler = recipe.sampler.describe()
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
         started, before = time.perf_counter(), replace(self.trajectories.meter)
@@ -117,6 +120,9 @@ class LoadedScore:
         value, replicates = self.statistic(rows)
         spent = self.trajectories.meter.spent_since(before) | {"seconds": time.perf_counter() - started}
         return Score({self.name: value}, {self.name: replicates}, spent, {self.name: self.label(rung)})
+
+    def sampler_of(self, schedule: Schedule) -> Mapping[str, Any]:
+        return self.trajectories.sampler_of(schedule).describe()
 
     def rows_of(self, schedule: Schedule, count: int, seed: int) -> npt.NDArray[Any]:
         """Rows of samples 0..count-1, (count, d)."""
@@ -202,7 +208,6 @@ class LoadedScores:
     def __init__(self, parts: Sequence[LoadedEvaluator]) -> None:
         self.parts = parts
         self.supernet = parts[0].supernet
-        self.sampler = parts[0].sampler
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
         first, *others = (part(schedule, rung, seed) for part in self.parts)
@@ -220,3 +225,6 @@ class LoadedScores:
 
     def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
         return self.parts[0].sample(schedule, count, seed)
+
+    def sampler_of(self, schedule: Schedule) -> Mapping[str, Any]:
+        return self.parts[0].sampler_of(schedule)

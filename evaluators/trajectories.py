@@ -15,8 +15,8 @@ import torch
 from cachetools import LRUCache
 
 from evaluators.conditions import ConditionSet
-from evaluators.sampling import Precision, Sampler, State, advance, initial_noise
-from nas.contracts import LoadedSupernet, Schedule, Step
+from evaluators.sampling import Precision, Sampler, State, advance, in_space, initial_noise, name_of
+from nas.contracts import LoadedSupernet, Schedule, Step, UserError
 
 
 @dataclass
@@ -42,7 +42,7 @@ Kept = TypeVar("Kept")
 
 
 class Trajectories:
-    """Runs schedules on one supernet with one sampler, and no shared beginning twice.
+    """Runs schedules on one supernet, and no shared beginning twice. `samplers`: the first runs a schedule that names none.
 
     Schedules that agree on their first steps, and on the timestep that follows (the update needs it), pass through the
     same state for the same seed and samples. States are kept, least recently used first out, within `cache_bytes`; with
@@ -52,7 +52,7 @@ class Trajectories:
     def __init__(
         self,
         net: LoadedSupernet,
-        sampler: Sampler,
+        samplers: Sampler | Sequence[Sampler],
         precision: Precision = "float32",
         batch: int = 256,
         cache_bytes: int = 2**29,
@@ -60,7 +60,8 @@ class Trajectories:
     ) -> None:
         self.net = net
         self.conditions = conditions
-        self.sampler = sampler
+        several = samplers if isinstance(samplers, Sequence) else (samplers,)
+        self.samplers = {name_of(one): in_space(one, getattr(net, "in_pixels", True)) for one in several}
         self.precision = precision
         self.batch = batch
         self.meter = Meter()
@@ -72,18 +73,29 @@ class Trajectories:
     def shared(
         cls,
         net: LoadedSupernet,
-        sampler: Sampler,
+        samplers: Sampler | Sequence[Sampler],
         precision: Precision,
         batch: int,
         cache_bytes: int,
         conditions: ConditionSet | None = None,
     ) -> Trajectories:
         given = None if conditions is None else conditions.digest
-        key = id(net), json.dumps(sampler.describe()), precision, batch, cache_bytes, given
+        several = samplers if isinstance(samplers, Sequence) else (samplers,)
+        key = id(net), json.dumps([one.describe() for one in several]), precision, batch, cache_bytes, given
         found = cls._shared.get(key)
         if found is None:
-            cls._shared[key] = found = cls(net, sampler, precision, batch, cache_bytes, conditions)
+            cls._shared[key] = found = cls(net, several, precision, batch, cache_bytes, conditions)
         return found
+
+    def sampler_of(self, schedule: Schedule) -> Sampler:
+        """Raises UserError for a name that stands for none of them."""
+        if not schedule.sampler:
+            return next(iter(self.samplers.values()))
+        if schedule.sampler not in self.samplers:
+            raise UserError(
+                f"the schedule wants the sampler {schedule.sampler}; the evaluator has {', '.join(self.samplers)}"
+            )
+        return self.samplers[schedule.sampler]
 
     def batches(self, count: int, edges: Sequence[int] = ()) -> list[tuple[int, int]]:
         """`batches` of this size."""
@@ -114,7 +126,8 @@ class Trajectories:
         """`advance`, counted."""
         self.meter.calls += len(state.x)
         self.meter.macs += len(state.x) * self._macs(schedule.steps[number : number + 1])
-        return advance(self.net, self.sampler, schedule, number, state, seed, start, self.precision, self.conditions)
+        sampler = self.sampler_of(schedule)
+        return advance(self.net, sampler, schedule, number, state, seed, start, self.precision, self.conditions)
 
     def kept(self, key: Hashable, make: Callable[[], Kept], calls: float, macs: float) -> Kept:
         """What an earlier call made under this key for the same weights, or made now. `calls`, `macs`: what it takes."""
@@ -188,7 +201,11 @@ def _prefixes(schedule: Schedule) -> list[str]:
         for step, after in zip_longest(schedule.steps, schedule.steps[1:])
     ]
     return list(
-        accumulate(parts, lambda before, part: hashlib.sha256((before + part).encode()).hexdigest()[:24], initial="")
+        accumulate(
+            parts,
+            lambda before, part: hashlib.sha256((before + part).encode()).hexdigest()[:24],
+            initial=schedule.sampler,
+        )
     )[1:]
 
 

@@ -95,10 +95,12 @@ Condition = Mapping[str, "torch.Tensor"]
 class Schedule:
     """What the sampler runs, noisy to clean. Canonical: equal schedules have equal JSON and equal digests.
 
+    `sampler`: the name of the one that is to run it, of those that the evaluator offers; where it is empty, its first.
     Raises ValueError unless the timesteps are non-negative and strictly decreasing.
     """
 
     steps: tuple[Step, ...]
+    sampler: str = ""
 
     def __post_init__(self) -> None:
         timesteps = self.timesteps
@@ -115,19 +117,22 @@ class Schedule:
         return tuple(dict.fromkeys(arch for step in self.steps for arch in step.archs))
 
     def to_json(self) -> str:
-        """Guidance is left out where there is none, so that schedules from before there was any keep their digests."""
+        """Guidance and sampler are left out where there is none, so that schedules from before there was any keep their digests."""
         rows = [
             [step.timestep, step.arch, step.reuse, *([step.guidance] if step.guidance else [])] for step in self.steps
         ]
-        return json.dumps(rows, separators=(",", ":"))
+        return json.dumps({"steps": rows, "sampler": self.sampler} if self.sampler else rows, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
+        read = json.loads(text)
+        rows, sampler = (read["steps"], read["sampler"]) if isinstance(read, dict) else (read, "")
         return cls(
             tuple(
                 Step(t, frozen(arch), frozen(reuse), *(Guidance(scale, frozen(other)) for scale, other in guidance))
-                for t, arch, reuse, *guidance in json.loads(text)
-            )
+                for t, arch, reuse, *guidance in rows
+            ),
+            sampler,
         )
 
     @property
@@ -311,8 +316,9 @@ class SearchSpace(Protocol):
 
 
 class Denoiser(Protocol):
-    """One step's noise in x, whatever the network predicts. x: (batch, channels, height, width); t: the step's timestep; cache: what the
-    step before kept; condition: the samples' own; a guided step adds the null one itself."""
+    """One step's noise in x, whatever the network predicts, and behind it, where the network has learned one, as many channels that say
+    where the step's variance lies. x: (batch, channels, height, width); t: the step's timestep; cache: what the step before kept; condition:
+    the samples' own; a guided step adds the null one itself."""
 
     def __call__(
         self, x: torch.Tensor, t: int, cache: Any = None, condition: Condition | None = None
@@ -334,12 +340,14 @@ class Gated(Protocol):
 
 
 OPTIONAL = {
+    "Sampler": ("name",),
     "Supernet": ("profile", "outline"),
     "Training": ("macs",),
-    "LoadedSupernet": ("noise_in", "null_condition", "some_condition", "to_states"),
+    "LoadedSupernet": ("in_pixels", "learned_variance", "noise_in", "null_condition", "some_condition", "to_states"),
 }
 """Members of a protocol that a search does without: a dry run asks for the outline and for what training takes, pictures of schedules for
-the profile; a loaded supernet without the last ones predicts the noise and takes no conditions."""
+the profile; a loaded supernet without the last ones works in pixels, predicts the noise alone and takes no conditions; a sampler without a
+name goes by that of its class."""
 
 
 def some_condition(net: LoadedSupernet, count: int) -> Condition | None:
@@ -372,6 +380,14 @@ class LoadedSupernet(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of an image, which is compared with real ones."""
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether a state is an image with noise, so that the predicted image may be clipped to an image's range."""
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network also says, in as many further channels, where a step's variance lies (Nichol & Dhariwal 2021, eq. 15)."""
 
     def null_condition(self, condition: Condition) -> Condition:
         """The condition that says nothing, in as many rows: what a guided step also predicts with."""
@@ -504,9 +520,8 @@ class LoadedEvaluator(Protocol):
     @property
     def supernet(self) -> LoadedSupernet: ...
 
-    @property
-    def sampler(self) -> Mapping[str, Any]:
-        """The sampler in words: its `class` and its settings."""
+    def sampler_of(self, schedule: Schedule) -> Mapping[str, Any]:
+        """The sampler that runs the schedule, in words: its `class` and its settings."""
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
         """Scores `rung` samples. Noise of sample i depends on (seed, i) alone, so scores of one seed are paired."""

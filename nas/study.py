@@ -158,12 +158,17 @@ class Study:
                 f"objectives {self.objectives} must be among {', '.join(sorted(known))}, and the first one measured: "
                 f"{' or '.join(self.evaluator.metrics)}"
             )
-        sampler = getattr(self.evaluator, "sampler", None)
-        notices = getattr(sampler, "stochastic", False) or getattr(sampler, "multistep", False)
+        given = getattr(self.evaluator, "sampler", None)
+        samplers = given if isinstance(given, tuple) else (given,)
+        notices = any(getattr(one, "stochastic", False) or getattr(one, "multistep", False) for one in samplers)
         if getattr(self.space, "needs_deterministic", False) and notices:
             raise UserError(
                 "the space leaves out steps that compute nothing, which only a deterministic sampler without memory does not notice; give it "
                 "deterministic=False, or the evaluator DDIM"
+            )
+        if unknown := [one.name for one in getattr(self.space, "samplers", ()) if one not in samplers]:
+            raise UserError(
+                f"the space chooses among samplers that the evaluator lacks: {', '.join(unknown)}; give both the same"
             )
         conditional = getattr(self.supernet, "conditional", False)
         if conditional != (getattr(self.evaluator, "conditions", None) is not None):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
 from nas.contracts import UserError
-from nas.recipes import recipe
+from nas.recipes import Count, recipe
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.slices import Arch
 from search_spaces.networks.unet import Anatomy
@@ -22,18 +22,37 @@ MOST = 2**16
 """Options of one interval whose costs are still tabulated."""
 
 
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+
+
 @recipe
 class Options:
-    """`widths`: shares of a level's channels. `depths`: residual blocks of a level; empty for as many as the full net has.
+    """`widths`: shares of a level's channels; or `channels`: for each level, outermost first, the numbers of channels that it may have, the
+    full network's among them, as shares of 448 channels in heads of 32 are sevenths. `depths`: residual blocks of a level; empty for as many as the full net has.
     `per_level`: what each level chooses on its own, else all alike. `attention`: whether a place that has attention may go
     without it."""
 
-    widths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.25, 0.5, 0.75, 1.0)
+    widths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = WIDTHS
     depths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = ()
     per_level: tuple[Literal["width", "depth"], ...] = ()
     attention: bool = False
+    channels: tuple[Annotated[tuple[Count, ...], Field(min_length=1)], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.channels:
+            if self.widths not in (WIDTHS, (1.0,)):
+                raise UserError(
+                    f"widths {self.widths} and channels {self.channels} say the same thing; give one of them"
+                )
+            object.__setattr__(self, "widths", (1.0,))
+            object.__setattr__(self, "channels", tuple(tuple(sorted(level)) for level in self.channels))
+            for level in self.channels:
+                if len(set(level)) != len(level):
+                    raise UserError(f"channels {level} of a level must be distinct")
+            if "width" not in self.per_level and len({len(level) for level in self.channels}) > 1:
+                raise UserError(
+                    f"channels {self.channels} are chosen together, so every level needs as many; or give per_level=('width',)"
+                )
         object.__setattr__(self, "widths", tuple(sorted(map(float, self.widths))))
         object.__setattr__(self, "depths", tuple(sorted(self.depths)))
         object.__setattr__(self, "per_level", tuple(sorted(self.per_level)))
@@ -52,7 +71,18 @@ class Options:
             and {*self.depths} <= {*other.depths}
             and {*self.per_level} <= {*other.per_level}
             and (other.attention or not self.attention)
+            and (not self.channels or self._channels_within(other))
         )
+
+    def _channels_within(self, other: Options) -> bool:
+        return len(self.channels) == len(other.channels) and all(
+            {*mine} <= {*theirs} for mine, theirs in zip(self.channels, other.channels, strict=True)
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """JSON; without channels it is as it was before there were any."""
+        said = asdict(self)
+        return said if self.channels else {name: value for name, value in said.items() if name != "channels"}
 
 
 @dataclass(frozen=True)
@@ -79,12 +109,16 @@ class Subnets:
         levels = range(anatomy.levels)
         self._own_width = "width" in options.per_level
         self._own_depth = "depth" in options.per_level and len(options.depths) > 1
+        self._shares = self._shares_of_levels()
         self._check()
-        widths = [Gene(f"width{level}", options.widths) for level in levels]
-        self.genes: list[Gene] = widths if self._own_width else [replace(widths[0], name="width")]
+        labels = options.channels or (options.widths,) * anatomy.levels
+        self.genes: list[Gene] = [Gene(f"width{level}", labels[level]) for level in levels]
+        if not self._own_width:
+            joint = tuple("/".join(map(str, counts)) for counts in zip(*labels, strict=True))
+            self.genes = [Gene("width", joint if options.channels else options.widths)]
         if len(options.depths) > 1:
             depths = [Gene(f"depth{level}", options.depths) for level in levels]
-            self.genes += depths if self._own_depth else [replace(depths[0], name="depth")]
+            self.genes += depths if self._own_depth else [Gene("depth", options.depths)]
         if options.attention:
             places = anatomy.attention_places
             self.genes += [
@@ -124,9 +158,11 @@ class Subnets:
 
     def _arch(self, indices: Sequence[int]) -> Arch:
         anatomy, options = self._anatomy, self.options
-        values = iter([gene.options[index] for gene, index in zip(self.genes, indices, strict=True)])
         levels = anatomy.levels
-        widths = [float(next(values)) for _ in range(levels)] if self._own_width else [float(next(values))] * levels
+        chosen = indices[:levels] if self._own_width else [indices[0]] * levels
+        widths = [shares[index] for shares, index in zip(self._shares, chosen, strict=True)]
+        own = levels if self._own_width else 1
+        values = iter([gene.options[index] for gene, index in zip(self.genes[own:], indices[own:], strict=True)])
         depths = [options.depths[0] if options.depths else anatomy.depth] * levels
         if len(options.depths) > 1:
             depths = [int(next(values)) for _ in range(levels)] if self._own_depth else [int(next(values))] * levels
@@ -165,23 +201,47 @@ class Subnets:
         or else the next narrower one: their shortcut convolution must not vanish."""
         legal = [widths[0]]
         for level, share in enumerate(widths[1:], 1):
-            wider = [w for w in self.options.widths if w >= share]
-            narrower = [w for w in self.options.widths if w < share][::-1]
+            wider = [w for w in self._shares[level] if w >= share]
+            narrower = [w for w in self._shares[level] if w < share][::-1]
             fits = (w for w in (*wider, *narrower) if not self._anatomy.shortcut_vanishes((*legal, w), level))
             legal.append(next(fits, share))
         return tuple(legal)
 
     # ------------------------------------------------------------------------------------------------------ checks
 
+    def _shares_of_levels(self) -> tuple[tuple[float, ...], ...]:
+        """Of each level's channels, the options of its width."""
+        anatomy, options = self._anatomy, self.options
+        if not options.channels:
+            return (options.widths,) * anatomy.levels
+        if len(options.channels) != anatomy.levels:
+            raise UserError(f"channels for {len(options.channels)} levels; the network has {anatomy.levels}")
+        for level, (counts, full) in enumerate(zip(options.channels, anatomy.channels, strict=True)):
+            if counts[-1] > full:
+                raise UserError(f"level {level} has {full} channels, so it cannot have {counts[-1]}")
+        return tuple(
+            tuple(count / full for count in counts)
+            for counts, full in zip(options.channels, anatomy.channels, strict=True)
+        )
+
     def _check(self) -> None:
         anatomy, options = self._anatomy, self.options
-        for level in range(anatomy.levels) if self._own_width else (None,):
-            for share in options.widths:
+        if options.channels and not self._own_width:
+            for place, shares in enumerate(zip(*self._shares, strict=True)):
                 try:
-                    self._check_width(level, share)
+                    anatomy.subconfig(Arch(shares))
+                    anatomy.check_shortcuts(Arch(shares))
                 except UserError as error:
-                    where = "all levels" if level is None else f"level {level}"
-                    raise UserError(f"{error}; legal for {where}: {self._legal(level)}") from error
+                    counts = "/".join(str(level[place]) for level in options.channels)
+                    raise UserError(f"channels {counts}: {error}; legal: {self._legal_counts()}") from error
+        else:
+            for level in range(anatomy.levels) if self._own_width else (None,):
+                for share in self._shares[level or 0]:
+                    try:
+                        self._check_width(level, share)
+                    except UserError as error:
+                        where = "all levels" if level is None else f"level {level}"
+                        raise UserError(f"{error}; legal for {where}: {self._legal(level)}") from error
         if any(not 1 <= depth <= anatomy.depth for depth in options.depths):
             raise UserError(
                 f"depths {options.depths} of every level must be from 1 to layers_per_block={anatomy.depth}"
@@ -200,11 +260,14 @@ class Subnets:
         self._anatomy.subconfig(Arch(tuple(widths)))
         alone = all(
             self._anatomy.shortcut_vanishes((*widths[: level - 1], other, share), level)
-            for other in self.options.widths
+            for other in self._shares[(level or 1) - 1]
             if level
         )
         if level and alone:
             raise UserError(f"width {share} makes level {level} as wide as level {level - 1} whatever that chooses")
+
+    def _legal_counts(self) -> str:
+        return "; ".join(f"level {level}: {self._legal(level)}" for level in range(self._anatomy.levels))
 
     def _legal(self, level: int | None) -> str:
         """Shares that a stock model can have, as many as its norm groups distinguish."""
@@ -216,5 +279,5 @@ class Subnets:
                 self._check_width(level, count / channels)
             except UserError:
                 continue
-            found.append(f"{count / channels:g}")
+            found.append(f"{count}" if self.options.channels else f"{count / channels:g}")
         return ", ".join(found) if len(found) <= 12 else f"{', '.join(found[:6])} ... {', '.join(found[-3:])}"

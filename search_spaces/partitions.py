@@ -144,12 +144,12 @@ class Partitions:
         if not isinstance(net, LoadedElasticUNet):
             raise UserError(f"gradients are those of an ElasticUNet; this supernet is a {type(net).__name__}")
         space, last = self.space, self.space.net.noise.timesteps - 1
-        least = (
-            space.net.cost(space.net.uniform(space.net.widths[0])).macs / space.net.cost(space.net.anatomy.full).macs
-        )
+        options = Options(space.net.widths, channels=space.net.channels)
+        self.widths = space.net.subnets(options).genes[0].options
+        least = space.net.cost(space.net.subnets(options).flat(0)).macs / space.net.cost(space.net.anatomy.full).macs
         if least > self.share:
             raise UserError(
-                f"no width of {space.net.widths} keeps {self.share:.0%} of the MACs, the smallest takes {least:.0%}; raise --share, or give the "
+                f"no width of {self.widths} keeps {self.share:.0%} of the MACs, the smallest takes {least:.0%}; raise --share, or give the "
                 "supernet a smaller width"
             )
         self.points = [int(t) for t in np.round(np.linspace(0, last, self.grid))]
@@ -167,7 +167,7 @@ class Partitions:
         self.affinity = np.array(affinity)
 
         steps = per_step(space.timesteps)
-        each = Stepwise(space.net, space.timesteps, steps, Options(space.net.widths))
+        each = Stepwise(space.net, space.timesteps, steps, options)
         metric, rung = self.evaluator.metrics[0], self.evaluator.rungs[0]
         effects = StepEffects(each, self.evaluate, metric, rung, self.seed)
         header = {
@@ -200,7 +200,7 @@ class Partitions:
             "points": self.points,
             "affinity": self.affinity.tolist(),
             "agreement_of_halves": self.agreement,
-            "widths": self.space.net.widths,
+            "widths": self.widths,
             "effects": self.effects.table.tolist(),
             "effect_errors": self.effects.errors.tolist(),
             "boundaries": {name: list(found) for name, found in self.boundaries.items()},

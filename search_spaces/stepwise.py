@@ -3,8 +3,8 @@ it reuses from the step before."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -19,6 +19,9 @@ from search_spaces.networks.slices import Arch
 from search_spaces.options import Options, Subnets
 from search_spaces.patterns import ALL, Computed, Pattern
 from search_spaces.supernet import ElasticUNet
+
+SAMPLER = "sampler"
+"""Name of the gene that chooses it. It stands first among those of the first interval, whatever it costs."""
 
 
 @recipe
@@ -38,6 +41,8 @@ class Stepwise:
 
     `guidance`: how the steps of an interval may be guided, as one more gene of each; None for not at all, a scale, or `Guidance(scale, arch)`
     where another subnet predicts without the condition. By default no step is guided.
+
+    `samplers`: which may run the trajectory, as one more gene of all of it; the evaluator is given the same. By default the evaluator's own.
     """
 
     net: ElasticUNet
@@ -49,6 +54,7 @@ class Stepwise:
     finer: bool = False
     deterministic: bool = True
     guidance: tuple[Annotated[float, Field(gt=0, le=1000)] | Guidance | None, ...] = ()
+    samplers: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         if any(self.guidance) and not self.net.conditional:
@@ -60,6 +66,13 @@ class Stepwise:
         for guide in self._guides:
             if guide is not None and guide.arch:
                 self.net.anatomy.segments(Arch(*guide.arch))
+        if len({one.name for one in self.samplers}) != len(self.samplers):
+            raise UserError(f"samplers {', '.join(one.name for one in self.samplers)} must be distinct")
+        if self.needs_deterministic and any(one.stochastic or one.multistep for one in self.samplers):
+            raise UserError(
+                "steps that compute nothing are left out, which only a deterministic sampler without memory does not notice; give "
+                "deterministic=False, or DDIM alone"
+            )
         free(*self.timesteps)
         if sum(self.intervals) != len(self.timesteps) or min(self.intervals, default=0) < 1:
             raise UserError(
@@ -89,7 +102,7 @@ class Stepwise:
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         return tuple(
-            Choice(f"interval{k:02d}.{name}", options, k)
+            Choice(name if name == SAMPLER else f"interval{k:02d}.{name}", options, k)
             for k, subnets in enumerate(self.subnets)
             for name, options in self._genes(k, subnets)
         )
@@ -115,7 +128,9 @@ class Stepwise:
             by = self._guided_by(guide, arch)
             can = last is not None and arch == Arch(*last.arch) and _keeps(last, by)
             steps.append(Step(t, arch, self._reused(arch, computed) if can else (), by))
-        return Schedule(tuple(steps))
+        return Schedule(
+            tuple(steps), self.samplers[genome[0] if len(self.samplers) > 1 else 0].name if self.samplers else ""
+        )
 
     def cost(self, genome: Genome) -> dict[str, float]:
         """`params` counts a subnet again for each expert that runs it."""
@@ -139,7 +154,7 @@ class Stepwise:
             "class": "Stepwise",
             "timesteps": self.timesteps,
             "intervals": self.intervals,
-            "options": [asdict(subnets.options) for subnets in self.subnets],
+            "options": [subnets.options.describe() for subnets in self.subnets],
             "budgets": self.budgets,
             "experts": self.net.experts,
         }
@@ -148,6 +163,8 @@ class Stepwise:
             described |= {"patterns": asked, "finer": self.finer, "deterministic": self.deterministic}
         if any(self.guidance):
             described["guidance"] = self._guides
+        if self.samplers:
+            described["samplers"] = [one.describe() for one in self.samplers]
         return described
 
     # --------------------------------------------------------------------------------------------------- guidance
@@ -172,7 +189,10 @@ class Stepwise:
 
     def _genes(self, k: int, subnets: Subnets) -> list[tuple[str, tuple[float | int | str, ...]]]:
         """Names and options of interval k's genes."""
-        return [*self._subnet_genes(subnets), *self._pattern_gene(k), *self._guidance_gene()]
+        return [*self._sampler_gene(k), *self._subnet_genes(subnets), *self._pattern_gene(k), *self._guidance_gene()]
+
+    def _sampler_gene(self, k: int) -> list[tuple[str, tuple[str, ...]]]:
+        return [(SAMPLER, tuple(one.name for one in self.samplers))] if k == 0 and len(self.samplers) > 1 else []
 
     # ------------------------------------------------------------------------------------------------------ reuse
 
@@ -212,7 +232,8 @@ class Stepwise:
 
     def _subnet_genes(self, subnets: Subnets) -> list[tuple[str, tuple[float | int | str, ...]]]:
         """None where one subnet is all there is and something else is to be chosen."""
-        single = len(subnets) == 1 and (len(self.patterns) > 1 or len(self._guides) > 1)
+        several = (self.patterns, self._guides, self.samplers)
+        single = len(subnets) == 1 and any(len(options) > 1 for options in several)
         return [] if single else [(gene.name, gene.options) for gene in subnets.genes]
 
     def _pattern_gene(self, k: int) -> list[tuple[str, tuple[str, ...]]]:
@@ -222,6 +243,7 @@ class Stepwise:
         """For each timestep the subnet, what the genes ask it to compute, whether that can be had or not, and what is to guide it."""
         steps = iter(self._steps)
         for k, (subnets, genes) in enumerate(zip(self.subnets, self._split(genome), strict=True)):
+            genes = genes[len(self._sampler_gene(k)) :]
             own = len(self._subnet_genes(subnets))
             arch = subnets.arch(genes[:own] if own else (0,) * len(subnets.shape))
             guide = self._guides[genes[-1] if len(self._guides) > 1 else 0]
@@ -277,7 +299,8 @@ class Stepwise:
                 for steps in patterns
                 for guide in self._guides
             ]
-            found.append(np.array(costs, dtype=np.int64).reshape(self._shapes[k]))
+            samplers = math.prod(len(options) for _, options in self._sampler_gene(k))
+            found.append(np.array(costs * samplers, dtype=np.int64).reshape(self._shapes[k]))
             start += count
         return tuple(found)
 

@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from nas.base.files import file_digest, first_line, tensors_digest
 from nas.contracts import Condition, Denoiser, Gated, Step, UserError
-from nas.recipes import recipe
+from nas.recipes import Count, recipe
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.slices import Arch, Groups, take
 from search_spaces.networks.unet import Anatomy, StockUNet, arguments, predict, skeleton
@@ -42,7 +42,7 @@ class ElasticUNet:
     """Recipe of the supernet.
 
     `config`: arguments of `diffusers.UNet2DModel`, block types Down/Up/AttnDown/AttnUpBlock2D.
-    `widths`, `depths`, `per_level`, `attention`: what its subnets may differ in, see `Options`; the full network is among them.
+    `widths` or `channels`, `depths`, `per_level`, `attention`: what its subnets may differ in, see `Options`; the full network is among them.
     `groups`: GroupNorm keeps its group *count* at every width (any widths), or its group *size* (one share for the
     whole net; trains a little better). `experts`: training timesteps at which another copy of the weights takes over.
     `pretrained`: a diffusers UNet2DModel folder whose weights it starts from.
@@ -58,11 +58,15 @@ class ElasticUNet:
     attention: bool = False
     experts: tuple[int, ...] = ()
     pretrained: str | None = None
+    channels: tuple[tuple[Count, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        options = Options(self.widths, self.depths, self.per_level, self.attention)
-        for name in ("widths", "depths", "per_level"):
+        options = Options(self.widths, self.depths, self.per_level, self.attention, self.channels)
+        for name in ("widths", "depths", "per_level", "channels"):
             object.__setattr__(self, name, getattr(options, name))
+        for level, (counts, full) in enumerate(zip(options.channels, self.anatomy.channels, strict=False)):
+            if counts[-1] != full:
+                raise UserError(f"channels {counts} of level {level} must include {full}, the full network's")
         if options.widths[-1] != 1.0:
             raise UserError(f"widths {options.widths} must include 1.0, the full network")
         if options.depths and options.depths[-1] != self.anatomy.depth:
@@ -111,9 +115,14 @@ class ElasticUNet:
         return bool(self.anatomy.config["num_class_embeds"] or self.anatomy.config["class_embed_type"])
 
     @property
+    def learned_variance(self) -> bool:
+        """Whether it has twice as many output as input channels, and so says where a step's variance lies (Nichol & Dhariwal 2021)."""
+        return bool(self.anatomy.config["out_channels"] == 2 * self.anatomy.config["in_channels"])
+
+    @property
     def options(self) -> Options:
         """What its subnets may differ in."""
-        return Options(self.widths, self.depths, self.per_level, self.attention)
+        return Options(self.widths, self.depths, self.per_level, self.attention, self.channels)
 
     def subnets(self, options: Options, share: float = 1.0) -> Subnets:
         """The subnets of these options that cost no more than a share of the full network's MACs."""
@@ -155,6 +164,7 @@ class ElasticUNet:
             "attention": self.attention,
             "experts": self.experts,
             "pretrained": None if self.pretrained is None else weights_digest(Path(self.pretrained)),
+            **({"channels": self.channels} if self.channels else {}),
         }
 
     def profile(self, step: Step) -> dict[str, float]:
@@ -276,6 +286,8 @@ class LoadedElasticUNet:
         self.final_alpha = recipe.noise.end
         self.scheduler = recipe.noise.scheduler
         self.state_shape = self.image_shape = (recipe.anatomy.config["in_channels"], *recipe.anatomy.sample_size)
+        self.in_pixels = True
+        self.learned_variance = recipe.learned_variance
         self.full_arch = recipe.anatomy.full
         self.smallest_arch = recipe.subnets(recipe.options).flat(0)
         self.version = 0
@@ -312,13 +324,13 @@ class LoadedElasticUNet:
             x: torch.Tensor, t: int, cache: Any = None, condition: Condition | None = None
         ) -> tuple[torch.Tensor, Any]:
             def own(x: torch.Tensor, cache: Any, condition: Condition | None) -> tuple[torch.Tensor, Any]:
-                answer = partial(self.noise_in, x=x, t=t)
+                answer = partial(self._answer, x=x, t=t)
                 if step.reuse or keep:
                     return run(stock, x, t, step.reuse, keep, cache, condition, answer=answer)
                 return answer(predict(net, x, t, condition)), None
 
             def plain(x: torch.Tensor, null: Condition) -> torch.Tensor:
-                return self.noise_in(predict(other, x, t, null), x, t)
+                return self._answer(predict(other, x, t, null), x, t)
 
             if held:  # the prediction as it was guided; what is handed on keeps all its rows
                 return own(x, cache, condition)
@@ -349,6 +361,10 @@ class LoadedElasticUNet:
         return call
 
     def noise_in(self, prediction: torch.Tensor, x: torch.Tensor, t: int) -> torch.Tensor:
+        return self._answer(prediction[:, : x.shape[1]], x, t)
+
+    def _answer(self, prediction: torch.Tensor, x: torch.Tensor, t: int) -> torch.Tensor:
+        """The noise, and behind it what the network says of the variance."""
         return as_noise(prediction, x, float(self.alphas_cumprod[t]), self.recipe.noise.prediction)
 
     def blocks(self, arch: Arch, finer: bool = False) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks import published
 from benchmarks.cost import count_with_fvcore
 from nas.contracts import UserError
 from nas.testing import check_space, check_supernet
@@ -244,3 +245,78 @@ def test_budgets_of_intervals_are_kept_by_every_genome() -> None:
         assert costs.max() > 2 * (share - 0.2) * full
     with pytest.raises(UserError, match="cannot be met: the smallest subnet"):
         Stepwise(net, steps, equal(steps, 2), budgets=(0.01, 1.0))
+
+
+THIRDS = {
+    **TINY,
+    "block_out_channels": (24, 48),
+    "norm_num_groups": 8,
+    "attention_head_dim": 8,
+    "down_block_types": (DOWN, ATTENTION_DOWN),
+    "up_block_types": (ATTENTION_UP, UP),
+}
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_widths_can_be_numbers_of_channels_that_are_no_common_share(together: bool, tmp_path: Path) -> None:
+    channels = ((8, 16, 24), (32, 16, 48)) if together else ((16, 24), (16, 32, 48))
+    net = ElasticUNet(THIRDS, channels=channels, per_level=() if together else ("width",))
+    subnets = net.subnets(net.options)
+    assert len(subnets) == (3 if together else 6)
+    loaded = randomised(net)
+    x, t = inputs(net)
+    seen = set()
+    for index in range(len(subnets)):
+        arch = subnets.flat(index)
+        stock = loaded.extract(arch)
+        stock.save_pretrained(tmp_path / str(index))
+        reloaded = UNet2DModel.from_pretrained(tmp_path / str(index), low_cpu_mem_usage=False).eval()
+        seen.add(tuple(reloaded.config.block_out_channels))
+        assert torch.allclose(reloaded(x, t).sample, loaded.forward(arch, x, t), atol=CALL)
+        cost = net.cost(arch)
+        assert (cost.macs, cost.attention_macs, cost.params) == count_with_fvcore(net, arch)
+    every = {(8, 16), (16, 32), (24, 48)} if together else {(a, b) for a in (16, 24) for b in (16, 32, 48)}
+    # Levels that the full net has at different widths are never made equal: their shortcut would vanish.
+    assert seen == {(a, b) for a, b in every if a != b}
+    names = {choice.name: choice.options for choice in Stepwise(net, uniform(2), (2,)).choices}
+    assert names == (
+        {"interval00.width": ("8/16", "16/32", "24/48")}
+        if together
+        else {"interval00.width0": (16, 24), "interval00.width1": (16, 32, 48)}
+    )
+    check_space(Stepwise(net, uniform(4), (2, 2)))
+    check_supernet(loaded, Stepwise(net, uniform(4), (2, 2)), samples=3)
+
+
+def test_a_published_latent_network_has_widths_in_sevenths() -> None:
+    """LDM-4: 224, 448, 672, 896 channels, heads of 32, 32 norm groups."""
+    config = published.NETWORKS["LDM-4 bedrooms, FFHQ, CelebA-HQ"].config
+    with pytest.raises(UserError, match=r"legal for all levels: 0\.142857"):
+        ElasticUNet(config, widths=(0.5, 1.0))
+    net = ElasticUNet(config, channels=tuple((4 * c // 7, 5 * c // 7, c) for c in (224, 448, 672, 896)))
+    shares = [net.cost(net.subnets(net.options).flat(i)).macs / net.cost(net.anatomy.full).macs for i in range(3)]
+    assert shares == pytest.approx([0.339, 0.521, 1.0], abs=1e-3)
+
+
+def test_impossible_channels_are_named() -> None:
+    for channels, words in (
+        (((8, 24),), "channels for 1 levels; the network has 2"),
+        (((8, 16), (16, 48)), r"channels \(8, 16\) of level 0 must include 24"),
+        (((8, 24), (16, 48, 64)), "are chosen together, so every level needs as many"),
+        (
+            ((8, 24), (20, 48)),
+            "channels 8/20: .*not a multiple of norm_num_groups=8; legal: level 0: 8, 16, 24; level 1: 8, 16, 24, 32, 40, 48",
+        ),
+        (((8, 8, 24), (16, 32, 48)), "must be distinct"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ElasticUNet(THIRDS, channels=channels)
+    with pytest.raises(UserError, match="say the same thing"):
+        ElasticUNet(THIRDS, widths=(0.5, 1.0), channels=((8, 24), (16, 48)))
+    net = ElasticUNet(THIRDS, channels=((8, 24), (16, 48)))
+    with pytest.raises(UserError, match="the supernet is trained for"):
+        Stepwise(net, uniform(2), (2,), Options(channels=((16, 24), (32, 48))))
+    Stepwise(net, uniform(2), (2,), Options(channels=((8, 24), (16, 48))))
+    Stepwise(net, uniform(2), (2,), Options(widths=(1.0,)))
+    with pytest.raises(UserError, match="level 0 has 24 channels, so it cannot have 32"):
+        net.subnets(Options(channels=((24, 32), (16, 48))))

@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evaluators.sampling import DDIM, DDPM, DPMSolver, Sampler, sample, trajectory
+from evaluators.trajectories import Trajectories
 from nas.contracts import ImageSet, Schedule, Step, UserError
 from nas.handover.export import export
 from nas.study import Study
+from nas.testing import check_space
 from search_spaces.intervals import uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.patterns import Every
@@ -202,6 +204,77 @@ def test_an_exported_folder_samples_as_ours(
     export(loaded, schedule, sampler.describe(), {}, tmp_path / "model")
     images = standing_alone(tmp_path / "model", monkeypatch)
     assert torch.allclose(images, sample(loaded, schedule, sampler, 0, 0, 16), atol=SAMPLES)
+
+
+CHOICE = (DDIM(), DPMSolver(), DDIM(eta=0.5))
+
+
+def searching_samplers(study: Study) -> Study:
+    assert isinstance(study.space, Stepwise)
+    return replace(
+        study,
+        space=replace(study.space, samplers=CHOICE),
+        evaluator=replace(study.evaluator, sampler=CHOICE),  # type: ignore[type-var]
+    )
+
+
+def test_the_sampler_is_one_gene_of_the_trajectory(tiny_study: Study) -> None:
+    space = searching_samplers(tiny_study).space
+    assert isinstance(space, Stepwise)
+    check_space(space)
+    assert isinstance(tiny_study.space, Stepwise)
+    [gene] = [choice for choice in space.choices if choice.name == "sampler"]
+    assert gene.options == ("DDIM", "DPMSolver", "DDIM(eta=0.5)")
+    plain = tuple(0 for _ in tiny_study.space.choices)
+    schedules = [space.decode((option, *plain)) for option in range(3)]
+    assert [schedule.sampler for schedule in schedules] == list(gene.options)
+    assert {schedule.steps for schedule in schedules} == {tiny_study.space.decode(plain).steps}
+    assert len({schedule.digest for schedule in schedules}) == 3
+    assert len({space.cost((option, *plain))["macs"] for option in range(3)}) == 1
+    for schedule in (*schedules, tiny_study.space.decode(plain)):
+        assert Schedule.from_json(schedule.to_json()) == schedule
+
+
+def test_each_schedule_is_scored_sampled_and_exported_by_its_own_sampler(
+    tiny_study: Study, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = searching_samplers(tiny_study)
+    evaluate = study.evaluator.load(study.supernet.load(tiny_run / "supernet", "cpu"), tiny_run)
+    plain = tuple(0 for _ in tiny_study.space.choices)
+    rung = study.evaluator.rungs[0]
+    for option, sampler in enumerate(CHOICE):
+        schedule = study.space.decode((option, *plain))
+        one = replace(tiny_study.evaluator, sampler=sampler).load(evaluate.supernet, tiny_run)  # type: ignore[type-var]
+        assert evaluate(schedule, rung, 0).values == one(replace(schedule, sampler=""), rung, 0).values
+        assert evaluate.sampler_of(schedule) == sampler.describe()
+        folder = tmp_path / str(option)
+        export(evaluate.supernet, schedule, evaluate.sampler_of(schedule), {}, folder)
+        images = standing_alone(folder, monkeypatch)
+        assert torch.allclose(images, evaluate.sample(schedule, 16, 0), atol=SAMPLES)
+
+
+def test_samplers_that_do_not_fit_are_refused(tiny_study: Study) -> None:
+    space = tiny_study.space
+    assert isinstance(space, Stepwise)
+    with pytest.raises(UserError, match="samplers that the evaluator lacks: DPMSolver"):
+        replace(tiny_study, space=replace(space, samplers=(DDIM(), DPMSolver())))
+    with pytest.raises(UserError, match="DDIM, DDIM must be distinct"):
+        replace(space, samplers=(DDIM(), DDIM()))
+    with pytest.raises(UserError, match="steps that compute nothing are left out"):
+        replace(space, samplers=CHOICE, patterns=(Every(1), Every(2)))
+
+
+def test_only_images_are_clipped_where_the_space_decides() -> None:
+    loaded = ElasticUNet(TINY, (1.0,)).initial(0)
+    schedule = _whole(loaded.recipe, uniform(5))
+    clipped, free = (sample(loaded, schedule, DDIM(clip), 0, 0, 4) for clip in (True, False))
+    assert not torch.allclose(clipped, free, atol=1e-2)
+    assert torch.equal(sample(loaded, schedule, DDIM(), 0, 0, 4), clipped)
+    loaded.in_pixels = False
+    assert torch.equal(sample(loaded, schedule, DDIM(), 0, 0, 4), free)
+    trajectories = Trajectories(loaded, DDIM())
+    assert trajectories.sampler_of(schedule).describe()["clip"] is False
+    assert torch.equal(trajectories.images(schedule, 0, 0, 4), free)
 
 
 def _whole(net: ElasticUNet, timesteps: tuple[int, ...]) -> Schedule:

@@ -84,7 +84,7 @@ def export(
         "images": study.images.load().digest,
     }
     schedule = study.space.decode(chosen.genome)
-    failed = write(evaluator.supernet, schedule, evaluator.sampler, provenance, to.resolve(), programs)
+    failed = write(evaluator.supernet, schedule, evaluator.sampler_of(schedule), provenance, to.resolve(), programs)
     for name, reason in failed.items():
         notes.print(f"{name} has no model.pt2: {reason}", highlight=False, soft_wrap=True)
     out.print(

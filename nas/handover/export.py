@@ -107,7 +107,7 @@ def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path
             with torch.inference_mode():
                 ours, _ = net.denoiser(Step(step.timestep, arch))(x, step.timestep, None, condition or None)
                 theirs = noise_in(net, reloaded(x, step.timestep, **text, **condition).sample, x, step.timestep)
-            worst = max(worst, float((ours - theirs).abs().max()))
+            worst = max(worst, float((ours[:, : x.shape[1]] - theirs).abs().max()))
     return worst
 
 

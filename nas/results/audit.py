@@ -325,7 +325,6 @@ class Tabular:
 class _LoadedTabular:
     def __init__(self, recipe: Tabular, supernet: Any) -> None:
         self.supernet = supernet
-        self.sampler: Mapping[str, Any] = {}
         self._recipe = recipe
         self._rows = {row["digest"]: row for row in read_table(Path(recipe.path)) if row["scores"]}
 
@@ -339,6 +338,9 @@ class _LoadedTabular:
         score = Score.from_json(row["scores"][self._recipe.columns[rung - 1]])
         [(_, value)], [(_, replicates)] = score.values.items(), score.replicates.items()
         return replace(score, values={"fd": value}, replicates={"fd": replicates}, labels={"fd": f"table@{rung}"})
+
+    def sampler_of(self, schedule: Schedule) -> Mapping[str, Any]:
+        return {}
 
     def sample(self, schedule: Schedule, count: int, seed: int) -> Any:
         raise UserError("a table of scores holds no images")

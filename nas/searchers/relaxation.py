@@ -112,9 +112,9 @@ def learn(
         arches = [schedule.steps[place] for schedule in schedules]
         with torch.no_grad():
             predictions = torch.stack(
-                [supernet.denoiser(each)(x, step.timestep, None, condition)[0] for each in arches]
+                [supernet.denoiser(each)(x, step.timestep, None, condition)[0][:, : x.shape[1]] for each in arches]
             )
-            teacher = supernet.denoiser(step)(x, step.timestep, None, condition)[0]
+            teacher = supernet.denoiser(step)(x, step.timestep, None, condition)[0][:, : x.shape[1]]
         spent += settings.batch * sum(supernet.macs(each) for each in (*arches, step))
         mixed = torch.einsum("o,onchw->nchw", weights[0, gene, :options].to(x), predictions.clone())
         denoising = (mixed - noise).square().mean()

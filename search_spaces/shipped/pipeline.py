@@ -71,8 +71,9 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                 a, b = alphas[step["timestep"]], alphas[following["timestep"]]
                 prediction, cache = self._denoise(step, a, kept, x, cache, told, null)
                 drawn = next(noise).to(x)
+                fresh = drawn if number + 1 < len(steps) else None
                 after, memory = _update(
-                    plan["sampler"], x, prediction, a, b, drawn if number + 1 < len(steps) else None, memory
+                    plan["sampler"], x, prediction[:, : x.shape[1]], a, b, fresh, memory, prediction[:, x.shape[1] :]
                 )
                 x = after.to(x.dtype)
                 bar.update()
@@ -149,9 +150,10 @@ def _update(
     b: float,
     drawn: torch.Tensor | None,
     memory: Any,
+    learned: torch.Tensor,
 ) -> tuple[torch.Tensor, Any]:
     """The state at abar = b after that at a, by the predicted noise, and what the next update needs to know of this one. `drawn`: fresh noise,
-    None in the last step."""
+    None in the last step. `learned`: what the network says of the variance, between -1 and 1; no channels where it says nothing."""
     prediction = prediction.to(torch.promote_types(prediction.dtype, x.dtype))
     image = (x - (1 - a) ** 0.5 * prediction) / a**0.5
     image = image.clamp(-1, 1) if sampler["clip"] else image
@@ -162,8 +164,13 @@ def _update(
     if sampler["class"] == "DDPM":
         beta = 1 - a / b
         after = b**0.5 * beta / (1 - a) * image + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
-        variance = beta if sampler["variance"] == "fixed_large" else (1 - b) / (1 - a) * beta
-        return after if drawn is None else after + variance**0.5 * drawn, None
+        if drawn is None:
+            return after, None
+        small = (1 - b) / (1 - a) * beta
+        if sampler["variance"] == "learned_range":
+            share = (learned + 1) / 2
+            return after + torch.exp((share * math.log(beta) + (1 - share) * math.log(small)) / 2) * drawn, None
+        return after + (beta if sampler["variance"] == "fixed_large" else small) ** 0.5 * drawn, None
     if b >= 1:
         return image, None
     here, there = (0.5 * (math.log(alpha) - math.log1p(-alpha)) for alpha in (a, b))

@@ -144,17 +144,21 @@ def _branches(depths: tuple[int, ...], middle: bool) -> tuple[Branch, ...]:
 
 
 def as_noise(prediction: torch.Tensor, x: torch.Tensor, alpha: float, kind: str) -> torch.Tensor:
-    """The noise in x = sqrt(alpha) image + sqrt(1 - alpha) noise by a prediction of this `prediction_type`.
+    """The noise in x = sqrt(alpha) image + sqrt(1 - alpha) noise by a prediction of this `prediction_type`. Further channels than x has, which
+    say where the variance lies, stay behind it.
 
     In float64 where hardly any signal is left: the image follows from it as a small difference.
     """
     if kind == "epsilon":
         return prediction
+    if prediction.shape[1] > x.shape[1]:
+        noise, said = as_noise(prediction[:, : x.shape[1]], x, alpha, kind), prediction[:, x.shape[1] :]
+        return torch.cat([noise, said.to(noise)], dim=1)
     x = x.double() if alpha < 1e-4 else x
     prediction = prediction.to(x)
     signal, rest = alpha**0.5, (1 - alpha) ** 0.5
-    noise: torch.Tensor = signal * prediction + rest * x if kind == "v_prediction" else (x - signal * prediction) / rest
-    return noise
+    made: torch.Tensor = signal * prediction + rest * x if kind == "v_prediction" else (x - signal * prediction) / rest
+    return made
 
 
 def graph_of(net: Any) -> Graph:
@@ -229,7 +233,7 @@ def guided(
     """u + scale (c - u): the noise by classifier-free guidance (Ho & Salimans 2022), and what the next step may reuse.
 
     `condition` and `null`: a row for each of x. `call(x, cache, condition)`: the step's network, which predicts both at once, and so keeps
-    outputs of twice as many rows; or c alone where `other` predicts u.
+    outputs of twice as many rows; or c alone where `other` predicts u. Where the variance lies is as c says.
     """
     if other is None:
         both = {name: torch.cat([rows, null[name]]) for name, rows in condition.items()}
@@ -238,7 +242,10 @@ def guided(
     else:
         told, kept = call(x, first_rows(cache, len(x)), condition)
         plain = other(x, null)
-    noise = plain + scale * (told - plain)
+    own = x.shape[1]
+    noise = plain[:, :own] + scale * (told[:, :own] - plain[:, :own])
+    if told.shape[1] > own:
+        noise = torch.cat([noise, told[:, own:]], dim=1)
     return noise, {**kept, PREDICTION: noise} if kept and PREDICTION in kept else kept
 
 

@@ -263,12 +263,15 @@ def _loss(
     mine, theirs = Maps(bare, settings.features > 0), Maps(teacher, settings.features > 0)
     with accelerator.autocast():
         prediction = _predict(net, bare, x, t, labels).float()
-        target = truth
-        if settings.distillation or settings.features:
+        target, own = truth, x.shape[1]
+        learned = prediction.shape[1] > own
+        if settings.distillation or settings.features or learned:
             with torch.no_grad():
                 shown = _predict(teacher, teacher, x, t, labels).float()
-            target = torch.lerp(truth, shown, settings.distillation)
-    loss = torch.nn.functional.mse_loss(prediction, target)
+            target = torch.lerp(truth, shown[:, :own], settings.distillation)
+    loss = torch.nn.functional.mse_loss(prediction[:, :own], target)
+    if learned:  # where the variance lies is as the full network has it
+        loss = loss + torch.nn.functional.mse_loss(prediction[:, own:], shown[:, own:])
     maps = [torch.nn.functional.mse_loss(a, b) for a, b in zip(mine.close(), theirs.close(), strict=True)]
     return loss + settings.features * torch.stack(maps).mean() if maps else loss
 

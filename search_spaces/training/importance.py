@@ -87,7 +87,8 @@ class Order(OneStage):
         for timestep in range(0, total, self.stride):
             t = torch.full((len(x0),), timestep, device=net.device)
             loss = torch.nn.functional.mse_loss(
-                net.forward(net.full_arch, batches.at(x0, t, noise), t, condition), batches.target(x0, t, noise)
+                net.forward(net.full_arch, batches.at(x0, t, noise), t, condition)[:, : x0.shape[1]],
+                batches.target(x0, t, noise),
             )
             largest = max(largest, loss.item())
             if loss.item() < self.threshold * largest:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -53,6 +54,9 @@ class Batches:
         self._labels = None if labels is None else torch.from_numpy(labels).to(net.device)
         self._signal = torch.from_numpy(np.sqrt(net.alphas_cumprod)).float().to(net.device)
         self._noise = torch.from_numpy(np.sqrt(1 - net.alphas_cumprod)).float().to(net.device)
+        self._abar, self._abar_before, self._log_small = (
+            torch.from_numpy(table).float().to(net.device) for table in _step_tables(net.alphas_cumprod)
+        )
 
     def images(self, generator: torch.Generator) -> tuple[torch.Tensor, Condition | None]:
         """x_0, (batch, channels, height, width), and the condition of each."""
@@ -85,9 +89,44 @@ class Batches:
             return x0
         return self._signal[t, None, None, None] * noise - self._noise[t, None, None, None] * x0
 
+    def loss(
+        self, prediction: torch.Tensor, target: torch.Tensor, x0: torch.Tensor, x: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean squared error to the target. Where the network says where the variance lies, plus a thousandth of the variational bound,
+        summed over all timesteps, in which only the variance is learned (Nichol & Dhariwal 2021, eq. 16): in bits a number, the divergence
+        of the model's step from the true one, D(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)). The step to the image itself counts with the
+        variance of the one before it, as that of the published code."""
+        channels = x.shape[1]
+        error = torch.nn.functional.mse_loss(prediction[:, :channels], target)
+        if prediction.shape[1] == channels:
+            return error
+        abar, before = (table[t, None, None, None] for table in (self._abar, self._abar_before))
+        beta = 1 - abar / before
+        log_small = self._log_small[t, None, None, None]
+        share = (prediction[:, channels:] + 1) / 2
+        log_variance = share * beta.log() + (1 - share) * log_small
+        # The means differ by what the predicted image is off, times its share in the step's mean.
+        off = before.sqrt() * beta / (1 - abar) * (x0 - self._image(prediction[:, :channels].detach(), x, abar))
+        divergence = -1 + log_variance - log_small + (log_small - log_variance).exp() + off**2 * (-log_variance).exp()
+        return error + divergence.mean() * len(self._abar) / (2000 * math.log(2))
+
+    def _image(self, prediction: torch.Tensor, x: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
+        if self._prediction == "sample":
+            return prediction
+        if self._prediction == "epsilon":
+            return (x - (1 - abar).sqrt() * prediction) / abar.sqrt()
+        return abar.sqrt() * x - (1 - abar).sqrt() * prediction
+
     def at(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
         return self._signal[t, None, None, None] * x0 + self._noise[t, None, None, None] * noise
+
+
+def _step_tables(abar: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
+    """Of every timestep: abar, abar of the one before, and the log of the posterior variance; the first, 0, takes the second's."""
+    before = np.concatenate([[1.0], abar[:-1]])
+    small = (1 - before) / (1 - abar) * (1 - abar / before)
+    return abar, before, np.log(np.concatenate([small[1:2], small[1:]]))
 
 
 class Teacher:
@@ -108,7 +147,7 @@ class Teacher:
         with torch.inference_mode():
             prediction = self._full(x, t, **(condition or {})).sample
         self._net.trained_macs += len(x) * self._net.recipe.cost.macs(self._net.full_arch)
-        return truth.lerp(prediction.clone(), self._share)
+        return truth.lerp(prediction[:, : x.shape[1]].clone(), self._share)
 
 
 class Optimiser:

@@ -97,7 +97,8 @@ class GradientSimilarity:
         t = torch.full((self.batch,), timestep, device=self.net.device)
         self.net.full.zero_grad(set_to_none=True)
         loss = torch.nn.functional.mse_loss(
-            self.net.forward(self.net.full_arch, batches.at(x0, t, noise), t, condition), batches.target(x0, t, noise)
+            self.net.forward(self.net.full_arch, batches.at(x0, t, noise), t, condition)[:, : x0.shape[1]],
+            batches.target(x0, t, noise),
         )
         torch.autograd.backward(loss)
         flat = torch.cat([p.grad.flatten() for p in self.net.full.parameters() if p.grad is not None])

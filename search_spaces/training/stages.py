@@ -153,7 +153,8 @@ DROP = 0.1
 class Sandwich(OneStage):
     """Each step trains the largest, the smallest and `between` random subnets on one batch (Yu & Huang 2019).
 
-    Every subnet draws its own timesteps and noises and minimises the plain noise-prediction error; the gradients are
+    Every subnet draws its own timesteps and noises and minimises the plain noise-prediction error, and where it learns the variance the
+    variational bound as well (`Batches.loss`); the gradients are
     added with weight `full_weight` for the full net and 1 for the others, clipped to norm `clip`, and applied by one
     Adam step. Learning rate: linear warm-up, then cosine to zero. The weights that are kept are their exponential
     moving average with decay min(`ema`, (1 + step) / (10 + step)).
@@ -208,7 +209,7 @@ class Sandwich(OneStage):
                         t, x, truth = batches.noised(x0, generator, served)
                         target = teacher.target(x, t, truth, condition)
                         prediction = net.forward(arch._replace(expert=self.expert), x, t, condition)
-                        loss = torch.nn.functional.mse_loss(prediction, target)
+                        loss = batches.loss(prediction, target, x0, x, t)
                         weight = self.full_weight if arch == net.full_arch else 1.0
                         torch.autograd.backward(weight * loss)
                         losses[_name(arch)] = loss.item()
@@ -302,7 +303,8 @@ class FineTune:
                 mine = torch.tensor([schedule.steps[p].arch == arch for p in position.tolist()], device=net.device)
                 if mine.any():
                     its = None if condition is None else {name: rows[mine] for name, rows in condition.items()}
-                    error = (net.forward(arch, x[mine], t[mine], its) - target[mine]).square().mean()
+                    prediction = net.forward(arch, x[mine], t[mine], its)
+                    error = batches.loss(prediction, target[mine], x0[mine], x[mine], t[mine])
                     loss = error * mine.float().mean()
                     torch.autograd.backward(loss)
                     total += loss.item()
@@ -334,9 +336,10 @@ def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
         raise UserError(
             f"the images are {theirs} (channels x height x width), the network takes {ours}; change one of them"
         )
-    if config["in_channels"] != config["out_channels"]:
+    if config["out_channels"] != config["in_channels"] and not supernet.learned_variance:
         raise UserError(
-            f"out_channels={config['out_channels']} must equal in_channels={config['in_channels']}: the network predicts noise"
+            f"out_channels={config['out_channels']} must equal in_channels={config['in_channels']}: the network predicts noise; or be twice as "
+            "many, where it also learns the variance"
         )
     if config["class_embed_type"] is not None:
         raise UserError(
