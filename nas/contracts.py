@@ -327,7 +327,8 @@ class Denoiser(Protocol):
 
 class Gated(Protocol):
     """One subnet, all of which runs: a block's output counts as gate * its own + (1 - gate) * that of the step before. Differentiable in
-    the gates, a scalar for each block by name; without a cache, and without gates, it is the plain subnet. Returns the cache too."""
+    the gates, a scalar for each block by name; without a cache, and without gates, it is the plain subnet. Returns the cache too. Guided
+    by itself both rows of a sample have the same gates; another subnet that guides has none."""
 
     def __call__(
         self,
@@ -336,6 +337,7 @@ class Gated(Protocol):
         gates: Mapping[str, torch.Tensor],
         cache: Any = None,
         condition: Condition | None = None,
+        guidance: Guidance | None = None,
     ) -> tuple[torch.Tensor, Any]: ...
 
 

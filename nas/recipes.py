@@ -68,11 +68,22 @@ def check_recipe(made: Any) -> None:
         if isinstance(value, list):
             value = frozen(value)
             object.__setattr__(made, one.name, value)
+        if _too_long(value):
+            raise UserError(
+                f"{type(made).__name__}: {one.name}={_shown(value)}: it should be less than 2^63, or have a decimal point"
+            )
         if one.name in adapters:
             try:
                 adapters[one.name].validate_python(value)
             except ValidationError as error:
                 raise UserError(f"{type(made).__name__}: {one.name}={_shown(value)}: {_reason(error, value)}") from None
+
+
+def _too_long(value: Any) -> bool:
+    """Whether there is an integer that the libraries below cannot take, where a number is asked for."""
+    if isinstance(value, tuple):
+        return any(map(_too_long, value))
+    return isinstance(value, int) and abs(value) >= 2**63
 
 
 def check_recipes(*parts: Any) -> None:

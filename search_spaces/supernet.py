@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from nas.base.files import file_digest, first_line, tensors_digest
-from nas.contracts import Condition, Denoiser, Gated, Step, UserError
+from nas.contracts import Condition, Denoiser, Gated, Guidance, Step, UserError
 from nas.recipes import Count, recipe
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.slices import Arch, Groups, take
@@ -353,10 +353,23 @@ class LoadedElasticUNet:
             gates: Mapping[str, torch.Tensor],
             cache: Any = None,
             condition: Condition | None = None,
+            guidance: Guidance | None = None,
         ) -> tuple[torch.Tensor, Any]:
-            return run(
-                stock, x, t, cache=cache, condition=condition, gates=gates, answer=partial(self.noise_in, x=x, t=t)
-            )
+            def own(x: torch.Tensor, cache: Any, condition: Condition | None) -> tuple[torch.Tensor, Any]:
+                answer = partial(self.noise_in, x=x, t=t)
+                return run(stock, x, t, cache=cache, condition=condition, gates=gates, answer=answer)
+
+            if guidance is None:
+                return own(x, first_rows(cache, len(x)), condition)
+            if condition is None:
+                raise ValueError("a guided step needs the samples' conditions")
+            other = self._materialised(Arch(*guidance.arch)) if guidance.arch else None
+
+            def plain(x: torch.Tensor, null: Condition) -> torch.Tensor:
+                return self.noise_in(predict(other, x, t, null), x, t)
+
+            null = self.null_condition(condition)
+            return guided(own, None if other is None else plain, x, guidance.scale, cache, condition, null)
 
         return call
 

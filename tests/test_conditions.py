@@ -30,16 +30,18 @@ from evaluators.scoring import Scores
 from evaluators.trajectories import Trajectories
 from nas.base.exported import ExportError, read_export
 from nas.base.pictures import PictureError
-from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
+from nas.contracts import Guidance, ImageSet, Problem, Schedule, Step, UserError
 from nas.genomes.genetics import IntervalCosts, uniform_genomes
 from nas.handover.export import export
 from nas.results.plots import class_by_class
+from nas.searchers.gates import Chooser, Gates
 from nas.searchers.pruner import Pruner, learn_gates
 from nas.study import Study
 from nas.testing import check_evaluator, check_space, check_supernet
 from search_spaces.intervals import uniform
 from search_spaces.networks.slices import Arch
 from search_spaces.networks.unet import arguments
+from search_spaces.options import Options
 from search_spaces.patterns import Every
 from search_spaces.shipped.reuse import graph_of, run
 from search_spaces.shipped.train_diffusers import Settings, folder_labels, train
@@ -359,7 +361,7 @@ def test_several_scores_of_the_same_samples_cost_their_samples_once(run_folder: 
         Scores((parts[0], parts[0]))
 
 
-def test_gates_are_learned_with_labels_and_of_unguided_steps_alone() -> None:
+def test_gates_are_learned_with_labels() -> None:
     """Through the gated network, whose answer at open gates is the plain network's."""
     loaded, labels = randomised(NET), torch.tensor([7, 2])
     settings = Pruner(steps=2, batch=2)
@@ -370,9 +372,9 @@ def test_gates_are_learned_with_labels_and_of_unguided_steps_alone() -> None:
     def watched(arch: Any) -> Any:
         call = gated(arch)
 
-        def noted(x: Any, t: Any, gates: Any, cache: Any = None, condition: Any = None) -> Any:
+        def noted(x: Any, t: Any, gates: Any, cache: Any = None, condition: Any = None, guidance: Any = None) -> Any:
             seen.append(condition["class_labels"])
-            return call(x, t, gates, cache, condition)
+            return call(x, t, gates, cache, condition, guidance)
 
         return noted
 
@@ -386,8 +388,81 @@ def test_gates_are_learned_with_labels_and_of_unguided_steps_alone() -> None:
     with torch.no_grad():
         plain = loaded.denoiser(Step(400, WHOLE))(x, 400, None, told)[0]
         assert torch.allclose(gated(WHOLE)(x, 400, {}, None, told)[0], plain, atol=CALL)
-    with pytest.raises(UserError, match="of steps that are not guided"):
-        next(learn_gates(settings, loaded, Schedule((Step(900, WHOLE), Step(500, WHOLE, (), Guidance(2.0)))), 0))
+
+
+@pytest.mark.parametrize("guidance", [Guidance(2.0), BY_HALF], ids=["by itself", "by the half"])
+def test_hard_gates_of_guided_steps_are_what_the_guided_denoiser_reuses(guidance: Guidance) -> None:
+    loaded = randomised(NET)
+    x, asked, _ = batch()
+    told, names = {"class_labels": asked}, loaded.blocks(WHOLE)
+    reuse = loaded.reused(WHOLE, names[-1:])
+    assert 0 < len(reuse) < len(names)
+    gates = {name: torch.tensor(float(name not in reuse)) for name in names}
+    with torch.no_grad():
+        _, cache = loaded.denoiser(Step(600, WHOLE, (), guidance), reuse)(x, 600, None, told)
+        expected, _ = loaded.denoiser(Step(400, WHOLE, reuse, guidance))(x, 400, cache, told)
+        call = loaded.gated(WHOLE)
+        _, mine = call(x, 600, {}, None, told, guidance)
+        assert torch.allclose(call(x, 400, gates, mine, told, guidance)[0], expected, atol=CALL)
+        after, _ = call(x, 400, gates, mine, told)  # an unguided step takes the rows of the samples' own conditions
+        unguided, _ = loaded.denoiser(Step(400, WHOLE, reuse))(x, 400, cache, told)
+        assert torch.allclose(after, unguided, atol=CALL)
+
+
+@pytest.mark.parametrize("scope", ["trajectory", "step"])
+def test_gates_are_learned_of_guided_steps(scope: Any) -> None:
+    """By itself, by another, not at all, and by itself again, where nothing that is kept is enough."""
+    loaded, labels = randomised(NET), torch.tensor([7, 2])
+    told = (Guidance(2.0), Guidance(2.0), BY_HALF, None, Guidance(1.5))
+    full = Schedule(tuple(Step(t, WHOLE, (), by) for t, by in zip((900, 700, 500, 300, 100), told, strict=True)))
+    learning = learn_gates(Pruner(steps=2, batch=2, scope=scope), loaded, full, 0, labels=labels)
+    while True:
+        try:
+            next(learning)
+        except StopIteration as end:
+            keep, spent = end.value
+            break
+    assert keep.shape == (4, len(loaded.blocks(WHOLE)))
+    runs = 1 + (3 if scope == "step" else 4)
+    assert spent == 2 * 2 * runs * sum(map(loaded.macs, full.steps))
+    start = 1 / (1 + np.exp(-1))
+    assert ((keep[:3] - start).abs() > 1e-6).any()
+    # The last step's gates have no say, so all that moves them is the price of what they keep open.
+    quiet = learn_gates(
+        Pruner(steps=2, batch=2, scope=scope, sparsity=0.0, weight_decay=0.0, scores="plain"),
+        loaded,
+        full,
+        0,
+        labels=labels,
+    )
+    while True:
+        try:
+            next(quiet)
+        except StopIteration as end:
+            untouched, _ = end.value
+            break
+    assert torch.allclose(untouched[3], torch.full_like(untouched[3], start), atol=1e-6)
+
+
+def test_gates_choose_among_options_that_are_guided_alike() -> None:
+    steps = uniform(4)
+    space = Stepwise(NET, steps, (2, 2), Options((1.0,)), patterns=(Every(1), Every(2)), guidance=(None, 2.0))
+    problem = Problem(space, ("fd", "macs"), {"macs_share": 0.8})
+    gates = Gates(pruner=Pruner(steps=1, batch=2))
+    learning = gates.learn(problem, randomised(NET), Digits().load(), 0)
+    while True:
+        try:
+            next(learning)
+        except StopIteration as end:
+            learned, _ = end.value
+            break
+    chooser = Chooser(problem, learned)
+    least, most = chooser.budgets
+    for way in ("bisection", "greedy", "knapsack"):
+        for budget in np.linspace(least, most, 3):
+            schedule = space.decode(chooser.genome(way, budget))  # type: ignore[arg-type]
+            assert {step.guidance for step in schedule.steps} == {Guidance(2.0)}
+            assert sum(map(NET.macs, schedule.steps)) <= budget
 
 
 def test_labels_are_dropped_by_the_steps_own_generator(loaded: LoadedElasticUNet) -> None:

@@ -98,7 +98,7 @@ def test_closing_gates_changes_the_trajectory_as_reuse_does(monkeypatch: pytest.
     expected = dissimilarity(sample(loaded, schedule, DDIM(), 3, 0, 4), sample(loaded, FULL, DDIM(), 3, 0, 4))
     assert float(distance) == pytest.approx(float(expected), abs=1e-5)
     macs = sum(loaded.macs(step) for step in schedule.steps)
-    assert kept_share(loaded, arch, names, gates, False) == pytest.approx(macs / (5 * loaded.macs(Step(0, arch))))
+    assert kept_share(loaded, FULL, names, gates, False) == pytest.approx(macs / (5 * loaded.macs(Step(0, arch))))
 
 
 @pytest.mark.parametrize("scope", ["trajectory", "step"])

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.digits import on_all_images
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet
 from evaluators.images import Digits, ImageFolder
@@ -110,6 +111,7 @@ def test_recipes_are_identified_as_before(name: str) -> None:
         "searchers": digest_of([repr(searcher) for searcher in study.searchers.values()]),
     }
     if "evaluator" in KNOWN[name]:
+        study = on_all_images(study)
         found |= {"evaluator": digest_of(study.evaluator.describe()), "images": study.images.load().digest}
     assert found == KNOWN[name]
 
@@ -131,6 +133,8 @@ def test_a_value_stays_as_it_was_given() -> None:
         (lambda: SmallClassifier(dimensions=0), "SmallClassifier: dimensions=0"),
         (lambda: Evolution(screened=10**15), "screened=1000000000000000: it should be less than or equal to 4096"),
         (lambda: Rounds(budgets=10**15), "Rounds: budgets"),
+        (lambda: Routing(clip=10**30), f"Routing: clip={10**30}: it should be less than 2^63, or have a decimal point"),
+        (lambda: Pruner(learning_rate=-(10**40)), f"learning_rate={-(10**40)}: it should be less than 2^63"),
         (lambda: Evolution(crossover_rate=-1), "crossover_rate=-1"),
         (lambda: DDSM(mutation="both"), "'released' or 'intended'"),  # type: ignore[arg-type]
         (lambda: Knapsack(around="none"), "'full', 'smallest' or 'both'"),  # type: ignore[arg-type]

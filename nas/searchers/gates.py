@@ -23,7 +23,9 @@ from pydantic import Field
 
 from nas.contracts import (
     DONE,
+    Arch,
     Genome,
+    Guidance,
     ImageSet,
     Learned,
     LoadedSupernet,
@@ -41,7 +43,7 @@ from nas.contracts import (
 from nas.genomes.allocation import allocate
 from nas.genomes.genetics import IntervalCosts, Taken, budget_of, dearest, exact_cost, near, novel, random_genome
 from nas.recipes import recipe
-from nas.searchers.pruner import Pruner, learn_gates
+from nas.searchers.pruner import Pruner, arch_of, learn_gates
 from nas.searchers.relaxation import labels_for
 
 Choosing = Literal["bisection", "greedy", "knapsack"]
@@ -204,9 +206,7 @@ def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: bool
     """What the options of the space mean for the gates, see `Chooser`."""
     space, costs = problem.space, IntervalCosts(problem.space)
     top = dearest(space)
-    if len(full.archs) > 1:
-        raise UserError("gates are learned for one subnet on all steps; a space of experts has several")
-    [arch] = full.archs
+    arch, guided = arch_of(full), {step.timestep: step.guidance for step in full.steps}
     names = net.blocks(arch, finer)
     whole = net.macs(Step(0, arch))
     found = {"weight": torch.tensor([1 - net.macs(Step(0, arch, (name,))) / whole for name in names])}
@@ -220,7 +220,7 @@ def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: bool
         saved = [exact_cost(space, top) - exact_cost(space, genome) for genome in changed]
         found[f"price.{k}"] = int(table[top[genes]]) - torch.tensor(saved)
         runs = [_running(schedule, places, names, net, finer) for schedule in schedules]
-        pure = torch.tensor([set(schedule.archs) <= {arch} for schedule in schedules])
+        pure = torch.tensor([_reuses_alone(schedule, arch, guided, net) for schedule in schedules])
         mine = torch.stack([run for run, is_pure in zip(runs, pure.tolist(), strict=True) if is_pure])
         say = (mine != mine[0]).any(dim=2).any(dim=0)
         asks = torch.stack(runs)
@@ -232,6 +232,14 @@ def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: bool
             "the space offers no blocks to reuse; give it patterns, such as Stepwise(patterns=legal(levels))"
         )
     return found
+
+
+def _reuses_alone(schedule: Schedule, arch: Arch, guided: Mapping[int, Guidance | None], net: LoadedSupernet) -> bool:
+    """Whether reuse is all that it changes: it runs this subnet, guided as the full schedule is; a held prediction is whoever's it was."""
+    return all(
+        step.arch == arch and (step.guidance == guided.get(step.timestep) or not net.macs(step))
+        for step in schedule.steps
+    )
 
 
 def _running(

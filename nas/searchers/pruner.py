@@ -112,13 +112,7 @@ def learn_gates(
     """Keep probabilities of the schedule's blocks, (steps - 1, blocks), for all steps but the first, and the MACs that took. Each noise
     costs the full network's trajectory, and three or, with checkpointing, four times as much for the gated one. `labels`: (n,), of images,
     where the network takes any; each noise has one of them."""
-    if len(full.archs) > 1:
-        raise UserError("gates are learned for one subnet on all steps; a space of experts has several")
-    if any(step.guidance for step in full.steps):
-        raise UserError(
-            "gates are learned of steps that are not guided; leave guidance out of the space, or use evolution over its patterns"
-        )
-    [arch] = full.archs
+    arch = arch_of(full)
     names = net.blocks(arch, settings.finer)
     scorer = Scorer(settings, len(full.steps) - 1, len(names), derive_seed(seed, "pruner")).to(net.device)
     optimiser = torch.optim.SGD(scorer.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
@@ -135,7 +129,7 @@ def learn_gates(
             drawn = [derive_seed(seed, i, "label of the gates") % len(labels) for i in _places(settings, number)]
             condition = {"class_labels": labels[torch.tensor(drawn, device=labels.device)]}
         gates = straight_through(scorer())
-        kept = kept_share(net, arch, names, gates, settings.finer)
+        kept = kept_share(net, full, names, gates, settings.finer)
         distances = _distances(settings, net, full, names, gates, noise, condition)
         optimiser.zero_grad()
         dissimilarity = 0.0
@@ -147,7 +141,7 @@ def learn_gates(
             dissimilarity += float(distance.detach())
         optimiser.step()
         runs = 3 if settings.scope == "step" or not settings.checkpointing else 4
-        spent += len(noise) * net.macs(Step(0, arch)) * (len(full.steps) * (1 + runs))
+        spent += len(noise) * sum(net.macs(Step(0, arch, (), step.guidance)) for step in full.steps) * (1 + runs)
         yield Progress("gates", number + 1, settings.steps, {"1 - SSIM": dissimilarity, "kept MACs": kept})
         if (number + 1) % EVERY == 0 and number + 1 < settings.steps:
             state = {name: tensor.detach().cpu().clone() for name, tensor in scorer.state_dict().items()}
@@ -156,14 +150,23 @@ def learn_gates(
         return scorer().softmax(-1)[..., 1].cpu().contiguous(), spent
 
 
-def kept_share(net: LoadedSupernet, arch: Any, names: Sequence[str], gates: torch.Tensor, finer: bool) -> float:
+def arch_of(full: Schedule) -> Any:
+    """The one subnet of all its steps. Raises UserError where there are several."""
+    found = {step.arch for step in full.steps}
+    if len(found) > 1:
+        raise UserError("gates are learned for one subnet on all steps; a space of experts has several")
+    return found.pop()
+
+
+def kept_share(net: LoadedSupernet, full: Schedule, names: Sequence[str], gates: torch.Tensor, finer: bool) -> float:
     """Of the full trajectory's MACs, when blocks that nobody reads do not run either."""
-    full = net.macs(Step(0, arch))
-    kept = full
-    for row in (gates.detach() > 0.5).tolist():
+    arch = arch_of(full)
+    whole = [net.macs(Step(0, arch, (), step.guidance)) for step in full.steps]
+    kept = whole[0]
+    for step, row in zip(full.steps[1:], (gates.detach() > 0.5).tolist(), strict=True):
         wanted = [name for name, is_open in zip(names, row, strict=True) if is_open]
-        kept += net.macs(Step(0, arch, tuple(net.reused(arch, wanted, finer))))
-    return kept / (full * (len(gates) + 1))
+        kept += net.macs(Step(0, arch, tuple(net.reused(arch, wanted, finer)), step.guidance))
+    return kept / sum(whole)
 
 
 def _places(settings: Pruner, number: int) -> list[int]:
@@ -199,7 +202,7 @@ def _distances(
                 teacher = walk.update(number, teacher, walk.call(number, teacher, {}, None)[0])
         x, cache = noise, None
         for number in range(len(full.steps)):
-            opened = _named(names, gates[number - 1]) if number else {}
+            opened = walk.opened(number, names, gates)
             x, cache = walk.gated(number, x, opened, cache)
         yield dissimilarity(x, teacher)
         return
@@ -208,8 +211,8 @@ def _distances(
         with torch.no_grad():
             prediction, cache = walk.call(number, x, {}, None)
             image = walk.image(number, x, prediction)
-        if number:
-            mine, _ = walk.call(number, x, _named(names, gates[number - 1]), before)
+        if opened := walk.opened(number, names, gates):
+            mine, _ = walk.call(number, x, opened, before)
             yield dissimilarity(walk.image(number, x, mine), image) / (len(full.steps) - 1)
         x, before = walk.update(number, x, prediction), cache
 
@@ -221,8 +224,9 @@ class _Walk:
         self, net: LoadedSupernet, full: Schedule, settings: Pruner, condition: Condition | None = None
     ) -> None:
         self._condition = condition
-        self._gated: Gated = net.gated(full.archs[0])
-        self._timesteps = full.timesteps
+        self._gated: Gated = net.gated(arch_of(full))
+        self._steps = full.steps
+        self._clip = settings.clip and getattr(net, "in_pixels", True)
         abar = net.alphas_cumprod
         self._alphas = [*(float(abar[t]) for t in full.timesteps), float(getattr(net, "final_alpha", 1.0))]
         self._settings = settings
@@ -230,12 +234,22 @@ class _Walk:
     def call(
         self, number: int, x: torch.Tensor, gates: Mapping[str, torch.Tensor], cache: Any
     ) -> tuple[torch.Tensor, Any]:
-        return self._gated(x, self._timesteps[number], gates, cache, self._condition)
+        step = self._steps[number]
+        return self._gated(x, step.timestep, gates, cache, self._condition, step.guidance)
+
+    def opened(self, number: int, names: Sequence[str], gates: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The gates of a step by name. None for one of which nothing can be reused: the first, and one that guides itself after one that
+        does not, which kept outputs of half as many rows."""
+        if not number:
+            return {}
+        before, here = (step.guidance for step in self._steps[number - 1 : number + 1])
+        itself = here is not None and not here.arch
+        return {} if itself and (before is None or before.arch) else _named(names, gates[number - 1])
 
     def image(self, number: int, x: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         alpha = self._alphas[number]
         image = (x - math.sqrt(1 - alpha) * prediction) / math.sqrt(alpha)
-        return image.clamp(-1, 1) if self._settings.clip else image
+        return image.clamp(-1, 1) if self._clip else image
 
     def update(self, number: int, x: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         after = self._alphas[number + 1]
