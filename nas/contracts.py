@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+WITHOUT_ATTENTION = "macs_share_without_attention"
+"""Name of the cost that some papers count: without the two products of every attention."""
+
 Genome = tuple[int, ...]
 """One option index per choice of the space."""
 
@@ -306,7 +309,8 @@ class SearchSpace(Protocol):
 
     def cost(self, genome: Genome) -> Mapping[str, float]:
         """Exact cost of the decoded schedule, per sample: `macs`, `macs_share` (of the full net on all timesteps), and
-        `params` (stored weights of the distinct subnets)."""
+        `params` (stored weights of the distinct subnets); where a space knows it, `macs_share_without_attention`, the share without the
+        products of attention."""
 
     def interval_costs(self, price: Price | None = None) -> Sequence[npt.NDArray[np.int64]]:
         """What each interval costs, in order, by its options: an array with one axis for each choice of the interval. In MACs, or in

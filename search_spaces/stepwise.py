@@ -12,7 +12,17 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from nas.contracts import Choice, Genome, Guidance, Price, Schedule, Step, UserError, frozen
+from nas.contracts import (
+    WITHOUT_ATTENTION,
+    Choice,
+    Genome,
+    Guidance,
+    Price,
+    Schedule,
+    Step,
+    UserError,
+    frozen,
+)
 from nas.recipes import Count, recipe
 from search_spaces.intervals import Timesteps, free
 from search_spaces.networks.slices import Arch
@@ -133,18 +143,27 @@ class Stepwise:
         )
 
     def cost(self, genome: Genome) -> dict[str, float]:
-        """`params` counts a subnet again for each expert that runs it."""
+        """`params` counts a subnet again for each expert that runs it. A network with attention has its share as papers count it that
+        leave out attention's products, too."""
+        attends = self._full_attention_macs > 0
+        attention = 0
         if self.patterns:
             schedule = self.decode(genome)
             macs = sum(self.net.macs(step) for step in schedule.steps)
+            attention = sum(self.net.attention_macs(step) for step in schedule.steps) if attends else 0
             archs = {Arch(*arch) for arch in schedule.archs}
         else:
             genes = self._split(genome)
             macs = sum(int(table[option]) for table, option in zip(self._tables, genes, strict=True))
+            if attends:
+                attention = sum(int(t[option]) for t, option in zip(self._attention_tables, genes, strict=True))
             asked = [(arch, self._guided_by(guide, arch)) for _, arch, _, guide in self._asked(genome)]
             archs = {arch for arch, _ in asked} | {Arch(*by.arch) for _, by in asked if by and by.arch}
         params = sum(self.net.cost(arch).params for arch in archs)
-        return {"macs": macs, "macs_share": macs / self._full_macs, "params": params}
+        cost = {"macs": macs, "macs_share": macs / self._full_macs, "params": params}
+        if attends:
+            cost[WITHOUT_ATTENTION] = (macs - attention) / (self._full_macs - self._full_attention_macs)
+        return cost
 
     def interval_costs(self, price: Price | None = None) -> tuple[npt.NDArray[np.int64], ...]:
         return self._tables if price is None else self._priced(price)
@@ -282,6 +301,10 @@ class Stepwise:
     def _tables(self) -> tuple[npt.NDArray[np.int64], ...]:
         return self._priced(self.net.macs)
 
+    @cached_property
+    def _attention_tables(self) -> tuple[npt.NDArray[np.int64], ...]:
+        return self._priced(self.net.attention_macs)
+
     def _priced(self, price: Price) -> tuple[npt.NDArray[np.int64], ...]:
         """What an interval takes whatever the one before runs: its first running step may reuse blocks only where all intervals
         run the same subnet."""
@@ -349,8 +372,15 @@ class Stepwise:
     @cached_property
     def _full_macs(self) -> int:
         """Of the full net at every timestep, guided by itself where the space has guidance."""
-        guide = Guidance(1.0) if any(self._guides) else None
-        return len(self.timesteps) * self.net.macs(Step(0, self.net.anatomy.full, (), guide))
+        return len(self.timesteps) * self.net.macs(self._full_step)
+
+    @cached_property
+    def _full_attention_macs(self) -> int:
+        return len(self.timesteps) * self.net.attention_macs(self._full_step)
+
+    @property
+    def _full_step(self) -> Step:
+        return Step(0, self.net.anatomy.full, (), Guidance(1.0) if any(self._guides) else None)
 
 
 def _keeps(last: Step, by: Guidance | None) -> bool:

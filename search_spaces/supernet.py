@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, field
 from functools import cached_property, partial
 from itertools import pairwise
@@ -98,12 +98,19 @@ class ElasticUNet:
 
     def macs(self, step: Step) -> int:
         """Exact multiply-adds of a step on one sample. One that reuses everything holds a prediction and calls nothing, whoever guided it."""
+        return self._of_step(step, self.cost.macs)
+
+    def attention_macs(self, step: Step) -> int:
+        """Those among them of the products of attention, which some papers leave out."""
+        return self._of_step(step, self.cost.attention_macs)
+
+    def _of_step(self, step: Step, each: Callable[[Arch, Collection[str]], int]) -> int:
         arch = Arch(*step.arch)
-        own = self.cost.macs(arch, step.reuse)
-        if step.guidance is None or not own:
+        own = each(arch, step.reuse)
+        if step.guidance is None or not self.cost.macs(arch, step.reuse):
             return own
         other = Arch(*step.guidance.arch) if step.guidance.arch else arch
-        return own + (own if other == arch else self.cost.macs(other))
+        return own + (own if other == arch else each(other, ()))
 
     def uniform(self, width: float) -> Arch:
         """The same share at every level, as deep as the full network."""

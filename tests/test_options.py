@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 
 from benchmarks import published
 from benchmarks.cost import count_with_fvcore
-from nas.contracts import UserError
+from nas.contracts import WITHOUT_ATTENTION, UserError
+from nas.genomes.genetics import cheapest, dearest
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import equal, linear_budgets, uniform
 from search_spaces.networks.slices import Arch
 from search_spaces.networks.unet import predict
 from search_spaces.options import Options
+from search_spaces.patterns import Every
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from tests.arithmetic import CALL
@@ -320,3 +322,28 @@ def test_impossible_channels_are_named() -> None:
     Stepwise(net, uniform(2), (2,), Options(widths=(1.0,)))
     with pytest.raises(UserError, match="level 0 has 24 channels, so it cannot have 32"):
         net.subnets(Options(channels=((24, 32), (16, 48))))
+
+
+def test_a_schedules_cost_is_told_with_and_without_attention_products() -> None:
+    """By tables and by steps, against fvcore's counts of its networks."""
+    net = NETS["two levels, attention"]
+    steps = uniform(4)
+    for space in (
+        Stepwise(net, steps, (2, 2)),
+        Stepwise(net, steps, (2, 2), patterns=(Every(1), Every(2)), deterministic=False),
+    ):
+        for genome in (cheapest(space), dearest(space)):
+            schedule = space.decode(genome)
+            macs = without = 0
+            for step in schedule.steps:
+                if net.macs(step):
+                    whole, products, _ = count_with_fvcore(net, Arch(*step.arch))
+                    macs, without = macs + whole, without + whole - products
+            full, products, _ = count_with_fvcore(net, net.anatomy.full)
+            cost = space.cost(genome)
+            assert cost["macs"] == macs
+            assert cost[WITHOUT_ATTENTION] == pytest.approx(without / (4 * (full - products)), rel=1e-12)
+            assert space.cost(dearest(space))[WITHOUT_ATTENTION] == 1.0
+    assert WITHOUT_ATTENTION not in Stepwise(NETS["three levels, three blocks, no attention"], steps, (4,)).cost(
+        (0,) * 6
+    )

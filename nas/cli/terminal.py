@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from nas.contracts import WITHOUT_ATTENTION
 from nas.contracts import Progress as Tick
 
 if TYPE_CHECKING:
@@ -209,6 +210,8 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
             continue  # the third table has their means
         best.add_row(row["searcher"], *(_best(row["best_within"][budget], facts["objective"]) for budget in budgets))
     out.print(table, best)
+    if any(best and WITHOUT_ATTENTION in best for row in rows for best in row["best_within"].values()):
+        out.print("* of the MACs without attention products, which some papers leave out", highlight=False)
     if facts["over_seeds"]:
         out.print(_over_seeds(facts["over_seeds"], budgets))
     for line in _verdicts(rows, budgets):
@@ -243,6 +246,8 @@ def _best(member: Mapping[str, Any] | None, objective: str) -> str:
     against = member["against_leader"]
     mark = "~" if against and not against["conclusive"] else ""
     time = f", {member['latency_ms']:.3g} ms" if "latency_ms" in member else ""
+    if WITHOUT_ATTENTION in member:
+        time += f", {member[WITHOUT_ATTENTION]:.0%}*"
     shown = member["confirmed"] or member
     words = f"{shown[objective]:.3g}±{shown['error']:.1g}"
     return f"{mark}{words if member['confirmed'] else f'({words})'}\n#{member['trial']}{time}"

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from nas.contracts import Genome, Trial
+from nas.contracts import WITHOUT_ATTENTION, Genome, Trial
 from nas.genomes.genetics import LATENCY, dearest
 from nas.results.plots import INK, class_by_class, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
 from nas.results.report import Run, Scale, against, cost_in_words, verified_front
@@ -306,10 +306,12 @@ def _candidates(
 ) -> dict[str, Any]:
     timed = any(trial.objectives((LATENCY,))[0] >= 0 for trials in ledgers.values() for trial in trials)
     time = ("ms an image",) if timed else ()
+    attends = any(WITHOUT_ATTENTION in trial.cost for trials in ledgers.values() for trial in trials)
     titles = (
         "searcher",
         "trial",
         "MACs",
+        *(("less attention",) if attends else ()),
         *time,
         quality,
         "±",
@@ -336,6 +338,7 @@ def _candidates(
                 (name, name),
                 (trial.number, str(trial.number)),
                 (trial.cost["macs_share"], f"{trial.cost['macs_share']:.1%}"),
+                *((_share(trial.cost.get(WITHOUT_ATTENTION)),) if attends else ()),
                 *((known,) if timed else ()),
                 (trial.score.values[quality], f"{trial.score.values[quality]:.4g}"),
                 (error if error == error else "", f"{error:.2g}" if error == error else ""),
@@ -354,6 +357,11 @@ def _candidates(
                 }
             )
     return {"columns": [{"title": title, "text": title in text} for title in titles], "rows": rows}
+
+
+def _share(value: float | None) -> tuple[float | str, str]:
+    """A cell, empty for trials of before it was known."""
+    return ("", "") if value is None else (value, f"{value:.1%}")
 
 
 def _provenance(run: Run, study: Study) -> list[tuple[str, str]]:

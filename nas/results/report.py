@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from optuna.storages import BaseStorage
 
-from nas.contracts import Score, Trial, UserError
+from nas.contracts import WITHOUT_ATTENTION, Score, Trial, UserError
 from nas.engine.facts import read_facts
 from nas.engine.ladder import CONFIDENCE
 from nas.engine.learning import learned_macs
@@ -51,7 +51,9 @@ def cost_in_words(trial: Trial) -> str:
     """Share of the MACs, and the time for an image where it is known."""
     [milliseconds] = trial.objectives((LATENCY,))
     time = "" if math.isnan(milliseconds) else f", {milliseconds:.3g} ms an image"
-    return f"{trial.cost['macs_share']:.1%} of the MACs{time}"
+    share = trial.cost.get(WITHOUT_ATTENTION)
+    attention = "" if share is None else f" ({share:.1%} without attention products)"
+    return f"{trial.cost['macs_share']:.1%} of the MACs{attention}{time}"
 
 
 def verified_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
@@ -341,6 +343,7 @@ def _member(trial: Trial, quality: str, scale: Scale) -> dict[str, Any]:
         scale.name: scale.share(trial),
         "cost": cost_in_words(trial),
         **({LATENCY: milliseconds} if not math.isnan(milliseconds) else {}),
+        **{name: trial.cost[name] for name in (WITHOUT_ATTENTION,) if name in trial.cost},
         quality: trial.score.values[quality],
         "error": trial.score.error(quality),
     }

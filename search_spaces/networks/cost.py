@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,10 +65,16 @@ class CostModel:
 
     def macs(self, arch: Arch, reuse: Collection[str] = ()) -> int:
         """Of one call in which the outputs of these blocks or branches are those of the step before: none where nothing runs."""
+        return sum(cost.macs for cost in self._running(arch, reuse))
+
+    def attention_macs(self, arch: Arch, reuse: Collection[str] = ()) -> int:
+        """Those among them of the products of attention."""
+        return sum(cost.attention_macs for cost in self._running(arch, reuse))
+
+    def _running(self, arch: Arch, reuse: Collection[str]) -> Iterator[Cost]:
         reused = self.graph(arch).expand(reuse)
-        if len(reused) == len(self.graph(arch).branches):
-            return 0
-        return sum(cost.macs for name, cost in self.branches(arch).items() if name not in reused)
+        if len(reused) < len(self.graph(arch).branches):
+            yield from (cost for name, cost in self.branches(arch).items() if name not in reused)
 
     def _vector(self, arch: Arch) -> npt.NDArray[np.int64]:
         shares = [1.0 if level is None else arch.widths[level] for _, level in self._lengths]
