@@ -91,7 +91,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path)
     for change, message in (
         ({"sample_size": 16}, r"images are 1x8x8 .* takes 1x16x16"),
         ({"in_channels": 3}, r"takes 3x8x8"),
-        ({"out_channels": 2}, "out_channels=2 must equal in_channels=1"),
+        ({"out_channels": 3}, "out_channels=3 must equal in_channels=1"),
         ({"num_class_embeds": 10}, "set num_class_embeds to 11 or more"),
         ({"dropout": 0.1}, r"dropout=0\.1"),
     ):
