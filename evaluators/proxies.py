@@ -227,11 +227,11 @@ class DenoisingLoss(OfImages):
         images = load_once(self.images).reference
         check_shape(images, supernet.image_shape)
         trajectories = self.trajectories(supernet, folder)
-        abar = supernet.alphas_cumprod
+        abar, states = supernet.alphas_cumprod, getattr(supernet, "to_states", lambda images: images)
 
         def loss(step: Step, seed: int, start: int, stop: int) -> Floats:
             chosen = np.arange(start, stop) % len(images)
-            x0 = torch.from_numpy(images.pixels[chosen]).to(supernet.device)
+            x0 = states(torch.from_numpy(images.pixels[chosen]).to(supernet.device))
             noise = step_noise(seed, start, stop, supernet.state_shape, step.timestep).to(supernet.device)
             signal = float(abar[step.timestep])
             trajectories.meter.calls += stop - start

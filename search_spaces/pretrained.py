@@ -126,6 +126,11 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{folder / 'config.json'}: diffusers cannot make this network ({first_line(error)})"
             ) from error
+    check_weights_of(net, folder)
+
+
+def check_weights_of(net: torch.nn.Module, folder: Path) -> None:
+    """`check_weights`, of a network that is there, if only on the meta device."""
     wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
     given = {name: shape for name, shape, _ in _tensors(folder)}
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
@@ -146,6 +151,16 @@ def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
 def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """All tensors by name, float32, on the CPU."""
     check_weights(folder, config)
+    return _read(folder)
+
+
+def read_weights_of(net: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """`read_weights`, of a network that is there, if only on the meta device."""
+    check_weights_of(net, folder)
+    return _read(folder)
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
     return {name: read().float() for name, _, read in _tensors(folder)}
 
 

@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from nas.base.files import file_digest, first_line, tensors_digest
-from nas.contracts import Condition, Denoiser, Gated, Guidance, Step, UserError
+from nas.contracts import Condition, Denoiser, Gated, Guidance, Step, UserError, digest_of
 from nas.recipes import Count, recipe
+from search_spaces.codec import Codec, LoadedCodec, Pixels
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.slices import Arch, Groups, take
 from search_spaces.networks.unet import Anatomy, StockUNet, arguments, predict, skeleton
@@ -46,6 +47,7 @@ class ElasticUNet:
     `groups`: GroupNorm keeps its group *count* at every width (any widths), or its group *size* (one share for the
     whole net; trains a little better). `experts`: training timesteps at which another copy of the weights takes over.
     `pretrained`: a diffusers UNet2DModel folder whose weights it starts from.
+    `codec`: what its states are of an image, `Pixels()` or the latents of an `Autoencoder("vae/")`.
     Raises UserError where an option does not give a stock model.
     """
 
@@ -59,6 +61,7 @@ class ElasticUNet:
     experts: tuple[int, ...] = ()
     pretrained: str | None = None
     channels: tuple[tuple[Count, ...], ...] = ()
+    codec: Codec = field(default_factory=Pixels)
 
     def __post_init__(self) -> None:
         options = Options(self.widths, self.depths, self.per_level, self.attention, self.channels)
@@ -76,6 +79,16 @@ class ElasticUNet:
                 f"experts {self.experts} must be increasing timesteps between 1 and {self.noise.timesteps - 1}"
             )
         self.subnets(options)
+        self.codec.image_shape(self.state_shape)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the sampler's state."""
+        return (int(self.anatomy.config["in_channels"]), *self.anatomy.sample_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.codec.image_shape(self.state_shape)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **settings: Any) -> ElasticUNet:
@@ -172,6 +185,7 @@ class ElasticUNet:
             "experts": self.experts,
             "pretrained": None if self.pretrained is None else weights_digest(Path(self.pretrained)),
             **({"channels": self.channels} if self.channels else {}),
+            **({} if isinstance(self.codec, Pixels) else {"codec": self.codec.describe()}),
         }
 
     def profile(self, step: Step) -> dict[str, float]:
@@ -209,10 +223,12 @@ class ElasticUNet:
             "macs": cost.macs,
             "attention_macs": cost.attention_macs,
             "activations": activations,
+            **({"decoder_macs": decoder} if (decoder := self.codec.decoder_macs(self.state_shape)) else {}),
         }
 
-    def initial(self, seed: int, device: str = "cpu") -> LoadedElasticUNet:
-        """Freshly initialised weights, as the stock class draws them, or the pretrained ones."""
+    def initial(self, seed: int, device: str = "cpu", folder: Path | None = None) -> LoadedElasticUNet:
+        """Freshly initialised weights, as the stock class draws them, or the pretrained ones. `folder`: where the codec finds what it has
+        made, and keeps what it makes."""
         if self.pretrained is not None:
             with torch.device("meta"):
                 empty = UNet2DModel(**self.anatomy.config)
@@ -222,10 +238,11 @@ class ElasticUNet:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 full = UNet2DModel(**self.anatomy.config)
-        return LoadedElasticUNet(self, full.to(device))
+        return LoadedElasticUNet(self, full.to(device), self.codec.load(folder, device))
 
     def digest(self, folder: Path) -> str:
-        return tensors_digest(_weights(folder))
+        own, codec = tensors_digest(_weights(folder)), self.codec.digest(folder)
+        return digest_of([own, codec]) if codec else own
 
     def former_digest(self, folder: Path) -> str:
         """By the bytes of the file, as ledgers were once written."""
@@ -258,7 +275,7 @@ class ElasticUNet:
             raise UserError(
                 f"{path} holds the weights of another supernet ({' '.join(str(error).split())[:200]}); restore the study, or use another --out"
             ) from error
-        return LoadedElasticUNet(self, full, experts)
+        return LoadedElasticUNet(self, full, self.codec.load(path.parent, device), experts)
 
     def _full(self, tensors: Mapping[str, torch.Tensor], device: str) -> UNet2DModel:
         full = skeleton(self.anatomy, self.anatomy.full).to_empty(device=device)
@@ -282,18 +299,20 @@ class LoadedElasticUNet:
         self,
         recipe: ElasticUNet,
         full: UNet2DModel,
+        codec: LoadedCodec,
         experts: Mapping[str, UNet2DModel] = MappingProxyType({}),
         cache_size: int = 32,
     ) -> None:
         self.recipe = recipe
         self.full = full
+        self.codec = codec
         self.experts = dict(experts)
         self.device = next(full.parameters()).device
         self.alphas_cumprod = recipe.noise.alphas_cumprod
         self.final_alpha = recipe.noise.end
         self.scheduler = recipe.noise.scheduler
-        self.state_shape = self.image_shape = (recipe.anatomy.config["in_channels"], *recipe.anatomy.sample_size)
-        self.in_pixels = True
+        self.state_shape, self.image_shape = recipe.state_shape, recipe.image_shape
+        self.in_pixels = codec.in_pixels
         self.learned_variance = recipe.learned_variance
         self.full_arch = recipe.anatomy.full
         self.smallest_arch = recipe.subnets(recipe.options).flat(0)
@@ -400,10 +419,10 @@ class LoadedElasticUNet:
         return graph.collapse(graph.expand(graph.blocks) - graph.live(wanted, finer))
 
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
-        return x
+        return self.codec.decode(x)
 
     def to_states(self, images: torch.Tensor) -> torch.Tensor:
-        return images
+        return self.codec.encode(images)
 
     def null_condition(self, condition: Condition) -> Condition:
         last = (self.recipe.anatomy.config["num_class_embeds"] or 1) - 1

@@ -88,6 +88,7 @@ def learn(
     homes = [costs.home(gene) for gene in range(len(problem.space.choices))]
     steps_of = _steps_of(problem, costs)
     pixels = torch.from_numpy(images.pixels).to(supernet.device)
+    states = getattr(supernet, "to_states", lambda images: images)
     labels = labels_for(supernet, images)
     abar = torch.from_numpy(supernet.alphas_cumprod).float()
     optimiser = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
@@ -103,7 +104,7 @@ def learn(
         place = int(rng.choice(steps_of[homes[gene]]))
         generator = torch.Generator().manual_seed(derive_seed(seed, number, "relaxation batch"))
         chosen = torch.randint(len(pixels), (settings.batch,), generator=generator).to(pixels.device)
-        x0, condition = pixels[chosen], None if labels is None else {"class_labels": labels[chosen]}
+        x0, condition = states(pixels[chosen]), None if labels is None else {"class_labels": labels[chosen]}
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         step = full.steps[place]
         x = abar[step.timestep].sqrt() * x0 + (1 - abar[step.timestep]).sqrt() * noise

@@ -49,7 +49,8 @@ class Batches:
         self._prediction = net.recipe.noise.prediction
         self._net = net
         self._drop = drop
-        self._pixels = torch.from_numpy(data.pixels).to(net.device)
+        self._count = len(data)
+        self._states = net.codec.states(data)
         labels = data.labels if net.recipe.conditional else None
         self._labels = None if labels is None else torch.from_numpy(labels).to(net.device)
         self._signal = torch.from_numpy(np.sqrt(net.alphas_cumprod)).float().to(net.device)
@@ -60,14 +61,12 @@ class Batches:
 
     def images(self, generator: torch.Generator) -> tuple[torch.Tensor, Condition | None]:
         """x_0, (batch, channels, height, width), and the condition of each."""
-        chosen = torch.randint(len(self._pixels), (self._size,), generator=generator).to(self._device)
-        x0 = self._pixels[chosen]
-        if self._flip:
-            mirrored = torch.rand(self._size, generator=generator).to(self._device) < 0.5
-            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        chosen = torch.randint(self._count, (self._size,), generator=generator)
+        mirrored = torch.rand(self._size, generator=generator) < 0.5 if self._flip else None
+        x0 = self._states.draw(chosen, mirrored, generator)
         if self._labels is None:
             return x0, None
-        condition = {"class_labels": self._labels[chosen]}
+        condition = {"class_labels": self._labels[chosen.to(self._device)]}
         dropped = torch.rand(self._size, generator=generator).to(self._device) < self._drop
         null = self._net.null_condition(condition)
         return x0, {name: torch.where(dropped, null[name], rows) for name, rows in condition.items()}

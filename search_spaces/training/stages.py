@@ -92,6 +92,7 @@ class Stages:
         """
         data = images.load()
         check_trainable(supernet, data)
+        yield from supernet.codec.prepare(images, folder, seed, device)
         digest = digest_of(
             {"supernet": supernet.describe(), "training": self.describe(), "seed": seed, "images": data.digest}
         )
@@ -104,8 +105,9 @@ class Stages:
             spent = json.loads(check_recipe(folder / STAGE, digest)["spent"])
             net = supernet.read(folder / STAGE, device)
         else:
-            net = supernet.initial(derive_seed(seed, "supernet", "weights"), device)
+            net = supernet.initial(derive_seed(seed, "supernet", "weights"), device, folder)
         parts = self.parts(supernet)
+        yield from net.codec.keep(data, any(getattr(part, "flip", False) for part in parts))
         if not parts:  # the weights are pretrained, or meant to stay as they are drawn
             write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": "[]"})
         for number, part in enumerate(parts[len(spent) :], len(spent)):
@@ -330,7 +332,7 @@ def _stage_seed(seed: int, number: int) -> int:
 def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
     """Raises UserError where this network cannot be trained on these images."""
     config = supernet.anatomy.config
-    shape = (config["in_channels"], *supernet.anatomy.sample_size)
+    shape = supernet.image_shape
     if data.pixels.shape[1:] != shape:
         theirs, ours = ("x".join(map(str, s)) for s in (data.pixels.shape[1:], shape))
         raise UserError(

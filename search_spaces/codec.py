@@ -1,0 +1,360 @@
+"""Between images and what the sampler holds: pixels as they are, or the latents of a stock diffusers autoencoder.
+
+Of a data set the latents are computed once and kept, mean and log-variance of each image's posterior, mapped into memory where they are
+read: that of the mirrored image too where a training flips, since a mirrored latent is not the latent of the mirrored image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import VQModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from nas.base.files import first_line, read_json
+from nas.contracts import Images, ImageSet, Progress, UserError, digest_of
+from nas.recipes import Positive, recipe
+from search_spaces.pretrained import read_weights_of, weight_files
+
+Shape = tuple[int, int, int]
+"""(channels, height, width)."""
+
+CLASSES = ("AutoencoderKL", "VQModel")
+ENCODED = 256
+"""Images in one call of an encoder."""
+
+
+class States(Protocol):
+    """A data set as states without noise."""
+
+    def draw(self, chosen: torch.Tensor, mirrored: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+        """Of the chosen images, (n, channels, height, width), those mirrored where `mirrored` says so, (n,)."""
+
+
+class LoadedCodec(Protocol):
+    @property
+    def in_pixels(self) -> bool: ...
+
+    @property
+    def network(self) -> torch.nn.Module | None:
+        """The stock model that an exported folder takes along."""
+
+    def decode(self, states: torch.Tensor) -> torch.Tensor:
+        """Images, (n, channels, height, width)."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Their states without noise."""
+
+    def keep(self, data: ImageSet, mirrored: bool) -> Iterator[Progress]:
+        """Computes what `states` needs, and keeps it beside the weights."""
+
+    def states(self, data: ImageSet) -> States: ...
+
+
+class Codec(Protocol):
+    """Recipe of what lies between."""
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def image_shape(self, state: Shape) -> Shape: ...
+
+    def digest(self, folder: Path) -> str:
+        """Identifies its weights; empty where there are none."""
+
+    def decoder_macs(self, state: Shape) -> int:
+        """Multiply-adds that make one image of its state."""
+
+    def prepare(self, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        """Makes what `load` needs and the folder lacks."""
+
+    def load(self, folder: Path | None, device: str) -> LoadedCodec: ...
+
+
+@recipe
+class Pixels:
+    """A state is an image."""
+
+    def describe(self) -> dict[str, Any]:
+        return {"class": "Pixels"}
+
+    def image_shape(self, state: Shape) -> Shape:
+        return state
+
+    def digest(self, folder: Path) -> str:
+        return ""
+
+    def decoder_macs(self, state: Shape) -> int:
+        return 0
+
+    def prepare(self, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from ()
+
+    def load(self, folder: Path | None, device: str) -> LoadedPixels:
+        return LoadedPixels(device)
+
+
+class LoadedPixels:
+    in_pixels = True
+    network = None
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def decode(self, states: torch.Tensor) -> torch.Tensor:
+        return states
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def keep(self, data: ImageSet, mirrored: bool) -> Iterator[Progress]:
+        yield from ()
+
+    def states(self, data: ImageSet) -> States:
+        return _Images(torch.from_numpy(data.pixels).to(self._device))
+
+
+class _Images:
+    def __init__(self, pixels: torch.Tensor) -> None:
+        self._pixels = pixels
+
+    def draw(self, chosen: torch.Tensor, mirrored: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+        x = self._pixels[chosen.to(self._pixels.device)]
+        return x if mirrored is None else torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
+
+
+@recipe
+class Autoencoder:
+    """The latents of a stock AutoencoderKL or VQModel in a local folder; a relative path is one in the study file's folder.
+
+    Latents are scaled as its config says: (z - shift) * scale, or by channel where it has `latents_mean` and `latents_std`. `scale` takes the
+    place of its `scaling_factor`. `posterior`: what a network is trained on, a "sample" of each image's posterior, anew at every step, or its
+    "mean". Latents of a VQModel are continuous; it quantises when it decodes. Raises UserError where the folder holds no such model, and where its
+    scaling factor is not to be trusted: diffusers writes 0.18215 where nothing was said, which is Stable Diffusion's.
+    """
+
+    path: str
+    scale: Positive | None = None
+    posterior: Literal["sample", "mean"] = "sample"
+    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.scale is None:
+            told, kind = self._config.get("scaling_factor"), self._config["_class_name"]
+            if told is None or (kind == "VQModel" and told == 0.18215):
+                raise UserError(
+                    f"{self.folder / 'config.json'}: the {kind}'s scaling_factor is {told}, which diffusers takes where nothing was said; give "
+                    "Autoencoder(..., scale=) what its latents were multiplied with in training (1.0 for LDM's VQ models)"
+                )
+
+    @property
+    def folder(self) -> Path:
+        return (Path(self.base) / Path(self.path).expanduser()).resolve()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "class": "Autoencoder",
+            "weights": _files_digest(self.folder),
+            "scale": self.scale,
+            "posterior": self.posterior,
+        }
+
+    def image_shape(self, state: Shape) -> Shape:
+        return image_shape_of(self._config, state, str(self.folder))
+
+    def digest(self, folder: Path) -> str:
+        return _files_digest(self.folder)
+
+    def decoder_macs(self, state: Shape) -> int:
+        return decoder_macs(self._config, state)
+
+    def prepare(self, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from ()
+
+    def load(self, folder: Path | None, device: str) -> LoadedAutoencoder:
+        network = read_autoencoder(self.folder)
+        if self.scale is not None:
+            network.register_to_config(scaling_factor=self.scale)
+        return LoadedAutoencoder(network.to(device), self.digest(Path()), self.posterior, folder)
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return read_config(self.folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
+
+class LoadedAutoencoder:
+    """`identity`: of its weights. `folder`: where latents are kept; None for nowhere."""
+
+    in_pixels = False
+
+    def __init__(
+        self, network: Any, identity: str, posterior: Literal["sample", "mean"] = "sample", folder: Path | None = None
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self._identity = identity
+        self._posterior = posterior
+        self._folder = folder
+        self._made: dict[str, npt.NDArray[np.float32]] = {}
+        self._scale, self._shift = scaling(network.config, next(network.parameters()).device)
+
+    @torch.no_grad()
+    def decode(self, states: torch.Tensor) -> torch.Tensor:
+        images: torch.Tensor = self.network.decode(states / self._scale + self._shift).sample
+        return images
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return (self._moments(images)[0] - self._shift) * self._scale
+
+    def keep(self, data: ImageSet, mirrored: bool) -> Iterator[Progress]:
+        for flip in (False, True)[: 2 if mirrored else 1]:
+            yield from self._encode_all(data, flip)
+
+    def states(self, data: ImageSet) -> States:
+        return _Latents(self, data)
+
+    def kept(self, data: ImageSet, mirrored: bool) -> npt.NDArray[np.float32]:
+        """Mean and log-variance of each image's posterior, (n, 2, channels, height, width); computed where that is still to be done."""
+        for _ in self._encode_all(data, mirrored):
+            pass
+        path = self._path(data, mirrored)
+        return np.load(path, mmap_mode="r", allow_pickle=False) if path else self._made[self._key(data, mirrored)]
+
+    def scaled(self, moments: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """States of kept moments (n, 2, channels, height, width)."""
+        mean, log_variance = (part.to(self._scale) for part in moments.unbind(1))
+        if self._posterior == "sample":
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
+            mean = mean + (0.5 * log_variance).exp() * noise
+        return (mean - self._shift) * self._scale
+
+    def _moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = self.network.encode(images)
+        if isinstance(self.network, VQModel):
+            return encoded.latents, torch.full_like(encoded.latents, -30.0)  # no posterior: a variance of nothing
+        return encoded.latent_dist.mean, encoded.latent_dist.logvar
+
+    @torch.no_grad()
+    def _encode_all(self, data: ImageSet, mirrored: bool) -> Iterator[Progress]:
+        key, path = self._key(data, mirrored), self._path(data, mirrored)
+        if key in self._made or (path is not None and path.exists()):
+            return
+        parts: list[npt.NDArray[np.float32]] = []
+        for start in range(0, len(data), ENCODED):
+            images = torch.from_numpy(data.pixels[start : start + ENCODED]).to(self._scale)
+            both = torch.stack(self._moments(images.flip(-1) if mirrored else images), dim=1)
+            parts.append(both.float().cpu().numpy())
+            what = "latents of mirrored images" if mirrored else "latents"
+            yield Progress(what, min(start + ENCODED, len(data)), len(data))
+        latents = np.concatenate(parts)
+        if path is None:
+            self._made[key] = latents
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as opened:
+            np.save(opened, latents)
+        os.replace(partial, path)
+
+    def _path(self, data: ImageSet, mirrored: bool) -> Path | None:
+        return None if self._folder is None else self._folder / "latents" / f"{self._key(data, mirrored)}.npy"
+
+    def _key(self, data: ImageSet, mirrored: bool) -> str:
+        return digest_of([data.digest, self._identity, mirrored])
+
+
+class _Latents:
+    def __init__(self, codec: LoadedAutoencoder, data: ImageSet) -> None:
+        self._codec = codec
+        self._data = data
+        self._plain = codec.kept(data, False)
+
+    def draw(self, chosen: torch.Tensor, mirrored: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+        places = chosen.cpu().numpy()
+        moments = self._plain[places]
+        if mirrored is not None:
+            flipped = mirrored.cpu().numpy()
+            moments[flipped] = self._codec.kept(self._data, True)[places[flipped]]
+        return self._codec.scaled(torch.from_numpy(moments), generator)
+
+
+def scaling(config: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What latents are multiplied with after this shift was taken off, (1, channels or 1, 1, 1) each, as diffusers' pipelines do."""
+    factor = float(config.scaling_factor)
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        mean, std = (
+            torch.tensor(config[name], device=device).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+        )
+        return factor / std, mean
+    shift = float(getattr(config, "shift_factor", None) or 0.0)
+    return torch.tensor(factor, device=device).view(1, 1, 1, 1), torch.tensor(shift, device=device).view(1, 1, 1, 1)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Of an autoencoder's folder. Raises UserError where it is none that is known here."""
+    remedy = "give the folder of an AutoencoderKL or VQModel"
+    config = read_json(folder / "config.json", remedy)
+    if config.get("_class_name") not in CLASSES:
+        raise UserError(f"{folder} holds a {config.get('_class_name')}, not an {' or a '.join(CLASSES)}; {remedy}")
+    return config
+
+
+def read_autoencoder(folder: Path) -> Any:
+    """The stock model, its weights compared with what its config asks for."""
+    config = read_config(folder)
+    network = _empty(config, str(folder / "config.json")).to_empty(device="cpu")
+    network.load_state_dict(read_weights_of(network, folder))
+    return network.eval()
+
+
+def image_shape_of(config: Any, state: Shape, where: str) -> Shape:
+    """Raises UserError for states of other channels than its latents."""
+    if state[0] != config["latent_channels"]:
+        raise UserError(
+            f"{where}: latents have {config['latent_channels']} channels, the network takes {state[0]}; they must be as many"
+        )
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    return int(config["out_channels"]), state[1] * factor, state[2] * factor
+
+
+def decoder_macs(config: Any, state: Shape) -> int:
+    """Counted by torch on the meta device."""
+    network = _empty(config, "the autoencoder")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        latents = torch.empty((1, *state), device="meta")
+        if isinstance(
+            network, VQModel
+        ):  # which code a latent is next to is no multiply-add of a layer, and needs values
+            network.decode(latents, force_not_quantize=True)
+        else:
+            network.decode(latents)
+    return int(counter.get_total_flops()) // 2
+
+
+def _empty(config: Any, where: str) -> Any:
+    kind = getattr(diffusers, config["_class_name"])
+    taken = {name: value for name, value in config.items() if name in kind._get_init_keys(kind)}
+    with torch.device("meta"):
+        try:
+            return kind(**taken)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise UserError(f"{where}: diffusers cannot make this {kind.__name__} ({first_line(error)})") from error
+
+
+def _files_digest(folder: Path) -> str:
+    found = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in weight_files(folder):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:16]

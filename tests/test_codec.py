@@ -1,0 +1,227 @@
+"""Latents: of stock autoencoders, scaled once, encoded once; what is trained, sampled and compared through them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, VQModel
+
+from evaluators.frechet import Frechet
+from evaluators.images import Digits
+from evaluators.sampling import DDIM, sample, trajectory
+from nas.contracts import ImageSet, Schedule, Step, UserError
+from nas.testing import check_supernet
+from search_spaces.codec import Autoencoder, LoadedAutoencoder, Pixels
+from search_spaces.intervals import uniform
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import ElasticUNet
+from search_spaces.training import Sandwich
+from tests.conftest import TINY
+
+IMAGES = Digits(size=16, holdout=0.2)
+SHAPES: dict[str, Any] = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+}
+KINDS: dict[str, Any] = {
+    "KL": lambda: AutoencoderKL(**SHAPES, latent_channels=2, scaling_factor=0.7),
+    "KL, shifted": lambda: AutoencoderKL(**SHAPES, latent_channels=2, scaling_factor=1.5, shift_factor=0.2),
+    "KL, by channel": lambda: AutoencoderKL(
+        **SHAPES, latent_channels=2, scaling_factor=0.9, latents_mean=(0.1, -0.2), latents_std=(0.5, 2.0)
+    ),
+    "VQ": lambda: VQModel(**SHAPES, latent_channels=2, num_vq_embeddings=64, scaling_factor=1.0),
+}
+CONFIG = {**TINY, "in_channels": 2, "out_channels": 2}
+
+
+def made(kind: str, folder: Path) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = KINDS[kind]().eval()
+    network.save_pretrained(folder)
+    return network
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def scaled(network: Any, z: torch.Tensor) -> torch.Tensor:
+    """As the text of diffusers' config has it."""
+    config = network.config
+    if config.get("latents_mean") is not None:
+        mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        return (z - mean) * config.scaling_factor / std
+    return (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
+
+def test_states_are_the_stock_models_latents_scaled_once(kind: str, tmp_path: Path) -> None:
+    network = made(kind, tmp_path)
+    codec = Autoencoder(str(tmp_path)).load(None, "cpu")
+    images = torch.from_numpy(IMAGES.load().pixels[:5])
+    with torch.no_grad():
+        encoded = network.encode(images)
+        latents = encoded.latents if kind == "VQ" else encoded.latent_dist.mean
+        assert torch.allclose(codec.encode(images), scaled(network, latents), atol=1e-5)
+        assert torch.allclose(codec.decode(codec.encode(images)), network.decode(latents).sample, atol=1e-4)
+    assert Autoencoder(str(tmp_path)).image_shape((2, 8, 8)) == (1, 16, 16)
+    assert not codec.in_pixels
+
+
+def test_what_a_network_is_trained_on_is_a_sample_of_the_posterior_or_its_mean(tmp_path: Path) -> None:
+    network = made("KL", tmp_path / "vae")
+    data = IMAGES.load()
+    chosen, mirrored = torch.arange(6), torch.tensor([True, False] * 3)
+    images = torch.from_numpy(data.pixels[:6])
+    images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+    with torch.no_grad():
+        posterior = network.encode(images).latent_dist
+    for folder in (None, tmp_path / "run"):
+        drawn = {}
+        for name in ("mean", "sample"):
+            codec = Autoencoder(str(tmp_path / "vae"), posterior=name).load(folder, "cpu")  # type: ignore[arg-type]
+            drawn[name] = codec.states(data).draw(chosen, mirrored, torch.Generator().manual_seed(1))
+        assert torch.allclose(drawn["mean"], 0.7 * posterior.mean, atol=1e-5)
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
+        assert torch.allclose(drawn["sample"], 0.7 * (posterior.mean + posterior.std * noise), atol=1e-5)
+
+
+def test_latents_are_encoded_once_and_known_by_images_and_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made("KL", tmp_path / "vae")
+    run, data = tmp_path / "run", IMAGES.load()
+    recipe = Autoencoder(str(tmp_path / "vae"))
+    ticks = list(recipe.load(run, "cpu").keep(data, mirrored=True))
+    assert [tick.what for tick in ticks].count("latents of mirrored images") == len(ticks) // 2
+    assert ticks[-1].done == ticks[-1].total == len(data)
+    files = sorted((run / "latents").iterdir())
+    assert len(files) == 2
+    again = recipe.load(run, "cpu")
+    assert isinstance(again, LoadedAutoencoder)
+    monkeypatch.setattr(again, "_moments", lambda images: pytest.fail("it was encoded before"))
+    assert isinstance(again.kept(data, False), np.memmap)
+    assert again.kept(data, True).shape == (len(data), 2, 2, 8, 8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        KINDS["KL"]().save_pretrained(tmp_path / "other")
+    for codec, images in ((Autoencoder(str(tmp_path / "other")), data), (recipe, Digits(size=16).load())):
+        assert list(codec.load(run, "cpu").keep(images, mirrored=False))
+    assert len(list((run / "latents").iterdir())) == 4
+
+
+@pytest.mark.parametrize("sure", [True, False])
+def test_a_scaling_factor_that_nobody_chose_is_not_trusted(sure: bool, tmp_path: Path) -> None:
+    """diffusers' default stands in a VQModel's config whether it is meant or not; a KL model's config may lack it."""
+    given = {"scale": 1.0} if sure else {}
+    VQModel(**SHAPES, latent_channels=2, num_vq_embeddings=64).save_pretrained(tmp_path / "vq")
+    made("KL", tmp_path / "kl")
+    path = tmp_path / "kl" / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "scaling_factor"}))
+    for name, told in (("vq", "0.18215"), ("kl", "None")):
+        if sure:
+            codec = Autoencoder(str(tmp_path / name), **given).load(None, "cpu")
+            assert codec.network is not None
+            assert codec.network.config.scaling_factor == 1.0
+        else:
+            with pytest.raises(UserError, match=rf"scaling_factor is {told}, .*scale="):
+                Autoencoder(str(tmp_path / name))
+
+
+def test_what_is_no_autoencoder_is_named(tmp_path: Path) -> None:
+    ElasticUNet(TINY, (1.0,)).initial(0).full.save_pretrained(tmp_path / "unet")
+    for path, words in (
+        ("nowhere", r"config\.json does not exist"),
+        ("unet", "holds a UNet2DModel, not an AutoencoderKL"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Autoencoder(str(tmp_path / path))
+    made("KL", tmp_path / "vae")
+    with pytest.raises(UserError, match="latents have 2 channels, the network takes 1"):
+        ElasticUNet(TINY, (1.0,), codec=Autoencoder(str(tmp_path / "vae")))
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(UserError, match="cut off or damaged"):
+        ElasticUNet(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path / "vae"))).initial(0)
+
+
+def test_a_latent_network_is_trained_sampled_and_scored(kind: str, tmp_path: Path) -> None:
+    network = made(kind, tmp_path / "vae")
+    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
+    assert (recipe.state_shape, recipe.image_shape) == ((2, 8, 8), (1, 16, 16))
+    ticks = list(Sandwich(steps=3, batch=8, flip=True).run(recipe, IMAGES, tmp_path / "run" / "supernet", 0, "cpu"))
+    assert [tick.what for tick in ticks][-1] == "supernet"
+    assert {tick.what for tick in ticks} == {"latents", "latents of mirrored images", "supernet"}
+    net = recipe.load(tmp_path / "run" / "supernet", "cpu")
+    steps = uniform(4)
+    check_supernet(net, Stepwise(recipe, steps, (2, 2)), samples=3)
+    schedule = Schedule(tuple(Step(t, net.full_arch) for t in steps))
+    *_, last = trajectory(net, schedule, DDIM(clip=False), 0, 0, 4)
+    images = sample(net, schedule, DDIM(), 0, 0, 4)
+    with torch.no_grad():
+        config = network.config
+        if config.get("latents_mean") is not None:
+            mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+            last = last * std / config.scaling_factor + mean
+        else:
+            last = last / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        assert torch.allclose(images, network.decode(last).sample.clamp(-1, 1), atol=1e-4)
+    score = Frechet(IMAGES, rungs=(32,))
+    list(score.prepare(tmp_path / "run", 0, "cpu"))
+    assert np.isfinite(score.load(net, tmp_path / "run")(schedule, 32, 0).values["fd"])
+
+
+def test_the_identity_of_a_latent_network_holds_its_autoencoder(tmp_path: Path) -> None:
+    made("KL", tmp_path / "one")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        KINDS["KL"]().save_pretrained(tmp_path / "two")
+    one, two = (ElasticUNet(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path / name))) for name in ("one", "two"))
+    assert one.describe() != two.describe()
+    list(Sandwich(steps=2, batch=4).run(one, IMAGES, tmp_path / "run", 0, "cpu"))
+    assert one.digest(tmp_path / "run") != two.digest(tmp_path / "run")
+    assert one.describe() != replace(one, codec=Autoencoder(str(tmp_path / "one"), posterior="mean")).describe()
+    plain = ElasticUNet(TINY, (1.0,))
+    assert "codec" not in plain.describe()
+    assert plain.codec == Pixels()
+
+
+def test_decoding_is_counted_apart(kind: str, tmp_path: Path) -> None:
+    from fvcore.nn import FlopCountAnalysis
+
+    network = made(kind, tmp_path)
+    recipe = ElasticUNet(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path)))
+    outline = recipe.outline()
+    assert outline["macs"] == ElasticUNet(CONFIG, (1.0,)).outline()["macs"]
+
+    class Decode(torch.nn.Module):
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return network.decode(z, force_not_quantize=True).sample if kind == "VQ" else network.decode(z).sample
+
+    network.requires_grad_(False)
+    counted = FlopCountAnalysis(Decode(), torch.zeros(1, 2, 8, 8)).unsupported_ops_warnings(False)
+    by_kind = counted.by_operator()
+    theirs = sum(by_kind[name] for name in ("conv", "linear", "addmm", "bmm", "matmul", "einsum", "baddbmm"))
+    attention = 2 * 64 * 64 * 16  # fvcore does not know the fused products
+    assert outline["decoder_macs"] == theirs + attention
+    assert "decoder_macs" not in ElasticUNet(TINY, (1.0,)).outline()
+
+
+def test_latents_of_mirrored_images_are_not_mirrored_latents(tmp_path: Path) -> None:
+    made("KL", tmp_path)
+    codec = Autoencoder(str(tmp_path)).load(None, "cpu")
+    data = ImageSet(IMAGES.load().pixels[:8], None, "eight")
+    draw = codec.states(data).draw
+    both = [draw(torch.arange(8), torch.full((8,), flip), torch.Generator().manual_seed(0)) for flip in (False, True)]
+    assert not torch.allclose(both[0].flip(-1), both[1], atol=1e-3)
