@@ -477,7 +477,7 @@ class Supernet(Protocol):
 
     def outline(self) -> Mapping[str, float]:
         """What the full network is, without a weight: `params`, `macs` of one call, where it knows them the `attention_macs` among these, of
-        the two products of every attention, and how many numbers one image's `activations` are, all modules' outputs together. Builds the largest and the smallest network on the meta device and runs them. Raises
+        the two products of every attention, where its states are no images the `decoder_macs` of one image and the `codec_training_macs`, and how many numbers one image's `activations` are, all modules' outputs together. Builds the largest and the smallest network on the meta device and runs them. Raises
         UserError where one does not hand out what it is handed."""
 
     def load(self, folder: Path, device: str) -> LoadedSupernet:

@@ -74,6 +74,9 @@ class Codec(Protocol):
     def decoder_macs(self, state: Shape) -> int:
         """Multiply-adds that make one image of its state."""
 
+    def training_macs(self, state: Shape) -> float:
+        """What `prepare` takes, forward and backward."""
+
     def prepare(self, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         """Makes what `load` needs and the folder lacks."""
 
@@ -95,6 +98,9 @@ class Pixels:
 
     def decoder_macs(self, state: Shape) -> int:
         return 0
+
+    def training_macs(self, state: Shape) -> float:
+        return 0.0
 
     def prepare(self, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from ()
@@ -176,6 +182,9 @@ class Autoencoder:
 
     def decoder_macs(self, state: Shape) -> int:
         return decoder_macs(self._config, state)
+
+    def training_macs(self, state: Shape) -> float:
+        return 0.0
 
     def prepare(self, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from ()

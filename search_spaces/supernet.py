@@ -224,6 +224,7 @@ class ElasticUNet:
             "attention_macs": cost.attention_macs,
             "activations": activations,
             **({"decoder_macs": decoder} if (decoder := self.codec.decoder_macs(self.state_shape)) else {}),
+            **({"codec_training_macs": spent} if (spent := self.codec.training_macs(self.state_shape)) else {}),
         }
 
     def initial(self, seed: int, device: str = "cpu", folder: Path | None = None) -> LoadedElasticUNet:

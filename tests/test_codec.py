@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
+from safetensors.torch import load_file
 
 from evaluators.frechet import Frechet
 from evaluators.images import Digits
@@ -21,7 +22,8 @@ from search_spaces.codec import Autoencoder, LoadedAutoencoder, Pixels
 from search_spaces.intervals import uniform
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.training import Sandwich
+from search_spaces.training import Sandwich, TrainAutoencoder
+from search_spaces.training.autoencoder import _evened_out
 from tests.conftest import TINY
 
 IMAGES = Digits(size=16, holdout=0.2)
@@ -225,3 +227,95 @@ def test_latents_of_mirrored_images_are_not_mirrored_latents(tmp_path: Path) -> 
     draw = codec.states(data).draw
     both = [draw(torch.arange(8), torch.full((8,), flip), torch.Generator().manual_seed(0)) for flip in (False, True)]
     assert not torch.allclose(both[0].flip(-1), both[1], atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------- an autoencoder of one's own
+
+OWN = TrainAutoencoder(
+    in_channels=1, latent_channels=2, channels=(8, 8), norm_groups=4, steps=60, warmup=10, batch=16, checkpoint_every=20
+)
+
+
+def finished(recipe: TrainAutoencoder, folder: Path, seed: int = 0) -> list[Any]:
+    return list(recipe.prepare(IMAGES, folder, seed, "cpu"))
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("own")
+    finished(OWN, folder)
+    return folder
+
+
+def test_an_autoencoder_is_trained_once_and_says_what_came_of_it(own: Path) -> None:
+    assert finished(OWN, own) == []
+    told = json.loads((own / "autoencoder" / "training.json").read_text())
+    assert told["of"] == "held-out images"
+    network = AutoencoderKL.from_pretrained(own / "autoencoder", low_cpu_mem_usage=False).eval()
+    assert network.config.scaling_factor == 1.0
+    held_out = torch.from_numpy(IMAGES.load().reference.pixels)
+    with torch.no_grad():
+        error = (network(held_out).sample - held_out).square().mean()
+    assert told["squared_error"] == pytest.approx(float(error), rel=1e-4)
+    assert float(error) < float(held_out.var()) / 2
+    with pytest.raises(UserError, match="was trained on other images or with other settings"):
+        finished(replace(OWN, steps=61), own)
+    with pytest.raises(UserError, match="takes 3 channels"):
+        finished(replace(OWN, in_channels=3), own / "elsewhere")
+    with pytest.raises(UserError, match="a run folder, and none is given"):
+        OWN.load(None, "cpu")
+    with pytest.raises(UserError, match="10 is no multiple of norm_groups=4"):
+        replace(OWN, channels=(8, 10))
+
+
+def test_its_latents_have_mean_0_and_deviation_1_by_weights_alone(own: Path) -> None:
+    """What is encoded and decoded is as it was before they were evened out."""
+    codec, data = OWN.load(own, "cpu"), IMAGES.load()
+    drawn = codec.states(data).draw(torch.arange(len(data)), None, torch.Generator().manual_seed(0))
+    assert torch.allclose(drawn.mean((0, 2, 3)), torch.zeros(2), atol=0.05)
+    assert torch.allclose(drawn.std((0, 2, 3)), torch.ones(2), atol=0.05)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        network = AutoencoderKL(**{name: value for name, value in OWN.config.items() if name != "_class_name"}).eval()
+    images = torch.from_numpy(data.pixels[:8])
+    with torch.no_grad():
+        before = network.encode(images).latent_dist
+        expected = network.decode(before.mean).sample
+        _evened_out(network, data)
+        after = network.encode(images).latent_dist
+        assert torch.allclose(network.decode(after.mean).sample, expected, atol=1e-4)
+        assert not torch.allclose(after.mean, before.mean, atol=1e-2)
+        assert torch.allclose(after.std / after.mean.std(), before.std / before.mean.std(), rtol=0.5)
+
+
+def test_a_training_that_is_stopped_goes_on_bit_for_bit(own: Path, tmp_path: Path) -> None:
+    for stop in (7, 25):
+        ticks = OWN.prepare(IMAGES, tmp_path, 0, "cpu")
+        for _ in range(stop):
+            next(ticks)
+        ticks.close()
+        assert (tmp_path / "autoencoder.safetensors").exists()
+    assert finished(OWN, tmp_path)[0].done == 33
+    name = "autoencoder/diffusion_pytorch_model.safetensors"
+    one, other = (load_file(folder / name) for folder in (own, tmp_path))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert OWN.digest(own) == OWN.digest(tmp_path)
+    assert not (tmp_path / "autoencoder.safetensors").exists()
+
+
+def test_channels_of_noise_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    finished(replace(OWN, divergence=1.0, steps=100), tmp_path)
+    assert "latent channel 0, 1 is nearly all noise" in caplog.text
+
+
+def test_a_study_trains_its_own_autoencoder_and_then_its_network(tmp_path: Path) -> None:
+    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=OWN)
+    training = Sandwich(steps=3, batch=8)
+    assert OWN.training_macs(recipe.state_shape) == recipe.outline()["codec_training_macs"] > 60 * 16 * 3 * 1e6
+    ticks = list(training.run(recipe, IMAGES, tmp_path, 0, "cpu"))
+    assert list(dict.fromkeys(tick.what for tick in ticks)) == ["autoencoder", "latents", "supernet"]
+    assert list(training.run(recipe, IMAGES, tmp_path, 0, "cpu")) == []
+    net = recipe.load(tmp_path, "cpu")
+    schedule = Schedule(tuple(Step(t, net.full_arch) for t in uniform(3)))
+    assert sample(net, schedule, DDIM(), 0, 0, 2).shape == (2, 1, 16, 16)
+    assert recipe.digest(tmp_path) == recipe.digest(tmp_path)

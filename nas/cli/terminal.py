@@ -163,6 +163,7 @@ def print_outline(facts: Mapping[str, Any]) -> None:
             if "attention_macs" in network
             else {}
         ),
+        **({"MACs that decode an image": _short(network["decoder_macs"])} if "decoder_macs" in network else {}),
         "MACs of a trajectory: cheapest": f"{_short(macs['least'])}  ({share['least']:.1%})",
         "MACs of a trajectory: budget": f"{_short(macs['budget'])}  ({share['budget']:.1%})",
         "MACs of a trajectory: full": f"{_short(macs['most'])}  ({share['most']:.1%})",

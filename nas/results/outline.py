@@ -26,8 +26,8 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
     sizes = [len(choice.options) for choice in space.choices]
     least, most = space.cost(cheapest(space)), space.cost(dearest(space))
     budget = float(most["macs"]) if study.limits_time else min(budget_of(study.problem), float(most["macs"]))
-    typical = (float(least["macs"]) + budget) / 2
-    training = float(study.training.macs(study.supernet))
+    typical = (float(least["macs"]) + budget) / 2 + network.get("decoder_macs", 0.0)
+    training = float(study.training.macs(study.supernet)) + network.pop("codec_training_macs", 0.0)
     first, last = study.evaluator.rungs[0], study.evaluator.rungs[-1]
     search = study.trials * first * typical + (study.verified * last * typical if last != first else 0.0)
     weights, activations = 4 * network["params"], 4 * network["activations"]
@@ -56,7 +56,7 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
             ),
             f"hours = MACs / {throughput:.3g} per second / 3600; --throughput says what your device reaches",
             f"MACs of a search = ({study.trials} trials x {first:,} + {study.verified} verified x {last:,} samples) x the mean of the cheapest "
-            "schedule and the budget; shared beginnings save part of it",
+            "schedule and the budget" + (", and decoding" if "decoder_macs" in network else "") + "; shared beginnings save part of it",
             "training state: weights, gradients, two moments and the average, in float32; activations of one image, all modules' outputs",
         ],
     }

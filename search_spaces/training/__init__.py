@@ -1,6 +1,7 @@
 """How a supernet's weights are made: stages, each a recipe, and what they share."""
 
+from search_spaces.training.autoencoder import TrainAutoencoder
 from search_spaces.training.importance import Order
 from search_spaces.training.stages import Experts, FineTune, Sandwich, Stage, Stages
 
-__all__ = ["Experts", "FineTune", "Order", "Sandwich", "Stage", "Stages"]
+__all__ = ["Experts", "FineTune", "Order", "Sandwich", "Stage", "Stages", "TrainAutoencoder"]

@@ -36,6 +36,18 @@ class Settings(Protocol):
     def clip(self) -> float: ...
 
 
+class Trainable(Protocol):
+    """Whose weights are trained. `trained_macs` counts what that takes."""
+
+    trained_macs: int
+
+    @property
+    def device(self) -> torch.device: ...
+    def weights(self, expert: str) -> torch.nn.Module: ...
+    def forget(self) -> None:
+        """Drops what was made of the weights as they were."""
+
+
 class Batches:
     """Images of a batch with their labels, where the network takes any, and their noised versions, drawn from the generator of the step.
 
@@ -155,7 +167,7 @@ class Optimiser:
     `experts`: which copies of the weights are trained, "" for the shared one.
     """
 
-    def __init__(self, settings: Settings, net: LoadedElasticUNet, digest: str = "", experts: Sequence[str] = ("",)):
+    def __init__(self, settings: Settings, net: Trainable, digest: str = "", experts: Sequence[str] = ("",)):
         self.net = net
         self.step = 0
         self._settings = settings
