@@ -349,7 +349,16 @@ OPTIONAL = {
     "Sampler": ("name",),
     "Supernet": ("profile", "outline"),
     "Training": ("macs",),
-    "LoadedSupernet": ("in_pixels", "learned_variance", "noise_in", "null_condition", "some_condition", "to_states"),
+    "LoadedSupernet": (
+        "autoencoder",
+        "in_pixels",
+        "posterior",
+        "learned_variance",
+        "noise_in",
+        "null_condition",
+        "some_condition",
+        "to_states",
+    ),
 }
 """Members of a protocol that a search does without: a dry run asks for the outline and for what training takes, pictures of schedules for
 the profile; a loaded supernet without the last ones works in pixels, predicts the noise alone and takes no conditions; a sampler without a
@@ -433,6 +442,14 @@ class LoadedSupernet(Protocol):
 
     def reused(self, arch: Arch, wanted: Sequence[str], finer: bool = False) -> Sequence[str]:
         """What a step reuses that is to run these blocks alone: the others, and those whose output nobody reads who runs."""
+
+    @property
+    def autoencoder(self) -> torch.nn.Module | None:
+        """The stock diffusers model between states and images, which an exported folder takes along; None in pixel space."""
+
+    @property
+    def posterior(self) -> str:
+        """What networks are trained on of an image's posterior: a "sample" or its "mean"."""
 
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
         """Sampler state to images in [-1, 1]: identity in pixel space."""

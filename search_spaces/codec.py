@@ -25,6 +25,7 @@ from nas.base.files import first_line, read_json
 from nas.contracts import Images, ImageSet, Progress, UserError, digest_of
 from nas.recipes import Positive, recipe
 from search_spaces.pretrained import read_weights_of, weight_files
+from search_spaces.shipped.latents import decoded, drawn, moments
 
 Shape = tuple[int, int, int]
 """(channels, height, width)."""
@@ -213,19 +214,18 @@ class LoadedAutoencoder:
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self._identity = identity
-        self._posterior = posterior
+        self.posterior = posterior
         self._folder = folder
         self._made: dict[str, npt.NDArray[np.float32]] = {}
-        self._scale, self._shift = scaling(network.config, next(network.parameters()).device)
+        self._device = next(network.parameters()).device
 
     @torch.no_grad()
     def decode(self, states: torch.Tensor) -> torch.Tensor:
-        images: torch.Tensor = self.network.decode(states / self._scale + self._shift).sample
-        return images
+        return decoded(self.network, states)
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        return (self._moments(images)[0] - self._shift) * self._scale
+        return drawn(self.network, moments(self.network, images), "mean", torch.Generator())
 
     def keep(self, data: ImageSet, mirrored: bool) -> Iterator[Progress]:
         for flip in (False, True)[: 2 if mirrored else 1]:
@@ -241,19 +241,9 @@ class LoadedAutoencoder:
         path = self._path(data, mirrored)
         return np.load(path, mmap_mode="r", allow_pickle=False) if path else self._made[self._key(data, mirrored)]
 
-    def scaled(self, moments: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def drawn(self, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """States of kept moments (n, 2, channels, height, width)."""
-        mean, log_variance = (part.to(self._scale) for part in moments.unbind(1))
-        if self._posterior == "sample":
-            noise = torch.randn(mean.shape, generator=generator).to(mean)
-            mean = mean + (0.5 * log_variance).exp() * noise
-        return (mean - self._shift) * self._scale
-
-    def _moments(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = self.network.encode(images)
-        if isinstance(self.network, VQModel):
-            return encoded.latents, torch.full_like(encoded.latents, -30.0)  # no posterior: a variance of nothing
-        return encoded.latent_dist.mean, encoded.latent_dist.logvar
+        return drawn(self.network, kept.to(self._device), self.posterior, generator)
 
     @torch.no_grad()
     def _encode_all(self, data: ImageSet, mirrored: bool) -> Iterator[Progress]:
@@ -262,9 +252,9 @@ class LoadedAutoencoder:
             return
         parts: list[npt.NDArray[np.float32]] = []
         for start in range(0, len(data), ENCODED):
-            images = torch.from_numpy(data.pixels[start : start + ENCODED]).to(self._scale)
-            both = torch.stack(self._moments(images.flip(-1) if mirrored else images), dim=1)
-            parts.append(both.float().cpu().numpy())
+            images = torch.from_numpy(data.pixels[start : start + ENCODED]).to(self._device)
+            made = moments(self.network, images.flip(-1) if mirrored else images)
+            parts.append(made.float().cpu().numpy())
             what = "latents of mirrored images" if mirrored else "latents"
             yield Progress(what, min(start + ENCODED, len(data)), len(data))
         latents = np.concatenate(parts)
@@ -292,23 +282,11 @@ class _Latents:
 
     def draw(self, chosen: torch.Tensor, mirrored: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
         places = chosen.cpu().numpy()
-        moments = self._plain[places]
+        kept = self._plain[places]
         if mirrored is not None:
             flipped = mirrored.cpu().numpy()
-            moments[flipped] = self._codec.kept(self._data, True)[places[flipped]]
-        return self._codec.scaled(torch.from_numpy(moments), generator)
-
-
-def scaling(config: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What latents are multiplied with after this shift was taken off, (1, channels or 1, 1, 1) each, as diffusers' pipelines do."""
-    factor = float(config.scaling_factor)
-    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-        mean, std = (
-            torch.tensor(config[name], device=device).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
-        )
-        return factor / std, mean
-    shift = float(getattr(config, "shift_factor", None) or 0.0)
-    return torch.tensor(factor, device=device).view(1, 1, 1, 1), torch.tensor(shift, device=device).view(1, 1, 1, 1)
+            kept[flipped] = self._codec.kept(self._data, True)[places[flipped]]
+        return self._codec.drawn(torch.from_numpy(kept), generator)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

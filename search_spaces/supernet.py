@@ -419,6 +419,14 @@ class LoadedElasticUNet:
         graph = self.recipe.cost.graph(Arch(*arch))
         return graph.collapse(graph.expand(graph.blocks) - graph.live(wanted, finer))
 
+    @property
+    def autoencoder(self) -> torch.nn.Module | None:
+        return self.codec.network
+
+    @property
+    def posterior(self) -> str:
+        return str(getattr(self.codec, "posterior", ""))
+
     def to_images(self, x: torch.Tensor) -> torch.Tensor:
         return self.codec.decode(x)
 
@@ -441,7 +449,7 @@ class LoadedElasticUNet:
     @property
     def pipeline_files(self) -> tuple[Path, ...]:
         here = Path(__file__).parent / "shipped"
-        return here / "pipeline.py", here / "reuse.py", here / "train_diffusers.py"
+        return here / "pipeline.py", here / "reuse.py", here / "latents.py", here / "train_diffusers.py"
 
     @property
     def training_settings(self) -> dict[str, Any]:

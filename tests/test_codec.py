@@ -11,20 +11,26 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from evaluators.frechet import Frechet
 from evaluators.images import Digits
-from evaluators.sampling import DDIM, sample, trajectory
+from evaluators.sampling import DDIM, in_space, sample, trajectory
+from nas.base.exported import ExportError, read_export
 from nas.contracts import ImageSet, Schedule, Step, UserError
+from nas.handover.export import export
 from nas.testing import check_supernet
 from search_spaces.codec import Autoencoder, LoadedAutoencoder, Pixels
 from search_spaces.intervals import uniform
+from search_spaces.shipped import train_diffusers
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
 from search_spaces.training import Sandwich, TrainAutoencoder
 from search_spaces.training.autoencoder import _evened_out
 from tests.conftest import TINY
+from tests.test_export import standing_alone
+from tests.test_train import alone
 
 IMAGES = Digits(size=16, holdout=0.2)
 SHAPES: dict[str, Any] = {
@@ -112,9 +118,10 @@ def test_latents_are_encoded_once_and_known_by_images_and_weights(
     assert len(files) == 2
     again = recipe.load(run, "cpu")
     assert isinstance(again, LoadedAutoencoder)
-    monkeypatch.setattr(again, "_moments", lambda images: pytest.fail("it was encoded before"))
+    monkeypatch.setattr("search_spaces.codec.moments", lambda *given: pytest.fail("it was encoded before"))
     assert isinstance(again.kept(data, False), np.memmap)
     assert again.kept(data, True).shape == (len(data), 2, 2, 8, 8)
+    monkeypatch.undo()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         KINDS["KL"]().save_pretrained(tmp_path / "other")
@@ -319,3 +326,84 @@ def test_a_study_trains_its_own_autoencoder_and_then_its_network(tmp_path: Path)
     schedule = Schedule(tuple(Step(t, net.full_arch) for t in uniform(3)))
     assert sample(net, schedule, DDIM(), 0, 0, 2).shape == (2, 1, 16, 16)
     assert recipe.digest(tmp_path) == recipe.digest(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ pipelines in and out
+
+
+def exported(kind: str, tmp_path: Path) -> tuple[LoadedElasticUNet, Schedule, Any]:
+    made(kind, tmp_path / "vae")
+    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
+    net, steps = recipe.initial(0), (980, 700, 300, 20)
+    schedule = Schedule(tuple(Step(t, recipe.uniform(w)) for t, w in zip(steps, (1.0, 0.5, 0.5, 1.0), strict=True)))
+    sampler = in_space(DDIM(), net.in_pixels)
+    export(net, schedule, sampler.describe(), {}, tmp_path / "model")
+    return net, schedule, sampler
+
+
+def test_an_exported_folder_decodes_as_ours(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, schedule, sampler = exported(kind, tmp_path)
+    plan = json.loads((tmp_path / "model" / "schedule.json").read_text())
+    assert (plan["shape"], plan["image_shape"]) == ([2, 8, 8], [1, 16, 16])
+    assert plan["sampler"]["clip"] is False
+    images = standing_alone(tmp_path / "model", monkeypatch)
+    assert torch.allclose(images, sample(net, schedule, sampler, 0, 0, 16), atol=1e-5)
+
+
+def test_an_exported_folder_trains_on_latents_without_this_project(tmp_path: Path) -> None:
+    """The same draws of posteriors as ours, hashes of the autoencoder kept, and a folder that samples."""
+    exported("KL", tmp_path)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, pixels in enumerate(IMAGES.load().pixels[:24, 0]):
+        Image.fromarray(((pixels + 1) * 127.5).round().astype(np.uint8)).save(pictures / f"{number}.png")
+    done = alone(
+        tmp_path / "model" / "train_diffusers.py", "--images", pictures, "--steps", 4, "--batch", 4, "--flip", "--cpu"
+    )
+    assert done.returncode == 0, done.stderr
+    trained = tmp_path / "model" / "trained"
+    read_export(trained)
+    assert "vae/config.json" in json.loads((trained / "provenance.json").read_text())["files"]
+    assert alone(trained / "sample.py", "--count", 4, "--to", tmp_path / "samples.png").returncode == 0
+    with Image.open(tmp_path / "samples.png") as grid:
+        assert grid.size == (4 * 16, 16)
+    weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\x80\x3f")
+    refused = alone(tmp_path / "model" / "train_diffusers.py", "--images", pictures, "--steps", 8, "--cpu")
+    assert refused.returncode != 0
+    assert "vae/diffusion_pytorch_model.safetensors was changed or damaged" in refused.stderr
+
+
+def test_latents_of_the_script_are_those_of_the_project(tmp_path: Path) -> None:
+    net, *_ = exported("KL, by channel", tmp_path)
+    pixels = IMAGES.load().pixels[:10]
+    chosen, mirrored = torch.arange(10), torch.arange(10) % 2 == 0
+    plan = json.loads((tmp_path / "model" / "train.json").read_text())
+    theirs = train_diffusers._data(tmp_path / "model", plan, pixels, None, True, "cpu")
+    ours = net.codec.states(ImageSet(pixels, None, "ten"))
+    one, other = (data.draw(chosen, mirrored, torch.Generator().manual_seed(0)) for data in (theirs, ours))
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["class", "posterior", "shape", "agreement"])
+def test_what_is_wrong_with_an_exported_autoencoder_is_named(change: str, tmp_path: Path) -> None:
+    exported("KL", tmp_path)
+    folder = tmp_path / "model"
+    words = {
+        "class": "'Consistency' is no class that is exported, AutoencoderKL or VQModel",
+        "posterior": "posterior='median' is none of sample, mean",
+        "shape": r"image_shape=\[1, 16\] is not \(channels, height, width\)",
+        "agreement": "do not agree whether networks work on latents",
+    }
+    path = folder / ("vae/config.json" if change == "class" else "schedule.json")
+    told = json.loads(path.read_text())
+    told |= {
+        "class": {"_class_name": "Consistency"},
+        "posterior": {"posterior": "median"},
+        "shape": {"image_shape": [1, 16]},
+    }.get(change, {})
+    if change == "agreement":
+        del told["image_shape"]
+    path.write_text(json.dumps(told))
+    with pytest.raises(ExportError, match=words[change]):
+        read_export(folder)

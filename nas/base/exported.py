@@ -18,9 +18,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 """Of networks that are exported."""
 
+AUTOENCODER, AUTOENCODERS = "vae", ("AutoencoderKL", "VQModel")
+"""The folder of the one whose latents the networks work on, if any, and its class."""
+
 SAMPLERS = ("DDIM", "DDPM", "DPMSolver")
 
 NAME = re.compile(r"unet_[0-9]{1,5}|teacher")
+POSTERIORS = ("sample", "mean")
 REMEDY = "export the schedule again"
 
 
@@ -38,6 +42,12 @@ class Export:
     training: Mapping[str, Any]
     provenance: Mapping[str, Any]
 
+    @property
+    def parts(self) -> list[str]:
+        """Folders of what a training needs: networks, teacher, autoencoder."""
+        vae = [AUTOENCODER] if "image_shape" in self.plan else []
+        return list(dict.fromkeys([*self.training["timesteps"], self.training["teacher"], *vae]))
+
 
 def read_export(folder: Path) -> Export:
     """Raises ExportError where the folder is none of ours, or anything in its four files is not what it should be."""
@@ -47,19 +57,23 @@ def read_export(folder: Path) -> Export:
     provenance = _json(folder / PROVENANCE)
     networks = _check_schedule(folder, plan)
     _check_training(folder, training, networks)
-    _check_index(folder / INDEX, networks)
+    if ("image_shape" in plan) != ("image_shape" in training):
+        raise ExportError(f"{folder / TRAINING} and {SCHEDULE} do not agree whether networks work on latents; {REMEDY}")
+    _check_index(folder / INDEX, networks, "image_shape" in plan)
     for name in (*networks, training["teacher"]):
         _network_class(folder / name)
+    if "image_shape" in plan:
+        _network_class(folder / AUTOENCODER, AUTOENCODERS)
     _hashes(folder, provenance)
     return Export(folder, networks, plan, training, provenance)
 
 
-def read_network(folder: Path) -> Any:
+def read_network(folder: Path, classes: Sequence[str] = CLASSES) -> Any:
     """The stock model of a network's folder, in evaluation mode. Raises ExportError where it is damaged."""
     import diffusers
     from safetensors.torch import load_file
 
-    kind = getattr(diffusers, _network_class(folder))
+    kind = getattr(diffusers, _network_class(folder, classes))
     path = folder / WEIGHTS
     if not path.is_file():
         raise ExportError(f"{path} does not exist; {REMEDY}")
@@ -166,12 +180,15 @@ def _check_scheduler(data: Mapping[str, Any], path: Path) -> None:
     scheduler = _entry(data, "scheduler", dict, path)
     if not 1 <= _entry(scheduler, "num_train_timesteps", int, path) <= 10**6:
         raise ExportError(f"{path}: num_train_timesteps={scheduler['num_train_timesteps']} is out of range; {REMEDY}")
-    shape = _entry(data, "shape", list, path)
-    if len(shape) != 3 or not all(type(size) is int and 0 < size <= 2**16 for size in shape):
-        raise ExportError(f"{path}: shape={shape!r} is not (channels, height, width); {REMEDY}")
+    for name in ("shape", "image_shape") if "image_shape" in data else ("shape",):
+        shape = _entry(data, name, list, path)
+        if len(shape) != 3 or not all(type(size) is int and 0 < size <= 2**16 for size in shape):
+            raise ExportError(f"{path}: {name}={shape!r} is not (channels, height, width); {REMEDY}")
+    if "image_shape" in data and _entry(data, "posterior", str, path) not in POSTERIORS:
+        raise ExportError(f"{path}: posterior={data['posterior']!r} is none of {', '.join(POSTERIORS)}; {REMEDY}")
 
 
-def _check_index(path: Path, networks: Mapping[str, Any]) -> None:
+def _check_index(path: Path, networks: Mapping[str, Any], latent: bool) -> None:
     index = _json(path)
     if index.get("_class_name") != ["pipeline", "StepAwarePipeline"]:
         raise ExportError(f"{path}: _class_name={index.get('_class_name')!r} is not the exported pipeline; {REMEDY}")
@@ -179,6 +196,7 @@ def _check_index(path: Path, networks: Mapping[str, Any]) -> None:
         if name.startswith("_") or name == "schedule":
             continue
         known = ["DDIMScheduler"] if name == "scheduler" else CLASSES if name in networks else ()
+        known = AUTOENCODERS if name == AUTOENCODER and latent else known
         if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers" or entry[1] not in known:
             raise ExportError(f"{path}: {name}={entry!r} is no part of an exported pipeline; {REMEDY}")
 
@@ -194,11 +212,11 @@ def _name(name: str, folder: Path, path: Path) -> str:
     return name
 
 
-def _network_class(folder: Path) -> str:
+def _network_class(folder: Path, classes: Sequence[str] = CLASSES) -> str:
     kind = _json(folder / "config.json").get("_class_name")
-    if kind not in CLASSES:
+    if kind not in classes:
         raise ExportError(
-            f"{folder / 'config.json'}: {kind!r} is no class that is exported, {' or '.join(CLASSES)}; {REMEDY}"
+            f"{folder / 'config.json'}: {kind!r} is no class that is exported, {' or '.join(classes)}; {REMEDY}"
         )
     return str(kind)
 

@@ -203,9 +203,7 @@ def train(
     exported = read_export(folder)
     plan = exported.training
     if not changed_weights:
-        check_hashes(
-            folder, dict.fromkeys([*plan["timesteps"], plan["teacher"]]), exported.provenance, "--changed-weights"
-        )
+        check_hashes(folder, exported.parts, exported.provenance, "--changed-weights")
     check_device(device)
     if images is None and study_file is None:
         raise UserError("what to train on is not said; give --images, or the --study whose images are to be used")
@@ -236,7 +234,7 @@ def train(
         chosen = settings_of(settings)
         conditional = "null_label" in plan or labels is not None
         if images is not None:
-            pixels = follow(bars, _pixels(images, plan["shape"], resize))
+            pixels = follow(bars, _pixels(images, plan.get("image_shape", plan["shape"]), resize))
             classes = _labels(images, labels) if conditional else None
         else:
             assert study is not None

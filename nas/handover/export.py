@@ -8,6 +8,7 @@ DIR/sample.py               a script that samples
 DIR/train_diffusers.py      a script that fine-tunes the models, and DIR/train.json, which timesteps each serves and what else it needs
 DIR/exported.py, pictures.py  what the scripts read the folder and pictures with
 DIR/teacher                 the full network, unless it is among the models
+DIR/vae                     the stock autoencoder whose latents they work on, if any
 DIR/provenance.json         SHA-256 of the networks' files, versions, the trial with its score
 DIR/README.md               how to use it
 """
@@ -78,13 +79,15 @@ def export(
             "scheduler": dict(net.scheduler),
             "shape": net.state_shape,
             **_classes(net),
+            **_latents(net, partial),
         }
         _write(partial / "schedule.json", plan)
         teacher = _write_training(net, schedule, names, provenance, partial)
         facts = {"parity": differences, "versions": package_versions()}
-        files = hashes_of(partial, dict.fromkeys([*names.values(), teacher]))
+        vae = [exported.AUTOENCODER] if "image_shape" in plan else []
+        files = hashes_of(partial, dict.fromkeys([*names.values(), teacher, *vae]))
         _write(partial / "provenance.json", {**provenance, **facts, "files": files})
-        _write_pipeline(net, plan, list(names.values()), partial)
+        _write_pipeline(net, plan, [*names.values(), *vae], partial)
         (partial / "README.md").write_text(_README)
         (partial / "sample.py").write_text(_SAMPLE)
         if folder.exists():
@@ -122,6 +125,16 @@ def _classes(net: LoadedSupernet) -> dict[str, int]:
     """The label of no class, where the networks take labels: there are as many classes before it."""
     condition = some_condition(net, 1)
     return {} if condition is None else {"null_label": int(net.null_condition(condition)["class_labels"][0])}
+
+
+def _latents(net: LoadedSupernet, folder: Path) -> dict[str, Any]:
+    """Writes the autoencoder, where states are its latents, and says what a decoded image is."""
+    autoencoder: Any = getattr(net, "autoencoder", None)
+    if autoencoder is None:
+        return {}
+    if not (folder / exported.AUTOENCODER).exists():
+        autoencoder.save_pretrained(folder / exported.AUTOENCODER)
+    return {"image_shape": net.image_shape, "posterior": net.posterior}
 
 
 class _Call(torch.nn.Module):
@@ -179,7 +192,7 @@ def _write_pipeline(net: LoadedSupernet, plan: Mapping[str, Any], names: Sequenc
 
     DDIMScheduler(**plan["scheduler"]).save_pretrained(folder / "scheduler")
     for file in (*net.pipeline_files, Path(exported.__file__), Path(pictures.__file__)):
-        code = file.read_text().replace("from nas.base.", "from ")
+        code = file.read_text().replace("from nas.base.", "from ").replace("from search_spaces.shipped.", "from ")
         for template in ("{}: Any", "{0}={0}"):
             code = code.replace(template.format("unet_0"), ", ".join(template.format(name) for name in names))
         (folder / file.name).write_text(code)
@@ -223,6 +236,7 @@ def _write_training(
         "scheduler": dict(net.scheduler),
         "shape": net.state_shape,
         **_classes(net),
+        **_latents(net, folder),
     }
     _write(folder / "train.json", plan)
     return teacher

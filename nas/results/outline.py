@@ -56,7 +56,9 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
             ),
             f"hours = MACs / {throughput:.3g} per second / 3600; --throughput says what your device reaches",
             f"MACs of a search = ({study.trials} trials x {first:,} + {study.verified} verified x {last:,} samples) x the mean of the cheapest "
-            "schedule and the budget" + (", and decoding" if "decoder_macs" in network else "") + "; shared beginnings save part of it",
+            "schedule and the budget"
+            + (", and decoding" if "decoder_macs" in network else "")
+            + "; shared beginnings save part of it",
             "training state: weights, gradients, two moments and the average, in float32; activations of one image, all modules' outputs",
         ],
     }

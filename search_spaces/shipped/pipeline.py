@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
+from .latents import decoded
 from .reuse import as_noise, first_rows, guided, holds, run
 
 
@@ -118,7 +119,8 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         return run(net, x.to(net.dtype), t, reuse, keep, cache, condition, answer=answer)
 
     def _output(self, x: torch.Tensor, output_type: str | None, return_dict: bool) -> Any:
-        images: Any = (x.clamp(-1, 1) / 2 + 0.5).cpu()
+        images: Any = decoded(self.vae, x).to(x.dtype) if hasattr(self, "vae") else x
+        images = (images.clamp(-1, 1) / 2 + 0.5).cpu()
         if output_type != "pt":
             images = images.permute(0, 2, 3, 1).float().numpy()
         if output_type == "pil":

@@ -31,13 +31,25 @@ from accelerate import Accelerator, PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nas.base.exported import PROVENANCE, ExportError, check_hashes, hashes_of, noted_hashes, read_export, read_network
+from nas.base.exported import (
+    AUTOENCODER,
+    AUTOENCODERS,
+    PROVENANCE,
+    ExportError,
+    check_hashes,
+    hashes_of,
+    noted_hashes,
+    read_export,
+    read_network,
+)
 from nas.base.pictures import PictureError, find_pictures, read_picture
+from search_spaces.shipped.latents import drawn, moments
 
 TRAINED = "trained"
 OURS = (
     "README.md",
     "exported.py",
+    "latents.py",
     "model_index.json",
     "pictures.py",
     "pipeline.py",
@@ -48,6 +60,7 @@ OURS = (
     "teacher",
     "train.json",
     "train_diffusers.py",
+    "vae",
 )
 """What an exported folder holds besides its networks, and a trained one too."""
 
@@ -110,9 +123,8 @@ def train(
     export = read_export(folder)
     plan = export.training
     accelerator = Accelerator(mixed_precision=settings.precision, cpu=cpu)
-    names = [*plan["timesteps"]]
     if not changed_weights:
-        check_hashes(folder, dict.fromkeys([*names, plan["teacher"]]), export.provenance, "--changed-weights")
+        check_hashes(folder, export.parts, export.provenance, "--changed-weights")
     into = folder / TRAINED
     into.mkdir(exist_ok=True)
     teacher = read_network(folder / plan["teacher"]).to(accelerator.device).requires_grad_(False)
@@ -124,16 +136,16 @@ def train(
             else f"the networks need a label from 0 to {null - 1} for each image: give --labels folders, or images that have them"
         )
     classes = None if labels is None else torch.from_numpy(labels).to(accelerator.device)
-    data = Labelled(torch.from_numpy(pixels).to(accelerator.device), classes, null)
+    data = _data(folder, plan, pixels, classes, settings.flip, accelerator.device)
     scheduler = diffusers.DDIMScheduler(**plan["scheduler"])
     exported = export.provenance.get("files", {})
-    teachers = {file: exported[file] for file in exported if file.startswith("teacher/")}
+    kept = {file: exported[file] for file in exported if file.startswith(("teacher/", f"{AUTOENCODER}/"))}
     for name, ranges in plan["timesteps"].items():
         if not (into / name / "config.json").exists():
             yield from _train_one(folder, name, ranges, teacher, data, scheduler, settings, accelerator, whole)
             if accelerator.is_main_process:
                 # Its hash is noted before it has its name: whatever is killed here, a named network has its hash.
-                files = {**teachers, **noted_hashes(into)}
+                files = {**kept, **noted_hashes(into)}
                 files |= {file.removeprefix("."): found for file, found in hashes_of(into, [f".{name}"]).items()}
                 facts = {"exported": export.provenance, "trained": asdict(settings), "files": files}
                 _replace(into / PROVENANCE, json.dumps(facts, indent=2) + "\n")
@@ -150,11 +162,37 @@ def train(
 
 
 class Labelled(NamedTuple):
-    """Images (n, channels, height, width), their labels (n,), and that of no class; None where the networks take none."""
+    """Images (n, channels, height, width), their labels (n,), and that of no class; None where the networks take none. Of latents mean and
+    log-variance of the posteriors instead, (n, 2, channels, height, width), `mirrored` those of the mirrored images, and the autoencoder."""
 
     pixels: torch.Tensor
     labels: torch.Tensor | None
     null: int | None
+    mirrored: torch.Tensor | None = None
+    autoencoder: Any = None
+    posterior: str = ""
+
+    def draw(self, chosen: torch.Tensor, mirrored: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+        """What networks are trained on, (n, channels, height, width), of the mirrored images where `mirrored` says so."""
+        x = self.pixels[chosen]
+        if mirrored is not None:
+            other = x.flip(-1) if self.mirrored is None else self.mirrored[chosen]
+            x = torch.where(mirrored.reshape(-1, *(1,) * (x.dim() - 1)), other, x)
+        return x if self.autoencoder is None else drawn(self.autoencoder, x, self.posterior, generator)
+
+
+@torch.no_grad()
+def _data(
+    folder: Path, plan: Any, pixels: npt.NDArray[np.float32], labels: torch.Tensor | None, flip: bool, device: Any
+) -> Labelled:
+    null = plan.get("null_label")
+    if "image_shape" not in plan:
+        return Labelled(torch.from_numpy(pixels).to(device), labels, null)
+    autoencoder = read_network(folder / AUTOENCODER, AUTOENCODERS).to(device).requires_grad_(False)
+    parts = [torch.from_numpy(pixels[start : start + 256]) for start in range(0, len(pixels), 256)]
+    plain = torch.cat([moments(autoencoder, part.to(device)) for part in parts])
+    other = torch.cat([moments(autoencoder, part.to(device).flip(-1)) for part in parts]) if flip else None
+    return Labelled(plain, labels, null, other, autoencoder, plan["posterior"])
 
 
 def _replace(path: Path, text: str) -> None:
@@ -226,10 +264,9 @@ def _step(
     generator = torch.Generator().manual_seed(seed)
     device = data.pixels.device
     chosen = torch.randint(len(data.pixels), (settings.batch,), generator=generator).to(device)
-    x0, labels = data.pixels[chosen], None if data.labels is None else data.labels[chosen]
-    if settings.flip:
-        mirrored = torch.rand(settings.batch, generator=generator).to(device) < 0.5
-        x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+    labels = None if data.labels is None else data.labels[chosen]
+    mirrored = torch.rand(settings.batch, generator=generator).to(device) < 0.5 if settings.flip else None
+    x0 = data.draw(chosen, mirrored, generator)
     if labels is not None:
         dropped = torch.rand(settings.batch, generator=generator).to(device) < settings.drop
         labels = torch.where(dropped, torch.full_like(labels, data.null or 0), labels)
@@ -400,7 +437,7 @@ def main() -> None:
     images, resize, cpu, changed, said = (
         chosen.pop(name) for name in ("images", "resize", "cpu", "changed_weights", "labels")
     )
-    channels, *size = plan["shape"]
+    channels, *size = plan.get("image_shape", plan["shape"])
     speaks = PartialState(cpu=cpu).is_main_process
     asked: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):

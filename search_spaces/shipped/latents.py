@@ -1,0 +1,49 @@
+"""A stock autoencoder's latents as a network knows them: scaled once, as its config says. Needs torch alone: an exported folder holds a copy of
+this file.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+NOTHING = -30.0
+"""Log-variance of latents without a posterior."""
+
+
+def scaling(config: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What latents are multiplied with after this shift was taken off, (1, channels or 1, 1, 1) each, as diffusers' pipelines do."""
+    factor = float(config.scaling_factor)
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        mean, std = (
+            torch.tensor(config[name], device=device).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std")
+        )
+        return factor / std, mean
+    shift = float(getattr(config, "shift_factor", None) or 0.0)
+    return torch.tensor(factor, device=device).view(1, 1, 1, 1), torch.tensor(shift, device=device).view(1, 1, 1, 1)
+
+
+def decoded(network: Any, states: torch.Tensor) -> torch.Tensor:
+    """Images of scaled latents, (n, channels, height, width). A VQModel quantises here."""
+    scale, shift = scaling(network.config, states.device)
+    images: torch.Tensor = network.decode((states / scale + shift).to(network.dtype)).sample
+    return images
+
+
+def moments(network: Any, images: torch.Tensor) -> torch.Tensor:
+    """Mean and log-variance of each image's posterior, (n, 2, channels, height, width), not scaled."""
+    encoded = network.encode(images.to(network.dtype))
+    if hasattr(encoded, "latents"):
+        return torch.stack([encoded.latents, torch.full_like(encoded.latents, NOTHING)], dim=1)
+    return torch.stack([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1)
+
+
+def drawn(network: Any, kept: torch.Tensor, posterior: str, generator: torch.Generator) -> torch.Tensor:
+    """Scaled latents of these moments: a "sample" of each posterior, or its "mean"."""
+    mean, log_variance = kept.unbind(1)
+    if posterior == "sample":
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        mean = mean + (0.5 * log_variance).exp() * noise
+    scale, shift = scaling(network.config, mean.device)
+    return (mean - shift) * scale
