@@ -26,14 +26,23 @@ from search_spaces.noise import NoiseSchedule
 log = logging.getLogger("nas")
 
 REMEDY = "give a UNet2DModel folder, or that of a pipeline with one"
+INDEX = "model_index.json"
+AUTOENCODERS = ("AutoencoderKL", "VQModel")
+REFUSED = {
+    "LDMSuperResolutionPipeline": "whose network is given the small image too, beside the noisy one",
+    "StableDiffusionPipeline": "whose network is given a text",
+}
+"""Pipelines whose networks nothing here can call, and why."""
 
 
 class Found(NamedTuple):
-    """`folder`: of the network. `config`: arguments of its class. `noise`: None where nothing says which process it was trained on."""
+    """`folder`: of the network. `config`: arguments of its class. `noise`: None where nothing says which process it was trained on.
+    `autoencoder`: the folder of the one whose latents it works on; None where it works on pixels."""
 
     folder: Path
     config: dict[str, Any]
     noise: NoiseSchedule | None
+    autoencoder: Path | None = None
 
 
 def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
@@ -48,11 +57,12 @@ def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
             else REMEDY
         )
         raise UserError(f"{path} is no folder; {remedy}")
-    pipeline = folder if (folder / "model_index.json").is_file() else None
+    pipeline = folder if (folder / INDEX).is_file() else None
     if pipeline is not None:
         folder = _network(pipeline)
-    elif (folder.parent / "model_index.json").is_file():
+    elif (folder.parent / INDEX).is_file():
         pipeline = folder.parent
+    autoencoder = None if pipeline is None else _autoencoder(pipeline)
     config = _config(folder)
     check_weights(folder, config)
     if noise is None and pipeline is not None:
@@ -66,12 +76,26 @@ def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
             NoiseSchedule().beta_start,
             NoiseSchedule().beta_end,
         )
-    return Found(folder, config, noise)
+    return Found(folder, config, noise, autoencoder)
+
+
+def _parts(pipeline: Path) -> dict[str, Any]:
+    """Classes of a pipeline's components by name. Raises UserError for a pipeline whose networks are given more than a noisy state."""
+    index = read_json(pipeline / INDEX, REMEDY)
+    if index.get("_class_name") in REFUSED:
+        raise UserError(f"{pipeline} is a {index['_class_name']}, {REFUSED[index['_class_name']]}; {REMEDY}")
+    return {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+
+
+def _autoencoder(pipeline: Path) -> Path | None:
+    found = [name for name, kind in _parts(pipeline).items() if kind in AUTOENCODERS and re.fullmatch(r"\w+", name)]
+    if len(found) > 1:
+        raise UserError(f"{pipeline} has the autoencoders {', '.join(found)}; one with a single one is needed")
+    return pipeline / found[0] if found else None
 
 
 def _network(pipeline: Path) -> Path:
-    index = read_json(pipeline / "model_index.json", REMEDY)
-    known = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    known = _parts(pipeline)
     networks = [name for name, kind in known.items() if kind == "UNet2DModel" and re.fullmatch(r"\w+", name)]
     if len(networks) != 1:
         others = ", ".join(f"{name} ({kind})" for name, kind in known.items() if kind) or "nothing"

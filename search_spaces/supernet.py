@@ -26,7 +26,7 @@ from torch.func import functional_call
 from nas.base.files import file_digest, first_line, tensors_digest
 from nas.contracts import Condition, Denoiser, Gated, Guidance, Step, UserError, digest_of
 from nas.recipes import Count, recipe
-from search_spaces.codec import Codec, LoadedCodec, Pixels
+from search_spaces.codec import Autoencoder, Codec, LoadedCodec, Pixels
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.slices import Arch, Groups, take
 from search_spaces.networks.unet import Anatomy, StockUNet, arguments, predict, skeleton
@@ -92,12 +92,15 @@ class ElasticUNet:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **settings: Any) -> ElasticUNet:
-        """The elastic network of a trained diffusers model: the folder of a UNet2DModel, or of a pipeline with one, whose scheduler says
-        which noise process it was trained on. `settings` as for the class. Reads the folder alone, no hub.
+        """The elastic network of a trained diffusers model: the folder of a UNet2DModel, or of a pipeline with one (DDPM, DDIM, LDM), whose
+        scheduler says which noise process it was trained on, and whose autoencoder is taken as it stands there. `settings` as for the class.
+        Reads the folder alone, no hub.
 
         Raises UserError where the folder holds no such model, its weights are not that network's, or its process cannot be kept.
         """
         found = find(path, settings.pop("noise", None))
+        if found.autoencoder is not None and "codec" not in settings:
+            settings["codec"] = Autoencoder(str(found.autoencoder))
         return cls(found.config, pretrained=str(found.folder), noise=found.noise or NoiseSchedule(), **settings)
 
     @cached_property

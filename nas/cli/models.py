@@ -58,11 +58,16 @@ def export(
     programs: Annotated[
         bool, typer.Option("--programs", help="Also each network as a torch.export program, model.pt2.")
     ] = False,
+    stock: Annotated[
+        bool,
+        typer.Option("--stock", help="As diffusers' own pipeline, of a schedule that runs one network at all steps."),
+    ] = False,
     out_dir: OutOption = None,
     storage: StorageOption = None,
 ) -> None:
     """Write a trial's networks as stock diffusers folders, with the schedule, provenance and a proof of equality."""
     from nas.handover.export import export as write
+    from nas.handover.stock import export_stock as write_stock
     from nas.study import load_study
 
     study = load_study(study_file)
@@ -84,9 +89,27 @@ def export(
         "images": study.images.load().digest,
     }
     schedule = study.space.decode(chosen.genome)
-    failed = write(evaluator.supernet, schedule, evaluator.sampler_of(schedule), provenance, to.resolve(), programs)
-    for name, reason in failed.items():
-        notes.print(f"{name} has no model.pt2: {reason}", highlight=False, soft_wrap=True)
+    sampler = evaluator.sampler_of(schedule)
+    if stock:
+        if programs:
+            raise UserError(
+                "--programs are of exported folders, and --stock writes diffusers' own pipeline; give one of them"
+            )
+        said = write_stock(evaluator.supernet, schedule, sampler, provenance, to.resolve())
+        own = (
+            ""
+            if said["timesteps"]
+            else ", at evenly spaced timesteps: no setting of a stock scheduler leads to the schedule's own"
+        )
+        notes.print(
+            f"{said['pipeline']}: call it with num_inference_steps={said['steps']}{own}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    else:
+        failed = write(evaluator.supernet, schedule, sampler, provenance, to.resolve(), programs)
+        for name, reason in failed.items():
+            notes.print(f"{name} has no model.pt2: {reason}", highlight=False, soft_wrap=True)
     out.print(
         f"{ledger} trial {chosen.number} ({summary_of(chosen, study, again)}) is in {to}",
         highlight=False,

@@ -1,0 +1,96 @@
+"""One network for all steps as the plain pipeline that diffusers has for it: DDIMPipeline, DDPMPipeline or LDMPipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DDIMScheduler, DDPMScheduler
+
+from nas.contracts import LoadedSupernet, Schedule, UserError, some_condition
+
+GRIDS = tuple((spacing, offset) for spacing in ("trailing", "leading", "linspace") for offset in (0, 1))
+"""How diffusers spaces timesteps, and what it adds to them."""
+
+
+def export_stock(
+    net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any], provenance: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Writes the folder, whole or not at all. Returned are the `pipeline`, its `steps`, and whether they are the schedule's own `timesteps`, which
+    no setting of a stock scheduler may lead to.
+
+    Raises UserError where no stock pipeline does what the schedule does, and where `folder` is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; give --to a new or empty folder")
+    _check(net, schedule, sampler)
+    count = len(schedule.steps)
+    common = {**net.scheduler, "clip_sample": sampler["clip"]}
+    grids: list[Any]
+    if sampler["class"] == "DDIM":
+        grids = [DDIMScheduler(**common, timestep_spacing=spacing, steps_offset=offset) for spacing, offset in GRIDS]
+    else:
+        common.pop("set_alpha_to_one", None)
+        common["variance_type"] = sampler["variance"]
+        grids = [DDPMScheduler(**common, timestep_spacing=spacing, steps_offset=offset) for spacing, offset in GRIDS]
+    scheduler = next((grid for grid in grids if _timesteps(grid, count) == schedule.timesteps), grids[0])
+    network: Any = net.extract(schedule.archs[0])
+    autoencoder = getattr(net, "autoencoder", None)
+    if autoencoder is not None:
+        pipeline = diffusers.LDMPipeline(vqvae=autoencoder, unet=network, scheduler=scheduler)
+    else:
+        pipeline = getattr(diffusers, f"{sampler['class']}Pipeline")(unet=network, scheduler=scheduler)
+    facts = {
+        "pipeline": type(pipeline).__name__,
+        "steps": count,
+        "timesteps": _timesteps(scheduler, count) == schedule.timesteps,
+    }
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(partial)
+        (partial / "provenance.json").write_text(json.dumps({**provenance, "stock": facts}, indent=2) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return facts
+
+
+def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) -> None:
+    latent = getattr(net, "autoencoder", None)
+    known = ("DDIM",) if latent is not None else ("DDIM", "DDPM")
+    config: Any = {} if latent is None else latent.config
+    shifts = [name for name in ("shift_factor", "latents_mean", "latents_std") if config.get(name)]
+    reasons = {
+        f"it runs {len(schedule.archs)} networks": len(schedule.archs) > 1,
+        "it reuses blocks": any(step.reuse for step in schedule.steps),
+        "its network takes labels": some_condition(net, 1) is not None,
+        f"{sampler['class']} is not {' or '.join(known)}": sampler["class"] not in known,
+        f"DDIM with eta={sampler.get('eta')} adds noise": bool(sampler.get("eta")),
+        f"LDMPipeline knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
+    }
+    wrong = [words for words, applies in reasons.items() if applies]
+    if wrong:
+        raise UserError(
+            f"no pipeline of diffusers samples as this schedule does: {'; '.join(wrong)}; export it without --stock"
+        )
+    kind = type(net.extract(schedule.archs[0])).__name__
+    if kind != "UNet2DModel":
+        raise UserError(
+            f"no pipeline of diffusers samples as this schedule does: its network is a {kind}; export it without --stock"
+        )
+
+
+def _timesteps(scheduler: Any, count: int) -> tuple[int, ...]:
+    try:
+        scheduler.set_timesteps(count)
+    except ValueError:
+        return ()
+    return tuple(int(t) for t in scheduler.timesteps)
