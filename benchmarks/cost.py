@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.common import Benchmark, Target, needs
-from benchmarks.published import NETWORKS, Published
+from benchmarks.published import DECODERS, NETWORKS, Decoder, Published
+from search_spaces.codec import decoder_macs, empty_autoencoder
 from search_spaces.intervals import per_step, uniform
 from search_spaces.networks.slices import Arch
 from search_spaces.networks.unet import arguments
@@ -148,6 +149,7 @@ def main() -> None:
     mean = sum(n * (costs[w].macs - costs[w].attention_macs) for w, n in RELEASED_SCHEDULE.items()) / steps / 1e6
 
     published = {name: bench.row(name, partial(beside, network)) for name, network in NETWORKS.items()}
+    published |= {name: bench.row(name, partial(beside_decoder, one)) for name, one in DECODERS.items()}
 
     timesteps = uniform(1000)
     space = Stepwise(ddpm, timesteps, per_step(timesteps))
@@ -184,7 +186,8 @@ def main() -> None:
             ),
             Target(
                 "published_macs_difference",
-                f"largest relative difference from the MACs, with and without attention products, and the parameters of {len(NETWORKS)} published networks",
+                f"largest relative difference from the MACs, with and without attention products, and the parameters of {len(NETWORKS)} published networks and "
+                f"{len(DECODERS)} decoders",
                 0.001,
                 max(row["difference"] for row in published.values()),
             ),
@@ -216,6 +219,20 @@ def beside(network: Published) -> dict[str, Any]:
     }
     theirs = (network.params, network.macs, network.without_attention)
     return {**ours, "difference": max(abs(mine / other - 1) for mine, other in zip(ours.values(), theirs, strict=True))}
+
+
+def beside_decoder(one: Decoder) -> dict[str, Any]:
+    """The same of an autoencoder's decoder, by the codec's own count."""
+    ours = {
+        "params_millions": sum(p.numel() for p in empty_autoencoder(one.config, "").parameters()) / 1e6,
+        "gmacs": decoder_macs(one.config, one.latents) / 1e9,
+    }
+    return {
+        **ours,
+        "difference": max(
+            abs(mine / other - 1) for mine, other in zip(ours.values(), (one.params, one.macs), strict=True)
+        ),
+    }
 
 
 def small_cost(net: ElasticUNet) -> dict[str, float]:

@@ -112,3 +112,39 @@ NETWORKS = {
         78.70, 24.051, 23.883, unet(64, (128, 256, 256, 256, 512), (False, False, True, False, False))
     ),
 }
+
+
+class Decoder(NamedTuple):
+    """`params` of the whole autoencoder in millions; `macs`, of decoding one image from latents of this shape, in 1e9. `config`: arguments of its
+    stock class."""
+
+    params: float
+    macs: float
+    latents: tuple[int, int, int]
+    config: dict[str, Any]
+
+
+def autoencoder(kind: str, channels: tuple[int, ...], latents: int, **others: Any) -> dict[str, Any]:
+    return {
+        "_class_name": kind,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": channels,
+        "down_block_types": ("DownEncoderBlock2D",) * len(channels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(channels),
+        "layers_per_block": 2,
+        "latent_channels": latents,
+        **others,
+    }
+
+
+KL_F8 = autoencoder("AutoencoderKL", (128, 256, 512, 512), 4)
+
+DECODERS = {
+    "VQ-f4 decoder, 256 pixels": Decoder(
+        55.3, 335.3, (3, 64, 64), autoencoder("VQModel", (128, 256, 512), 3, num_vq_embeddings=8192)
+    ),
+    "KL-f8 decoder, 256 pixels": Decoder(83.7, 311.1, (4, 32, 32), KL_F8),
+    "KL-f8 decoder, 512 pixels": Decoder(83.7, 1257.3, (4, 64, 64), KL_F8),
+}
+"""As they are printed, to a tenth."""

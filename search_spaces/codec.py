@@ -7,8 +7,9 @@ read: that of the mirrored image too where a training flips, since a mirrored la
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from diffusers import VQModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nas.base.files import first_line, read_json
-from nas.contracts import Images, ImageSet, Progress, UserError, digest_of
+from nas.contracts import Images, ImageSet, Progress, UserError, digest_of, frozen
 from nas.recipes import Positive, recipe
 from search_spaces.pretrained import read_weights_of, weight_files
 from search_spaces.shipped.latents import decoded, drawn, moments
@@ -144,7 +145,8 @@ class Autoencoder:
     """The latents of a stock AutoencoderKL or VQModel in a local folder; a relative path is one in the study file's folder.
 
     Latents are scaled as its config says: (z - shift) * scale, or by channel where it has `latents_mean` and `latents_std`. `scale` takes the
-    place of its `scaling_factor`. `posterior`: what a network is trained on, a "sample" of each image's posterior, anew at every step, or its
+    place of its `scaling_factor`. `config`: what the folder's config.json is expected to say, from which shapes and costs follow before there is
+    a folder. `posterior`: what a network is trained on, a "sample" of each image's posterior, anew at every step, or its
     "mean". Latents of a VQModel are continuous; it quantises when it decodes. Raises UserError where the folder holds no such model, and where its
     scaling factor is not to be trusted: diffusers writes 0.18215 where nothing was said, which is Stable Diffusion's.
     """
@@ -152,16 +154,16 @@ class Autoencoder:
     path: str
     scale: Positive | None = None
     posterior: Literal["sample", "mean"] = "sample"
+    config: Mapping[str, Any] | None = None
     base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.scale is None:
-            told, kind = self._config.get("scaling_factor"), self._config["_class_name"]
-            if told is None or (kind == "VQModel" and told == 0.18215):
-                raise UserError(
-                    f"{self.folder / 'config.json'}: the {kind}'s scaling_factor is {told}, which diffusers takes where nothing was said; give "
-                    "Autoencoder(..., scale=) what its latents were multiplied with in training (1.0 for LDM's VQ models)"
-                )
+        told, kind = self._config.get("scaling_factor"), self._config["_class_name"]
+        if self.scale is None and (told is None or (kind == "VQModel" and told == 0.18215)):
+            raise UserError(
+                f"{self.folder / 'config.json'}: the {kind}'s scaling_factor is {told}, which diffusers takes where nothing was said; give "
+                "Autoencoder(..., scale=) what its latents were multiplied with in training (1.0 for LDM's VQ models)"
+            )
 
     @property
     def folder(self) -> Path:
@@ -192,13 +194,27 @@ class Autoencoder:
 
     def load(self, folder: Path | None, device: str) -> LoadedAutoencoder:
         network = read_autoencoder(self.folder)
+        for name, expected in (self.config or {}).items():
+            found = network.config.get(name, type(network).__name__ if name == "_class_name" else None)
+            if frozen(found) != frozen(expected):
+                raise UserError(
+                    f"{self.folder / 'config.json'}: {name} is {found!r}, the study expects {expected!r}; change one of them"
+                )
         if self.scale is not None:
             network.register_to_config(scaling_factor=self.scale)
         return LoadedAutoencoder(network.to(device), self.digest(Path()), self.posterior, folder)
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        return read_config(self.folder)
+        if self.config is None:
+            return read_config(self.folder)
+        if self.config.get("_class_name") not in CLASSES:
+            raise UserError(f"Autoencoder: config has no _class_name of {' or '.join(CLASSES)}")
+        kind = getattr(diffusers, self.config["_class_name"])
+        usual = {
+            n: p.default for n, p in inspect.signature(kind.__init__).parameters.items() if p.default is not p.empty
+        }
+        return {**usual, "scaling_factor": None, **self.config}
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
@@ -301,7 +317,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def read_autoencoder(folder: Path) -> Any:
     """The stock model, its weights compared with what its config asks for."""
     config = read_config(folder)
-    network = _empty(config, str(folder / "config.json")).to_empty(device="cpu")
+    network = empty_autoencoder(config, str(folder / "config.json")).to_empty(device="cpu")
     network.load_state_dict(read_weights_of(network, folder))
     return network.eval()
 
@@ -318,7 +334,7 @@ def image_shape_of(config: Any, state: Shape, where: str) -> Shape:
 
 def decoder_macs(config: Any, state: Shape) -> int:
     """Counted by torch on the meta device."""
-    network = _empty(config, "the autoencoder")
+    network = empty_autoencoder(config, "the autoencoder")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         latents = torch.empty((1, *state), device="meta")
         if isinstance(
@@ -330,7 +346,8 @@ def decoder_macs(config: Any, state: Shape) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _empty(config: Any, where: str) -> Any:
+def empty_autoencoder(config: Any, where: str) -> Any:
+    """The stock model on the meta device."""
     kind = getattr(diffusers, config["_class_name"])
     taken = {name: value for name, value in config.items() if name in kind._get_init_keys(kind)}
     with torch.device("meta"):

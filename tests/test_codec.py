@@ -165,6 +165,26 @@ def test_what_is_no_autoencoder_is_named(tmp_path: Path) -> None:
         ElasticUNet(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path / "vae"))).initial(0)
 
 
+def test_shapes_and_costs_follow_from_a_config_before_there_is_a_folder(tmp_path: Path) -> None:
+    network = made("KL", tmp_path / "vae")
+    config = {**SHAPES, "_class_name": "AutoencoderKL", "latent_channels": 2}
+    early = Autoencoder(str(tmp_path / "nowhere"), scale=0.7, config=config)
+    recipe = ElasticUNet(CONFIG, (1.0,), codec=early)
+    there = ElasticUNet(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path / "vae")))
+    assert recipe.outline() == there.outline()
+    with pytest.raises(UserError, match=r"nowhere/.* does not exist"):
+        recipe.initial(0)
+    with pytest.raises(UserError, match="scaling_factor is None"):
+        Autoencoder(str(tmp_path / "nowhere"), config=config)
+    with pytest.raises(UserError, match="config has no _class_name"):
+        Autoencoder(str(tmp_path / "nowhere"), scale=1.0, config=SHAPES)
+    Autoencoder(str(tmp_path / "vae"), scale=0.7, config=config).load(None, "cpu")
+    other = {**config, "norm_num_groups": 8}
+    with pytest.raises(UserError, match="norm_num_groups is 4, the study expects 8"):
+        Autoencoder(str(tmp_path / "vae"), scale=0.7, config=other).load(None, "cpu")
+    assert network.config.norm_num_groups == 4
+
+
 def test_a_latent_network_is_trained_sampled_and_scored(kind: str, tmp_path: Path) -> None:
     network = made(kind, tmp_path / "vae")
     recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import published
 from benchmarks.cost import DDPM_CIFAR10
 from nas.results.outline import outline
 from nas.study import Study, load_study
@@ -29,13 +30,28 @@ def test_every_study_passes_a_dry_run_without_its_data(study: Path, tmp_path: Pa
 
 def test_the_networks_are_the_published_ones() -> None:
     found = {
-        path.stem: outline(load_study(path))["network"] for path in STUDIES if "lsun" in path.stem or "64" in path.stem
+        path.stem: outline(load_study(path))["network"]
+        for path in STUDIES
+        if any(part in path.stem for part in ("lsun", "ldm", "64"))
     }
     assert found["ddsm_celeba64"]["params"] == pytest.approx(78.7e6, rel=0.002)
     assert found["ddsm_celeba64"]["macs"] == pytest.approx(24.051e9, rel=1e-4)
     plain = found["ddsm_celeba64"]["macs"] - found["ddsm_celeba64"]["attention_macs"]
     assert plain == pytest.approx(23.883e9, rel=1e-4)
     assert found["diffpruning_lsun256"]["params"] == pytest.approx(113.7e6, rel=0.002)
+    for name, network in (
+        ("ldm_celebahq256", "LDM-4 bedrooms, FFHQ, CelebA-HQ"),
+        ("ldm_church256", "LDM-8 churches"),
+        ("tdc_imagenet64", "IDDPM ImageNet-64, class-conditional, 192 channels"),
+    ):
+        expected = published.NETWORKS[network]
+        # One label more than IDDPM's, that of no class.
+        assert found[name]["params"] / 1e6 == pytest.approx(expected.params, rel=1e-4)
+        assert found[name]["macs"] / 1e9 == pytest.approx(expected.macs, rel=1e-4)
+        plain = (found[name]["macs"] - found[name]["attention_macs"]) / 1e9
+        assert plain == pytest.approx(expected.without_attention, rel=1e-4)
+    assert found["ldm_celebahq256"]["decoder_macs"] == pytest.approx(335.3e9, rel=1e-3)
+    assert found["ldm_church256"]["decoder_macs"] == pytest.approx(311.1e9, rel=1e-3)
     cifar = load_study(ROOT / "studies" / "ddsm_cifar10.py").supernet
     assert cifar.config == DDPM_CIFAR10  # type: ignore[attr-defined]  # whose MACs benchmarks.cost compares with the published ones
 
