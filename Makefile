@@ -1,4 +1,5 @@
 # make demo   install, then a study of the digits by class end to end: train, search, compare, export
+# make fashion   install, then garments by class in the latents of an autoencoder of its own, from nothing: needs Fashion-MNIST's four files
 # make test   install, then ruff, mypy and pytest
 # make test-all   these, and every benchmark at small sizes
 # make mutants   try the tests on changed code
@@ -9,13 +10,19 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/digits-classes
 
-.PHONY: demo test test-all lint types tests mutants clean
+.PHONY: demo fashion test test-all lint types tests mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nas run studies/digits_classes.py --out $(RUN)
 	rm -rf $(RUN)/exported
 	$(BIN)/nas export studies/digits_classes.py --within macs_share=0.3 --to $(RUN)/exported --out $(RUN)
 	$(BIN)/nas sample studies/digits_classes.py --within macs_share=0.3 --to $(RUN)/report/samples.png --out $(RUN)
+
+fashion: $(VENV)/.demo
+	$(BIN)/nas run studies/fashion_latent.py --searcher evolution
+	$(BIN)/nas report studies/fashion_latent.py
+	rm -rf runs/fashion-latent/exported
+	$(BIN)/nas export studies/fashion_latent.py --within macs_share=0.5 --to runs/fashion-latent/exported
 
 test: lint types tests
 

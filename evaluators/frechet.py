@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from evaluators.features import Features, LoadedFeatures, SmallClassifier
+from evaluators.grounds import nearer_than_held_out
 from evaluators.images import check_shape, load_once
 from evaluators.scoring import BLOCKS, Array, LoadedScore, Rows, Sampled
 from evaluators.trajectories import Trajectories, batches
@@ -173,6 +174,16 @@ def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
+def in_batches(pixels: npt.NDArray[np.float32]) -> Iterator[torch.Tensor]:
+    yield from (torch.from_numpy(pixels[start:stop]) for start, stop in batches(len(pixels), 256))
+
+
+def rows_of(features: LoadedFeatures, images: torch.Tensor, device: torch.device) -> npt.NDArray[np.float32]:
+    """Features of images, (n, d); images as decoded are first clipped to [-1, 1], as samples are."""
+    rows: npt.NDArray[np.float32] = features(images.to(device).clamp(-1, 1)).cpu().numpy()
+    return rows
+
+
 def feature_rows(trajectories: Trajectories, features: LoadedFeatures, identity: str) -> Rows:
     """Features of a schedule's samples. `identity`: of the extractor and its settings."""
 
@@ -232,11 +243,7 @@ class OfFeatures(Sampled):
 
     def real_rows(self, features: LoadedFeatures, device: torch.device) -> list[npt.NDArray[np.float32]]:
         """Features of the real images that samples are compared with, in batches."""
-        pixels = load_once(self.images).reference.pixels
-        return [
-            features(torch.from_numpy(pixels[start:stop]).to(device)).cpu().numpy()
-            for start, stop in batches(len(pixels), 256)
-        ]
+        return [rows_of(features, part, device) for part in in_batches(load_once(self.images).reference.pixels)]
 
 
 @recipe
@@ -282,7 +289,7 @@ class Frechet(OfFeatures):
             reference = sum(moments[1:], start=moments[0]).gaussian(device)
         else:
             reference = replace(read_statistics(self._reference()), device=device)
-        return LoadedScore(
+        return LoadedFrechet(
             self,
             trajectories := self.trajectories(supernet, folder),
             "fd",
@@ -293,7 +300,42 @@ class Frechet(OfFeatures):
                 if self.reference is None
                 else f"{features.distance}@{count} ({features.label})"
             ),
+            features,
         )
+
+
+class LoadedFrechet(LoadedScore):
+    """A Frechet distance that also says what it stands on."""
+
+    def __init__(self, recipe: Frechet, *given: Any) -> None:
+        *shared, self.features = given
+        super().__init__(recipe, *shared)
+        self._images = recipe.images
+
+    def grounds(self, schedule: Schedule, count: int, seed: int) -> dict[str, Any] | None:
+        """Distances of the train images and, where states are latents, of the held-out images' reconstructions to the held-out images, below
+        which no schedule gets; and `nearer_than_held_out` of so many samples. None where no image is held out."""
+        data, device = load_once(self._images), self.supernet.device
+        if data.held_out is None:
+            return None
+        train, held_out = (
+            np.concatenate([rows_of(self.features, part, device) for part in in_batches(images.pixels)])
+            for images in (data, data.held_out)
+        )
+        found: dict[str, Any] = {
+            "train": len(train),
+            "held_out": len(held_out),
+            "fd_of_train_images": self.statistic(train)[0],
+            "samples": count,
+            "nearer": nearer_than_held_out(self.rows_of(schedule, count, seed), train, held_out),
+        }
+        if not getattr(self.supernet, "in_pixels", True):
+            again = [
+                rows_of(self.features, self.supernet.to_images(self.supernet.to_states(part.to(device))), device)
+                for part in in_batches(data.held_out.pixels)
+            ]
+            found["fd_of_reconstructions"] = self.statistic(np.concatenate(again))[0]
+        return found
 
 
 @recipe

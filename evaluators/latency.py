@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from evaluators.device import fingerprint, wait
 from evaluators.sampling import Precision, predict
 from nas.contracts import (
     Evaluator,
+    Grounded,
     LoadedEvaluator,
     LoadedSupernet,
     Progress,
@@ -36,6 +37,8 @@ from nas.contracts import (
 from nas.recipes import Batch, Few, recipe
 
 FILE = "latency.json"
+DECODING = "decoding"
+"""What the file calls it, where steps stand as JSON."""
 
 
 @recipe
@@ -69,11 +72,21 @@ class Timer:
         if not self._net.macs(step):
             return [0.0] * self._settings.repeats
         key = json.dumps([step.arch, step.reuse, *([step.guidance] if step.guidance else [])])
+        return self._kept(key, lambda: self._measure(step))
+
+    def of_decoding(self) -> float:
+        """Median milliseconds that make an image of its state; 0 in pixel space."""
+        if getattr(self._net, "in_pixels", True):
+            return 0.0
+        x = torch.zeros((self._settings.batch, *self._net.state_shape), device=self._net.device)
+        return float(np.median(self._kept(DECODING, lambda: self._timed(lambda: self._net.to_images(x)))))
+
+    def _kept(self, key: str, measure: Callable[[], list[float]]) -> list[float]:
         with filelock.FileLock(self._path.with_suffix(".lock")):
             known: dict[str, dict[str, list[float]]] = json.loads(self._path.read_text()) if self._path.exists() else {}
             times = known.setdefault(self.device, {})
             if key not in times:
-                times[key] = self._measure(step)
+                times[key] = measure()
                 partial = self._path.with_suffix(".partial")
                 partial.write_text(json.dumps(known, indent=1) + "\n")
                 os.replace(partial, self._path)
@@ -100,21 +113,25 @@ class Timer:
         before = net.run_as(settings.channels_last, settings.compiled)
         x = torch.zeros((settings.batch, *net.state_shape), device=net.device)
         condition = some_condition(net, settings.batch)
-        found = []
         try:
             cache = None
             if step.reuse:
                 whole = replace(step, reuse=())
                 _, cache = predict(net, whole, x, None, settings.precision, step.reuse, condition)
-            for number in range(settings.warmup + settings.repeats):
-                wait(net.device)
-                started = time.perf_counter()
-                predict(net, step, x, cache, settings.precision, step.reuse, condition)
-                wait(net.device)
-                if number >= settings.warmup:
-                    found.append((time.perf_counter() - started) * 1e3 / settings.batch)
+            return self._timed(lambda: predict(net, step, x, cache, settings.precision, step.reuse, condition))
         finally:
             net.run_as(*before)
+
+    def _timed(self, call: Callable[[], object]) -> list[float]:
+        """Milliseconds for an image of a batch, of each repeat."""
+        found = []
+        for number in range(self._settings.warmup + self._settings.repeats):
+            wait(self._net.device)
+            started = time.perf_counter()
+            call()
+            wait(self._net.device)
+            if number >= self._settings.warmup:
+                found.append((time.perf_counter() - started) * 1e3 / self._settings.batch)
         return found
 
 
@@ -189,7 +206,9 @@ class LoadedTimed:
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
         value, replicates = self._timer.of_schedule(schedule)
         score = self.base(schedule, rung, seed)
-        label = f"ms an image, batch {self._settings.batch}, on {self._timer.device}, beside a score@{rung}"
+        decoding = self._timer.of_decoding()
+        apart = f", and {decoding:.3g} ms to decode it" if decoding else ""
+        label = f"ms an image{apart}, batch {self._settings.batch}, on {self._timer.device}, beside a score@{rung}"
         return Score(
             {**score.values, "latency_ms": value},
             {**score.replicates, "latency_ms": replicates},
@@ -199,3 +218,6 @@ class LoadedTimed:
 
     def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
         return self.base.sample(schedule, count, seed)
+
+    def grounds(self, schedule: Schedule, count: int, seed: int) -> Mapping[str, Any] | None:
+        return self.base.grounds(schedule, count, seed) if isinstance(self.base, Grounded) else None

@@ -19,6 +19,7 @@ from evaluators.sampling import DDIM, Precision, Sampler
 from evaluators.trajectories import Trajectories
 from nas.contracts import (
     Evaluator,
+    Grounded,
     LoadedEvaluator,
     LoadedSupernet,
     Progress,
@@ -228,3 +229,8 @@ class LoadedScores:
 
     def sampler_of(self, schedule: Schedule) -> Mapping[str, Any]:
         return self.parts[0].sampler_of(schedule)
+
+    def grounds(self, schedule: Schedule, count: int, seed: int) -> Mapping[str, Any] | None:
+        """Of the first part that has any."""
+        told = (part.grounds(schedule, count, seed) for part in self.parts if isinstance(part, Grounded))
+        return next(told, None)

@@ -553,6 +553,15 @@ class LoadedEvaluator(Protocol):
         """Images (count, channels, height, width) in [-1, 1]."""
 
 
+@runtime_checkable
+class Grounded(Protocol):
+    """A loaded evaluator that can also say what its score stands on."""
+
+    def grounds(self, schedule: Schedule, count: int, seed: int) -> Mapping[str, Any] | None:
+        """For a report: how many images are held out, how small the score can be, and whether samples repeat train images; None where it does
+        not know."""
+
+
 class Evaluator(Protocol):
     """Recipe of a score."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from evaluators.frechet import Frechet
+from evaluators.features import SmallClassifier
+from evaluators.frechet import Frechet, Moments
 from evaluators.images import Digits
+from evaluators.latency import Latency, Timed
 from evaluators.sampling import DDIM, in_space, sample, trajectory
 from nas.base.exported import ExportError, read_export
 from nas.contracts import ImageSet, Schedule, Step, UserError
@@ -208,7 +211,17 @@ def test_a_latent_network_is_trained_sampled_and_scored(kind: str, tmp_path: Pat
         assert torch.allclose(images, network.decode(last).sample.clamp(-1, 1), atol=1e-4)
     score = Frechet(IMAGES, rungs=(32,))
     list(score.prepare(tmp_path / "run", 0, "cpu"))
-    assert np.isfinite(score.load(net, tmp_path / "run")(schedule, 32, 0).values["fd"])
+    loaded = score.load(net, tmp_path / "run")
+    assert np.isfinite(loaded(schedule, 32, 0).values["fd"])
+    told = loaded.grounds(schedule, 32, 0)  # type: ignore[attr-defined]
+    held_out = torch.from_numpy(IMAGES.load().reference.pixels)
+    with torch.no_grad():
+        encoded = network.encode(held_out)
+        latents = encoded.latents if kind == "VQ" else encoded.latent_dist.mean
+        again = network.decode(latents).sample.clamp(-1, 1)
+    features = score.features.load(tmp_path / "run", torch.device("cpu"))
+    one, other = (Moments.of(features(x).numpy()).gaussian() for x in (held_out, again))
+    assert told["fd_of_reconstructions"] == pytest.approx(one.distance(other), rel=1e-3)
 
 
 def test_the_identity_of_a_latent_network_holds_its_autoencoder(tmp_path: Path) -> None:
@@ -427,3 +440,22 @@ def test_what_is_wrong_with_an_exported_autoencoder_is_named(change: str, tmp_pa
     path.write_text(json.dumps(told))
     with pytest.raises(ExportError, match=words[change]):
         read_export(folder)
+
+
+def test_decoding_is_timed_apart(tmp_path: Path) -> None:
+    made("KL", tmp_path / "vae")
+    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
+    list(Sandwich(steps=1, batch=4).run(recipe, IMAGES, tmp_path / "supernet", 0, "cpu"))
+    timed = Timed(Frechet(IMAGES, SmallClassifier(steps=5), rungs=(16,)), Latency(batch=2, warmup=0, repeats=2))
+    list(timed.prepare(tmp_path, 0, "cpu"))
+    net = recipe.load(tmp_path / "supernet", "cpu")
+    schedule = Schedule((Step(900, net.full_arch), Step(100, net.full_arch)))
+    score = timed.load(net, tmp_path)(schedule, 16, 0)
+    told = re.search(r"ms an image, and ([\d.]+) ms to decode it", score.labels["latency_ms"])
+    kept = json.loads((tmp_path / "latency.json").read_text())
+    [times] = kept.values()
+    assert told is not None
+    assert float(told.group(1)) == pytest.approx(float(np.median(times["decoding"])), rel=1e-2)
+    assert score.values["latency_ms"] == pytest.approx(
+        2 * float(np.median(next(v for k, v in times.items() if k != "decoding"))), rel=1e-6
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from evaluators.conditions import Labels
 from evaluators.fashion import FashionMNIST
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet, Gaussian, Moments
+from evaluators.grounds import nearer_than_held_out, nearest
 from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, load_once
 from nas.contracts import ImageSet, Schedule, Step, UserError
 from search_spaces.supernet import ElasticUNet
@@ -173,3 +175,47 @@ def test_what_is_not_fashion_mnist_is_named(tmp_path: Path) -> None:
     labels.with_name(labels.name + ".gz").write_bytes(b"\x1f\x8bnothing")
     with pytest.raises(UserError, match=r"\.gz cannot be read"):
         FashionMNIST(folder=str(folder)).load()
+
+
+# ------------------------------------------------------------------------------------------------ what a distance stands on
+
+
+def test_the_nearest_neighbour_is_scipys() -> None:
+    from scipy.spatial import cKDTree
+
+    rng = np.random.default_rng(0)
+    rows, among = rng.normal(size=(300, 5)) + 100, rng.normal(size=(700, 5)) + 100
+    rows[:50] = among[:50]
+    expected, _ = cKDTree(among).query(rows)
+    assert np.allclose(nearest(rows, among), expected, atol=1e-9)
+    assert (nearest(rows, among)[:50] == 0).all()
+
+
+def test_samples_learned_by_heart_are_nearer_to_train_images_than_new_ones_are() -> None:
+    rng = np.random.default_rng(0)
+    train, held_out, new = (rng.normal(size=(count, 4)) for count in (2000, 1000, 1000))
+    fresh = nearer_than_held_out(new, train, held_out)
+    assert fresh[0.5] == pytest.approx(0.5, abs=0.06)
+    assert fresh[0.01] == pytest.approx(0.01, abs=0.015)
+    copied = np.concatenate([train[:300] + 1e-6, new[:700]])
+    shares = nearer_than_held_out(copied, train, held_out)
+    assert shares[0.01] == pytest.approx(0.3 + 0.7 * fresh[0.01], abs=0.02)
+
+
+def test_a_distance_says_what_it_stands_on(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+    images = Digits(holdout=0.2)
+    frechet = Frechet(images, SmallClassifier(steps=20), rungs=(64,))
+    list(frechet.prepare(tmp_path, 0, "cpu"))
+    net = tiny_net.initial(0)
+    schedule = Schedule((Step(900, net.full_arch), Step(100, net.full_arch)))
+    told = frechet.load(net, tmp_path).grounds(schedule, 64, 0)  # type: ignore[attr-defined]
+    features = frechet.features.load(tmp_path, torch.device("cpu"))
+    train, held_out = (
+        _gaussian(features(torch.from_numpy(part.pixels)).numpy()) for part in (images.load(), images.load().reference)
+    )
+    assert told["fd_of_train_images"] == pytest.approx(held_out.distance(train), rel=1e-5)
+    assert (told["train"], told["held_out"], told["samples"]) == (1438, 359, 64)
+    assert "fd_of_reconstructions" not in told
+    whole = replace(frechet, images=Digits())
+    list(whole.prepare(tmp_path / "whole", 0, "cpu"))
+    assert whole.load(net, tmp_path / "whole").grounds(schedule, 64, 0) is None  # type: ignore[attr-defined]

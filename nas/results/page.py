@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from nas.contracts import WITHOUT_ATTENTION, Genome, Trial
+from nas.contracts import WITHOUT_ATTENTION, Genome, Grounded, Trial
 from nas.genomes.genetics import LATENCY, dearest
 from nas.results.plots import INK, class_by_class, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
 from nas.results.report import Run, Scale, against, cost_in_words, verified_front
@@ -52,6 +52,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         mapped=best,
         maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
         grids=_grids(study, loaded, winner[1], ledgers.get(BASELINE, ()), run.scale, folder, quality) if winner else [],
+        grounds=_grounds(study, loaded, winner[1]) if winner else [],
         audit=_audit(run.folder, folder),
         trained=_trained(facts["trained"], quality),
         spent=_spent(run, facts),
@@ -208,6 +209,29 @@ def _grids(
         data = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
         grids.append({"title": title, "picture": data, "words": cost_in_words(trial)})
     return grids
+
+
+def _grounds(study: Study, loaded: Any, winner: Trial) -> list[tuple[str, str, str]]:
+    """What the distance stands on: (what, figure, in words)."""
+    if not isinstance(loaded, Grounded):
+        return []
+    facts = loaded.grounds(study.space.decode(winner.genome), study.evaluator.rungs[-1], study.seed)
+    if facts is None:
+        return []
+    rows = [
+        (
+            "train images to held-out ones",
+            f"{facts['fd_of_train_images']:.3g}",
+            f"{facts['train']:,} to {facts['held_out']:,} images: samples of the train images themselves would be as far",
+        )
+    ]
+    if "fd_of_reconstructions" in facts:
+        words = "held-out images encoded and decoded: no network on these latents comes nearer"
+        rows.append(("reconstructions to held-out images", f"{facts['fd_of_reconstructions']:.3g}", words))
+    for quantile, share in facts["nearer"].items():
+        words = f"of {facts['samples']:,} samples of the best within the limits, as {quantile:.0%} of held-out images are; more would mean repeated ones"
+        rows.append((f"nearer to a train image than all but {1 - quantile:.0%}", f"{share:.1%}", words))
+    return rows
 
 
 def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
