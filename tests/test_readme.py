@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
 
 from evaluators.latency import Latency, Timed
 from nas.contracts import Guidance
 from nas.searchers.evolution import Evolution
 from nas.searchers.gates import Gates
-from studies import digits, digits_classes, digits_reuse, digits_wide
+from search_spaces.codec import Autoencoder
+from search_spaces.supernet import ElasticUNet
+from search_spaces.training import TrainAutoencoder
+from studies import digits, digits_classes, digits_reuse, digits_wide, fashion_latent
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -84,6 +88,24 @@ def test_the_spaces_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
     shown = [block for block in blocks("python") if "Stepwise(" in block or "Timed(" in block]
     for block, module in zip(shown, (digits, digits_wide, digits_reuse, digits_classes, digits), strict=True):  # type: ignore[assignment]
         exec(block.replace("    ...,\n", SAME), {**common, **vars(module)})
+
+
+def test_the_codecs_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    latent = {name: value for name, value in fashion_latent.UNET.items() if name != "num_class_embeds"}
+    vae = AutoencoderKL(**{k: v for k, v in fashion_latent.codec.config.items() if k != "_class_name"})
+    vae.save_pretrained("vae")
+    unet = ElasticUNet(latent, (1.0,)).initial(0).full
+    LDMPipeline(vqvae=vae, unet=unet, scheduler=DDIMScheduler()).save_pretrained("pipeline")
+    [shown] = [block for block in blocks("python") if "codec=" in block]
+    made: dict[str, Any] = {
+        "ElasticUNet": ElasticUNet,
+        "LATENT": latent,
+        "TrainAutoencoder": TrainAutoencoder,
+        "Autoencoder": Autoencoder,
+    }
+    exec(shown, made)
+    assert made["net"].image_shape == (1, 32, 32)
 
 
 SAME = "".join(
