@@ -95,9 +95,10 @@ class KeptImages:
         return _LOADED[self]
 
     def prepare(self, folder: Path | None) -> Iterator[Progress]:
+        known = folder is None or _KEPT.get(self) == folder
         if folder is not None:
             _KEPT[self] = folder
-        if self in _LOADED:
+        if self in _LOADED and known:
             return
         source = self.source()
         total, train = source.shape[0], source.shape[0] - source.held_out

@@ -692,6 +692,9 @@ def test_a_class_conditional_study_goes_all_the_way(tmp_path: Path, monkeypatch:
         check=False,
     )
     assert alone.returncode == 0, alone.stderr
+    page = (Path(run) / "report" / "index.html").read_text()
+    assert "1,438 to 359 images" in page
+    assert page.count("nearer to a train image than") == 2
     told = json.loads((model / "provenance.json").read_text())
     assert set(told["confirmed"]["values"]) == {"fd", "disagreement"}
     folder = str(model)

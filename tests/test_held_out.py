@@ -72,6 +72,18 @@ def test_a_kept_folder_comes_back_with_the_same_images_held_out(tmp_path: Path) 
     assert np.array_equal(again.reference.pixels, made.reference.pixels)
 
 
+def test_images_that_were_looked_at_before_there_was_a_run_folder_are_kept_in_it(tmp_path: Path) -> None:
+    recipe = FashionMNIST(folder=str(fashion_files(tmp_path / "fashion")))
+    made = recipe.load()
+    assert [tick.done for tick in recipe.prepare(tmp_path / "run")][-1] == 80
+    assert len(list((tmp_path / "run" / "images").iterdir())) == 2
+    assert list(recipe.prepare(tmp_path / "run")) == []
+    evaluators.kept._LOADED.clear()
+    again = recipe.load()
+    assert isinstance(again.pixels.base, np.memmap)
+    assert again.digest == made.digest
+
+
 def test_samples_are_compared_with_held_out_images_and_the_label_says_so(tiny_net: ElasticUNet, tmp_path: Path) -> None:
     images = Digits(holdout=0.2)
     frechet = Frechet(images, SmallClassifier(steps=20), rungs=(64,))

@@ -55,7 +55,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         grounds=_grounds(study, loaded, winner[1]) if winner else [],
         audit=_audit(run.folder, folder),
         trained=_trained(facts["trained"], quality),
-        spent=_spent(run, facts),
+        spent=_spent(study, run, facts),
         candidates=_candidates(study, study_file, run, ledgers, quality),
         provenance=_provenance(run, study),
     )
@@ -229,8 +229,11 @@ def _grounds(study: Study, loaded: Any, winner: Trial) -> list[tuple[str, str, s
         words = "held-out images encoded and decoded: no network on these latents comes nearer"
         rows.append(("reconstructions to held-out images", f"{facts['fd_of_reconstructions']:.3g}", words))
     for quantile, share in facts["nearer"].items():
-        words = f"of {facts['samples']:,} samples of the best within the limits, as {quantile:.0%} of held-out images are; more would mean repeated ones"
-        rows.append((f"nearer to a train image than all but {1 - quantile:.0%}", f"{share:.1%}", words))
+        words = (
+            f"of {facts['samples']:,} samples of the best within the limits; about {quantile:.0%} where they are as new as held-out images, more "
+            "where train images are repeated"
+        )
+        rows.append((f"nearer to a train image than {1 - quantile:.0%} of held-out ones", f"{share:.1%}", words))
     return rows
 
 
@@ -288,7 +291,7 @@ def _trained(found: Mapping[str, Any] | None, quality: str) -> dict[str, Any] | 
     }
 
 
-def _spent(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _spent(study: Study, run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
     columns = (
         "searcher",
         "scored",
@@ -322,6 +325,12 @@ def _spent(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
         "multiply-adds before the search. Seconds are those of scoring, wall those in which at least one candidate was scored."
     ]
     words += [f"Training the supernet took {training:.3g} multiply-adds."] if training else []
+    network = study.supernet.outline() if hasattr(study.supernet, "outline") else {}
+    if decoding := network.get("decoder_macs"):
+        calls = decoding / network["macs"]
+        words.append(
+            f"Decoding an image takes {decoding:.3g} multiply-adds more, as many as {calls:.2g} calls of the full network, which no share counts."
+        )
     return {"columns": columns, "rows": rows, "words": words}
 
 
