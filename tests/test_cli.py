@@ -252,6 +252,7 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     files = {
         "README.md",
         "exported.py",
+        "latents.py",
         "model_index.json",
         "pictures.py",
         "pipeline.py",

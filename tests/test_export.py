@@ -28,6 +28,7 @@ def test_each_distinct_net_is_written_once(tiny_net: ElasticUNet, tmp_path: Path
     assert names == [
         "README.md",
         "exported.py",
+        "latents.py",
         "model_index.json",
         "pictures.py",
         "pipeline.py",
