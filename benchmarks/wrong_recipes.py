@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tiny_study import TINY, Formula
+from evaluators.agreement import Agreement
+from evaluators.conditions import Labels
+from evaluators.fashion import FashionMNIST
 from evaluators.features import ExternalFeatures, SmallClassifier
 from evaluators.frechet import Frechet, KernelDistance
 from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches
@@ -23,7 +26,8 @@ from evaluators.proxies import (
     TeacherSimilarity,
     TrajectoryDistance,
 )
-from evaluators.sampling import DDIM, DDPM
+from evaluators.sampling import DDIM, DDPM, DPMSolver
+from evaluators.scoring import Scores
 from nas.engine.session import open_session
 from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
@@ -38,13 +42,14 @@ from nas.searchers.rounds import Rounds
 from nas.searchers.routing import Routing
 from nas.study import Study
 from nas.testing import TableSpace
+from search_spaces.codec import Autoencoder
 from search_spaces.intervals import per_step, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only, Subset
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.training import Experts, Order, Sandwich, Stages
+from search_spaces.training import Experts, Order, Sandwich, Stages, TrainAutoencoder
 
 WRONG: tuple[Any, ...] = (
     -1,
@@ -73,6 +78,9 @@ WRONG: tuple[Any, ...] = (
 """What each field of each recipe is given in turn."""
 
 
+CODEC = {"in_channels": 1, "latent_channels": 1, "channels": (4, 4), "norm_groups": 2, "steps": 2, "batch": 4}
+
+
 def recipes() -> dict[str, tuple[type, dict[str, Any]]]:
     """Every recipe, with what it needs besides the wrong value."""
     net, steps, images = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0)), uniform(4), Digits()
@@ -86,6 +94,8 @@ def recipes() -> dict[str, tuple[type, dict[str, Any]]]:
         (Options, {}), (Every, {"period": 2}), (Only, {"computed": ("d0",)}), (Subset, {"kept": 2}),
         (Stepwise, {"net": net, "timesteps": steps, "intervals": per_step(steps)}), (ElasticUNet, {"config": TINY, "widths": (0.25, 0.5, 1.0)}),
         (Evolution, {}), (DDSM, {}), (Knapsack, {}), (Rounds, {}), (Routing, {}), (Gates, {}), (Pruner, {}), (Relaxation, {}), (Nevergrad, {}),
+        (DPMSolver, {}), (FashionMNIST, {"count": 16}), (Labels, {"images": images}), (Agreement, {"images": images, "conditions": Labels(images)}),
+        (Scores, {"parts": (Frechet(images),)}), (Autoencoder, {"path": "nowhere"}), (TrainAutoencoder, CODEC),
         (OptunaSampler, {}), (Local, {}), (Chat, {"url": "http://127.0.0.1:9/v1", "model": "m"}),
     ]  # fmt: skip
     return {kind.__name__: (kind, needed) for kind, needed in found}
@@ -123,8 +133,8 @@ def runs_with(made: Any, folder: Path) -> None:
         study = replace(table, searchers={"mine": made})
     elif kind in (Local, Chat):
         study = replace(table, searchers={"mine": Rounds(proposer=made)})
-    elif kind in (Digits, PhotoPatches, ImageFolder, ImageArray):
-        size, channels = (made.size, 1) if kind is Digits else (8, 3)
+    elif kind in (Digits, PhotoPatches, ImageFolder, ImageArray, FashionMNIST):
+        size, channels = (made.size, 1) if kind in (Digits, FashionMNIST) else (8, 3)
         wide = replace(
             net,
             config={
@@ -143,8 +153,17 @@ def runs_with(made: Any, folder: Path) -> None:
         )
     elif kind in (SmallClassifier, ExternalFeatures):
         study = replace(real, evaluator=Frechet(images, features=made, rungs=(8, 16)))
-    elif kind in (DDIM, DDPM):
+    elif kind in (DDIM, DDPM, DPMSolver):
         study = replace(real, evaluator=Frechet(images, sampler=made, rungs=(8, 16)))
+    elif kind in (Autoencoder, TrainAutoencoder):
+        latent, enlarged = replace(net, codec=made), Digits(16)
+        study = replace(
+            real,
+            images=enlarged,
+            supernet=latent,
+            space=Stepwise(latent, steps, per_step(steps)),
+            evaluator=Frechet(enlarged, rungs=(8, 16)),
+        )
     elif kind is Latency:
         study = replace(
             real,

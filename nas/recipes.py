@@ -15,9 +15,20 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache, partial
-from typing import Annotated, Any, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints, overload
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+    overload,
+)
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
 from nas.contracts import OPTIONAL, UserError, frozen
@@ -125,6 +136,8 @@ def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
 def _plain(hint: Any) -> Any:
     """The annotation with classes as checks of an instance, and protocols as checks of what they name."""
     origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return Annotated[hint, BeforeValidator(partial(_no_truth, arguments))]
     if origin is Annotated:
         return Annotated[(_plain(arguments[0]), *hint.__metadata__)]
     if origin in (Union, types.UnionType):
@@ -136,6 +149,13 @@ def _plain(hint: Any) -> Any:
     if isinstance(hint, type) and hint is not Any and hint.__module__ != "builtins":
         return Annotated[Any, AfterValidator(partial(_is_a, hint))]
     return hint
+
+
+def _no_truth(known: tuple[Any, ...], value: Any) -> Any:
+    """True equals 1 for Python, but is no number of channels."""
+    if isinstance(value, bool) and not any(isinstance(one, bool) for one in known):
+        raise ValueError(f"it should be {' or '.join(map(repr, known))}")
+    return value
 
 
 def _is_a(kind: type, value: Any) -> Any:

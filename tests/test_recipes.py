@@ -135,6 +135,7 @@ def test_a_value_stays_as_it_was_given() -> None:
         (lambda: Rounds(budgets=10**15), "Rounds: budgets"),
         (lambda: Routing(clip=10**30), f"Routing: clip={10**30}: it should be less than 2^63, or have a decimal point"),
         (lambda: Pruner(learning_rate=-(10**40)), f"learning_rate={-(10**40)}: it should be less than 2^63"),
+        (lambda: ImageFolder("x", 8, channels=True), "ImageFolder: channels=True: it should be 1 or 3"),
         (lambda: Evolution(crossover_rate=-1), "crossover_rate=-1"),
         (lambda: DDSM(mutation="both"), "'released' or 'intended'"),  # type: ignore[arg-type]
         (lambda: Knapsack(around="none"), "'full', 'smallest' or 'both'"),  # type: ignore[arg-type]
