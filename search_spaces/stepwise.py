@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,19 @@ from search_spaces.networks.slices import Arch
 from search_spaces.options import Options, Subnets
 from search_spaces.patterns import ALL, Computed, Pattern
 from search_spaces.supernet import ElasticUNet
+
+
+class NamedSampler(Protocol):
+    """What there is to know of a sampler in order to choose it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stochastic(self) -> bool: ...
+    @property
+    def multistep(self) -> bool: ...
+    def describe(self) -> dict[str, Any]: ...
+
 
 SAMPLER = "sampler"
 """Name of the gene that chooses it. It stands first among those of the first interval, whatever it costs."""
@@ -64,7 +77,7 @@ class Stepwise:
     finer: bool = False
     deterministic: bool = True
     guidance: tuple[Annotated[float, Field(gt=0, le=1000)] | Guidance | None, ...] = ()
-    samplers: tuple[Any, ...] = ()
+    samplers: tuple[NamedSampler, ...] = ()
 
     def __post_init__(self) -> None:
         if any(self.guidance) and not self.net.conditional:

@@ -260,6 +260,11 @@ def test_samplers_that_do_not_fit_are_refused(tiny_study: Study) -> None:
         replace(tiny_study, space=replace(space, samplers=(DDIM(), DPMSolver())))
     with pytest.raises(UserError, match="DDIM, DDIM must be distinct"):
         replace(space, samplers=(DDIM(), DDIM()))
+    with pytest.raises(
+        UserError,
+        match=r"Stepwise: samplers=\(nan,\): it is no NamedSampler, for it has no name, stochastic, multistep, describe",
+    ):
+        replace(space, samplers=[math.nan])
     with pytest.raises(UserError, match="steps that compute nothing are left out"):
         replace(space, samplers=CHOICE, patterns=(Every(1), Every(2)))
 
