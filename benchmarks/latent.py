@@ -18,7 +18,6 @@ as the latent network and its autoencoder together. FD of 4,096 samples of each 
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -190,12 +189,21 @@ def grounds(setting: Setting, samples: int) -> Row:
     return {**told, "nearer": {str(q): share for q, share in told["nearer"].items()}, "judge_accuracy": held_out}
 
 
+WORKER = """
+import resource
+from pathlib import Path
+from benchmarks.latent import Setting, judge
+setting = Setting(Path({folder!r}), {quick})
+judge(setting, setting.everywhere(10, None), setting.samples(2048))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
 def worker(setting: Setting) -> Row:
-    """Peak memory of a process that loads the study as a worker does and scores; in a process of its own."""
-    torch.set_num_threads(1)
-    samples = setting.samples(2048)
-    judge(setting, setting.everywhere(10, None), samples)
-    return {"rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    """Peak memory of a process of its own, that loads the study as a worker does and scores."""
+    program = WORKER.format(folder=str(setting.folder), quick=setting.quick)
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    return {"rss_mib": float(done.stdout.splitlines()[-1])}
 
 
 def arm(steps: int, strength: float | None) -> str:
@@ -263,6 +271,12 @@ def main() -> None:
     if bench.quick:
         file = str(bench.folder / "small.py")
         Path(file).write_text(SMALL)
+    # What is timed begins at nothing: a row that was not finished is made whole.
+    if not bench.has("prepare"):
+        shutil.rmtree(setting.run, ignore_errors=True)
+    if not bench.has("search"):
+        for left in setting.run.glob("journal.*"):
+            left.unlink()
     made = [
         bench.row("prepare", lambda: prepare(setting)),
         *bench.rows({"search": (search, setting)}).values(),
@@ -275,12 +289,8 @@ def main() -> None:
     }
     for steps in STEPS[:1] if bench.quick else STEPS:
         for strength in STRENGTHS:
-            jobs[f"{steps} steps, {strength or 'un'}guided"] = (
-                judge,
-                setting,
-                setting.everywhere(steps, strength),
-                many,
-            )
+            count = many if steps == last else setting.samples(2048)
+            jobs[arm(steps, strength)] = (judge, setting, setting.everywhere(steps, strength), count)
     jobs["pixels"] = (train_pixels, setting)
     rows: Mapping[str, Row] = bench.rows(jobs)
     compared = bench.rows({"against pixels": (against_pixels, setting)})["against pixels"]

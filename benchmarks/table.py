@@ -31,17 +31,19 @@ def stale() -> list[str]:
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
-        made = str(result.get("commit", "")).rstrip("+")
-        if not made:
+        # Rows may be of several runs, and older than the last of them.
+        told = [result.get("commit", ""), *(row.get("commit", "") for row in result["rows"])]
+        commits = dict.fromkeys(str(commit).rstrip("+") for commit in told if commit)
+        if not commits:
             found.append(f"{path.name} does not say which commit made it")
-            continue
         changed = _git("log", "-1", "--format=%H", "--", *result.get("files", ()))
-        if _git("cat-file", "-t", made) != "commit":
-            found.append(f"{path.name} was made by {made[:9]}, which cannot be found here")
-        elif changed and _git("merge-base", changed, made) != changed:
-            found.append(
-                f"{path.name} was made by {made[:9]}, before {changed[:9]} changed {', '.join(result['files'])}"
-            )
+        for made in commits:
+            if _git("cat-file", "-t", made) != "commit":
+                found.append(f"{path.name} was made by {made[:9]}, which cannot be found here")
+            elif changed and _git("merge-base", changed, made) != changed:
+                found.append(
+                    f"{path.name} was made by {made[:9]}, before {changed[:9]} changed {', '.join(result['files'])}"
+                )
     return found
 
 

@@ -325,7 +325,7 @@ class LoadedFrechet(LoadedScore):
         found: dict[str, Any] = {
             "train": len(train),
             "held_out": len(held_out),
-            "fd_of_train_images": self.statistic(train)[0],
+            "fd_of_train_images": frechet_with_replicates(train, real := Moments.of(held_out).gaussian())[0],
             "samples": count,
             "nearer": nearer_than_held_out(self.rows_of(schedule, count, seed), train, held_out),
         }
@@ -334,7 +334,7 @@ class LoadedFrechet(LoadedScore):
                 rows_of(self.features, self.supernet.to_images(self.supernet.to_states(part.to(device))), device)
                 for part in in_batches(data.held_out.pixels)
             ]
-            found["fd_of_reconstructions"] = self.statistic(np.concatenate(again))[0]
+            found["fd_of_reconstructions"] = frechet_with_replicates(np.concatenate(again), real)[0]
         return found
 
 

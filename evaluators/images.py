@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from evaluators.kept import MINIMUM, Holdout, KeptImages, Source, counted, split, train_first
+from evaluators.kept import MINIMUM, Holdout, KeptImages, Source, checked, counted, split, train_first, with_held_out
 from nas.base.files import first_line
 from nas.base.pictures import WHITE, Found, PictureError, find_pictures, read_picture
 from nas.contracts import Images, ImageSet, UserError, digest_of
@@ -69,12 +70,32 @@ class PhotoPatches:
                 f"patches of {self.size} pixels do not fit into photographs of {smallest}; use a smaller size or fewer halvings"
             )
         rng = np.random.default_rng(self.seed)
-        labels = rng.integers(len(photos), size=self.count)
+        if not self.holdout:
+            return checked(*self._patches(photos, rng, self.count), "photograph patches")
+        # Patches overlap, so it is a strip of each photograph that is held out.
+        held_out = round(self.holdout * self.count)
+        cuts = [round((1 - self.holdout) * photo.shape[1]) for photo in photos]
+        if min(min(cut, photo.shape[1] - cut) for photo, cut in zip(photos, cuts, strict=True)) < self.size:
+            raise UserError(
+                f"holdout={self.holdout} leaves a strip of a photograph that is narrower than patches of {self.size} pixels; use another share or a smaller size"
+            )
+        sides = [photo[:, :cut] for photo, cut in zip(photos, cuts, strict=True)]
+        others = [photo[:, cut:] for photo, cut in zip(photos, cuts, strict=True)]
+        return with_held_out(
+            checked(*self._patches(sides, rng, self.count - held_out), "photograph patches to train on"),
+            checked(*self._patches(others, rng, held_out), "held-out photograph patches"),
+        )
+
+    def _patches(
+        self, photos: Sequence[npt.NDArray[np.float64]], rng: np.random.Generator, count: int
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+        """So many patches, and which photograph each is of."""
+        labels = rng.integers(len(photos), size=count)
         patches = []
         for label in labels:
             top, left = (rng.integers(side - self.size + 1) for side in photos[label].shape[:2])
             patches.append(photos[label][top : top + self.size, left : left + self.size].transpose(2, 0, 1))
-        return split(np.stack(patches), labels, "photograph patches", self.holdout)
+        return np.stack(patches), labels
 
 
 @recipe

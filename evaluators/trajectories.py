@@ -81,7 +81,8 @@ class Trajectories:
     ) -> Trajectories:
         given = None if conditions is None else conditions.digest
         several = samplers if isinstance(samplers, Sequence) else (samplers,)
-        key = id(net), json.dumps([one.describe() for one in several]), precision, batch, cache_bytes, given
+        described = [in_space(one, getattr(net, "in_pixels", True)).describe() for one in several]
+        key = id(net), json.dumps(described), precision, batch, cache_bytes, given
         found = cls._shared.get(key)
         if found is None:
             cls._shared[key] = found = cls(net, several, precision, batch, cache_bytes, conditions)

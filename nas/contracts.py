@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 WITHOUT_ATTENTION = "macs_share_without_attention"
 """Name of the cost that some papers count: without the two products of every attention."""
 
+SAMPLER = "sampler"
+"""Name of the choice that is one of the whole trajectory, whatever its interval: who runs it."""
+
 Genome = tuple[int, ...]
 """One option index per choice of the space."""
 

@@ -170,6 +170,7 @@ class Study:
             raise UserError(
                 f"the space chooses among samplers that the evaluator lacks: {', '.join(unknown)}; give both the same"
             )
+        self._check_samplers(samplers)
         conditional = getattr(self.supernet, "conditional", False)
         if conditional != (getattr(self.evaluator, "conditions", None) is not None):
             raise UserError(
@@ -182,6 +183,20 @@ class Study:
             check_reachable(self.problem)
         elif not isinstance(self.evaluator, Timing):
             raise UserError(f"the limit on {LATENCY} needs measured times; use evaluator=Timed(..., Latency(batch=64))")
+
+    def _check_samplers(self, samplers: tuple[Any, ...]) -> None:
+        """Raises UserError for one that the network's states or outputs are not made for."""
+        for one in samplers:
+            if getattr(one, "clip", None) is True and not getattr(self.supernet, "in_pixels", True):
+                raise UserError(
+                    f"{one} would clip latents as if they were images; leave clip out, which then clips in pixel space alone"
+                )
+            if getattr(one, "variance", "") == "learned_range" and not getattr(
+                self.supernet, "learned_variance", False
+            ):
+                raise UserError(
+                    f"{one} needs a network that says where the variance lies; give it twice as many out_channels as in_channels, or another variance"
+                )
 
     @property
     def limits_time(self) -> bool:

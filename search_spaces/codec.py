@@ -25,13 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from nas.base.files import first_line, read_json
 from nas.contracts import Images, ImageSet, Progress, UserError, digest_of, frozen
 from nas.recipes import Positive, recipe
-from search_spaces.pretrained import read_weights_of, weight_files
+from search_spaces.pretrained import AUTOENCODERS, read_weights_of, weight_files
 from search_spaces.shipped.latents import decoded, drawn, moments
 
 Shape = tuple[int, int, int]
 """(channels, height, width)."""
 
-CLASSES = ("AutoencoderKL", "VQModel")
 ENCODED = 256
 """Images in one call of an encoder."""
 
@@ -180,6 +179,16 @@ class Autoencoder:
     def image_shape(self, state: Shape) -> Shape:
         return image_shape_of(self._config, state, str(self.folder))
 
+    def check(self) -> None:
+        """Raises UserError where the folder is missing or says otherwise than `config`; before anything is trained."""
+        found = read_config(self.folder)
+        weight_files(self.folder)
+        for name, expected in (self.config or {}).items():
+            if frozen(found.get(name)) != frozen(expected):
+                raise UserError(
+                    f"{self.folder / 'config.json'}: {name} is {found.get(name)!r}, the study expects {expected!r}; change one of them"
+                )
+
     def digest(self, folder: Path) -> str:
         return _files_digest(self.folder)
 
@@ -193,13 +202,8 @@ class Autoencoder:
         yield from ()
 
     def load(self, folder: Path | None, device: str) -> LoadedAutoencoder:
+        self.check()
         network = read_autoencoder(self.folder)
-        for name, expected in (self.config or {}).items():
-            found = network.config.get(name, type(network).__name__ if name == "_class_name" else None)
-            if frozen(found) != frozen(expected):
-                raise UserError(
-                    f"{self.folder / 'config.json'}: {name} is {found!r}, the study expects {expected!r}; change one of them"
-                )
         if self.scale is not None:
             network.register_to_config(scaling_factor=self.scale)
         return LoadedAutoencoder(network.to(device), self.digest(Path()), self.posterior, folder)
@@ -208,8 +212,8 @@ class Autoencoder:
     def _config(self) -> dict[str, Any]:
         if self.config is None:
             return read_config(self.folder)
-        if self.config.get("_class_name") not in CLASSES:
-            raise UserError(f"Autoencoder: config has no _class_name of {' or '.join(CLASSES)}")
+        if self.config.get("_class_name") not in AUTOENCODERS:
+            raise UserError(f"Autoencoder: config has no _class_name of {' or '.join(AUTOENCODERS)}")
         kind = getattr(diffusers, self.config["_class_name"])
         usual = {
             n: p.default for n, p in inspect.signature(kind.__init__).parameters.items() if p.default is not p.empty
@@ -266,21 +270,22 @@ class LoadedAutoencoder:
         key, path = self._key(data, mirrored), self._path(data, mirrored)
         if key in self._made or (path is not None and path.exists()):
             return
-        parts: list[npt.NDArray[np.float32]] = []
+        partial = None if path is None else path.with_suffix(f".{os.getpid()}.partial")
+        latents: npt.NDArray[np.float32] | None = None
         for start in range(0, len(data), ENCODED):
             images = torch.from_numpy(data.pixels[start : start + ENCODED]).to(self._device)
             made = moments(self.network, images.flip(-1) if mirrored else images)
-            parts.append(made.float().cpu().numpy())
+            if latents is None:
+                latents = _room(partial, (len(data), *made.shape[1:]))
+            latents[start : start + ENCODED] = made.float().cpu().numpy()
             what = "latents of mirrored images" if mirrored else "latents"
             yield Progress(what, min(start + ENCODED, len(data)), len(data))
-        latents = np.concatenate(parts)
-        if path is None:
+        assert latents is not None
+        if path is None or partial is None:
             self._made[key] = latents
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as opened:
-            np.save(opened, latents)
+        assert isinstance(latents, np.memmap)
+        latents.flush()
         os.replace(partial, path)
 
     def _path(self, data: ImageSet, mirrored: bool) -> Path | None:
@@ -288,6 +293,14 @@ class LoadedAutoencoder:
 
     def _key(self, data: ImageSet, mirrored: bool) -> str:
         return digest_of([data.digest, self._identity, mirrored])
+
+
+def _room(path: Path | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """An array of this shape, in an .npy file where a path is given, so that memory holds a part of it alone."""
+    if path is None:
+        return np.empty(shape, np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return np.lib.format.open_memmap(path, "w+", np.float32, shape)
 
 
 class _Latents:
@@ -309,8 +322,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Of an autoencoder's folder. Raises UserError where it is none that is known here."""
     remedy = "give the folder of an AutoencoderKL or VQModel"
     config = read_json(folder / "config.json", remedy)
-    if config.get("_class_name") not in CLASSES:
-        raise UserError(f"{folder} holds a {config.get('_class_name')}, not an {' or a '.join(CLASSES)}; {remedy}")
+    if config.get("_class_name") not in AUTOENCODERS:
+        raise UserError(f"{folder} holds a {config.get('_class_name')}, not an {' or a '.join(AUTOENCODERS)}; {remedy}")
     return config
 
 

@@ -75,9 +75,11 @@ class Options:
         )
 
     def _channels_within(self, other: Options) -> bool:
-        return len(self.channels) == len(other.channels) and all(
-            {*mine} <= {*theirs} for mine, theirs in zip(self.channels, other.channels, strict=True)
-        )
+        if len(self.channels) != len(other.channels):
+            return False
+        if "width" not in self.per_level and "width" not in other.per_level:  # chosen together, so compared together
+            return {*zip(*self.channels, strict=True)} <= {*zip(*other.channels, strict=True)}
+        return all({*mine} <= {*theirs} for mine, theirs in zip(self.channels, other.channels, strict=True))
 
     def describe(self) -> dict[str, Any]:
         """JSON; without channels it is as it was before there were any."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from nas.contracts import (
+    SAMPLER,
     WITHOUT_ATTENTION,
     Choice,
     Genome,
@@ -41,10 +42,6 @@ class NamedSampler(Protocol):
     @property
     def multistep(self) -> bool: ...
     def describe(self) -> dict[str, Any]: ...
-
-
-SAMPLER = "sampler"
-"""Name of the gene that chooses it. It stands first among those of the first interval, whatever it costs."""
 
 
 @recipe
@@ -125,6 +122,7 @@ class Stepwise:
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
         return tuple(
+            # It stands first among the genes of the first interval, and costs nothing.
             Choice(name if name == SAMPLER else f"interval{k:02d}.{name}", options, k)
             for k, subnets in enumerate(self.subnets)
             for name, options in self._genes(k, subnets)

@@ -138,6 +138,11 @@ class ElasticUNet:
         return bool(self.anatomy.config["num_class_embeds"] or self.anatomy.config["class_embed_type"])
 
     @property
+    def in_pixels(self) -> bool:
+        """Whether a state is an image."""
+        return isinstance(self.codec, Pixels)
+
+    @property
     def learned_variance(self) -> bool:
         """Whether it has twice as many output as input channels, and so says where a step's variance lies (Nichol & Dhariwal 2021)."""
         return bool(self.anatomy.config["out_channels"] == 2 * self.anatomy.config["in_channels"])
@@ -188,7 +193,7 @@ class ElasticUNet:
             "experts": self.experts,
             "pretrained": None if self.pretrained is None else weights_digest(Path(self.pretrained)),
             **({"channels": self.channels} if self.channels else {}),
-            **({} if isinstance(self.codec, Pixels) else {"codec": self.codec.describe()}),
+            **({} if self.in_pixels else {"codec": self.codec.describe()}),
         }
 
     def profile(self, step: Step) -> dict[str, float]:

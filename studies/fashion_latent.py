@@ -1,5 +1,5 @@
 """Garments by class in the latents of an autoencoder of its own: Fashion-MNIST, 15 DDIM steps; for each of five intervals a width, and whether and
-how strongly it is guided. `make fashion` runs it from nothing on two cores, in well under an hour.
+how strongly it is guided. `make fashion` runs it from nothing.
 
 Data: 60,000 images to train on and 10,000 that nothing is trained on (`apt-get install dataset-fashion-mnist`, or torchvision's files).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, VQModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet, Moments
 from evaluators.images import Digits
 from evaluators.latency import Latency, Timed
-from evaluators.sampling import DDIM, in_space, sample, trajectory
+from evaluators.sampling import DDIM, DDPM, in_space, sample, trajectory
 from nas.base.exported import ExportError, read_export
 from nas.contracts import ImageSet, Schedule, Step, UserError
 from nas.handover.export import export
+from nas.study import Study
 from nas.testing import check_supernet
 from search_spaces.codec import Autoencoder, LoadedAutoencoder, Pixels
 from search_spaces.intervals import uniform
@@ -106,6 +108,23 @@ def test_what_a_network_is_trained_on_is_a_sample_of_the_posterior_or_its_mean(t
         assert torch.allclose(drawn["mean"], 0.7 * posterior.mean, atol=1e-5)
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
         assert torch.allclose(drawn["sample"], 0.7 * (posterior.mean + posterior.std * noise), atol=1e-5)
+
+
+def test_many_images_are_coded_a_few_at_a_time(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autoencoder's maps are far larger than the network's that a batch was chosen for."""
+    made(kind, tmp_path)
+    images = torch.from_numpy(IMAGES.load().pixels[:7])
+    codec = Autoencoder(str(tmp_path)).load(None, "cpu")
+    states = codec.encode(images)
+    expected = codec.decode(states)
+    monkeypatch.setattr("search_spaces.shipped.latents.NUMBERS", 2 * 16 * 16 * 16)
+    most: list[int] = []
+    assert codec.network is not None
+    for name in ("encoder", "decoder"):
+        getattr(codec.network, name).register_forward_pre_hook(lambda module, given: most.append(len(given[0])))
+    assert torch.allclose(codec.encode(images), states, atol=1e-5)
+    assert torch.allclose(codec.decode(states), expected, atol=1e-4)
+    assert most == [2, 2, 2, 1] * 2
 
 
 def test_latents_are_encoded_once_and_known_by_images_and_weights(
@@ -209,7 +228,7 @@ def test_a_latent_network_is_trained_sampled_and_scored(kind: str, tmp_path: Pat
         else:
             last = last / config.scaling_factor + (config.get("shift_factor") or 0.0)
         assert torch.allclose(images, network.decode(last).sample.clamp(-1, 1), atol=1e-4)
-    score = Frechet(IMAGES, rungs=(32,))
+    score = Frechet(IMAGES, SmallClassifier(steps=20), rungs=(32,))
     list(score.prepare(tmp_path / "run", 0, "cpu"))
     loaded = score.load(net, tmp_path / "run")
     assert np.isfinite(loaded(schedule, 32, 0).values["fd"])
@@ -341,6 +360,47 @@ def test_a_training_that_is_stopped_goes_on_bit_for_bit(own: Path, tmp_path: Pat
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert OWN.digest(own) == OWN.digest(tmp_path)
     assert not (tmp_path / "autoencoder.safetensors").exists()
+
+
+def test_weights_belong_to_their_autoencoder(own: Path, tmp_path: Path) -> None:
+    """Of the same recipe too: one that is trained again is another, such as on another device. What is left of an unfinished one is no hindrance."""
+    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=OWN)
+    shutil.copytree(own, tmp_path / "run")
+    training = Sandwich(steps=2, batch=4)
+    list(training.run(recipe, IMAGES, tmp_path / "run", 0, "cpu"))
+    weights = tmp_path / "run" / "autoencoder" / "diffusion_pytorch_model.safetensors"
+    (tmp_path / "run" / "autoencoder" / "training.json").unlink()
+    list(OWN.prepare(IMAGES, tmp_path / "run", 0, "cpu"))
+    assert list(training.run(recipe, IMAGES, tmp_path / "run", 0, "cpu")) == []
+    tensors = load_file(weights)
+    tensors["decoder.conv_out.bias"] += 1
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match="trained with another network, training, seed or images"):
+        list(training.run(recipe, IMAGES, tmp_path / "run", 0, "cpu"))
+
+
+def test_what_a_latent_study_lacks_is_said_before_training(tmp_path: Path, tiny_study: Study) -> None:
+    config = {**SHAPES, "_class_name": "AutoencoderKL", "latent_channels": 2}
+    codec = Autoencoder(str(tmp_path / "nowhere"), scale=0.7, config=config)
+    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=codec)
+    steps = uniform(4)
+    study = replace(
+        tiny_study,
+        space=Stepwise(recipe, steps, (2, 2)),
+        supernet=recipe,
+        images=IMAGES,
+        evaluator=Frechet(IMAGES, rungs=(32,)),
+    )
+    with pytest.raises(UserError, match=r"nowhere/config\.json does not exist"):
+        study.check()
+    made("KL", tmp_path / "nowhere")
+    study.check()
+    for sampler, words in (
+        (DDIM(clip=True), "would clip latents as if they were images"),
+        (DDPM("learned_range"), "needs a network that says where the variance lies"),
+    ):
+        with pytest.raises(UserError, match=words):
+            replace(study, evaluator=Frechet(IMAGES, rungs=(32,), sampler=sampler))
 
 
 def test_channels_of_noise_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -319,6 +319,9 @@ def test_impossible_channels_are_named() -> None:
     with pytest.raises(UserError, match="the supernet is trained for"):
         Stepwise(net, uniform(2), (2,), Options(channels=((16, 24), (32, 48))))
     Stepwise(net, uniform(2), (2,), Options(channels=((8, 24), (16, 48))))
+    several = ElasticUNet(THIRDS, channels=((8, 16, 24), (16, 32, 48)))
+    with pytest.raises(UserError, match="the supernet is trained for"):  # 16 and 48 are never trained together
+        Stepwise(several, uniform(2), (2,), Options(channels=((8, 16), (16, 48))))
     Stepwise(net, uniform(2), (2,), Options(widths=(1.0,)))
     with pytest.raises(UserError, match="level 0 has 24 channels, so it cannot have 32"):
         net.subnets(Options(channels=((24, 32), (16, 48))))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from evaluators.sampling import DDIM, DDPM, DPMSolver, Sampler, sample, trajectory
 from evaluators.trajectories import Trajectories
 from nas.contracts import ImageSet, Schedule, Step, UserError
+from nas.genomes.genetics import uniform_genomes
 from nas.handover.export import export
 from nas.study import Study
 from nas.testing import check_space
@@ -231,6 +232,9 @@ def test_the_sampler_is_one_gene_of_the_trajectory(tiny_study: Study) -> None:
     assert {schedule.steps for schedule in schedules} == {tiny_study.space.decode(plain).steps}
     assert len({schedule.digest for schedule in schedules}) == 3
     assert len({space.cost((option, *plain))["macs"] for option in range(3)}) == 1
+    # The baseline: every width by every sampler.
+    uniform_ones = uniform_genomes(tiny_study.space)
+    assert sorted(uniform_genomes(space)) == sorted((option, *genome) for option in range(3) for genome in uniform_ones)
     for schedule in (*schedules, tiny_study.space.decode(plain)):
         assert Schedule.from_json(schedule.to_json()) == schedule
 

@@ -25,7 +25,7 @@ from evaluators.sampling import DDIM, DDPM, DPMSolver, in_space, sample
 from nas.contracts import Schedule, Step, UserError
 from nas.handover.stock import export_stock
 from search_spaces.codec import Autoencoder, Pixels
-from search_spaces.intervals import uniform
+from search_spaces.intervals import leading, linspace, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.supernet import ElasticUNet
 from tests.conftest import TINY
@@ -155,10 +155,30 @@ def test_a_schedule_of_one_network_is_diffusers_own_pipeline(
     assert json.loads((tmp_path / "stock" / "provenance.json").read_text())["study"] == "x"
 
 
-def test_timesteps_of_no_grid_are_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("timesteps", "own"),
+    [
+        ((980, 333, 7), False),
+        (uniform(15), False),
+        (uniform(30), False),
+        (linspace(10, 999, 0), False),
+        (uniform(5), True),
+        (leading(15), True),
+    ],
+    ids=["of no grid", "15", "30", "from end to end", "5", "15, leading"],
+)
+def test_it_is_said_whether_a_stock_scheduler_takes_the_schedules_own_steps(
+    timesteps: tuple[int, ...], own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the samples: diffusers' DDIM goes a fixed stride down, whatever its list of timesteps says."""
     net = ElasticUNet(TINY, (0.5, 1.0)).initial(0)
-    facts = export_stock(net, single(net, (980, 333, 7)), DDIM().describe(), {}, tmp_path / "stock")
-    assert not facts["timesteps"]
+    facts = export_stock(net, single(net, timesteps), DDIM().describe(), {}, tmp_path / "stock")
+    assert facts["timesteps"] is own
+    pipeline = DiffusionPipeline.from_pretrained(str(tmp_path / "stock"))
+    drawing(monkeypatch, type(pipeline).__module__.removeprefix("diffusers.pipelines."), net.state_shape)
+    images = shown(pipeline(batch_size=4, num_inference_steps=len(timesteps), output_type="np").images)
+    ours = sample(net, single(net, timesteps), DDIM(), 0, 0, 4)
+    assert torch.allclose(images, ours, atol=1e-3) is own
 
 
 @pytest.mark.parametrize(
@@ -171,14 +191,20 @@ def test_timesteps_of_no_grid_are_said(tmp_path: Path) -> None:
         ("noise", r"DDIM with eta=0\.5 adds noise"),
         ("shift", "LDMPipeline knows no latents_mean, latents_std"),
         ("depth", "its network is a UNet2DConditionModel"),
+        ("variance", "its network says where the variance lies, and DDIM does not ask"),
+        ("end", "DDPM's last step arrives at the image"),
         ("full", "is not empty"),
     ],
 )
 def test_what_no_stock_pipeline_does_is_refused_in_words(change: str, words: str, tmp_path: Path) -> None:
     config = {**TINY, "num_class_embeds": 11} if change == "labels" else {**TINY, "layers_per_block": 2}
     recipe = ElasticUNet(config, (0.5, 1.0), depths=(1, 2) if change == "depth" else (), per_level=("depth",))
-    sampler: Any = DDIM()
-    if change == "shift":
+    sampler: Any = DDPM() if change == "end" else DDIM()
+    if change == "variance":
+        recipe = ElasticUNet({**TINY, "out_channels": 2}, (0.5, 1.0))
+    elif change == "end":
+        recipe = ElasticUNet(TINY, (0.5, 1.0), noise=NoiseSchedule(final_alpha="first"))
+    elif change == "shift":
         made("KL, by channel", tmp_path / "vae")
         recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
     net = recipe.initial(0)

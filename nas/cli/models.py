@@ -99,7 +99,7 @@ def export(
         own = (
             ""
             if said["timesteps"]
-            else ", at evenly spaced timesteps: no setting of a stock scheduler leads to the schedule's own"
+            else ", which takes other steps than the schedule: no setting of a stock scheduler leads to its own"
         )
         notes.print(
             f"{said['pipeline']}: call it with num_inference_steps={said['steps']}{own}",
@@ -257,6 +257,13 @@ def train(
         chosen = settings_of(settings)
         conditional = "null_label" in plan or labels is not None
         if images is not None:
+            if study is not None and study.images.load().held_out is not None:
+                notes.print(
+                    "the study keeps some images from training, to compare samples with; whether --images holds any of them is not known, so leave it out "
+                    "to train on the study's own",
+                    highlight=False,
+                    soft_wrap=True,
+                )
             pixels = follow(bars, _pixels(images, plan.get("image_shape", plan["shape"]), resize))
             classes = _labels(images, labels) if conditional else None
         else:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from nas.contracts import Genome, Problem, SearchSpace, UserError
+from nas.contracts import SAMPLER, Genome, Problem, SearchSpace, UserError
 
 LATENCY = "latency_ms"
 """A cost that is measured: only a space with measured times has it (`nas.engine.timing`)."""
@@ -108,12 +108,16 @@ def dearest(space: SearchSpace) -> Genome:
 
 def uniform_genomes(space: SearchSpace) -> list[Genome]:
     """One option index for the whole trajectory (its last one where a choice has fewer options), cheapest first; and where steps may be
-    guided, the full network with each kind of guidance throughout."""
+    guided, the full network with each kind of guidance throughout. All of it by each sampler, where the space chooses one."""
     sizes = [len(choice.options) for choice in space.choices]
     guides = [choice.name.endswith(".guidance") for choice in space.choices]
-    found = [tuple(min(index, size - 1) for size in sizes) for index in range(max(sizes))]
+    plain = [tuple(min(index, size - 1) for size in sizes) for index in range(max(sizes))]
     for index in range(max((size for size, guide in zip(sizes, guides, strict=True) if guide), default=0)):
-        found.append(tuple(index if guide else size - 1 for size, guide in zip(sizes, guides, strict=True)))
+        plain.append(tuple(index if guide else size - 1 for size, guide in zip(sizes, guides, strict=True)))
+    found = plain
+    for place, choice in enumerate(space.choices):
+        if choice.name == SAMPLER:
+            found = [(*g[:place], option, *g[place + 1 :]) for g in plain for option in range(sizes[place])]
     return sorted(dict.fromkeys(found), key=lambda genome: space.cost(genome)["macs"])
 
 

@@ -32,7 +32,7 @@ from nas.contracts import LoadedSupernet, Schedule, Step, UserError, noise_in, s
 from nas.engine.facts import package_versions
 
 TOLERANCE = 1e-5
-"""Those that an exported pipeline knows."""
+"""How far an exported model's output may be from the subnet's."""
 
 PROGRAM = "model.pt2"
 BATCHES = 2, 63

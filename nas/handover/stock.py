@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def export_stock(
         common.pop("set_alpha_to_one", None)
         common["variance_type"] = sampler["variance"]
         grids = [DDPMScheduler(**common, timestep_spacing=spacing, steps_offset=offset) for spacing, offset in GRIDS]
-    scheduler = next((grid for grid in grids if _timesteps(grid, count) == schedule.timesteps), grids[0])
+    scheduler = next((grid for grid in grids if _same_steps(grid, schedule.timesteps)), grids[0])
     network: Any = net.extract(schedule.archs[0])
     autoencoder = getattr(net, "autoencoder", None)
     if autoencoder is not None:
@@ -48,7 +49,7 @@ def export_stock(
     facts = {
         "pipeline": type(pipeline).__name__,
         "steps": count,
-        "timesteps": _timesteps(scheduler, count) == schedule.timesteps,
+        "timesteps": _same_steps(scheduler, schedule.timesteps),
     }
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -74,6 +75,12 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         "its network takes labels": some_condition(net, 1) is not None,
         f"{sampler['class']} is not {' or '.join(known)}": sampler["class"] not in known,
         f"DDIM with eta={sampler.get('eta')} adds noise": bool(sampler.get("eta")),
+        f"its network says where the variance lies, and {sampler['class']} does not ask": getattr(
+            net, "learned_variance", False
+        )
+        and sampler.get("variance") != "learned_range",
+        "DDPM's last step arrives at the image, the network's at timestep 0": sampler["class"] == "DDPM"
+        and getattr(net, "final_alpha", 1.0) != 1.0,
         f"LDMPipeline knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
     }
     wrong = [words for words, applies in reasons.items() if applies]
@@ -88,9 +95,15 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         )
 
 
-def _timesteps(scheduler: Any, count: int) -> tuple[int, ...]:
+def _same_steps(scheduler: Any, timesteps: tuple[int, ...]) -> bool:
+    """Whether it steps from each of these to the next. DDIMScheduler always goes a fixed stride down, whatever the list of its timesteps says."""
     try:
-        scheduler.set_timesteps(count)
+        scheduler.set_timesteps(len(timesteps))
     except ValueError:
-        return ()
-    return tuple(int(t) for t in scheduler.timesteps)
+        return False
+    if tuple(int(t) for t in scheduler.timesteps) != timesteps:
+        return False
+    if isinstance(scheduler, DDPMScheduler):
+        return True
+    stride = scheduler.config.num_train_timesteps // len(timesteps)
+    return all(t - stride == after for t, after in pairwise(timesteps)) and timesteps[-1] - stride < 0

@@ -11,6 +11,8 @@ import torch
 NOTHING = -30.0
 """Log-variance of latents without a posterior."""
 
+NUMBERS = 2**26
+
 
 def scaling(config: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """What latents are multiplied with after this shift was taken off, (1, channels or 1, 1, 1) each, as diffusers' pipelines do."""
@@ -27,13 +29,27 @@ def scaling(config: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tens
 def decoded(network: Any, states: torch.Tensor) -> torch.Tensor:
     """Images of scaled latents, (n, channels, height, width). A VQModel quantises here."""
     scale, shift = scaling(network.config, states.device)
-    images: torch.Tensor = network.decode((states / scale + shift).to(network.dtype)).sample
-    return images
+    latents = (states / scale + shift).to(network.dtype)
+    factor = 2 ** (len(network.config.block_out_channels) - 1)
+    each = _at_once(network, latents.shape[-2] * latents.shape[-1] * factor**2)
+    return torch.cat([network.decode(part).sample for part in torch.split(latents, each)])
+
+
+def _at_once(network: Any, pixels: int) -> int:
+    """Images of a call, so that no map of one has more than `NUMBERS` numbers: an autoencoder's are far larger than those of the network that
+    a batch was chosen for."""
+    widest: int = max(network.config.block_out_channels[:2])
+    return max(1, NUMBERS // (pixels * widest))
 
 
 def moments(network: Any, images: torch.Tensor) -> torch.Tensor:
     """Mean and log-variance of each image's posterior, (n, 2, channels, height, width), not scaled."""
-    encoded = network.encode(images.to(network.dtype))
+    each = _at_once(network, images.shape[-2] * images.shape[-1])
+    return torch.cat([_moments(network, part.to(network.dtype)) for part in torch.split(images, each)])
+
+
+def _moments(network: Any, images: torch.Tensor) -> torch.Tensor:
+    encoded = network.encode(images)
     if hasattr(encoded, "latents"):
         return torch.stack([encoded.latents, torch.full_like(encoded.latents, NOTHING)], dim=1)
     return torch.stack([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1)

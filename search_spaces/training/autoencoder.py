@@ -152,6 +152,7 @@ class TrainAutoencoder:
         with written(partial):
             trained.network.save_pretrained(partial)
             (partial / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+        shutil.rmtree(folder / FOLDER, ignore_errors=True)  # what was left of one that did not end
         os.replace(partial, folder / FOLDER)
         files.path.unlink(missing_ok=True)
         _say(facts, folder)

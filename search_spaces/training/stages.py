@@ -94,7 +94,13 @@ class Stages:
         check_trainable(supernet, data)
         yield from supernet.codec.prepare(images, folder, seed, device)
         digest = digest_of(
-            {"supernet": supernet.describe(), "training": self.describe(), "seed": seed, "images": data.digest}
+            {
+                "supernet": supernet.describe(),
+                "training": self.describe(),
+                "seed": seed,
+                "images": data.digest,
+                **({"codec": codec} if (codec := supernet.codec.digest(folder)) else {}),
+            }
         )
         if (folder / WEIGHTS).exists():
             check_recipe(folder / WEIGHTS, digest)
@@ -124,6 +130,7 @@ class Stages:
         """Raises UserError where it cannot train this network on these images, of which a few will do; before anything is trained."""
         self.parts(supernet)
         check_trainable(supernet, data)
+        getattr(supernet.codec, "check", lambda: None)()
 
     def macs(self, supernet: ElasticUNet) -> float:
         """Of all stages."""
