@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,12 +83,13 @@ class Source:
     words: str
 
 
-class KeptImages:
+class KeptImages(ABC):
     """A recipe of images that take long to read. `prepare` reads them, or what an earlier call kept of the same files in `folder`/images;
     later loads take it from there, mapped into memory, so that workers share it."""
 
+    @abstractmethod
     def source(self) -> Source:
-        raise NotImplementedError
+        """What is to be read. Raises UserError where it is not there."""
 
     def load(self) -> ImageSet:
         for _ in self.prepare(_KEPT.get(self)):
