@@ -314,8 +314,13 @@ class _Latents:
         kept = self._plain[places]
         if mirrored is not None:
             flipped = mirrored.cpu().numpy()
-            kept[flipped] = self._codec.kept(self._data, True)[places[flipped]]
+            kept[flipped] = self._mirrored[places[flipped]]
         return self._codec.drawn(torch.from_numpy(kept), generator)
+
+    @cached_property
+    def _mirrored(self) -> npt.NDArray[np.float32]:
+        """Asked for at every step of a training that flips, by no other."""
+        return self._codec.kept(self._data, True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -350,9 +355,8 @@ def decoder_macs(config: Any, state: Shape) -> int:
     network = empty_autoencoder(config, "the autoencoder")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         latents = torch.empty((1, *state), device="meta")
-        if isinstance(
-            network, VQModel
-        ):  # which code a latent is next to is no multiply-add of a layer, and needs values
+        # Which code a latent is next to is no multiply-add of a layer, and needs values.
+        if isinstance(network, VQModel):
             network.decode(latents, force_not_quantize=True)
         else:
             network.decode(latents)
