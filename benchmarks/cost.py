@@ -16,7 +16,7 @@ from benchmarks.published import DECODERS, NETWORKS, Decoder, Published
 from search_spaces.codec import decoder_macs, empty_autoencoder
 from search_spaces.intervals import per_step, uniform
 from search_spaces.networks.slices import Arch
-from search_spaces.networks.unet import arguments
+from search_spaces.shipped.reuse import arguments
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from studies.digits import UNET

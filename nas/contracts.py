@@ -30,6 +30,9 @@ SAMPLER = "sampler"
 Genome = tuple[int, ...]
 """One option index per choice of the space."""
 
+Finer = bool | Literal["layers"]
+"""How finely a network is taken apart: into blocks (False), their branches (True), or the layers of these."""
+
 Arch = Any
 """A supernet's own description of one of its subnets: numbers, strings and (nested) tuples of them. Opaque to `nas`."""
 
@@ -357,7 +360,7 @@ OPTIONAL = {
         "in_pixels",
         "posterior",
         "learned_variance",
-        "noise_in",
+        "noise_by",
         "null_condition",
         "some_condition",
         "to_states",
@@ -374,10 +377,14 @@ def some_condition(net: LoadedSupernet, count: int) -> Condition | None:
     return None if make is None else make(count)
 
 
-def noise_in(net: LoadedSupernet, prediction: torch.Tensor, x: torch.Tensor, t: int) -> torch.Tensor:
-    """What the output of a stock subnet says of the noise in x: itself, where the supernet does not know better."""
-    told = getattr(net, "noise_in", None)
-    return prediction if told is None else told(prediction, x, t)
+def noise_by(
+    net: LoadedSupernet, model: Any, x: torch.Tensor, t: int, condition: Condition | None = None
+) -> torch.Tensor:
+    """What a stock subnet says of the noise in x: its output, where the supernet does not know better."""
+    told = getattr(net, "noise_by", None)
+    if told is not None:
+        return told(model, x, t, condition)  # type: ignore[no-any-return]
+    return model(x, t, **(condition or {})).sample  # type: ignore[no-any-return]
 
 
 class LoadedSupernet(Protocol):
@@ -431,19 +438,18 @@ class LoadedSupernet(Protocol):
     def denoiser(self, step: Step, keep: Sequence[str] = ()) -> Denoiser:
         """`keep`: blocks whose outputs the next step reuses; the cache that the call returns holds them."""
 
-    def noise_in(self, prediction: torch.Tensor, x: torch.Tensor, t: int) -> torch.Tensor:
-        """What the output of a stock subnet says of the noise in x: itself, or a linear map of it and x where the network predicts v or
-        the image."""
+    def noise_by(self, model: Any, x: torch.Tensor, t: int, condition: Condition | None = None) -> torch.Tensor:
+        """What a stock subnet says of the noise in x: its output, or a linear map of it and x where the network predicts v or the image."""
 
     def gated(self, arch: Arch) -> Gated: ...
 
-    def blocks(self, arch: Arch, finer: bool = False) -> Sequence[str]:
-        """Names of the subnet's blocks, or of their branches, in the order of the forward pass."""
+    def blocks(self, arch: Arch, finer: Finer = False) -> Sequence[str]:
+        """Names of the subnet's blocks, of their branches, or of the layers of these, in the order of the forward pass."""
 
-    def expanded(self, arch: Arch, names: Sequence[str], finer: bool = False) -> Sequence[str]:
-        """The blocks, or the branches, that these names of either mean whole."""
+    def expanded(self, arch: Arch, names: Sequence[str], finer: Finer = False) -> Sequence[str]:
+        """The blocks, branches or layers that these names mean whole."""
 
-    def reused(self, arch: Arch, wanted: Sequence[str], finer: bool = False) -> Sequence[str]:
+    def reused(self, arch: Arch, wanted: Sequence[str], finer: Finer = False) -> Sequence[str]:
         """What a step reuses that is to run these blocks alone: the others, and those whose output nobody reads who runs."""
 
     @property

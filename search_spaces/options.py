@@ -22,6 +22,11 @@ MOST = 2**16
 """Options of one interval whose costs are still tabulated."""
 
 
+PerLevel = Literal["width", "depth", "layers"]
+
+LATER = ("channels", "layers", "middle")
+"""Settings that were added later."""
+
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -30,13 +35,16 @@ class Options:
     """`widths`: shares of a level's channels; or `channels`: for each level, outermost first, the numbers of channels that it may have, the
     full network's among them, as shares of 448 channels in heads of 32 are sevenths. `depths`: residual blocks of a level; empty for as many as the full net has.
     `per_level`: what each level chooses on its own, else all alike. `attention`: whether a place that has attention may go
-    without it."""
+    without it. `layers`: transformer layers of an attention that reads a text, `middle`: whether such a network may go without its middle. A
+    level that has fewer residual blocks or layers than an option asks for has all of its own."""
 
     widths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = WIDTHS
     depths: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = ()
-    per_level: tuple[Literal["width", "depth"], ...] = ()
+    per_level: tuple[PerLevel, ...] = ()
     attention: bool = False
     channels: tuple[Annotated[tuple[Count, ...], Field(min_length=1)], ...] = ()
+    layers: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = ()
+    middle: bool = False
 
     def __post_init__(self) -> None:
         if self.channels:
@@ -54,14 +62,15 @@ class Options:
                     f"channels {self.channels} are chosen together, so every level needs as many; or give per_level=('width',)"
                 )
         object.__setattr__(self, "widths", tuple(sorted(map(float, self.widths))))
-        object.__setattr__(self, "depths", tuple(sorted(self.depths)))
-        object.__setattr__(self, "per_level", tuple(sorted(self.per_level)))
-        for name, values in (("widths", self.widths), ("depths", self.depths), ("per_level", self.per_level)):
+        for name in ("depths", "per_level", "layers"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
+        for name in ("widths", "depths", "per_level", "layers"):
+            values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise UserError(f"{name} {values} must be distinct")
-        if not self.widths or not {"width", "depth"}.issuperset(self.per_level):
+        if not self.widths or not {"width", "depth", "layers"}.issuperset(self.per_level):
             raise UserError(
-                f"widths {self.widths} must name a share, and per_level {self.per_level} 'width' or 'depth'"
+                f"widths {self.widths} must name a share, and per_level {self.per_level} 'width', 'depth' or 'layers'"
             )
 
     def within(self, other: Options) -> bool:
@@ -71,6 +80,8 @@ class Options:
             and {*self.depths} <= {*other.depths}
             and {*self.per_level} <= {*other.per_level}
             and (other.attention or not self.attention)
+            and {*self.layers} <= {*other.layers}
+            and (other.middle or not self.middle)
             and (not self.channels or self._channels_within(other))
         )
 
@@ -82,9 +93,8 @@ class Options:
         return all({*mine} <= {*theirs} for mine, theirs in zip(self.channels, other.channels, strict=True))
 
     def describe(self) -> dict[str, Any]:
-        """JSON; without channels it is as it was before there were any."""
-        said = asdict(self)
-        return said if self.channels else {name: value for name, value in said.items() if name != "channels"}
+        """JSON; where nothing is said of channels, layers or the middle it is as it was before there were these."""
+        return {name: value for name, value in asdict(self).items() if value or name not in LATER}
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,8 @@ class Subnets:
         levels = range(anatomy.levels)
         self._own_width = "width" in options.per_level
         self._own_depth = "depth" in options.per_level and len(options.depths) > 1
+        self._own_layers = "layers" in options.per_level and len(options.layers) > 1
+        anatomy.check_layers(options.layers, options.middle)
         self._shares = self._shares_of_levels()
         self._check()
         labels = options.channels or (options.widths,) * anatomy.levels
@@ -126,6 +138,14 @@ class Subnets:
             self.genes += [
                 Gene(f"attention_{'middle' if p is None else f'level{p}'}", ("without", "with")) for p in places
             ]
+        if len(options.layers) > 1:
+            own = [
+                Gene(f"layers{level}", tuple(sorted({min(count, most) for count in options.layers})))
+                for level, most in enumerate(anatomy.layers(anatomy.full))
+            ]
+            self.genes += own if self._own_layers else [Gene("layers", options.layers)]
+        if options.middle:
+            self.genes.append(Gene("middle", ("without", "with")))
         self.shape = tuple(len(gene.options) for gene in self.genes)
         if math.prod(self.shape) > MOST:
             raise UserError(
@@ -165,20 +185,21 @@ class Subnets:
         widths = [shares[index] for shares, index in zip(self._shares, chosen, strict=True)]
         own = levels if self._own_width else 1
         values = iter([gene.options[index] for gene, index in zip(self.genes[own:], indices[own:], strict=True)])
-        depths = [options.depths[0] if options.depths else anatomy.depth] * levels
-        if len(options.depths) > 1:
-            depths = [int(next(values)) for _ in range(levels)] if self._own_depth else [int(next(values))] * levels
+
+        def each(given: tuple[int, ...], own: bool) -> tuple[int, ...]:
+            """Of every level, what is chosen; empty where all is as in the full net."""
+            if len(given) < 2:
+                return given * levels
+            return tuple(int(next(values)) for _ in range(levels)) if own else (int(next(values)),) * levels
+
+        depths = each(options.depths, self._own_depth)
         kept = [True] * (levels + 1)
         if options.attention:
             for place in anatomy.attention_places:
                 kept[levels if place is None else place] = next(values) == "with"
-        if len(set(depths)) > 1:
-            kept[levels] = True  # that class has no attention in the middle, so there is nothing to choose
-        return Arch(
-            self._with_shortcuts(widths),
-            () if set(depths) == {anatomy.depth} else tuple(depths),
-            () if all(kept) else tuple(kept),
-        )
+        layers = each(options.layers, self._own_layers)
+        middle = next(values) == "with" if options.middle else True
+        return anatomy.canonical(Arch(self._with_shortcuts(widths), depths, tuple(kept), "", layers, middle))
 
     def flat(self, index: int) -> Arch:
         """The subnet at this place of all, 0 the smallest, `len(self) - 1` the largest."""

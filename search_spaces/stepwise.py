@@ -16,6 +16,7 @@ from nas.contracts import (
     SAMPLER,
     WITHOUT_ATTENTION,
     Choice,
+    Finer,
     Genome,
     Guidance,
     Price,
@@ -55,7 +56,7 @@ class Stepwise:
 
     `patterns`: what the steps of an interval may compute, as one more gene of each; by default the whole subnet at each step. The
     first step computes everything; so does a step whose subnet is another one than that of the step before, since nothing of that can be
-    reused. `finer`: branches without a reader do not run either, where otherwise blocks run whole. `deterministic`: the sampler is DDIM
+    reused. `finer`: branches without a reader, or "layers", do not run either, where otherwise blocks run whole. `deterministic`: the sampler is DDIM
     without noise and without memory, where a step that computes nothing equals a longer step, and so leaves the schedule; otherwise it stays and holds
     the prediction.
 
@@ -71,7 +72,7 @@ class Stepwise:
     options: Options | tuple[Options, ...] | None = None
     budgets: tuple[Annotated[float, Field(gt=0, le=1)], ...] = ()
     patterns: tuple[Pattern, ...] = ()
-    finer: bool = False
+    finer: Finer = False
     deterministic: bool = True
     guidance: tuple[Annotated[float, Field(gt=0, le=1000)] | Guidance | None, ...] = ()
     samplers: tuple[NamedSampler, ...] = ()
@@ -209,7 +210,7 @@ class Stepwise:
         """By the subnet's own weights where they are an expert's, and by itself where it is the subnet that guides."""
         if guide is None or not guide.arch:
             return guide
-        other = Arch(*guide.arch)._replace(expert=arch.expert)
+        other = Arch(*guide.arch).replace(expert=arch.expert)
         return Guidance(guide.scale) if other == arch else Guidance(guide.scale, other)
 
     def _guidance_gene(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -279,7 +280,7 @@ class Stepwise:
             guide = self._guides[genes[-1] if len(self._guides) > 1 else 0]
             for computed in self._computed(k, genes[own:]):
                 t, expert = next(steps)
-                yield t, arch._replace(expert=expert) if expert else arch, computed, guide
+                yield t, arch.replace(expert=expert) if expert else arch, computed, guide
 
     @cached_property
     def _steps(self) -> list[tuple[int, str]]:
@@ -294,11 +295,11 @@ class Stepwise:
     def _reused(self, arch: Arch, computed: Computed) -> tuple[str, ...]:
         if computed == ALL:
             return ()
-        key = arch.depths, computed
+        key = arch.replace(widths=(), expert=""), computed
         if key not in self._known_reuse:
             graph = self.net.cost.graph(arch)
             running = graph.live(computed or (), self.finer)
-            self._known_reuse[key] = graph.collapse(graph.expand(graph.blocks) - running)
+            self._known_reuse[key] = graph.collapse(graph.expand(graph.blocks) - running, self.finer)
         return self._known_reuse[key]
 
     @cached_property
@@ -351,7 +352,7 @@ class Stepwise:
         total, before = 0, experts[0] if alike and not first else None
         for place, (computed, expert) in enumerate(zip(steps, experts, strict=True)):
             if computed or (first and place == 0):
-                mine = arch._replace(expert=expert) if expert else arch
+                mine = arch.replace(expert=expert) if expert else arch
                 by = self._guided_by(guide, mine)
                 whole = price(Step(0, mine, (), by))
                 reused = Step(0, mine, self._reused(arch, computed), by) if computed else Step(0, mine, (), by)

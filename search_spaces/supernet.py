@@ -15,25 +15,26 @@ from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import torch
-from diffusers import UNet2DModel
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.func import functional_call
 
 from nas.base.files import file_digest, first_line, tensors_digest
-from nas.contracts import Condition, Denoiser, Gated, Guidance, Step, UserError, digest_of
+from nas.contracts import Condition, Denoiser, Finer, Gated, Guidance, Step, UserError, digest_of
 from nas.recipes import Count, recipe
 from search_spaces.codec import Autoencoder, Codec, LoadedCodec, Pixels
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.slices import Arch, Groups, take
-from search_spaces.networks.unet import Anatomy, StockUNet, arguments, predict, skeleton
+from search_spaces.networks.text_unet import Heads, TextUNet, anatomy_of
+from search_spaces.networks.unet import Anatomy, StockUNet, predict, skeleton
 from search_spaces.noise import NoiseSchedule
-from search_spaces.options import Options, Subnets
+from search_spaces.options import Options, PerLevel, Subnets
 from search_spaces.pretrained import find, read_weights, weights_digest
-from search_spaces.shipped.reuse import as_noise, first_rows, guided, run
+from search_spaces.shipped.reuse import arguments, as_noise, first_rows, guided, null_of, run
 
 WEIGHTS = "weights.safetensors"
 
@@ -42,10 +43,11 @@ WEIGHTS = "weights.safetensors"
 class ElasticUNet:
     """Recipe of the supernet.
 
-    `config`: arguments of `diffusers.UNet2DModel`, block types Down/Up/AttnDown/AttnUpBlock2D.
-    `widths` or `channels`, `depths`, `per_level`, `attention`: what its subnets may differ in, see `Options`; the full network is among them.
+    `config`: arguments of `diffusers.UNet2DModel`, block types Down/Up/AttnDown/AttnUpBlock2D; or, where there is a `cross_attention_dim` among
+    them, of `UNet2DConditionModel`, which reads a text of `tokens`, block types Down/Up/CrossAttnDown/CrossAttnUpBlock2D.
+    `widths` or `channels`, `depths`, `per_level`, `attention`, `layers`, `middle`: what its subnets may differ in, see `Options`; the full network is among them.
     `groups`: GroupNorm keeps its group *count* at every width (any widths), or its group *size* (one share for the
-    whole net; trains a little better). `experts`: training timesteps at which another copy of the weights takes over.
+    whole net; trains a little better). `heads`: of a narrower attention that reads a text, fewer "whole" ones or as many "slim" ones. `experts`: training timesteps at which another copy of the weights takes over.
     `pretrained`: a diffusers UNet2DModel folder whose weights it starts from.
     `codec`: what its states are of an image, `Pixels()` or the latents of an `Autoencoder("vae/")`.
     Raises UserError where an option does not give a stock model.
@@ -56,16 +58,20 @@ class ElasticUNet:
     groups: Groups = "count"
     noise: NoiseSchedule = field(default_factory=NoiseSchedule)
     depths: tuple[int, ...] = ()
-    per_level: tuple[Literal["width", "depth"], ...] = ()
+    per_level: tuple[PerLevel, ...] = ()
     attention: bool = False
     experts: tuple[int, ...] = ()
     pretrained: str | None = None
     channels: tuple[tuple[Count, ...], ...] = ()
     codec: Codec = field(default_factory=Pixels)
+    layers: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = ()
+    middle: bool = False
+    heads: Heads = "whole"
+    tokens: Count = 77
 
     def __post_init__(self) -> None:
-        options = Options(self.widths, self.depths, self.per_level, self.attention, self.channels)
-        for name in ("widths", "depths", "per_level", "channels"):
+        options = self.options
+        for name in ("widths", "depths", "per_level", "channels", "layers"):
             object.__setattr__(self, name, getattr(options, name))
         for level, (counts, full) in enumerate(zip(options.channels, self.anatomy.channels, strict=False)):
             if counts[-1] != full:
@@ -74,6 +80,9 @@ class ElasticUNet:
             raise UserError(f"widths {options.widths} must include 1.0, the full network")
         if options.depths and options.depths[-1] != self.anatomy.depth:
             raise UserError(f"depths {options.depths} must include {self.anatomy.depth}, the full network")
+        if options.layers and options.layers[-1] != max(self.anatomy.layers(self.anatomy.full)):
+            most = max(self.anatomy.layers(self.anatomy.full))
+            raise UserError(f"layers {options.layers} must include {most}, the full network")
         if list(self.experts) != sorted({t for t in self.experts if 0 < t < self.noise.timesteps}):
             raise UserError(
                 f"experts {self.experts} must be increasing timesteps between 1 and {self.noise.timesteps - 1}"
@@ -105,7 +114,7 @@ class ElasticUNet:
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        return Anatomy(self.config, self.groups)
+        return anatomy_of(self.config, self.groups, self.heads, self.tokens)
 
     @cached_property
     def cost(self) -> CostModel:
@@ -134,8 +143,8 @@ class ElasticUNet:
 
     @property
     def conditional(self) -> bool:
-        """Whether the network takes class labels. The last of `num_class_embeds` is that of no class."""
-        return bool(self.anatomy.config["num_class_embeds"] or self.anatomy.config["class_embed_type"])
+        """Whether the network takes conditions: class labels, the last of `num_class_embeds` being that of no class, or a text."""
+        return self.anatomy.conditional
 
     @property
     def in_pixels(self) -> bool:
@@ -150,7 +159,9 @@ class ElasticUNet:
     @property
     def options(self) -> Options:
         """What its subnets may differ in."""
-        return Options(self.widths, self.depths, self.per_level, self.attention, self.channels)
+        return Options(
+            self.widths, self.depths, self.per_level, self.attention, self.channels, self.layers, self.middle
+        )
 
     def subnets(self, options: Options, share: float = 1.0) -> Subnets:
         """The subnets of these options that cost no more than a share of the full network's MACs."""
@@ -193,19 +204,27 @@ class ElasticUNet:
             "experts": self.experts,
             "pretrained": None if self.pretrained is None else weights_digest(Path(self.pretrained)),
             **({"channels": self.channels} if self.channels else {}),
+            **self._of_text(),
             **({} if self.in_pixels else {"codec": self.codec.describe()}),
         }
+
+    def _of_text(self) -> dict[str, Any]:
+        if not isinstance(self.anatomy, TextUNet):
+            return {}
+        return {"layers": self.layers, "middle": self.middle, "heads": self.heads, "tokens": self.tokens}
 
     def profile(self, step: Step) -> dict[str, float]:
         arch = Arch(*step.arch)
         graph = self.cost.graph(arch)
         reused = graph.expand(step.reuse)
-        whole = _by_block(self.cost.branches(self.anatomy.full))
-        mine = _by_block({name: cost for name, cost in self.cost.branches(arch).items() if name not in reused})
-        return {
-            block: -1.0 if graph.expand([block]) <= reused else mine[block] / whole[block]
-            for block in self.cost.graph(self.anatomy.full).blocks
-        }
+        whole = _by_block(self.cost.layers(self.anatomy.full))
+        mine = _by_block({name: cost for name, cost in self.cost.layers(arch).items() if name not in reused})
+
+        def share(block: str) -> float:
+            layers = graph.expand([block])
+            return -1.0 if layers and layers <= reused else mine.get(block, 0) / whole[block]
+
+        return {block: share(block) for block in self.cost.graph(self.anatomy.full).blocks}
 
     def outline(self) -> dict[str, float]:
         smallest = self.subnets(self.options).flat(0)
@@ -219,9 +238,9 @@ class ElasticUNet:
             for module in net.modules():
                 module.register_forward_hook(lambda _, __, output, sizes=sizes: sizes.append(_numbers(output)))
             x = torch.empty(shape, device="meta")
-            labels = {"class_labels": torch.zeros(1, dtype=torch.long, device="meta")} if self.conditional else None
+            told = self.anatomy.some_condition(1, "meta")
             with torch.inference_mode():
-                handed = predict(net, x, torch.zeros(1, dtype=torch.long, device="meta"), labels).shape
+                handed = predict(net, x, torch.zeros(1, dtype=torch.long, device="meta"), told).shape
             if handed[0] != 1 or handed[2:] != shape[2:]:
                 raise UserError(f"the subnet {arch} makes {tuple(handed)} of an input of {shape}; check sample_size")
             activations = sum(sizes)
@@ -240,13 +259,13 @@ class ElasticUNet:
         made, and keeps what it makes."""
         if self.pretrained is not None:
             with torch.device("meta"):
-                empty = UNet2DModel(**self.anatomy.config)
+                empty = self._stock(**self.anatomy.config)
             full = empty.to_empty(device="cpu").train()
             full.load_state_dict(read_weights(Path(self.pretrained), self.anatomy.config))
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                full = UNet2DModel(**self.anatomy.config)
+                full = self._stock(**self.anatomy.config)
         return LoadedElasticUNet(self, full.to(device), self.codec.load(folder, device))
 
     def digest(self, folder: Path) -> str:
@@ -286,11 +305,14 @@ class ElasticUNet:
             ) from error
         return LoadedElasticUNet(self, full, self.codec.load(path.parent, device), experts)
 
-    def _full(self, tensors: Mapping[str, torch.Tensor], device: str) -> UNet2DModel:
+    def _full(self, tensors: Mapping[str, torch.Tensor], device: str) -> StockUNet:
         full = skeleton(self.anatomy, self.anatomy.full).to_empty(device=device)
         full.load_state_dict(tensors)
-        assert isinstance(full, UNet2DModel)
         return full
+
+    @property
+    def _stock(self) -> type[StockUNet]:
+        return self.anatomy.stock_class(self.anatomy.full)
 
     def __getstate__(self) -> dict[str, Any]:
         """Fields alone: what is derived from them is derived again where the recipe lands."""
@@ -307,9 +329,9 @@ class LoadedElasticUNet:
     def __init__(
         self,
         recipe: ElasticUNet,
-        full: UNet2DModel,
+        full: StockUNet,
         codec: LoadedCodec,
-        experts: Mapping[str, UNet2DModel] = MappingProxyType({}),
+        experts: Mapping[str, StockUNet] = MappingProxyType({}),
         cache_size: int = 32,
     ) -> None:
         self.recipe = recipe
@@ -341,7 +363,7 @@ class LoadedElasticUNet:
         prediction: torch.Tensor = functional_call(net, self._slices(arch), inputs, {"return_dict": False})[0]
         return prediction
 
-    def weights(self, expert: str) -> UNet2DModel:
+    def weights(self, expert: str) -> StockUNet:
         """The full network of an expert, or the shared one where the name is empty. Raises UserError for a name it lacks."""
         if expert and expert not in self.experts:
             raise UserError(f"no expert is called {expert!r}; there are {', '.join(self.experts) or 'none'}")
@@ -408,24 +430,28 @@ class LoadedElasticUNet:
 
         return call
 
+    def noise_by(self, model: Any, x: torch.Tensor, t: int, condition: Condition | None = None) -> torch.Tensor:
+        return self.noise_in(predict(model, x, t, condition), x, t)
+
     def noise_in(self, prediction: torch.Tensor, x: torch.Tensor, t: int) -> torch.Tensor:
+        """What the output of a stock subnet says of the noise in x."""
         return self._answer(prediction[:, : x.shape[1]], x, t)
 
     def _answer(self, prediction: torch.Tensor, x: torch.Tensor, t: int) -> torch.Tensor:
         """The noise, and behind it what the network says of the variance."""
         return as_noise(prediction, x, float(self.alphas_cumprod[t]), self.recipe.noise.prediction)
 
-    def blocks(self, arch: Arch, finer: bool = False) -> tuple[str, ...]:
+    def blocks(self, arch: Arch, finer: Finer = False) -> tuple[str, ...]:
         return self.recipe.cost.graph(Arch(*arch)).names(finer)
 
-    def expanded(self, arch: Arch, names: Sequence[str], finer: bool = False) -> tuple[str, ...]:
+    def expanded(self, arch: Arch, names: Sequence[str], finer: Finer = False) -> tuple[str, ...]:
         graph = self.recipe.cost.graph(Arch(*arch))
         branches = graph.expand(names)
         return tuple(name for name in graph.names(finer) if graph.expand([name]) <= branches)
 
-    def reused(self, arch: Arch, wanted: Sequence[str], finer: bool = False) -> tuple[str, ...]:
+    def reused(self, arch: Arch, wanted: Sequence[str], finer: Finer = False) -> tuple[str, ...]:
         graph = self.recipe.cost.graph(Arch(*arch))
-        return graph.collapse(graph.expand(graph.blocks) - graph.live(wanted, finer))
+        return graph.collapse(graph.expand(graph.blocks) - graph.live(wanted, finer), finer)
 
     @property
     def autoencoder(self) -> torch.nn.Module | None:
@@ -442,11 +468,10 @@ class LoadedElasticUNet:
         return self.codec.encode(images)
 
     def null_condition(self, condition: Condition) -> Condition:
-        last = (self.recipe.anatomy.config["num_class_embeds"] or 1) - 1
-        return {name: torch.full_like(labels, last) for name, labels in condition.items()}
+        return null_of(condition, self.recipe.anatomy.null_label)
 
     def some_condition(self, count: int) -> Condition | None:
-        return {"class_labels": torch.zeros(count, dtype=torch.long)} if self.recipe.conditional else None
+        return self.recipe.anatomy.some_condition(count) or None
 
     def extract(self, arch: Arch) -> StockUNet:
         return self._copy(Arch(*arch), torch.device("cpu"))
@@ -485,7 +510,7 @@ class LoadedElasticUNet:
         return before
 
     def _skeleton(self, arch: Arch) -> Any:
-        key = arch._replace(expert="")
+        key = arch.replace(expert="")
         if key not in self._skeletons:
             self._skeletons[key] = skeleton(self.recipe.anatomy, key)
             if len(self._skeletons) > 4 * self._cache_size:

@@ -40,10 +40,9 @@ from nas.study import Study
 from nas.testing import check_evaluator, check_space, check_supernet
 from search_spaces.intervals import uniform
 from search_spaces.networks.slices import Arch
-from search_spaces.networks.unet import arguments
 from search_spaces.options import Options
 from search_spaces.patterns import Every
-from search_spaces.shipped.reuse import graph_of, run
+from search_spaces.shipped.reuse import arguments, graph_of, run
 from search_spaces.shipped.train_diffusers import Settings, folder_labels, train
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import WEIGHTS, ElasticUNet, LoadedElasticUNet

@@ -96,7 +96,7 @@ def test_models_of_both_classes_and_of_experts_stand_alone(tmp_path: Path, monke
     loaded = net.initial(0)
     for seed, name in enumerate(net.expert_names, 1):
         loaded.experts[name] = net.initial(seed).full
-    archs = (Arch((0.5, 1.0), (1, 2), (), "500-999"), net.uniform(1.0)._replace(expert="0-499"))
+    archs = (Arch((0.5, 1.0), (1, 2), (), "500-999"), net.uniform(1.0).replace(expert="0-499"))
     both = Schedule((Step(900, archs[0]), Step(400, archs[1])))
     assert export(loaded, both, DDIM().describe(), {}, tmp_path / "model", programs=True) == {}
     x, t = torch.randn(3, *loaded.state_shape), torch.full((3,), 400)

@@ -22,7 +22,7 @@ from evaluators.images import Digits
 from evaluators.proxies import DenoisingLoss, TrajectoryDistance
 from evaluators.sampling import DDIM, DDPM, sample
 from evaluators.trajectories import Trajectories
-from nas.contracts import Genome, Problem, Schedule, Step, UserError
+from nas.contracts import Finer, Genome, Problem, Schedule, Step, UserError
 from nas.genomes.genetics import IntervalCosts, check_reachable
 from nas.genomes.timed import TimedSpace, calls, key
 from nas.handover.export import export
@@ -189,13 +189,23 @@ def test_legal_sets_are_those_in_which_every_block_is_read(levels: int, count: i
     assert live == set(listed)
 
 
-def test_legal_sets_of_branches_are_those_in_which_every_branch_is_read() -> None:
-    graph = Graph((1, 1))
-    names = graph.names(finer=True)
+@pytest.mark.parametrize(
+    ("graph", "finer"), [(Graph((1, 1)), True), (Graph((1,), attends=((True,), (True,))), "layers")]
+)
+def test_legal_sets_of_what_is_finer_are_those_in_which_each_is_read(graph: Graph, finer: Finer) -> None:
+    names = graph.names(finer)
     every = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
-    live = {frozenset(chosen) for chosen in every if graph.live(chosen, finer=True) == frozenset(chosen)}
-    assert live == {frozenset(chosen) for chosen in graph.legal_sets(finer=True)}
-    assert len(Graph((2,) * 4).names(finer=True)) == 24  # of Stable Diffusion 1.5
+    live = {frozenset(chosen) for chosen in every if graph.live(chosen, finer) == graph.expand(chosen)}
+    listed = [frozenset(chosen) for chosen in graph.legal_sets(finer)]
+    assert live == set(listed)
+    assert len(listed) == len(live)
+
+
+def test_stable_diffusion_has_the_parts_that_dip_go_gates() -> None:
+    """DiP-GO's three layouts for Stable Diffusion 1.5."""
+    attends = (True, True, True, False)
+    graph = Graph((2,) * 4, attends=(attends, attends[::-1]))
+    assert [len(graph.names(finer)) for finer in (False, True, "layers")] == [9, 24, 42]
 
 
 def test_what_is_not_kept_cannot_be_reused(tiny_net: ElasticUNet) -> None:

@@ -216,7 +216,7 @@ def test_what_no_stock_pipeline_does_is_refused_in_words(change: str, words: str
         schedule = Schedule((first, replace(last, reuse=("d0",))))
     elif change == "depth":
         schedule = single(net, (900, 100), 1.0)
-        schedule = Schedule(tuple(replace(step, arch=step.arch._replace(depths=(1, 2))) for step in schedule.steps))
+        schedule = Schedule(tuple(replace(step, arch=step.arch.replace(depths=(1, 2))) for step in schedule.steps))
     elif change in ("solver", "noise"):
         sampler = DPMSolver() if change == "solver" else DDIM(eta=0.5)
     elif change == "full":

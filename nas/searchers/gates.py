@@ -24,6 +24,7 @@ from pydantic import Field
 from nas.contracts import (
     DONE,
     Arch,
+    Finer,
     Genome,
     Guidance,
     ImageSet,
@@ -202,7 +203,7 @@ class Chooser:
         return sum(int(prices[option]) for prices, option in zip(self._prices, options, strict=True))
 
 
-def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: bool) -> dict[str, torch.Tensor]:
+def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: Finer) -> dict[str, torch.Tensor]:
     """What the options of the space mean for the gates, see `Chooser`."""
     space, costs = problem.space, IntervalCosts(problem.space)
     top = dearest(space)
@@ -243,7 +244,7 @@ def _reuses_alone(schedule: Schedule, arch: Arch, guided: Mapping[int, Guidance 
 
 
 def _running(
-    schedule: Schedule, places: Mapping[int, int], names: Sequence[str], net: LoadedSupernet, finer: bool
+    schedule: Schedule, places: Mapping[int, int], names: Sequence[str], net: LoadedSupernet, finer: Finer
 ) -> torch.Tensor:
     """Whether each block runs at each step but the first, (steps - 1, blocks); a step that is left out runs none."""
     runs = torch.zeros(len(places) - 1, len(names))

@@ -22,7 +22,18 @@ from pydantic import Field
 from torch.utils.checkpoint import checkpoint
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from nas.contracts import Condition, Gated, LoadedSupernet, Progress, Schedule, Snapshot, Step, UserError, derive_seed
+from nas.contracts import (
+    Condition,
+    Finer,
+    Gated,
+    LoadedSupernet,
+    Progress,
+    Schedule,
+    Snapshot,
+    Step,
+    UserError,
+    derive_seed,
+)
 from nas.recipes import Batch, Count, Positive, Share, Weight, recipe
 
 EVERY = 25
@@ -32,7 +43,7 @@ EVERY = 25
 @recipe
 class Pruner:
     """`scores`: logits made by the published network, queries through an encoder layer and a branch of two layers for each gate, or
-    "plain" logits of their own. `scope`: the whole "trajectory", or each "step". `finer`: gates for branches instead of blocks.
+    "plain" logits of their own. `scope`: the whole "trajectory", or each "step". `finer`: gates for branches, or for "layers", instead of blocks.
 
     `steps`: gradient steps; `batch`: noises in each, new ones every time (`noises` many in all, where given: the published code uses
     one). SGD on a cosine from `learning_rate`. `sparsity`: weight of the sparsity loss; `floor`: kept share of MACs below which it is
@@ -42,7 +53,7 @@ class Pruner:
 
     scores: Literal["network", "plain"] = "network"
     scope: Literal["trajectory", "step"] = "trajectory"
-    finer: bool = False
+    finer: Finer = False
     steps: Count = 200
     batch: Batch = 4
     noises: Count | None = None
@@ -93,7 +104,7 @@ def straight_through(logits: torch.Tensor) -> torch.Tensor:
     return hard + keep - keep.detach()
 
 
-def gammas(net: LoadedSupernet, arch: Any, finer: bool) -> torch.Tensor:
+def gammas(net: LoadedSupernet, arch: Any, finer: Finer) -> torch.Tensor:
     """For each block, the share of a step's MACs that vanish with it: its own, and those of blocks that only it reads."""
     names = net.blocks(arch, finer)
     full = net.macs(Step(0, arch))
@@ -158,7 +169,7 @@ def arch_of(full: Schedule) -> Any:
     return found.pop()
 
 
-def kept_share(net: LoadedSupernet, full: Schedule, names: Sequence[str], gates: torch.Tensor, finer: bool) -> float:
+def kept_share(net: LoadedSupernet, full: Schedule, names: Sequence[str], gates: torch.Tensor, finer: Finer) -> float:
     """Of the full trajectory's MACs, when blocks that nobody reads do not run either."""
     arch = arch_of(full)
     whole = [net.macs(Step(0, arch, (), step.guidance)) for step in full.steps]

@@ -2,7 +2,7 @@
 
 Each weight joins two axes whose lengths are sums of channel counts, so both costs are quadratic forms in the vector of
 those counts: cost(arch) = v(arch)^T Q v(arch), with v = (1, channels of each stretch). The coefficients are collected
-once for each depth and choice of attention, for the whole subnet and for each of its branches; counts are integers throughout.
+once for each depth and choice of attention, for each layer of the subnet's branches; counts are integers throughout.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class Cost:
     attention_macs: int
     params: int
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.macs + other.macs, self.attention_macs + other.attention_macs, self.params + other.params)
+
 
 class CostModel:
     """Costs of the subnets of one supernet. fvcore counts the same, less its entries for norms and upsampling."""
@@ -40,20 +43,31 @@ class CostModel:
         self._anatomy = anatomy
         self._known: dict[Arch, dict[str, Matrix]] = {}
         self._counts: dict[Arch, dict[str, Cost]] = {}
+        self._graphs: dict[Arch, Graph] = {}
 
     def __call__(self, arch: Arch) -> Cost:
         """`arch` is one that `Anatomy.subconfig` and `Anatomy.segments` accept."""
-        each = self.branches(arch).values()
-        return Cost(sum(c.macs for c in each), sum(c.attention_macs for c in each), sum(c.params for c in each))
+        return sum(self.layers(arch).values(), Cost(0, 0, 0))
 
     def graph(self, arch: Arch) -> Graph:
-        """Of the subnet's blocks and branches."""
-        return Graph(self._anatomy.depths(arch), self._anatomy.config["mid_block_type"] is not None)
+        """Of the subnet's blocks, branches and layers."""
+        if arch not in self._graphs:
+            self._graphs[arch] = self._anatomy.graph(arch)
+        return self._graphs[arch]
 
     def branches(self, arch: Arch) -> dict[str, Cost]:
         """What each branch of the subnet costs; under "" what always runs, the input and output convolutions and the time
         embedding."""
-        arch = arch._replace(expert="")
+        owner = {layer.name: layer.branch for layer in self.graph(arch).layers}
+        found: dict[str, Cost] = {}
+        for name, cost in self.layers(arch).items():
+            branch = owner.get(name, name)
+            found[branch] = found.get(branch, Cost(0, 0, 0)) + cost
+        return found
+
+    def layers(self, arch: Arch) -> dict[str, Cost]:
+        """What each layer of its branches costs; under "" what always runs."""
+        arch = arch.replace(expert="")
         if arch not in self._counts:
             lengths = self._vector(arch)
             found = {}
@@ -72,9 +86,10 @@ class CostModel:
         return sum(cost.attention_macs for cost in self._running(arch, reuse))
 
     def _running(self, arch: Arch, reuse: Collection[str]) -> Iterator[Cost]:
-        reused = self.graph(arch).expand(reuse)
-        if len(reused) < len(self.graph(arch).branches):
-            yield from (cost for name, cost in self.branches(arch).items() if name not in reused)
+        graph = self.graph(arch)
+        reused = graph.expand(reuse)
+        if len(reused) < len(graph.layers):
+            yield from (cost for name, cost in self.layers(arch).items() if name not in reused)
 
     def _vector(self, arch: Arch) -> npt.NDArray[np.int64]:
         shares = [1.0 if level is None else arch.widths[level] for _, level in self._lengths]
@@ -89,25 +104,25 @@ class CostModel:
         return [(1, None), *dict.fromkeys(elastic)]
 
     def _forms(self, arch: Arch) -> dict[str, Matrix]:
-        """Of each branch: MACs of weights, MACs of attention products, parameters, (3, lengths, lengths)."""
+        """Of each layer: MACs of weights, MACs of attention products, parameters, (3, lengths, lengths)."""
         anatomy = self._anatomy
         synthetic = [name for name in anatomy.identities if anatomy.widened(name, arch)]
-        key = Arch(arch.widths if synthetic else (), arch.depths, arch.attention)
+        key = arch if synthetic else arch.replace(widths=())
         if key not in self._known:
-            depths = anatomy.depths(arch)
+            graph = anatomy.graph(arch)
             members: dict[str, list[TensorAnatomy]] = {"": []}
             for name, tensor in anatomy.tensors.items():
                 placed = anatomy.placed(name, tensor.unit, arch)
                 if placed is not None:
-                    members.setdefault(branch_of(placed, depths), []).append(tensor)
+                    members.setdefault(layer_of(placed, graph), []).append(tensor)
             for name in synthetic:
-                members.setdefault(branch_of(name, depths), []).append(anatomy.identities[name])
+                members.setdefault(layer_of(name, graph), []).append(anatomy.identities[name])
             forms = {name: self._weights(tensors) for name, tensors in members.items()}
             for block in anatomy.attentions:
                 placed = anatomy.placed(block.unit.name(block.unit.index), block.unit, arch)
                 if placed is not None:
                     for stretch in block.axis:
-                        forms[branch_of(placed, depths)][1, 0, self._index(stretch)] += 2 * block.positions**2
+                        forms[layer_of(placed, graph)][1, 0, self._index(stretch)] += 2 * block.queries * block.keys
             self._known[key] = forms
         return self._known[key]
 
@@ -130,8 +145,8 @@ class CostModel:
         return 0 if stretch.level is None else self._lengths.index((stretch.size, stretch.level))
 
 
-def branch_of(parameter: str, depths: tuple[int, ...]) -> str:
-    """The branch whose module a parameter of a UNet of these depths belongs to, "" for those of no branch."""
+def layer_of(parameter: str, graph: Graph) -> str:
+    """The layer whose module a parameter of a UNet belongs to, "" for those of none."""
     if parameter.startswith("mid_block."):
         return "mid"
     found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", parameter)
@@ -141,5 +156,7 @@ def branch_of(parameter: str, depths: tuple[int, ...]) -> str:
     if kind == "downsamplers":
         return f"d{level}.down"
     if kind == "upsamplers":
-        return f"u{level}.{depths[len(depths) - 1 - level]}"
-    return f"{side}{level}.{index}"
+        return f"u{level}.{graph.depths[len(graph.depths) - 1 - level]}.up"
+    branch = f"{side}{level}.{index}"
+    part = {"resnets": "resnet", "attentions": "attention"}[kind]
+    return next(layer.name for layer in graph.layers if layer.name in (f"{branch}.{part}", branch))

@@ -1,4 +1,4 @@
-"""What a stock `diffusers.UNet2DModel` is made of: for each axis of each tensor, the stretches of channels it consists of.
+"""What a stock diffusers UNet is made of: for each axis of each tensor, the stretches of channels it consists of.
 
 A walk in the order of the forward pass names the channels of every axis; where additions and products join channels, the names are the
 same. After a skip concatenation an axis has two stretches, trunk and skip.
@@ -7,24 +7,15 @@ same. After a skip concatenation an axis has two stretches, trunk and skip.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import UNet2DModel
 
 from nas.base.files import first_line
 from nas.contracts import UserError
-
-_BLOCKS = (
-    "DownBlock2D",
-    "AttnDownBlock2D",
-    "ResnetDownsampleBlock2D",
-    "UpBlock2D",
-    "AttnUpBlock2D",
-    "ResnetUpsampleBlock2D",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +38,14 @@ Axis = tuple[Stretch, ...]
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A residual block or an attention that a subnet may lack. `level` None is the middle."""
+    """A residual block or an attention that a subnet may lack, or one of its transformer layers. `level` None is the middle."""
 
     side: Literal["down", "up", "middle"]
     level: int | None
     module: str
     index: int
     attention: bool = False
+    layer: int | None = None
 
     def name(self, index: int) -> str:
         """As the module is called where it stands at this index."""
@@ -71,37 +63,43 @@ class TensorAnatomy:
 
 @dataclass(frozen=True, slots=True)
 class AttentionAnatomy:
-    """One self-attention over `positions` tokens; its two products cost 2 * positions^2 * channels MACs."""
+    """One attention of `queries` to `keys` tokens; its two products cost 2 * queries * keys * channels MACs."""
 
     axis: Axis
-    positions: int
+    queries: int
+    keys: int
     unit: Unit
 
 
-class Parts:
-    """Every tensor of a UNet2DModel config, taken apart.
+class Parts(ABC):
+    """Every tensor of a UNet's config, taken apart.
 
     `cells[name]` are the first channels of the stretches that no GroupNorm splits, `head_sizes[name]` the channels of one head, for
-    those inside an attention. `identities`: shortcuts that stand nowhere, between levels of equal width, but would where a subnet makes
+    those inside an attention whose heads are kept or dropped as wholes; `divided[name]` the first ones of each head where each is made thinner. `identities`: shortcuts that stand nowhere, between levels of equal width, but would where a subnet makes
     them different. Raises UserError, naming the value, for a config that this elastic network does not cover.
     """
 
+    stock: ClassVar[type[Any]]
+    blocks: ClassVar[tuple[str, ...]]
+    """Types of blocks that it covers."""
+
     def __init__(self, config: Mapping[str, Any]) -> None:
+        name = self.stock.__name__
         with torch.device("meta"):
             try:
-                self._full = UNet2DModel(**config)
+                self._full: Any = self.stock(**config)
             except (
                 Exception
             ) as error:  # the stock class checks little itself: whatever its parts raise is about the config
-                reason = first_line(error).replace("UNet2DModel.__init__() ", "")
-                raise UserError(
-                    f"diffusers cannot make a UNet2DModel of this config ({reason}); mend the config"
-                ) from error
+                reason = first_line(error).replace(f"{name}.__init__() ", "")
+                raise UserError(f"diffusers cannot make a {name} of this config ({reason}); mend the config") from error
         self.config: dict[str, Any] = {k: v for k, v in self._full.config.items() if not k.startswith("_")}
         self._check_config()
         self.channels: tuple[int, ...] = tuple(self.config["block_out_channels"])
         self.levels = len(self.channels)
-        self.depth: int = self.config["layers_per_block"]
+        depths = self.config["layers_per_block"]
+        self.full_depths: tuple[int, ...] = (depths,) * self.levels if isinstance(depths, int) else tuple(depths)
+        self.depth = max(self.full_depths)
         size = self.config["sample_size"]
         self.sample_size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
         if any(side % 2 ** (self.levels - 1) for side in self.sample_size):
@@ -114,10 +112,23 @@ class Parts:
         self.attentions: list[AttentionAnatomy] = []
         self.identities: dict[str, TensorAnatomy] = {}
         self.head_sizes: dict[str, int] = {}
+        self.divided: dict[str, tuple[int, ...]] = {}
         self._bounds: dict[str, set[int]] = {}
         self._partitions: dict[str, set[tuple[int, ...]]] = {}
         self._take_apart()
         self.cells = {name: tuple(sorted(bounds)) for name, bounds in self._bounds.items()}
+
+    @abstractmethod
+    def _attend(self, unit: Unit, block: str, trunk: Axis, positions: int) -> None:
+        """Whatever attention a block of this type has behind a residual block."""
+
+    @abstractmethod
+    def _middle(self, trunk: Axis) -> Axis:
+        """The middle block; returns its output's axis."""
+
+    @abstractmethod
+    def _embeddings(self, half: Stretch) -> None:
+        """What is added to the timestep's embedding. `half`: of what sines and cosines come to."""
 
     @property
     def attention_places(self) -> tuple[int | None, ...]:
@@ -134,23 +145,25 @@ class Parts:
     def _check_config(self) -> None:
         config = self.config
         for block in (*config["down_block_types"], *config["up_block_types"]):
-            if block not in _BLOCKS:
-                raise UserError(f"block type {block!r} is not elastic; use {', '.join(_BLOCKS)}")
-        supported: dict[str, tuple[Any, ...]] = {
-            "time_embedding_type": ("positional",),
-            "mid_block_type": ("UNetMidBlock2D", None),
-            "resnet_time_scale_shift": ("default", "scale_shift"),
-            "downsample_type": ("conv", "resnet"),
-            "upsample_type": ("conv", "resnet"),
-            "class_embed_type": (None, "timestep"),
-        }
-        for key, values in supported.items():
+            if block not in self.blocks:
+                raise UserError(f"block type {block!r} is not elastic; use {', '.join(self.blocks)}")
+        for key, values in self._supported().items():
             if config[key] not in values:
                 raise UserError(f"{key}={config[key]!r} is not elastic; use {' or '.join(map(repr, values))}")
         if config["sample_size"] is None:
             raise UserError("the UNet config needs sample_size: costs depend on it")
-        if not isinstance(config["layers_per_block"], int) or config["layers_per_block"] < 1:
-            raise UserError(f"layers_per_block={config['layers_per_block']!r} must be a whole number of at least 1")
+        depths = config["layers_per_block"]
+        each = (depths,) if isinstance(depths, int) else tuple(depths)
+        if not each or not all(isinstance(depth, int) and depth >= 1 for depth in each):
+            raise UserError(f"layers_per_block={depths!r} must be whole numbers of at least 1")
+
+    def _supported(self) -> dict[str, tuple[Any, ...]]:
+        """Values of settings that the walk knows."""
+        return {
+            "time_embedding_type": ("positional",),
+            "resnet_time_scale_shift": ("default", "scale_shift"),
+            "class_embed_type": (None, "timestep"),
+        }
 
     def check_shapes(self) -> None:
         """Raises UserError where the stock model's parameters are not these."""
@@ -162,63 +175,59 @@ class Parts:
         if ours != stock:
             odd = sorted(name for name in ours.keys() | stock.keys() if ours.get(name) != stock.get(name))
             raise UserError(
-                f"this version of diffusers lays out UNet2DModel differently: {odd[:3]}; use a version that constraints.txt names"
+                f"this version of diffusers lays out {self.stock.__name__} differently: {odd[:3]}; use a version that constraints.txt names"
             )
 
     def _take_apart(self) -> None:
         """A walk in the order of the forward pass; `skips` is its stack."""
         config, last = self.config, self.levels - 1
         self._time = (Stretch(self.time_embedding_dim, 0, "time"),)
-        self._conv("conv_in", _fixed(config["in_channels"]), self._level(0, "conv_in"), self._positions(0))
+        kernel = config.get("conv_in_kernel", 3)
+        self._conv(
+            "conv_in", fixed(config["in_channels"]), self._level(0, "conv_in"), self._positions(0), kernel=kernel
+        )
         half = Stretch(self.channels[0] // 2, 0, frequencies=True)
         self._time_mlp("time_embedding", (half, half))
-        if config["class_embed_type"] == "timestep":
-            self._time_mlp("class_embedding", (half, half))
-        elif config["num_class_embeds"] is not None:
-            self.tensors["class_embedding.weight"] = TensorAnatomy((_fixed(config["num_class_embeds"]), self._time))
+        self._embeddings(half)
 
         trunk = self._level(0, "conv_in")
         skips = [trunk]
         for i, block in enumerate(config["down_block_types"]):
             name = f"down_blocks.{i}"
-            for j in range(self.depth):
+            for j in range(self.full_depths[i]):
                 unit = Unit("down", i, f"{name}.resnets", j)
                 trunk = self._resnet(unit.name(j)[:-1], trunk, self._level(i, name), self._positions(i), unit)
-                if block == "AttnDownBlock2D":
-                    self._attention(Unit("down", i, f"{name}.attentions", j, True), trunk, self._positions(i))
+                self._attend(Unit("down", i, f"{name}.attentions", j, True), block, trunk, self._positions(i))
                 skips.append(trunk)
             if i < last:
                 trunk = self._sampler(
-                    f"{name}.downsamplers.0", block, config["downsample_type"], trunk, self._positions(i + 1)
+                    f"{name}.downsamplers.0",
+                    block,
+                    config.get("downsample_type", "conv"),
+                    trunk,
+                    self._positions(i + 1),
                 )
                 skips.append(trunk)
 
         if config["mid_block_type"] is not None:
-            for j in range(2):
-                unit = Unit("middle", None, "mid_block.resnets", j)
-                trunk = self._resnet(unit.name(j)[:-1], trunk, trunk, self._positions(last), unit)
-            if config["add_attention"]:
-                # The stock middle block leaves this norm out unless one of the two asks for it.
-                groups = config["attn_norm_num_groups"]
-                if groups is None and config["resnet_time_scale_shift"] == "default":
-                    groups = config["norm_num_groups"]
-                unit = Unit("middle", None, "mid_block.attentions", 0, True)
-                self._attention(unit, trunk, self._positions(last), groups)
+            trunk = self._middle(trunk)
 
         for i, block in enumerate(config["up_block_types"]):
             level, name = last - i, f"up_blocks.{i}"
-            for j in range(self.depth + 1):
+            for j in range(self.full_depths[level] + 1):
                 unit = Unit("up", level, f"{name}.resnets", j)
                 before = trunk + skips.pop()
                 trunk = self._resnet(unit.name(j)[:-1], before, self._level(level, name), self._positions(level), unit)
-                if block == "AttnUpBlock2D":
-                    self._attention(Unit("up", level, f"{name}.attentions", j, True), trunk, self._positions(level))
+                self._attend(Unit("up", level, f"{name}.attentions", j, True), block, trunk, self._positions(level))
             if level > 0:
                 positions = self._positions(level - 1)
-                trunk = self._sampler(f"{name}.upsamplers.0", block, config["upsample_type"], trunk, positions)
+                trunk = self._sampler(
+                    f"{name}.upsamplers.0", block, config.get("upsample_type", "conv"), trunk, positions
+                )
 
         self._norm("conv_norm_out", trunk)
-        self._conv("conv_out", trunk, _fixed(config["out_channels"]), self._positions(0))
+        kernel = config.get("conv_out_kernel", 3)
+        self._conv("conv_out", trunk, fixed(config["out_channels"]), self._positions(0), kernel=kernel)
 
     def _level(self, level: int, channels: str) -> Axis:
         return (Stretch(self.channels[level], level, channels),)
@@ -226,14 +235,15 @@ class Parts:
     def _positions(self, level: int) -> int:
         return math.prod(side // 2**level for side in self.sample_size)
 
-    def _weight(self, name: str, axes: tuple[Axis, ...], positions: int, unit: Unit | None) -> None:
+    def _weight(self, name: str, axes: tuple[Axis, ...], positions: int, unit: Unit | None, bias: bool = True) -> None:
         self.tensors[f"{name}.weight"] = TensorAnatomy(axes, positions, unit)
-        self.tensors[f"{name}.bias"] = TensorAnatomy(axes[:1], 0, unit)
+        if bias:
+            self.tensors[f"{name}.bias"] = TensorAnatomy(axes[:1], 0, unit)
 
     def _conv(
         self, name: str, before: Axis, after: Axis, positions: int, unit: Unit | None = None, kernel: int = 3
     ) -> None:
-        self._weight(name, (after, before, _fixed(kernel), _fixed(kernel)), positions, unit)
+        self._weight(name, (after, before, fixed(kernel), fixed(kernel)), positions, unit)
 
     def _norm(self, name: str, axis: Axis, unit: Unit | None = None, groups: int | None = None) -> None:
         """`groups`: norm_num_groups where None."""
@@ -268,24 +278,10 @@ class Parts:
         if shortcut:
             self._conv(f"{name}.conv_shortcut", before, after, positions, unit, kernel=1)
         elif before != after:
-            one = _fixed(1)
+            one = fixed(1)
             self.identities[f"{name}.conv_shortcut.weight"] = TensorAnatomy((after, before, one, one), positions)
             self.identities[f"{name}.conv_shortcut.bias"] = TensorAnatomy((after,), 0)
         return after
-
-    def _attention(self, unit: Unit, axis: Axis, positions: int, groups: int | None = 0) -> None:
-        """`groups`: of its norm; 0 as everywhere, None without a norm."""
-        name = unit.name(unit.index)[:-1]
-        [outer] = axis
-        inner = (Stretch(outer.size, outer.level, f"{name}.inner"),)
-        if self.config["attention_head_dim"] is not None:
-            self.head_sizes[inner[0].channels] = self.config["attention_head_dim"]
-        if groups is not None:
-            self._norm(f"{name}.group_norm", axis, unit, groups)
-        for projection in ("to_q", "to_k", "to_v"):
-            self._weight(f"{name}.{projection}", (inner, axis), positions, unit)
-        self._weight(f"{name}.to_out.0", (axis, inner), positions, unit)
-        self.attentions.append(AttentionAnatomy(inner, positions, unit))
 
     def _sampler(self, name: str, block: str, kind: str, axis: Axis, positions: int) -> Axis:
         """Down- or upsampling, by a residual block in blocks of that name, and in those with attention of that kind."""
@@ -296,5 +292,6 @@ class Parts:
         return after
 
 
-def _fixed(size: int) -> Axis:
+def fixed(size: int) -> Axis:
+    """An axis that no subnet shrinks."""
     return (Stretch(size),)

@@ -13,24 +13,74 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from search_spaces.networks.parts import Axis, Stretch, TensorAnatomy, Unit
 
 
-class Arch(NamedTuple):
-    """A subnet. What is left empty is as in the full net; JSON is the plain nested list.
+class Arch(tuple[Any, ...]):
+    """A subnet. What is left empty is as in the full net; JSON is the plain nested list, without what stands last as in the full net.
 
     `widths`: one share of the channels per level, outermost level first. `depths`: residual blocks per level on the way down, one
-    more on the way up. `attention`: whether it runs, per level and then in the middle. `expert`: which copy of the weights.
+    more on the way up. `attention`: whether it runs, per level and then in the middle. `expert`: which copy of the weights. `layers`:
+    transformer layers of each attention, per level, the last level's being the middle's too. `middle`: whether there is a middle block.
     """
 
-    widths: tuple[float, ...]
-    depths: tuple[int, ...] = ()
-    attention: tuple[bool, ...] = ()
-    expert: str = ""
+    __slots__ = ()
+    _named = ("widths", "depths", "attention", "expert", "layers", "middle")
+    _always = 4
+    """So many are written whether they say something or not: digests of archs depend on it."""
+
+    def __new__(
+        cls,
+        widths: tuple[float, ...],
+        depths: tuple[int, ...] = (),
+        attention: tuple[bool, ...] = (),
+        expert: str = "",
+        layers: tuple[int, ...] = (),
+        middle: bool = True,
+    ) -> Arch:
+        values: list[Any] = [widths, depths, attention, expert, layers, middle]
+        while len(values) > cls._always and values[-1] in ((), True):
+            values.pop()
+        return super().__new__(cls, values)
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self)
+
+    def __repr__(self) -> str:
+        said = ", ".join(f"{name}={value!r}" for name, value in zip(self._named, self, strict=False))
+        return f"Arch({said})"
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        return self[0]  # type: ignore[no-any-return]
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return self[1]  # type: ignore[no-any-return]
+
+    @property
+    def attention(self) -> tuple[bool, ...]:
+        return self[2]  # type: ignore[no-any-return]
+
+    @property
+    def expert(self) -> str:
+        return self[3]  # type: ignore[no-any-return]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self[4] if len(self) > 4 else ()
+
+    @property
+    def middle(self) -> bool:
+        return self[5] if len(self) > 5 else True
+
+    def replace(self, **values: Any) -> Arch:
+        """This one with other values of these names."""
+        return Arch(**{**dict(zip(self._named, self, strict=False)), **values})
 
 
 Run = tuple[int, int]
@@ -52,13 +102,15 @@ class Slices(ABC):
     """What an anatomy slices by.
 
     `tensors`: every parameter of the full net, taken apart. `identities`: shortcuts that stand nowhere, but would where a subnet makes two
-    levels different. `cells[name]`: first channels of the stretches that no norm group splits. `groups`: what of the norms stays constant.
+    levels different. `cells[name]`: first channels of the stretches that no norm group splits, `divided[name]`: of the parts of which a subnet
+    keeps a share each, whatever norms do. `groups`: what of the norms stays constant.
     `frequency_shift`: of the time embedding's frequencies.
     """
 
     tensors: dict[str, TensorAnatomy]
     identities: dict[str, TensorAnatomy]
     cells: dict[str, tuple[int, ...]]
+    divided: dict[str, tuple[int, ...]]
     groups: Groups
     frequency_shift: float
 
@@ -122,7 +174,8 @@ class Slices(ABC):
         """Channels of a stretch that a subnet of this width takes. With a constant group count, the leading share of each
         cell, so that every channel stays in its norm group; with a constant group size, the leading groups."""
         exact = Fraction(share).limit_denominator(4096)
-        bounds = self.cells.get(stretch.channels, ()) if self.groups == "count" else ()
+        cells = self.cells.get(stretch.channels, ()) if self.groups == "count" else ()
+        bounds = (*cells, *self.divided.get(stretch.channels, ()))
         for start, stop in pairwise(sorted({0, *bounds, stretch.size})):
             count = math.floor(exact * stop) - math.floor(exact * start)
             if count:

@@ -10,6 +10,7 @@ unconditionally, and its middle is a single residual block.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -18,14 +19,15 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from nas.contracts import Condition, UserError
-from search_spaces.networks.parts import Parts, Unit
+from search_spaces.networks.parts import AttentionAnatomy, Axis, Parts, Stretch, TensorAnatomy, Unit, fixed
 from search_spaces.networks.slices import Arch, Groups, Slices
+from search_spaces.shipped.reuse import Graph, arguments
 
 StockUNet: TypeAlias = UNet2DModel | UNet2DConditionModel
 
 
 class Anatomy(Parts, Slices):
-    """Which of a full net's parts a subnet takes, and what stock model it then is."""
+    """Which of a full UNet's parts a subnet takes, and what stock model it then is."""
 
     def __init__(self, config: Mapping[str, Any], groups: Groups) -> None:
         super().__init__(config)
@@ -35,20 +37,81 @@ class Anatomy(Parts, Slices):
         self.subconfig(self.full)
         self.check_shapes()
 
+    @abstractmethod
+    def stock_class(self, arch: Arch) -> type[StockUNet]: ...
+
+    @abstractmethod
+    def subconfig(self, arch: Arch) -> dict[str, Any]:
+        """Arguments of the subnet's stock class, `stock_class(arch)`. Raises UserError where a stock model cannot be so."""
+
+    @abstractmethod
+    def attends(self, arch: Arch, level: int | None) -> bool:
+        """Whether the subnet keeps the attention of the level, or of the middle, if there is any."""
+
+    @abstractmethod
+    def middle_blocks(self, arch: Arch) -> int:
+        """Residual blocks of the subnet's middle."""
+
+    @abstractmethod
+    def check_depths(self) -> None:
+        """Raises UserError where the levels of a subnet cannot differ in depth, whichever attention it leaves out."""
+
+    @abstractmethod
+    def layers(self, arch: Arch) -> tuple[int, ...]:
+        """Transformer layers of each attention, by level; 0 where attention is no such thing."""
+
+    @abstractmethod
+    def check_layers(self, layers: tuple[int, ...], middle: bool) -> None:
+        """Raises UserError where subnets cannot have these numbers of transformer layers, or go without a middle."""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether samples have conditions."""
+        return bool(self.config["num_class_embeds"] or self.config["class_embed_type"])
+
+    @property
+    def null_label(self) -> int | None:
+        """The label of no class, the last one; None where there are no labels."""
+        return (self.config["num_class_embeds"] or 1) - 1 if self._labelled else None
+
+    @property
+    def _labelled(self) -> bool:
+        return bool(self.config["num_class_embeds"] or self.config["class_embed_type"])
+
+    def some_condition(self, count: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Any condition of so many rows, by the names of the stock model's arguments."""
+        return {"class_labels": torch.zeros(count, dtype=torch.long, device=device)} if self._labelled else {}
+
     # ------------------------------------------------------------------------------------------------------- archs
 
     def depths(self, arch: Arch) -> tuple[int, ...]:
-        return arch.depths or (self.depth,) * self.levels
+        return arch.depths or self.full_depths
 
-    def attends(self, arch: Arch, level: int | None) -> bool:
-        """Whether the subnet keeps the attention of the level, or of the middle."""
-        if level is None and self.single_middle(arch):
-            return False
-        return not arch.attention or arch.attention[self.levels if level is None else level]
+    def canonical(self, arch: Arch) -> Arch:
+        """The same subnet, with nothing said of what it does not have, and nothing of what is as in the full net."""
+        depths = tuple(min(d, most) for d, most in zip(self.depths(arch), self.full_depths, strict=True))
+        kept = list(arch.attention or (True,) * (self.levels + 1))
+        for place in (*range(self.levels), None):
+            if place not in self.attention_places:
+                kept[self.levels if place is None else place] = True
+        return arch.replace(
+            depths=() if depths == self.full_depths else depths, attention=() if all(kept) else tuple(kept)
+        )
 
-    def single_middle(self, arch: Arch) -> bool:
-        """Whether the subnet is of the class whose middle is one residual block."""
-        return len(set(self.depths(arch))) > 1
+    def graph(self, arch: Arch) -> Graph:
+        """Of the subnet's blocks, branches and layers."""
+        levels = range(self.levels)
+        down = tuple(self.has_attention(self.config["down_block_types"][i]) and self.attends(arch, i) for i in levels)
+        up = tuple(
+            self.has_attention(block) and self.attends(arch, self.levels - 1 - i)
+            for i, block in enumerate(self.config["up_block_types"])
+        )
+        return Graph(self.depths(arch), self.middle_blocks(arch) > 0, (down, up))
+
+    @staticmethod
+    def has_attention(block: str) -> bool:
+        """Whether blocks of this type have attention."""
+        return "Attn" in block
 
     def place(self, unit: Unit, arch: Arch) -> int | None:
         """Where the full net's unit stands in the subnet, None where it lacks it. A level going down keeps its first residual
@@ -56,15 +119,15 @@ class Anatomy(Parts, Slices):
         if unit.attention and not self.attends(arch, unit.level):
             return None
         if unit.level is None:
-            return None if unit.index and self.single_middle(arch) else unit.index
-        dropped = self.depth - self.depths(arch)[unit.level]
+            return unit.index if unit.index < self.middle_blocks(arch) else None
+        dropped = self.full_depths[unit.level] - self.depths(arch)[unit.level]
         if unit.side == "down":
-            return unit.index if unit.index < self.depth - dropped else None
+            return unit.index if unit.index < self.full_depths[unit.level] - dropped else None
         index = unit.index - dropped if unit.index else 0
         return index if index > 0 or unit.index == 0 else None
 
-    def subconfig(self, arch: Arch) -> dict[str, Any]:
-        """Arguments of the subnet's stock class, `stock_class(arch)`. Raises UserError where a stock model cannot be so."""
+    def _narrowed(self, arch: Arch) -> dict[str, Any]:
+        """The full net's arguments, with the subnet's channels and norm groups."""
         self._check_form(arch)
         channels = tuple(
             _shrink(c, share, f"{c} channels of level {i}")
@@ -85,16 +148,136 @@ class Anatomy(Parts, Slices):
                     f"widths {arch.widths} differ between levels, which needs groups='count': stock models have one group count"
                 )
             for key in ("norm_num_groups", "attn_norm_num_groups"):
-                if config[key] is not None:
+                if config.get(key) is not None:
                     config[key] = _shrink(config[key], arch.widths[0], f"{key}={config[key]}")
-        self._check_channels(arch, channels, config)
+        for i, width in enumerate(channels):
+            if width % config["norm_num_groups"]:
+                raise UserError(
+                    f"width {arch.widths[i]} leaves {width} channels in level {i}, not a multiple of norm_num_groups={config['norm_num_groups']}"
+                )
+        return config
+
+    def check_shortcuts(self, arch: Arch) -> None:
+        """Raises UserError where the subnet's levels i - 1 and i are equally wide and the full net's are not."""
+        for i in range(1, self.levels):
+            if self.shortcut_vanishes(arch.widths, i):
+                raise UserError(
+                    f"widths {arch.widths} make levels {i - 1} and {i} equal in channels, unlike the full net, so that a shortcut "
+                    "convolution would vanish; choose other widths"
+                )
+
+    def shortcut_vanishes(self, widths: tuple[float, ...], level: int) -> bool:
+        """Whether the level is as wide as the one before it, in the subnet alone."""
+        before, here = self.channels[level - 1], self.channels[level]
+        return before != here and before * widths[level - 1] == here * widths[level]
+
+    def widened(self, name: str, arch: Arch) -> bool:
+        """Whether the levels on both sides of a synthetic shortcut, of its weight or bias, differ in the subnet."""
+        level = int(name.split(".")[1])
+        return arch.widths[level] != arch.widths[level - 1]
+
+    def _check_form(self, arch: Arch) -> None:
+        if len(arch.widths) != self.levels or not all(0 < share <= 1 for share in arch.widths):
+            raise UserError(
+                f"widths {arch.widths} must be {self.levels} shares in (0, 1], one per level of the network"
+            )
+        most = zip(arch.depths, self.full_depths, strict=False)
+        if arch.depths and (len(arch.depths) != self.levels or not all(1 <= d <= full for d, full in most)):
+            raise UserError(f"depths {arch.depths} must be {self.levels} numbers from 1 to {self.depth}, one per level")
+        if arch.attention and len(arch.attention) != self.levels + 1:
+            raise UserError(f"attention {arch.attention} must say yes or no for {self.levels} levels and the middle")
+
+
+class ImageUNet(Anatomy):
+    """Of a `UNet2DModel`, whose attention is a single layer over the image's own positions."""
+
+    stock = UNet2DModel
+    blocks = (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "ResnetDownsampleBlock2D",
+        "UpBlock2D",
+        "AttnUpBlock2D",
+        "ResnetUpsampleBlock2D",
+    )
+
+    def _supported(self) -> dict[str, tuple[Any, ...]]:
+        return {
+            **super()._supported(),
+            "mid_block_type": ("UNetMidBlock2D", None),
+            "downsample_type": ("conv", "resnet"),
+            "upsample_type": ("conv", "resnet"),
+        }
+
+    def _embeddings(self, half: Stretch) -> None:
+        if self.config["class_embed_type"] == "timestep":
+            self._time_mlp("class_embedding", (half, half))
+        elif self.config["num_class_embeds"] is not None:
+            self.tensors["class_embedding.weight"] = TensorAnatomy((fixed(self.config["num_class_embeds"]), self._time))
+
+    def _middle(self, trunk: Axis) -> Axis:
+        config, positions = self.config, self._positions(self.levels - 1)
+        for j in range(2):
+            unit = Unit("middle", None, "mid_block.resnets", j)
+            trunk = self._resnet(unit.name(j)[:-1], trunk, trunk, positions, unit)
+        if config["add_attention"]:
+            # The stock middle block leaves this norm out unless one of the two asks for it.
+            groups = config["attn_norm_num_groups"]
+            if groups is None and config["resnet_time_scale_shift"] == "default":
+                groups = config["norm_num_groups"]
+            self._attention(Unit("middle", None, "mid_block.attentions", 0, True), trunk, positions, groups)
+        return trunk
+
+    def _attend(self, unit: Unit, block: str, trunk: Axis, positions: int) -> None:
+        if self.has_attention(block):
+            self._attention(unit, trunk, positions)
+
+    def _attention(self, unit: Unit, axis: Axis, positions: int, groups: int | None = 0) -> None:
+        """`groups`: of its norm; 0 as everywhere, None without a norm."""
+        name = unit.name(unit.index)[:-1]
+        [outer] = axis
+        inner = (Stretch(outer.size, outer.level, f"{name}.inner"),)
+        if self.config["attention_head_dim"] is not None:
+            self.head_sizes[inner[0].channels] = self.config["attention_head_dim"]
+        if groups is not None:
+            self._norm(f"{name}.group_norm", axis, unit, groups)
+        for projection in ("to_q", "to_k", "to_v"):
+            self._weight(f"{name}.{projection}", (inner, axis), positions, unit)
+        self._weight(f"{name}.to_out.0", (axis, inner), positions, unit)
+        self.attentions.append(AttentionAnatomy(inner, positions, positions, unit))
+
+    # ------------------------------------------------------------------------------------------------------- archs
+
+    def attends(self, arch: Arch, level: int | None) -> bool:
+        if level is None and self._single_middle(arch):
+            return False
+        return not arch.attention or arch.attention[self.levels if level is None else level]
+
+    def _single_middle(self, arch: Arch) -> bool:
+        """Whether the subnet is of the class whose middle is one residual block."""
+        return len(set(self.depths(arch))) > 1
+
+    def middle_blocks(self, arch: Arch) -> int:
+        if self.config["mid_block_type"] is None:
+            return 0
+        return 1 if self._single_middle(arch) else 2
+
+    def canonical(self, arch: Arch) -> Arch:
+        if self._single_middle(arch) and arch.attention:
+            # That class has no attention in the middle, so there is nothing to choose.
+            arch = arch.replace(attention=(*arch.attention[:-1], True))
+        return super().canonical(arch)
+
+    def subconfig(self, arch: Arch) -> dict[str, Any]:
+        config = self._narrowed(arch)
+        self._check_heads(arch, config)
         for key in ("down_block_types", "up_block_types"):
             levels = range(self.levels) if key.startswith("down") else range(self.levels - 1, -1, -1)
             config[key] = tuple(
                 block if self.attends(arch, level) else self._without_attention(block, key)
                 for block, level in zip(config[key], levels, strict=True)
             )
-        if not self.single_middle(arch):
+        if not self._single_middle(arch):
             return {
                 **config,
                 "layers_per_block": self.depths(arch)[0],
@@ -126,31 +309,11 @@ class Anatomy(Parts, Slices):
 
     def stock_class(self, arch: Arch) -> type[StockUNet]:
         kinds: dict[bool, type[StockUNet]] = {False: UNet2DModel, True: UNet2DConditionModel}
-        return kinds[self.single_middle(arch)]
-
-    def check_shortcuts(self, arch: Arch) -> None:
-        """Raises UserError where the subnet's levels i - 1 and i are equally wide and the full net's are not."""
-        for i in range(1, self.levels):
-            if self.shortcut_vanishes(arch.widths, i):
-                raise UserError(
-                    f"widths {arch.widths} make levels {i - 1} and {i} equal in channels, unlike the full net, so that a shortcut "
-                    "convolution would vanish; choose other widths"
-                )
-
-    def shortcut_vanishes(self, widths: tuple[float, ...], level: int) -> bool:
-        """Whether the level is as wide as the one before it, in the subnet alone."""
-        before, here = self.channels[level - 1], self.channels[level]
-        return before != here and before * widths[level - 1] == here * widths[level]
-
-    def widened(self, name: str, arch: Arch) -> bool:
-        """Whether the levels on both sides of a synthetic shortcut, of its weight or bias, differ in the subnet."""
-        level = int(name.split(".")[1])
-        return arch.widths[level] != arch.widths[level - 1]
+        return kinds[self._single_middle(arch)]
 
     # ------------------------------------------------------------------------------------------------------ checks
 
     def check_depths(self) -> None:
-        """Raises UserError where the levels of a subnet cannot differ in depth, whichever attention it leaves out."""
         self._check_single_middle(self.config)
 
     def _check_single_middle(self, config: Mapping[str, Any]) -> None:
@@ -166,23 +329,21 @@ class Anatomy(Parts, Slices):
         if attends and config["attention_head_dim"] is None:
             raise UserError("levels of different depth need attention_head_dim as a number, not None")
 
-    def _check_form(self, arch: Arch) -> None:
-        if len(arch.widths) != self.levels or not all(0 < share <= 1 for share in arch.widths):
-            raise UserError(
-                f"widths {arch.widths} must be {self.levels} shares in (0, 1], one per level of the network"
-            )
-        if arch.depths and (len(arch.depths) != self.levels or not all(1 <= d <= self.depth for d in arch.depths)):
-            raise UserError(f"depths {arch.depths} must be {self.levels} numbers from 1 to {self.depth}, one per level")
-        if arch.attention and len(arch.attention) != self.levels + 1:
-            raise UserError(f"attention {arch.attention} must say yes or no for {self.levels} levels and the middle")
+    def layers(self, arch: Arch) -> tuple[int, ...]:
+        return (0,) * self.levels
 
-    def _check_channels(self, arch: Arch, channels: tuple[int, ...], config: Mapping[str, Any]) -> None:
-        for i, width in enumerate(channels):
-            if width % config["norm_num_groups"]:
-                raise UserError(
-                    f"width {arch.widths[i]} leaves {width} channels in level {i}, not a multiple of norm_num_groups={config['norm_num_groups']}"
-                )
-        head = config["attention_head_dim"]
+    def check_layers(self, layers: tuple[int, ...], middle: bool) -> None:
+        if layers or middle:
+            raise UserError(
+                f"layers {layers}, middle={middle}: a UNet2DModel has no transformer layers, and always its middle; leave them out"
+            )
+
+    def _check_form(self, arch: Arch) -> None:
+        super()._check_form(arch)
+        self.check_layers(arch.layers, not arch.middle)
+
+    def _check_heads(self, arch: Arch, config: Mapping[str, Any]) -> None:
+        head, channels = config["attention_head_dim"], config["block_out_channels"]
         for place in self.attention_places:
             level = self.levels - 1 if place is None else place
             if head is not None and self.attends(arch, place) and channels[level] % head:
@@ -201,12 +362,6 @@ def skeleton(anatomy: Anatomy, arch: Arch) -> StockUNet:
 def predict(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None = None) -> torch.Tensor:
     """A stock subnet's prediction, whichever class it is of (or a compiled form of it)."""
     return net(*arguments(net, x, t, condition), return_dict=False)[0]  # type: ignore[no-any-return]
-
-
-def arguments(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> tuple[Any, ...]:
-    """Positional arguments of a call; the class with text conditions is given none."""
-    labels = (condition or {}).get("class_labels")
-    return (x, t, None, labels) if "encoder_hid_dim" in net.config else (x, t, labels)
 
 
 def _shrink(size: int, share: float, what: str) -> int:

@@ -3,17 +3,18 @@
 
 Blocks are d0, d1, ... going down (an output is the hidden state and all skips), mid, and u0, u1, ... going up. A block consists of
 branches: d0.0 is its first residual block with its attention, d0.down its downsampling; upsampling belongs to the last branch of its
-block. A name of a block stands for all its branches. The input and output convolutions and the time embedding always run, unless
-nothing does: then the prediction itself is the one before.
+block. A branch of several layers has them as d0.0.resnet, d0.0.attention and u0.2.up. A name of a block stands for all its branches, that of
+a branch for all its layers. The input and output convolutions and the time embedding always run, unless nothing does: then the prediction
+itself is the one before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, combinations
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,125 +22,176 @@ PREDICTION = "prediction"
 """What a cache calls the network's output."""
 
 Cache = Mapping[str, torch.Tensor]
-"""Outputs by branch."""
+"""Outputs by branch, and by layer within a branch."""
 
 Condition = Mapping[str, torch.Tensor]
-"""The network's own keyword arguments, one row for each sample."""
+"""The network's own keyword arguments, one row for each sample. Those whose names begin with "negative_" are what takes their place where a
+guided step predicts without them."""
+
+Finer = bool | Literal["layers"]
+"""How fine: blocks (False), their branches (True), or the layers of these."""
 
 
 @dataclass(frozen=True)
-class Branch:
-    """`reads`: the branches, or the input convolution "in", whose outputs it takes: the trunk first, then a skip."""
+class Layer:
+    """`reads`: the outputs, or that of the input convolution "in", that it takes: the trunk first, then a skip. `output`: what its own is called,
+    as its branch where it is the last one of it."""
 
     name: str
     reads: tuple[str, ...]
+    output: str
 
     @property
     def block(self) -> str:
         return self.name.partition(".")[0]
 
+    @property
+    def branch(self) -> str:
+        return ".".join(self.name.split(".")[:2])
+
+    def among(self, names: Collection[str]) -> bool:
+        """Whether one of the names means it, or all of what it belongs to."""
+        return self.name in names or self.branch in names or self.block in names
+
 
 @dataclass(frozen=True)
 class Graph:
     """Who reads whose output, in the order of the forward pass. `depths`: residual blocks of each level going down, outermost
-    first; one more going up. `middle`: whether there is a middle block."""
+    first; one more going up. `middle`: whether there is a middle block. `attends`: which blocks going down, and which going up, in their own
+    order, have attention behind each residual block; empty for none."""
 
     depths: tuple[int, ...]
     middle: bool = True
+    attends: tuple[tuple[bool, ...], tuple[bool, ...]] = ((), ())
 
     @property
-    def branches(self) -> tuple[Branch, ...]:
-        return _branches(self.depths, self.middle)
+    def layers(self) -> tuple[Layer, ...]:
+        return _layers(self.depths, self.middle, self.attends)
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(branch.block for branch in self.branches))
+        return tuple(dict.fromkeys(layer.block for layer in self.layers))
 
-    def names(self, finer: bool = False) -> tuple[str, ...]:
-        """Of the blocks, or of their branches."""
-        return tuple(branch.name for branch in self.branches) if finer else self.blocks
+    def names(self, finer: Finer = False) -> tuple[str, ...]:
+        """Of the blocks, of their branches, or of the layers."""
+        return tuple(dict.fromkeys(_name(layer, finer) for layer in self.layers))
 
     def expand(self, names: Collection[str]) -> frozenset[str]:
-        """The branches that these names of blocks and branches stand for; those that the network lacks are left out."""
-        return frozenset(branch.name for branch in self.branches if branch.name in names or branch.block in names)
+        """The layers that these names of blocks, branches and layers stand for; those that the network lacks are left out."""
+        return frozenset(layer.name for layer in self.layers if layer.among(names))
 
-    def collapse(self, branches: Collection[str]) -> tuple[str, ...]:
-        """The shortest names for these branches, in order: a block where all of it is meant."""
-        whole = {branch.block for branch in self.branches}
-        whole -= {branch.block for branch in self.branches if branch.name not in branches}
-        named = (b.block if b.block in whole else b.name for b in self.branches if b.name in branches)
+    def outputs(self, names: Collection[str]) -> frozenset[str]:
+        """What is kept of blocks, branches and layers of these names: of whole branches their outputs alone."""
+        return frozenset(
+            layer.output
+            for layer in self.layers
+            if layer.name in names or (layer.output == layer.branch and layer.among(names))
+        )
+
+    def collapse(self, layers: Collection[str], finer: Finer = False) -> tuple[str, ...]:
+        """The shortest names for these layers, in order: a block or a branch where all of it is meant. With `finer="layers"` their own, so
+        that the outputs within a branch are kept too."""
+        if finer == "layers":
+            return tuple(layer.name for layer in self.layers if layer.name in layers)
+        cut = {name for one in self.layers if one.name not in layers for name in (one.block, one.branch)}
+        named = (
+            next(name for name in (one.block, one.branch, one.name) if name not in cut or name == one.name)
+            for one in self.layers
+            if one.name in layers
+        )
         return tuple(dict.fromkeys(named))
 
-    def live(self, wanted: Collection[str], finer: bool = False) -> frozenset[str]:
-        """Branches that run where these blocks (or, where `finer`, these branches) are wanted: those of them whose output somebody
-        reads who runs. Blocks run whole."""
+    def live(self, wanted: Collection[str], finer: Finer = False) -> frozenset[str]:
+        """Layers that run where these blocks (or branches, or layers) are wanted: those of them whose output somebody reads who runs.
+        Blocks, and branches where these are meant, run whole."""
         asked = self.expand(wanted)
-        last = self.branches[-1].name
         running: set[str] = set()
-        read: set[str] = {last}
-        units: list[list[Branch]] = [[branch] for branch in self.branches] if finer else self._by_block()
-        for unit in reversed(units):
-            names = {branch.name for branch in unit}
-            if names <= asked and names & read:
+        read: set[str] = {self.layers[-1].output}
+        for members in reversed(self._grouped(finer).values()):
+            names = {layer.name for layer in members}
+            if names <= asked and {layer.output for layer in members} & read:
                 running |= names
-                read |= {name for branch in unit for name in branch.reads}
+                read |= {name for layer in members for name in layer.reads}
         return frozenset(running)
 
-    def legal_sets(self, finer: bool = False) -> Iterator[tuple[str, ...]]:
-        """Every set of blocks (or branches) that may run while the others are reused: each is read by one that runs. The empty set
-        and the whole network are among them; n levels have 3 * 2^n - 1 sets of blocks, 47 for four."""
+    def legal_sets(self, finer: Finer = False) -> Iterator[tuple[str, ...]]:
+        """Every set of blocks (or branches, or layers) that may run while the others are reused: each is read by one that runs. The empty
+        set and the whole network are among them; n levels have 3 * 2^n - 1 sets of blocks, 47 for four."""
         readers = self._readers(finer)
         up = [name for name in self.names(finer) if name.startswith("u")]
         rest = [name for name in self.names(finer) if not name.startswith("u")]
         for start in range(len(up), -1, -1):
             running = set(up[start:])
-            # An up block is read by the next one alone, so those that run are the last ones. A block going down that one of them
-            # reads is free to run or not; the others only feed deeper ones, which only the middle's reader makes live.
-            free = [name for name in rest if readers[name] & running]
-            if start == 0 and "mid" in rest:
-                free = rest
+            # What goes up is read by the next alone, so those that run are the last ones. What goes down and is read by one of them, or by
+            # one that is free itself, is free to run or not; the others only feed deeper ones, which only the middle's reader makes live.
+            free = rest if start == 0 and "mid" in rest else self._fed(rest, running, readers)
             for chosen in chain.from_iterable(combinations(free, size) for size in range(len(free) + 1)):
                 if all(readers[name] & (running | {*chosen}) for name in chosen):
                     yield (*chosen, *up[start:])
 
-    def _by_block(self) -> list[list[Branch]]:
-        found: dict[str, list[Branch]] = {}
-        for branch in self.branches:
-            found.setdefault(branch.block, []).append(branch)
-        return list(found.values())
+    def _fed(self, names: Iterable[str], running: Collection[str], readers: Mapping[str, set[str]]) -> list[str]:
+        found: list[str] = []
+        for name in reversed([*names]):
+            if readers[name] & {*running, *found}:
+                found.append(name)
+        return found[::-1]
 
-    def _readers(self, finer: bool) -> dict[str, set[str]]:
+    def _grouped(self, finer: Finer) -> dict[str, list[Layer]]:
+        found: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            found.setdefault(_name(layer, finer), []).append(layer)
+        return found
+
+    def _readers(self, finer: Finer) -> dict[str, set[str]]:
+        producers = {layer.output: _name(layer, finer) for layer in self.layers} | {"in": "in"}
         found: dict[str, set[str]] = {name: set() for name in (*self.names(finer), "in")}
-        for branch in self.branches:
-            name = branch.name if finer else branch.block
-            for source in branch.reads:
-                producer = source if finer else source.partition(".")[0]
-                if producer != name:
-                    found[producer].add(name)
+        for layer in self.layers:
+            name = _name(layer, finer)
+            for source in layer.reads:
+                if producers[source] != name:
+                    found[producers[source]].add(name)
         return found
 
 
+def _name(layer: Layer, finer: Finer) -> str:
+    if finer == "layers":
+        return layer.name
+    return layer.branch if finer else layer.block
+
+
 @lru_cache(maxsize=256)
-def _branches(depths: tuple[int, ...], middle: bool) -> tuple[Branch, ...]:
-    found: list[Branch] = []
+def _layers(
+    depths: tuple[int, ...], middle: bool, attends: tuple[tuple[bool, ...], tuple[bool, ...]]
+) -> tuple[Layer, ...]:
+    found: list[Layer] = []
     trunk = "in"
     skips = [trunk]
+
+    def add(branch: str, parts: Sequence[str], reads: tuple[str, ...]) -> None:
+        for number, part in enumerate(parts):
+            name = f"{branch}.{part}" if len(parts) > 1 else branch
+            output = branch if number + 1 == len(parts) else name
+            found.append(Layer(name, reads, output))
+            reads = (output,)
+
     for level, depth in enumerate(depths):
-        names = [f"d{level}.{j}" for j in range(depth)]
+        for j in range(depth):
+            add(f"d{level}.{j}", ("resnet", "attention") if any(attends[0][level : level + 1]) else ("",), (trunk,))
+            trunk = f"d{level}.{j}"
+            skips.append(trunk)
         if level + 1 < len(depths):
-            names.append(f"d{level}.down")
-        for name in names:
-            found.append(Branch(name, (trunk,)))
-            trunk = name
+            add(f"d{level}.down", ("",), (trunk,))
+            trunk = f"d{level}.down"
             skips.append(trunk)
     if middle:
-        found.append(Branch("mid", (trunk,)))
+        add("mid", ("",), (trunk,))
         trunk = "mid"
     for i, depth in enumerate(reversed(depths)):
         for j in range(depth + 1):
-            name = f"u{i}.{j}"
-            found.append(Branch(name, (trunk, skips.pop())))
-            trunk = name
+            parts = ["resnet", *(["attention"] if any(attends[1][i : i + 1]) else [])]
+            parts += ["up"] if j == depth and i + 1 < len(depths) else []
+            add(f"u{i}.{j}", parts, (trunk, skips.pop()))
+            trunk = f"u{i}.{j}"
     return tuple(found)
 
 
@@ -161,9 +213,26 @@ def as_noise(prediction: torch.Tensor, x: torch.Tensor, alpha: float, kind: str)
     return made
 
 
+ADDED = ("text_embeds", "time_ids")
+"""Conditions that Stable Diffusion XL adds to the timestep's embedding."""
+
+
+def arguments(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> tuple[Any, ...]:
+    """Positional arguments of a call of a stock UNet2DModel or UNet2DConditionModel."""
+    told = condition or {}
+    if "encoder_hid_dim" not in net.config:
+        return x, t, told.get("class_labels")
+    added = {name: told[name] for name in ADDED if name in told} or None
+    return x, t, told.get("encoder_hidden_states"), told.get("class_labels"), None, None, None, added
+
+
 def graph_of(net: Any) -> Graph:
     """Of a stock UNet2DModel or UNet2DConditionModel."""
-    return Graph(tuple(len(block.resnets) for block in net.down_blocks), net.mid_block is not None)
+    attends = [
+        tuple(bool(getattr(b, "attentions", None)) for b in blocks) for blocks in (net.down_blocks, net.up_blocks)
+    ]
+    depths = tuple(len(block.resnets) for block in net.down_blocks)
+    return Graph(depths, net.mid_block is not None, (attends[0], attends[1]))
 
 
 def run(
@@ -179,11 +248,11 @@ def run(
 ) -> tuple[torch.Tensor, Cache]:
     """The prediction at one step, and what the next one may reuse.
 
-    x: (batch, channels, height, width). `reuse`: blocks or branches that do not run; their outputs are those of `cache`, which the step
+    x: (batch, channels, height, width). `reuse`: blocks, branches or layers that do not run; their outputs are those of `cache`, which the step
     before returned. `keep`: whose outputs the returned cache holds, run now or handed on. `condition`: such as `class_labels`. `answer`: what the
     network's output becomes before it is returned, or kept to be held at another step, where it would mean something else.
 
-    `gates`: for learning which blocks to reuse. Everything runs, and the output of a block (or branch) of weight g counts as
+    `gates`: for learning which blocks to reuse. Everything runs, and the output of a block (or branch, or layer) of weight g counts as
     g * its own + (1 - g) * the cached one, here and in the returned cache, which holds all.
 
     Raises ValueError where an output is reused of which nothing is kept.
@@ -191,8 +260,8 @@ def run(
     graph = graph_of(net)
     kept = dict(cache or {})
     reused = graph.expand(reuse)
-    last = graph.branches[-1].name
-    wanted = {*graph.expand(keep)} if gates is None else {branch.name for branch in graph.branches}
+    last = graph.layers[-1].output
+    wanted = graph.outputs(keep if gates is None else graph.names("layers"))
     outputs: dict[str, torch.Tensor] = {}
 
     def output(name: str) -> torch.Tensor:
@@ -202,23 +271,39 @@ def run(
             raise ValueError(f"the output of {name} is to be reused, but none is kept from the step before")
         return kept[name]
 
-    if len(reused) == len(graph.branches):
+    if len(reused) == len(graph.layers):
         prediction = output(PREDICTION)
     else:
-        embedding = _time_embedding(net, x, t, condition)
+        embedding = _embedding(net, x, t, condition)
         outputs["in"] = net.conv_in(2 * x - 1.0 if net.config.center_input_sample else x)
-        for branch in graph.branches:
-            if branch.name not in reused:
-                own = _run_branch(net, branch, [output(name) for name in branch.reads], embedding)
-                outputs[branch.name] = _mixed(own, kept, branch.name, gates)
-            if gates is not None and branch.block in gates and _ends_block(graph, branch):
-                for name in graph.expand([branch.block]):
-                    outputs[name] = _mix(outputs[name], kept, name, gates[branch.block])
+        for place, layer in enumerate(graph.layers):
+            if layer.name not in reused:
+                outputs[layer.output] = _run(net, layer, [output(name) for name in layer.reads], embedding, condition)
+            if gates is not None:
+                following = graph.layers[place + 1] if place + 1 < len(graph.layers) else None
+                for name in _ended(layer, following):
+                    for mixed in graph.outputs([name]) if name in gates else ():
+                        outputs[mixed] = _mix(outputs[mixed], kept, mixed, gates[name])
         prediction = answer(_predict(net, output(last)))
     held = {name: outputs.get(name, kept.get(name)) for name in wanted}
     if last in wanted:
         held[PREDICTION] = prediction
     return prediction, {name: value for name, value in held.items() if value is not None}
+
+
+NEGATIVE = "negative_"
+
+
+def null_of(condition: Condition, null_label: int | None) -> Condition:
+    """What takes a condition's place where a guided step predicts without it, in as many rows: what stands in it as negative, for labels that
+    of no class, and all else as it is."""
+    found = {}
+    for name, rows in condition.items():
+        if name == "class_labels" and null_label is not None:
+            found[name] = torch.full_like(rows, null_label)
+        elif not name.startswith(NEGATIVE):
+            found[name] = condition.get(NEGATIVE + name, rows)
+    return found
 
 
 def guided(
@@ -236,7 +321,7 @@ def guided(
     outputs of twice as many rows; or c alone where `other` predicts u. Where the variance lies is as c says.
     """
     if other is None:
-        both = {name: torch.cat([rows, null[name]]) for name, rows in condition.items()}
+        both = {name: torch.cat([condition[name], rows]) for name, rows in null.items()}
         noises, kept = call(torch.cat([x, x]), cache, both)
         told, plain = noises.chunk(2)
     else:
@@ -252,7 +337,7 @@ def guided(
 def holds(net: Any, reuse: Collection[str]) -> bool:
     """Whether a call with these blocks reused runs nothing, and hands out the prediction of the step before."""
     graph = graph_of(net)
-    return len(graph.expand(reuse)) == len(graph.branches)
+    return len(graph.expand(reuse)) == len(graph.layers)
 
 
 def first_rows(cache: Cache | None, count: int) -> Cache | None:
@@ -260,22 +345,34 @@ def first_rows(cache: Cache | None, count: int) -> Cache | None:
     return None if cache is None else {name: rows[:count] for name, rows in cache.items()}
 
 
-def _run_branch(net: Any, branch: Branch, inputs: Sequence[torch.Tensor], embedding: torch.Tensor) -> torch.Tensor:
+def _run(
+    net: Any, layer: Layer, inputs: Sequence[torch.Tensor], embedding: torch.Tensor, condition: Condition | None
+) -> torch.Tensor:
     hidden = inputs[0]
-    if branch.name == "mid":
-        return net.mid_block(hidden, embedding)  # type: ignore[no-any-return]
-    side, level, place = branch.name[0], int(branch.block[1:]), branch.name.partition(".")[2]
-    block = (net.down_blocks if side == "d" else net.up_blocks)[level]
+    if layer.name == "mid":
+        told = _text(net.mid_block, condition) if getattr(net.mid_block, "has_cross_attention", False) else {}
+        return net.mid_block(hidden, embedding, **told)  # type: ignore[no-any-return]
+    level, place, *part = layer.name[1:].split(".")
+    up = layer.name.startswith("u")
+    block = (net.up_blocks if up else net.down_blocks)[int(level)]
     if place == "down":
         return _resample(block.downsamplers, hidden, embedding)
-    if side == "u":
+    if part == ["up"]:
+        return _resample(block.upsamplers, hidden, embedding)
+    if part == ["attention"]:
+        attention = block.attentions[int(place)]
+        if getattr(block, "has_cross_attention", False):
+            return attention(hidden, **_text(attention, condition), return_dict=False)[0]  # type: ignore[no-any-return]
+        return attention(hidden)  # type: ignore[no-any-return]
+    if up:
         hidden = torch.cat([hidden, inputs[1]], dim=1)
-    hidden = block.resnets[int(place)](hidden, embedding)
-    if getattr(block, "attentions", None) is not None:
-        hidden = block.attentions[int(place)](hidden)
-    if side == "u" and int(place) + 1 == len(block.resnets) and block.upsamplers is not None:
-        hidden = _resample(block.upsamplers, hidden, embedding)
-    return hidden
+    return block.resnets[int(place)](hidden, embedding)  # type: ignore[no-any-return]
+
+
+def _text(module: Any, condition: Condition | None) -> dict[str, Any]:
+    if condition is None or "encoder_hidden_states" not in condition:
+        raise ValueError("the network needs encoder_hidden_states as its condition")
+    return {"encoder_hidden_states": condition["encoder_hidden_states"].to(next(module.parameters()).dtype)}
 
 
 def _resample(modules: Any, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
@@ -285,16 +382,23 @@ def _resample(modules: Any, hidden: torch.Tensor, embedding: torch.Tensor) -> to
     return hidden
 
 
-def _time_embedding(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> torch.Tensor:
+def _embedding(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> torch.Tensor:
+    """Of the timestep, and of whatever else is added to it."""
     t = torch.as_tensor(t, device=x.device).reshape(-1)
     t = t * torch.ones(len(x), dtype=t.dtype, device=t.device)
     embedding: torch.Tensor = net.time_embedding(net.time_proj(t).to(dtype=net.dtype))
     if net.class_embedding is not None:
-        if condition is None:
+        if condition is None or "class_labels" not in condition:
             raise ValueError("the network needs class_labels as its condition")
         labels = condition["class_labels"]
         labels = net.time_proj(labels).to(dtype=net.dtype) if net.config.class_embed_type == "timestep" else labels
         embedding = embedding + net.class_embedding(labels).to(dtype=net.dtype)
+    if getattr(net.config, "addition_embed_type", None) == "text_time":
+        if condition is None or not {"text_embeds", "time_ids"} <= condition.keys():
+            raise ValueError("the network needs text_embeds and time_ids as its condition")
+        sizes = net.add_time_proj(condition["time_ids"].flatten()).reshape(len(x), -1)
+        added = torch.cat([condition["text_embeds"], sizes.to(condition["text_embeds"])], dim=-1)
+        embedding = embedding + net.add_embedding(added.to(embedding.dtype))
     return embedding
 
 
@@ -303,16 +407,14 @@ def _predict(net: Any, hidden: torch.Tensor) -> torch.Tensor:
     return prediction
 
 
-def _ends_block(graph: Graph, branch: Branch) -> bool:
-    following = graph.branches[graph.branches.index(branch) + 1 :]
-    return not following or following[0].block != branch.block
-
-
-def _mixed(own: torch.Tensor, kept: Cache, name: str, gates: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
-    """Gates of branches mix at once; a block's own mix when all of it has run."""
-    if gates is None or "." not in name or name not in gates:
-        return own
-    return _mix(own, kept, name, gates[name])
+def _ended(layer: Layer, following: Layer | None) -> tuple[str, ...]:
+    """What is over with this layer: itself, its branch, its block; each once."""
+    over = [layer.name]
+    if following is None or following.branch != layer.branch:
+        over.append(layer.branch)
+    if following is None or following.block != layer.block:
+        over.append(layer.block)
+    return tuple(dict.fromkeys(over))
 
 
 def _mix(own: torch.Tensor, kept: Cache, name: str, gate: torch.Tensor) -> torch.Tensor:

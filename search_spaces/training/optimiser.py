@@ -156,7 +156,7 @@ class Teacher:
         if self._full is None:
             return truth
         with torch.inference_mode():
-            prediction = self._full(x, t, **(condition or {})).sample
+            prediction = predict(self._full, x, t, condition)
         self._net.trained_macs += len(x) * self._net.recipe.cost.macs(self._net.full_arch)
         return truth.lerp(prediction[:, : x.shape[1]].clone(), self._share)
 

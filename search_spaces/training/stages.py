@@ -217,7 +217,7 @@ class Sandwich(OneStage):
                     for arch in self._members(net.recipe, generator):
                         t, x, truth = batches.noised(x0, generator, served)
                         target = teacher.target(x, t, truth, condition)
-                        prediction = net.forward(arch._replace(expert=self.expert), x, t, condition)
+                        prediction = net.forward(arch.replace(expert=self.expert), x, t, condition)
                         loss = batches.loss(prediction, target, x0, x, t)
                         weight = self.full_weight if arch == net.full_arch else 1.0
                         torch.autograd.backward(weight * loss)
