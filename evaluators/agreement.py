@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from evaluators.conditions import Labels
 from evaluators.features import SmallClassifier
 from evaluators.images import check_shape, load_once
 from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
@@ -32,8 +31,11 @@ class Agreement(Sampled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.conditions, Labels):
-            raise UserError("Agreement compares samples with their labels; give it conditions=Labels(images)")
+        if self.conditions is None:
+            raise UserError(
+                "Agreement compares samples with the classes they were asked to be; give it conditions=Labels(images), or captions or "
+                "prompts with classes"
+            )
 
     def describe(self) -> Mapping[str, object]:
         return {
@@ -47,6 +49,7 @@ class Agreement(Sampled):
         return digest_of({**self.describe(), "judge": self.judge.digest(folder)})
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from self.prepare_conditions(folder, device)
         yield from self.judge.prepare(load_once(self.images), folder, seed, device)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
@@ -54,9 +57,12 @@ class Agreement(Sampled):
         trajectories, classify = self.trajectories(supernet, folder), self.judge.classifier(folder, supernet.device)
         conditions = trajectories.conditions
         assert conditions is not None
+        if conditions.classes(0, 0, 1) is None:
+            raise UserError(f"{self.conditions} asks for no classes; Agreement needs them, so give each its class")
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> npt.NDArray[np.float64]:
-            asked = conditions.of(seed, start, stop)["class_labels"]
+            asked = conditions.classes(seed, start, stop)
+            assert asked is not None
             with torch.inference_mode():
                 seen = classify(trajectories.images(schedule, seed, start, stop)).argmax(1).cpu()
             return (seen != asked).double().numpy()

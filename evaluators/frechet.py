@@ -221,6 +221,7 @@ class OfFeatures(Sampled):
         return digest_of({**self.describe(), "features": features})
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from self.prepare_conditions(folder, device)
         yield from self.features.prepare(load_once(self.images), folder, seed, device)
 
     def check(self) -> None:

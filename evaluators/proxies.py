@@ -32,6 +32,7 @@ from nas.contracts import (
     Score,
     Step,
     UserError,
+    conditions_of,
     digest_of,
 )
 from nas.recipes import Count, recipe
@@ -100,7 +101,7 @@ class OfImages(Sampled):
         return digest_of(self.describe())
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
-        yield from ()
+        yield from self.prepare_conditions(folder, device)
 
 
 @recipe
@@ -228,6 +229,7 @@ class DenoisingLoss(OfImages):
         check_shape(images, supernet.image_shape)
         trajectories = self.trajectories(supernet, folder)
         abar, states = supernet.alphas_cumprod, getattr(supernet, "to_states", lambda images: images)
+        conditions = conditions_of(supernet, images) if self.conditions is not None else None
 
         def loss(step: Step, seed: int, start: int, stop: int) -> Floats:
             chosen = np.arange(start, stop) % len(images)
@@ -237,8 +239,7 @@ class DenoisingLoss(OfImages):
             trajectories.meter.calls += stop - start
             trajectories.meter.macs += (stop - start) * supernet.macs(step)
             x = signal**0.5 * x0 + (1 - signal) ** 0.5 * noise
-            labels = None if images.labels is None or self.conditions is None else images.labels[chosen]
-            condition = None if labels is None else {"class_labels": torch.from_numpy(labels)}
+            condition = None if conditions is None else conditions(torch.from_numpy(chosen))
             prediction, _ = predict(supernet, step, x, None, self.precision, condition=condition)
             return _mean_square(prediction - noise)
 

@@ -44,7 +44,7 @@ class Sampled:
     `rungs`: sample counts, increasing; the last verifies. `batch`: samples per network call, a matter of speed alone (up
     to the rounding of floats); None leaves it to the device. `precision`: of the network's calls; "bfloat16" is faster on
     some devices and gives other scores. `cache_bytes`: memory of each worker for states that schedules share. `conditions`: what
-    samples are conditioned on, such as `Labels(images)`, where the network takes conditions. `sampler`: several, where the space chooses
+    samples are conditioned on, such as `Labels(images)` or `Captions(images, encoder)`, where the network takes conditions. `sampler`: several, where the space chooses
     among them.
     """
 
@@ -67,12 +67,17 @@ class Sampled:
         )
         return {"rungs": self.rungs, "sampler": sampler, "precision": self.precision, **given}
 
+    def prepare_conditions(self, folder: Path, device: str) -> Iterator[Progress]:
+        """What samples are told."""
+        if self.conditions is not None:
+            yield from self.conditions.prepare(folder, device)
+
     def trajectories(self, net: LoadedSupernet, folder: Path) -> Trajectories:
         """Shared by all scores of this supernet with the same settings."""
         execution = settle(net, folder, self.precision)
         net.run_as(execution.channels_last, execution.compiled)
         batch = execution.batch if self.batch is None else self.batch
-        conditions = None if self.conditions is None else self.conditions.load()
+        conditions = None if self.conditions is None else self.conditions.load(folder, str(net.device))
         return Trajectories.shared(net, self.sampler, self.precision, batch, self.cache_bytes, conditions)
 
 

@@ -357,12 +357,14 @@ OPTIONAL = {
     "Training": ("macs",),
     "LoadedSupernet": (
         "autoencoder",
+        "conditions_of",
         "in_pixels",
         "posterior",
         "learned_variance",
         "noise_by",
         "null_condition",
         "some_condition",
+        "text_components",
         "to_states",
     ),
 }
@@ -375,6 +377,12 @@ def some_condition(net: LoadedSupernet, count: int) -> Condition | None:
     """Any condition that the network takes, of so many rows, for who only wants to see it run; None where it takes none."""
     make = getattr(net, "some_condition", None)
     return None if make is None else make(count)
+
+
+def conditions_of(net: LoadedSupernet, data: ImageSet) -> Callable[[torch.Tensor], Condition] | None:
+    """What makes conditions of chosen images, (n,), on the network's device; None where it takes none."""
+    make = getattr(net, "conditions_of", None)
+    return None if make is None else make(data)
 
 
 def noise_by(
@@ -416,6 +424,14 @@ class LoadedSupernet(Protocol):
 
     def null_condition(self, condition: Condition) -> Condition:
         """The condition that says nothing, in as many rows: what a guided step also predicts with."""
+
+    def conditions_of(self, data: ImageSet) -> Callable[[torch.Tensor], Condition] | None:
+        """What makes the conditions of chosen images, (n,): their labels, or what their captions tell the network; None where it takes none.
+        Raises UserError where the images have not got them."""
+
+    @property
+    def text_components(self) -> Mapping[str, Any]:
+        """The stock text encoders and tokenizers that make its conditions of texts, by their names in a pipeline; none where there are none."""
 
     def some_condition(self, count: int) -> Condition | None:
         """Any condition that the network takes, of so many rows, for who only wants to see it run; None where it takes none."""
@@ -532,17 +548,25 @@ class Images(Protocol):
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """`pixels`: float32 (n, channels, height, width) in [-1, 1]; `labels`: int64 (n,) or None; `digest`: content hash, of the held-out
-    images too; `held_out`: further images, on which nothing is trained."""
+    images too; `held_out`: further images, on which nothing is trained; `captions`: what each shows, in words."""
 
     pixels: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64] | None
     digest: str
     held_out: ImageSet | None = None
+    captions: tuple[str, ...] | None = None
 
     @property
     def reference(self) -> ImageSet:
         """What samples are compared with: the held-out images, where there are some."""
         return self.held_out or self
+
+    @property
+    def texts(self) -> tuple[str, ...] | None:
+        """The captions; of images that have labels alone, the labels' numbers; None where there are neither."""
+        if self.captions is not None or self.labels is None:
+            return self.captions
+        return tuple(str(label) for label in self.labels)
 
     def __len__(self) -> int:
         return len(self.pixels)

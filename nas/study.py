@@ -174,7 +174,7 @@ class Study:
         conditional = getattr(self.supernet, "conditional", False)
         if conditional != (getattr(self.evaluator, "conditions", None) is not None):
             raise UserError(
-                "the network takes conditions; give the evaluator conditions=Labels(images)"
+                "the network takes conditions; give the evaluator conditions=Labels(images), or Captions(images, encoder) where it reads texts"
                 if conditional
                 else "the network takes no conditions; leave out the evaluator's conditions, or give the network num_class_embeds"
             )

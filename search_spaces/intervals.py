@@ -34,10 +34,16 @@ def uniform(steps: int, total: int = 1000) -> Timesteps:
     return tuple(int(t) for t in np.round(np.arange(total, 0, -total / steps)[:steps]) - 1)
 
 
-def leading(steps: int, total: int = 1000) -> Timesteps:
-    """Equal spacing that ends at timestep 0 ("leading" in diffusers): ..., 2 total/steps, total/steps, 0."""
+def leading(steps: int, total: int = 1000, offset: int = 0) -> Timesteps:
+    """Equal spacing that ends at the offset ("leading" in diffusers, whose `steps_offset` it is; 1 in Stable Diffusion): ..., 2 total/steps +
+    offset, total/steps + offset, offset."""
     _check(steps, total)
-    return tuple(int(t) for t in (np.arange(steps) * (total // steps))[::-1])
+    chosen = tuple(int(t) + offset for t in (np.arange(steps) * (total // steps))[::-1])
+    if offset < 0 or chosen[0] >= total:
+        raise UserError(
+            f"offset={offset} leads to timesteps from {chosen[-1]} to {chosen[0]}; they go from 0 to {total - 1}"
+        )
+    return chosen
 
 
 def linspace(steps: int, first: int = 999, last: int = 0) -> Timesteps:

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
-from diffusers import UNet2DModel
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
@@ -25,24 +25,42 @@ from search_spaces.noise import NoiseSchedule
 
 log = logging.getLogger("nas")
 
-REMEDY = "give a UNet2DModel folder, or that of a pipeline with one"
+NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
+REMEDY = f"give a folder of a {' or '.join(NETWORKS)}, or that of a pipeline with one"
 INDEX = "model_index.json"
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+PIPELINES = (
+    "DDIMPipeline",
+    "DDPMPipeline",
+    "LDMPipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+)
 REFUSED = {
     "LDMSuperResolutionPipeline": "whose network is given the small image too, beside the noisy one",
-    "StableDiffusionPipeline": "whose network is given a text",
+    "LDMTextToImagePipeline": "whose text encoder is a BERT of its own",
+    "StableDiffusionInpaintPipeline": "whose network is given the image and its mask too, beside the noisy one",
+    "StableDiffusionInstructPix2PixPipeline": "whose network is given the image too, beside the noisy one",
+    "StableDiffusionUpscalePipeline": "whose network is given the small image too, beside the noisy one",
 }
 """Pipelines whose networks nothing here can call, and why."""
+USED = ("scheduler", "tokenizer")
+"""Further components that are read."""
+VARIANTS = ("", ".fp16", ".bf16")
+"""How the names of files of weights in another precision go on."""
 
 
 class Found(NamedTuple):
     """`folder`: of the network. `config`: arguments of its class. `noise`: None where nothing says which process it was trained on.
-    `autoencoder`: the folder of the one whose latents it works on; None where it works on pixels."""
+    `autoencoder`: the folder of the one whose latents it works on; None where it works on pixels. `text`: the folder of the pipeline whose text
+    encoders make what it reads; None where there are none."""
 
     folder: Path
     config: dict[str, Any]
     noise: NoiseSchedule | None
     autoencoder: Path | None = None
+    text: Path | None = None
 
 
 def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
@@ -76,7 +94,8 @@ def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
             NoiseSchedule().beta_start,
             NoiseSchedule().beta_end,
         )
-    return Found(folder, config, noise, autoencoder)
+    reads = pipeline is not None and any(kind in TEXT_ENCODERS for kind in _parts(pipeline).values())
+    return Found(folder, config, noise, autoencoder, pipeline if reads else None)
 
 
 def _parts(pipeline: Path) -> dict[str, Any]:
@@ -84,7 +103,12 @@ def _parts(pipeline: Path) -> dict[str, Any]:
     index = read_json(pipeline / INDEX, REMEDY)
     if index.get("_class_name") in REFUSED:
         raise UserError(f"{pipeline} is a {index['_class_name']}, {REFUSED[index['_class_name']]}; {REMEDY}")
-    return {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    known = (*NETWORKS, *AUTOENCODERS, *TEXT_ENCODERS)
+    left = [name for name, kind in parts.items() if kind and kind not in known and not name.startswith(USED)]
+    if left:
+        log.info("%s: %s is not needed, and is left out", pipeline, ", ".join(left))
+    return parts
 
 
 def _autoencoder(pipeline: Path) -> Path | None:
@@ -96,33 +120,38 @@ def _autoencoder(pipeline: Path) -> Path | None:
 
 def _network(pipeline: Path) -> Path:
     known = _parts(pipeline)
-    networks = [name for name, kind in known.items() if kind == "UNet2DModel" and re.fullmatch(r"\w+", name)]
+    networks = [name for name, kind in known.items() if kind in NETWORKS and re.fullmatch(r"\w+", name)]
     if len(networks) != 1:
         others = ", ".join(f"{name} ({kind})" for name, kind in known.items() if kind) or "nothing"
-        raise UserError(f"{pipeline} is a pipeline of {others}; one with a single UNet2DModel is needed")
+        raise UserError(f"{pipeline} is a pipeline of {others}; one with a single {' or '.join(NETWORKS)} is needed")
     return pipeline / networks[0]
 
 
 def _config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json", REMEDY)
-    if config.get("_class_name") != "UNet2DModel":
-        raise UserError(f"{folder} holds a {config.get('_class_name')}, not a UNet2DModel; {REMEDY}")
-    taken = set(inspect.signature(UNet2DModel.__init__).parameters) - {"self"}
-    unknown = sorted(name for name in config if not name.startswith("_") and name not in taken)
+    name = config.get("_class_name")
+    if name not in NETWORKS:
+        raise UserError(f"{folder} holds a {name}, not a {' or a '.join(NETWORKS)}; {REMEDY}")
+    taken = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}
+    unknown = sorted(key for key in config if not key.startswith("_") and key not in taken)
     if unknown:  # an average's decay, settings of newer versions
-        log.info(
-            "%s: %s is no setting of UNet2DModel here, and is left out", folder / "config.json", ", ".join(unknown)
-        )
-    return {name: value for name, value in config.items() if name in taken}
+        log.info("%s: %s is no setting of %s here, and is left out", folder / "config.json", ", ".join(unknown), name)
+    found = {key: value for key, value in config.items() if key in taken}
+    return found if name == NETWORKS[0] else {"_class_name": name, **found}
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The one file of the weights, or all shards that its index names. Raises UserError where there are none, or one is missing."""
-    single, index = folder / SAFETENSORS_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if single.is_file():
+    stem, _, ending = SAFETENSORS_WEIGHTS_NAME.rpartition(".")
+    whole = [folder / f"{stem}{variant}.{ending}" for variant in VARIANTS]
+    single = next((file for file in whole if file.is_file()), None)
+    if single is not None:
         return [single]
-    if not index.is_file():
-        raise UserError(f"{single} does not exist; save the model with safetensors")
+    index_stem, _, index_ending = SAFE_WEIGHTS_INDEX_NAME.rpartition(".")
+    indices = [folder / f"{index_stem}{variant}.{index_ending}" for variant in VARIANTS]
+    index = next((file for file in indices if file.is_file()), None)
+    if index is None:
+        raise UserError(f"{whole[0]} does not exist; save the model with safetensors")
     shards = read_json(index, "save the model anew").get("weight_map")
     names = sorted(set(shards.values())) if isinstance(shards, dict) else []
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
@@ -143,9 +172,10 @@ def weights_digest(folder: Path) -> str:
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
     """Compares names and shapes with the network's, reading no tensor. Raises UserError naming the first that differ."""
+    kind = getattr(diffusers, config.get("_class_name", NETWORKS[0]))
     with torch.device("meta"):
         try:
-            net = UNet2DModel(**config)
+            net = kind(**{name: value for name, value in config.items() if not name.startswith("_")})
         except (TypeError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"{folder / 'config.json'}: diffusers cannot make this network ({first_line(error)})"

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 from nas.base.files import file_digest, first_line, tensors_digest
-from nas.contracts import Condition, Denoiser, Finer, Gated, Guidance, Step, UserError, digest_of
+from nas.contracts import Condition, Denoiser, Finer, Gated, Guidance, ImageSet, Step, UserError, digest_of
 from nas.recipes import Count, recipe
 from search_spaces.codec import Autoencoder, Codec, LoadedCodec, Pixels
 from search_spaces.networks.cost import Cost, CostModel
@@ -35,6 +35,7 @@ from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options, PerLevel, Subnets
 from search_spaces.pretrained import find, read_weights, weights_digest
 from search_spaces.shipped.reuse import arguments, as_noise, first_rows, guided, null_of, run
+from search_spaces.text import LoadedText, Text, TextEncoder
 
 WEIGHTS = "weights.safetensors"
 
@@ -49,7 +50,8 @@ class ElasticUNet:
     `groups`: GroupNorm keeps its group *count* at every width (any widths), or its group *size* (one share for the
     whole net; trains a little better). `heads`: of a narrower attention that reads a text, fewer "whole" ones or as many "slim" ones. `experts`: training timesteps at which another copy of the weights takes over.
     `pretrained`: a diffusers UNet2DModel folder whose weights it starts from.
-    `codec`: what its states are of an image, `Pixels()` or the latents of an `Autoencoder("vae/")`.
+    `codec`: what its states are of an image, `Pixels()` or the latents of an `Autoencoder("vae/")`. `text`: what makes of a caption what the
+    network reads, such as `TextEncoder("sd15/")`; training needs it, and who exports a pipeline that is to take prompts.
     Raises UserError where an option does not give a stock model.
     """
 
@@ -64,6 +66,7 @@ class ElasticUNet:
     pretrained: str | None = None
     channels: tuple[tuple[Count, ...], ...] = ()
     codec: Codec = field(default_factory=Pixels)
+    text: Text | None = None
     layers: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = ()
     middle: bool = False
     heads: Heads = "whole"
@@ -101,15 +104,17 @@ class ElasticUNet:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **settings: Any) -> ElasticUNet:
-        """The elastic network of a trained diffusers model: the folder of a UNet2DModel, or of a pipeline with one (DDPM, DDIM, LDM), whose
-        scheduler says which noise process it was trained on, and whose autoencoder is taken as it stands there. `settings` as for the class.
-        Reads the folder alone, no hub.
+        """The elastic network of a trained diffusers model: the folder of a UNet2DModel or UNet2DConditionModel, or of a pipeline with one (DDPM,
+        DDIM, LDM, Stable Diffusion and XL), whose scheduler says which noise process it was trained on, and whose autoencoder and text encoders
+        are taken as they stand there. `settings` as for the class. Reads the folder alone, no hub.
 
         Raises UserError where the folder holds no such model, its weights are not that network's, or its process cannot be kept.
         """
         found = find(path, settings.pop("noise", None))
         if found.autoencoder is not None and "codec" not in settings:
             settings["codec"] = Autoencoder(str(found.autoencoder))
+        if found.text is not None and "text" not in settings:
+            settings["text"] = TextEncoder(str(found.text))
         return cls(found.config, pretrained=str(found.folder), noise=found.noise or NoiseSchedule(), **settings)
 
     @cached_property
@@ -211,7 +216,9 @@ class ElasticUNet:
     def _of_text(self) -> dict[str, Any]:
         if not isinstance(self.anatomy, TextUNet):
             return {}
-        return {"layers": self.layers, "middle": self.middle, "heads": self.heads, "tokens": self.tokens}
+        text = None if self.text is None else self.text.describe()
+        told = {"layers": self.layers, "middle": self.middle, "heads": self.heads, "tokens": self.tokens}
+        return {**told, **({"text": text} if text else {})}
 
     def profile(self, step: Step) -> dict[str, float]:
         arch = Arch(*step.arch)
@@ -261,12 +268,18 @@ class ElasticUNet:
             with torch.device("meta"):
                 empty = self._stock(**self.anatomy.config)
             full = empty.to_empty(device="cpu").train()
-            full.load_state_dict(read_weights(Path(self.pretrained), self.anatomy.config))
+            config = {"_class_name": self._stock.__name__, **self.anatomy.config}
+            full.load_state_dict(read_weights(Path(self.pretrained), config))
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 full = self._stock(**self.anatomy.config)
-        return LoadedElasticUNet(self, full.to(device), self.codec.load(folder, device))
+        return LoadedElasticUNet(
+            self, full.to(device), self.codec.load(folder, device), text=self._text(folder, device)
+        )
+
+    def _text(self, folder: Path | None, device: str) -> LoadedText | None:
+        return None if self.text is None else self.text.load(folder, device)
 
     def digest(self, folder: Path) -> str:
         own, codec = tensors_digest(_weights(folder)), self.codec.digest(folder)
@@ -303,7 +316,8 @@ class ElasticUNet:
             raise UserError(
                 f"{path} holds the weights of another supernet ({' '.join(str(error).split())[:200]}); restore the study, or use another --out"
             ) from error
-        return LoadedElasticUNet(self, full, self.codec.load(path.parent, device), experts)
+        codec, text = self.codec.load(path.parent, device), self._text(path.parent, device)
+        return LoadedElasticUNet(self, full, codec, experts, text=text)
 
     def _full(self, tensors: Mapping[str, torch.Tensor], device: str) -> StockUNet:
         full = skeleton(self.anatomy, self.anatomy.full).to_empty(device=device)
@@ -333,10 +347,12 @@ class LoadedElasticUNet:
         codec: LoadedCodec,
         experts: Mapping[str, StockUNet] = MappingProxyType({}),
         cache_size: int = 32,
+        text: LoadedText | None = None,
     ) -> None:
         self.recipe = recipe
         self.full = full
         self.codec = codec
+        self.text = text
         self.experts = dict(experts)
         self.device = next(full.parameters()).device
         self.alphas_cumprod = recipe.noise.alphas_cumprod
@@ -469,6 +485,31 @@ class LoadedElasticUNet:
 
     def null_condition(self, condition: Condition) -> Condition:
         return null_of(condition, self.recipe.anatomy.null_label)
+
+    def conditions_of(self, data: ImageSet) -> Callable[[torch.Tensor], Condition] | None:
+        wanted = self.recipe.anatomy.some_condition(1)
+        sources: list[Callable[[torch.Tensor], Condition]] = []
+        if "class_labels" in wanted:
+            if data.labels is None:
+                raise UserError("the network takes class labels, but the images have none; use images with labels")
+            labels = torch.from_numpy(data.labels)
+            sources.append(lambda chosen: {"class_labels": labels[chosen]})
+        if "encoder_hidden_states" in wanted:
+            if self.text is None:
+                raise UserError('the network reads texts; give it text=TextEncoder("folder of a pipeline")')
+            if data.texts is None:
+                raise UserError("the network reads captions, but the images have none; use images with captions")
+            sources.append(self.text.rows(data.texts))
+
+        def draw(chosen: torch.Tensor) -> Condition:
+            found = [source(chosen.cpu()).items() for source in sources]
+            return {name: rows.to(self.device) for items in found for name, rows in items}
+
+        return draw if sources else None
+
+    @property
+    def text_components(self) -> Mapping[str, Any]:
+        return {} if self.text is None else self.text.components
 
     def some_condition(self, count: int) -> Condition | None:
         return self.recipe.anatomy.some_condition(count) or None

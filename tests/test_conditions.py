@@ -360,6 +360,11 @@ def test_several_scores_of_the_same_samples_cost_their_samples_once(run_folder: 
         Scores((parts[0], parts[0]))
 
 
+def of_labels(labels: torch.Tensor) -> Any:
+    """Conditions of the chosen ones of these labels."""
+    return lambda chosen: {"class_labels": labels[chosen]}
+
+
 def test_gates_are_learned_with_labels() -> None:
     """Through the gated network, whose answer at open gates is the plain network's."""
     loaded, labels = randomised(NET), torch.tensor([7, 2])
@@ -378,7 +383,7 @@ def test_gates_are_learned_with_labels() -> None:
         return noted
 
     loaded.gated = watched
-    for _ in learn_gates(settings, loaded, full, 0, labels=labels):
+    for _ in learn_gates(settings, loaded, full, 0, conditions=of_labels(labels), images=len(labels)):
         pass
     assert {tuple(rows.tolist()) for rows in seen} <= {(7, 2), (2, 7), (7, 7), (2, 2)}
     assert len(seen) >= 2 * 2 * 3
@@ -414,7 +419,9 @@ def test_gates_are_learned_of_guided_steps(scope: Any) -> None:
     loaded, labels = randomised(NET), torch.tensor([7, 2])
     told = (Guidance(2.0), Guidance(2.0), BY_HALF, None, Guidance(1.5))
     full = Schedule(tuple(Step(t, WHOLE, (), by) for t, by in zip((900, 700, 500, 300, 100), told, strict=True)))
-    learning = learn_gates(Pruner(steps=2, batch=2, scope=scope), loaded, full, 0, labels=labels)
+    learning = learn_gates(
+        Pruner(steps=2, batch=2, scope=scope), loaded, full, 0, conditions=of_labels(labels), images=len(labels)
+    )
     while True:
         try:
             next(learning)
@@ -432,7 +439,8 @@ def test_gates_are_learned_of_guided_steps(scope: Any) -> None:
         loaded,
         full,
         0,
-        labels=labels,
+        conditions=of_labels(labels),
+        images=len(labels),
     )
     while True:
         try:

@@ -216,7 +216,7 @@ def test_what_is_not_the_networks_is_refused_before_anything_runs(pipeline: Path
 def test_names_of_a_hub_and_of_nothing_are_answered_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="looks like a name on a hub, and nothing is downloaded"):
         ElasticUNet.from_pretrained("google/ddpm-cifar10-32")
-    with pytest.raises(UserError, match="is no folder; give a UNet2DModel folder"):
+    with pytest.raises(UserError, match="is no folder; give a folder of a UNet2DModel"):
         ElasticUNet.from_pretrained(tmp_path / "nowhere")
     monkeypatch.setenv("HOME", str(tmp_path))
     UNet2DModel(**TINY).save_pretrained(tmp_path / "mine")

@@ -251,7 +251,7 @@ def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 def class_by_class(images: npt.NDArray[np.float32], evaluator: Any, seed: int) -> npt.NDArray[np.float32]:
     """Samples 0, 1, ... of this seed in order of the classes they were asked to be, where the evaluator conditions them on any."""
     conditions = getattr(evaluator, "conditions", None)
-    labels = None if conditions is None else conditions.load().of(seed, 0, len(images)).get("class_labels")
+    labels = None if conditions is None else conditions.load().classes(seed, 0, len(images))
     return images if labels is None else images[np.argsort(labels.numpy(), kind="stable")]
 
 

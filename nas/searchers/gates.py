@@ -39,13 +39,13 @@ from nas.contracts import (
     Step,
     Trial,
     UserError,
+    conditions_of,
     derive_seed,
 )
 from nas.genomes.allocation import allocate
 from nas.genomes.genetics import IntervalCosts, Taken, budget_of, dearest, exact_cost, near, novel, random_genome
 from nas.recipes import recipe
 from nas.searchers.pruner import Pruner, arch_of, learn_gates
-from nas.searchers.relaxation import labels_for
 
 Choosing = Literal["bisection", "greedy", "knapsack"]
 Floats = npt.NDArray[np.float64]
@@ -71,7 +71,9 @@ class Gates:
         space that offers no reuse."""
         full = problem.space.decode(dearest(problem.space))
         meanings = _meanings(problem, supernet, full, self.pruner.finer)
-        keep, spent = yield from learn_gates(self.pruner, supernet, full, seed, so_far, labels_for(supernet, images))
+        conditions = conditions_of(supernet, images)
+        learning = learn_gates(self.pruner, supernet, full, seed, so_far, conditions, len(images))
+        keep, spent = yield from learning
         return {"keep": keep, **meanings}, spent
 
     def start(self, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None) -> GatesSearch:

@@ -14,7 +14,7 @@ and what a reused block does to later steps is not seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -118,11 +118,12 @@ def learn_gates(
     full: Schedule,
     seed: int,
     so_far: Snapshot | None = None,
-    labels: torch.Tensor | None = None,
+    conditions: Callable[[torch.Tensor], Condition] | None = None,
+    images: int = 0,
 ) -> Generator[Progress | Snapshot, None, tuple[torch.Tensor, int]]:
     """Keep probabilities of the schedule's blocks, (steps - 1, blocks), for all steps but the first, and the MACs that took. Each noise
-    costs the full network's trajectory, and three or, with checkpointing, four times as much for the gated one. `labels`: (n,), of images,
-    where the network takes any; each noise has one of them."""
+    costs the full network's trajectory, and three or, with checkpointing, four times as much for the gated one. `conditions`: of so
+    many `images`, where the network takes any; each noise has those of one."""
     arch = arch_of(full)
     names = net.blocks(arch, settings.finer)
     scorer = Scorer(settings, len(full.steps) - 1, len(names), derive_seed(seed, "pruner")).to(net.device)
@@ -136,9 +137,9 @@ def learn_gates(
     for number in range(first, settings.steps):
         optimiser.param_groups[0]["lr"] = settings.learning_rate * (1 + math.cos(math.pi * number / settings.steps)) / 2
         noise, condition = _noise(settings, net, number, seed), None
-        if labels is not None:
-            drawn = [derive_seed(seed, i, "label of the gates") % len(labels) for i in _places(settings, number)]
-            condition = {"class_labels": labels[torch.tensor(drawn, device=labels.device)]}
+        if conditions is not None:
+            drawn = [derive_seed(seed, i, "label of the gates") % images for i in _places(settings, number)]
+            condition = conditions(torch.tensor(drawn))
         gates = straight_through(scorer())
         kept = kept_share(net, full, names, gates, settings.finer)
         distances = _distances(settings, net, full, names, gates, noise, condition)

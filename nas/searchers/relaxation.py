@@ -24,9 +24,8 @@ from nas.contracts import (
     Progress,
     Schedule,
     Snapshot,
-    UserError,
+    conditions_of,
     derive_seed,
-    some_condition,
 )
 from nas.genomes.genetics import IntervalCosts, dearest
 from nas.recipes import Batch, Count, Few, Positive, Weight, recipe
@@ -64,15 +63,6 @@ class RelaxedPolicy(Protocol):
         the budget loss has to teach it, or early intervals would never learn to leave something to late ones."""
 
 
-def labels_for(supernet: LoadedSupernet, images: ImageSet) -> torch.Tensor | None:
-    """The images' labels where the network takes any. Raises UserError where they have none."""
-    if some_condition(supernet, 1) is None:
-        return None
-    if images.labels is None:
-        raise UserError("the network takes labels, and the images have none to learn with; use images with labels")
-    return torch.from_numpy(images.labels).to(supernet.device)
-
-
 def learn(
     settings: Relaxation,
     policy: RelaxedPolicy,
@@ -89,7 +79,7 @@ def learn(
     steps_of = _steps_of(problem, costs)
     pixels = torch.from_numpy(images.pixels).to(supernet.device)
     states = getattr(supernet, "to_states", lambda images: images)
-    labels = labels_for(supernet, images)
+    conditions = conditions_of(supernet, images)
     abar = torch.from_numpy(supernet.alphas_cumprod).float()
     optimiser = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
     first, spent = (0, 0) if so_far is None else (_restore(policy, optimiser, so_far), so_far.macs)
@@ -104,7 +94,7 @@ def learn(
         place = int(rng.choice(steps_of[homes[gene]]))
         generator = torch.Generator().manual_seed(derive_seed(seed, number, "relaxation batch"))
         chosen = torch.randint(len(pixels), (settings.batch,), generator=generator).to(pixels.device)
-        x0, condition = states(pixels[chosen]), None if labels is None else {"class_labels": labels[chosen]}
+        x0, condition = states(pixels[chosen]), None if conditions is None else conditions(chosen)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         step = full.steps[place]
         x = abar[step.timestep].sqrt() * x0 + (1 - abar[step.timestep]).sqrt() * noise

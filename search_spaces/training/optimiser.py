@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from nas.base.files import first_line, written
 from nas.contracts import Condition, ImageSet, UserError
+from search_spaces.networks.unet import predict
 from search_spaces.supernet import LoadedElasticUNet
 
 
@@ -49,9 +50,9 @@ class Trainable(Protocol):
 
 
 class Batches:
-    """Images of a batch with their labels, where the network takes any, and their noised versions, drawn from the generator of the step.
+    """Images of a batch with their conditions, where the network takes any, and their noised versions, drawn from the generator of the step.
 
-    `drop`: share of the labels that say nothing instead, so that the network can guide itself.
+    `drop`: share of the conditions that say nothing instead, so that the network can guide itself.
     """
 
     def __init__(self, net: LoadedElasticUNet, data: ImageSet, size: int, flip: bool, drop: float = 0.0) -> None:
@@ -63,8 +64,7 @@ class Batches:
         self._drop = drop
         self._count = len(data)
         self._states = net.codec.states(data)
-        labels = data.labels if net.recipe.conditional else None
-        self._labels = None if labels is None else torch.from_numpy(labels).to(net.device)
+        self._conditions = net.conditions_of(data)
         self._signal = torch.from_numpy(np.sqrt(net.alphas_cumprod)).float().to(net.device)
         self._noise = torch.from_numpy(np.sqrt(1 - net.alphas_cumprod)).float().to(net.device)
         self._abar, self._abar_before, self._log_small = (
@@ -76,12 +76,12 @@ class Batches:
         chosen = torch.randint(self._count, (self._size,), generator=generator)
         mirrored = torch.rand(self._size, generator=generator) < 0.5 if self._flip else None
         x0 = self._states.draw(chosen, mirrored, generator)
-        if self._labels is None:
+        if self._conditions is None:
             return x0, None
-        condition = {"class_labels": self._labels[chosen.to(self._device)]}
+        condition = self._conditions(chosen)
         dropped = torch.rand(self._size, generator=generator).to(self._device) < self._drop
         null = self._net.null_condition(condition)
-        return x0, {name: torch.where(dropped, null[name], rows) for name, rows in condition.items()}
+        return x0, {name: _where(dropped, rows, condition[name]) for name, rows in null.items()}
 
     def noised(
         self, x0: torch.Tensor, generator: torch.Generator, served: tuple[int, int] | None = None
@@ -131,6 +131,11 @@ class Batches:
     def at(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
         return self._signal[t, None, None, None] * x0 + self._noise[t, None, None, None] * noise
+
+
+def _where(rows: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Whole rows of the first, where that is said, else of the second."""
+    return torch.where(rows.reshape(-1, *[1] * (first.ndim - 1)), first, second)
 
 
 def _step_tables(abar: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:

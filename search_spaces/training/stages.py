@@ -17,6 +17,7 @@ from nas.base.interrupts import whole
 from nas.contracts import Images, ImageSet, Progress, Schedule, UserError, derive_seed, digest_of
 from nas.recipes import Batch, Count, Natural, Positive, Share, Weight, recipe
 from search_spaces.networks.slices import Arch
+from search_spaces.networks.text_unet import TextUNet
 from search_spaces.supernet import WEIGHTS, ElasticUNet, LoadedElasticUNet
 from search_spaces.training.optimiser import Batches, Optimiser, Teacher, check_recipe, gather, write_tensors
 
@@ -354,7 +355,7 @@ def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
         raise UserError(
             f"class_embed_type={config['class_embed_type']!r} is not trained; leave it out, and give num_class_embeds for labels"
         )
-    if supernet.conditional:
+    if supernet.anatomy.null_label is not None:
         if data.labels is None:
             raise UserError(
                 f"num_class_embeds={config['num_class_embeds']} needs images with labels; use others, or leave it out"
@@ -365,6 +366,14 @@ def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
                 f"labels go up to {most}, and the last class embedding is that of no class; set num_class_embeds to {most + 2} or more, "
                 f"not {config['num_class_embeds']}"
             )
+    if isinstance(supernet.anatomy, TextUNet):
+        if supernet.text is None:
+            raise UserError(
+                'the network reads texts, and nothing makes them of captions; give it text=TextEncoder("folder of a pipeline")'
+            )
+        if data.texts is None:
+            raise UserError("the network reads captions, but the images have none; use images with captions")
+        supernet.text.check()
     if config["dropout"]:
         raise UserError(
             f"dropout={config['dropout']} would make training depend on where it was interrupted; set it to 0"
@@ -375,5 +384,7 @@ def _name(arch: Arch) -> str:
     """Short label for progress bars: one share where all levels have the same."""
     shares = arch.widths[:1] if len(set(arch.widths)) == 1 else arch.widths
     depths = f" depth {'/'.join(map(str, arch.depths))}" if arch.depths else ""
+    layers = f" layers {'/'.join(map(str, arch.layers))}" if arch.layers else ""
     without = sum(not kept for kept in arch.attention)
-    return "/".join(f"{share:g}" for share in shares) + depths + (f" less {without} attention" if without else "")
+    less = [*([f"{without} attention"] if without else []), *([] if arch.middle else ["the middle"])]
+    return "/".join(f"{share:g}" for share in shares) + depths + layers + (f" less {', '.join(less)}" if less else "")

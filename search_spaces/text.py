@@ -1,0 +1,288 @@
+"""What a network is told of a text: the hidden states that stock text encoders make of it, each distinct text's computed once and kept.
+
+`TextEncoder` is Stable Diffusion's, one CLIP text model, or XL's two; `ClassTable` a learned embedding for each class, as of LDM's ImageNet
+network, whose captions are the classes' numbers. Needs transformers, the extra "text", where texts are encoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nas.base.files import first_line, read_json
+from nas.contracts import Condition, Progress, UserError, digest_of
+from nas.recipes import Count, recipe
+from search_spaces.shipped.reuse import NEGATIVE
+
+PARTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
+"""Components of a stock pipeline: Stable Diffusion has the first pair, XL both."""
+
+ENCODED = 64
+"""Texts in one call of an encoder."""
+
+
+Draw = Callable[[torch.Tensor], Condition]
+"""Conditions of the chosen, (n,), by the names of the network's arguments, on the CPU."""
+
+
+class Text(Protocol):
+    """Recipe of what makes conditions of texts."""
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def check(self) -> None:
+        """Raises UserError where what it reads is missing; before anything is trained."""
+
+    def load(self, folder: Path | None, device: str) -> LoadedText: ...
+
+
+class LoadedText(Protocol):
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """Stock models and tokenizers by their names in a pipeline, which an exported folder takes along."""
+
+    def keep(self, texts: Sequence[str]) -> Iterator[Progress]:
+        """Computes what `table` needs, and keeps it."""
+
+    def rows(self, texts: Sequence[str], negative: str = "") -> Draw:
+        """Of these texts, with the negative one's rows beside each text's."""
+
+
+@recipe
+class TextEncoder:
+    """The text encoder, or the two, of a pipeline's local folder: `tokenizer`, `text_encoder`, and for Stable Diffusion XL `tokenizer_2`,
+    `text_encoder_2`. A relative path is one in the study file's folder.
+
+    `size`: height and width in pixels that XL is told an image has, uncropped. Raises UserError where the folder lacks them.
+    """
+
+    path: str
+    size: tuple[Count, Count] = (1024, 1024)
+    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
+
+    @property
+    def folder(self) -> Path:
+        return (Path(self.base) / Path(self.path).expanduser()).resolve()
+
+    def describe(self) -> dict[str, Any]:
+        size = {"size": self.size} if len(self._pairs) > 1 else {}
+        return {"class": "TextEncoder", "weights": self._digest, **size}
+
+    def check(self) -> None:
+        for names in self._pairs:
+            for name in names:
+                if not (self.folder / name).is_dir():
+                    raise UserError(
+                        f"{self.folder} has no {name}; give the folder of a pipeline with one, as StableDiffusionPipeline saves it"
+                    )
+
+    def load(self, folder: Path | None, device: str) -> LoadedTextEncoder:
+        self.check()
+        return LoadedTextEncoder(self.folder, self._pairs, self.size, self._digest, folder, device)
+
+    @property
+    def _pairs(self) -> tuple[tuple[str, str], ...]:
+        return PARTS if (self.folder / PARTS[1][1]).is_dir() else PARTS[:1]
+
+    @cached_property
+    def _digest(self) -> str:
+        self.check()
+        found = hashlib.sha256()
+        for names in self._pairs:
+            for file in sorted(file for name in names for file in (self.folder / name).iterdir() if file.is_file()):
+                found.update(file.name.encode())
+                found.update(file.read_bytes())
+        return found.hexdigest()[:16]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
+
+class _Tabled(ABC):
+    """Rows of distinct texts, whatever makes them."""
+
+    @abstractmethod
+    def table(self, distinct: Sequence[str]) -> Condition:
+        """A row for each text."""
+
+    def rows(self, texts: Sequence[str], negative: str = "") -> Draw:
+        distinct = sorted({*texts, negative})
+        table = self.table(distinct)
+        place = {text: number for number, text in enumerate(distinct)}
+        places, null = torch.tensor([place[text] for text in texts]), place[negative]
+
+        def draw(chosen: torch.Tensor) -> Condition:
+            mine = places[chosen.cpu()]
+            told = {name: values[mine] for name, values in table.items()}
+            nothing = {
+                f"{NEGATIVE}{name}": values[null].expand(len(mine), *values.shape[1:]) for name, values in table.items()
+            }
+            return {**told, **nothing}
+
+        return draw
+
+
+class LoadedTextEncoder(_Tabled):
+    """`components` are read when they are first asked for, so that who finds all texts kept reads none. `folder`: where rows are kept, in its
+    `texts`; None for nowhere."""
+
+    def __init__(
+        self,
+        source: Path,
+        pairs: Sequence[tuple[str, str]],
+        size: tuple[int, int],
+        identity: str,
+        folder: Path | None,
+        device: str,
+    ) -> None:
+        self._identity = digest_of([identity, size]) if len(pairs) > 1 else identity
+        self._folder = folder
+        self._source = source
+        self._pairs = pairs
+        self._size = size
+        self._device = device
+        self._made: dict[str, Condition] = {}
+
+    def keep(self, texts: Sequence[str]) -> Iterator[Progress]:
+        distinct = sorted(set(texts))
+        key = digest_of([self._identity, distinct])
+        path = None if self._folder is None else self._folder / "texts" / f"{key}.safetensors"
+        if key in self._made:
+            return
+        if path is None or not path.exists():
+            parts: dict[str, list[torch.Tensor]] = {}
+            for start in range(0, len(distinct), ENCODED):
+                for name, rows in self.encode(distinct[start : start + ENCODED]).items():
+                    parts.setdefault(name, []).append(rows.float().cpu())
+                yield Progress("texts", min(start + ENCODED, len(distinct)), len(distinct))
+            made = {name: torch.cat(rows).contiguous() for name, rows in parts.items()}
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                partial = path.with_suffix(f".{os.getpid()}.partial")
+                save_file(made, partial)
+                os.replace(partial, path)
+        self._made[key] = made if path is None else _read(path)
+
+    def table(self, distinct: Sequence[str]) -> Condition:
+        for _ in self.keep(distinct):
+            pass
+        return self._made[digest_of([self._identity, sorted(distinct)])]
+
+    @cached_property
+    def components(self) -> Mapping[str, Any]:
+        try:
+            from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+        except ImportError as error:
+            raise UserError("texts need transformers; install the extra: pip install -e '.[text]'") from error
+        found: dict[str, Any] = {}
+        for tokenizer, encoder in self._pairs:
+            kinds = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
+            config = read_json(self._source / encoder / "config.json", "save the encoder anew")
+            kind = kinds.get(str((config.get("architectures") or ["CLIPTextModel"])[0]))
+            if kind is None:
+                raise UserError(
+                    f"{self._source / encoder} holds a {config['architectures'][0]}; known: {', '.join(kinds)}"
+                )
+            try:
+                found[tokenizer] = CLIPTokenizer.from_pretrained(self._source / tokenizer, local_files_only=True)
+                read: Any = kind.from_pretrained(
+                    self._source / encoder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                )
+                found[encoder] = read.to(self._device).eval().requires_grad_(False)
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                raise UserError(
+                    f"{self._source}: {encoder} cannot be read ({first_line(error)}); copy it anew"
+                ) from error
+        return found
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> Condition:
+        """As the stock pipelines do: padded to the tokenizer's length, cut where longer. XL takes both encoders' last but one hidden states
+        side by side, the second's pooled output, and the size; of an empty text zeros."""
+        parts = self.components
+        states, pooled = [], None
+        for tokenizer, encoder in self._pairs:
+            tokens = parts[tokenizer](
+                list(texts),
+                padding="max_length",
+                max_length=parts[tokenizer].model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(self._device)
+            if len(self._pairs) == 1:
+                return {"encoder_hidden_states": parts[encoder](tokens)[0]}
+            made = parts[encoder](tokens, output_hidden_states=True)
+            states.append(made.hidden_states[-2])
+            pooled = made[0]
+        assert pooled is not None
+        said = torch.tensor([bool(text) for text in texts], device=self._device)
+        sizes = torch.tensor([*self._size, 0, 0, *self._size], dtype=torch.float32)
+        return {
+            "encoder_hidden_states": torch.cat(states, dim=-1) * said[:, None, None],
+            "text_embeds": pooled * said[:, None],
+            "time_ids": sizes.expand(len(texts), -1),
+        }
+
+
+@recipe
+class ClassTable:
+    """One learned vector for each class, a text of one token, from a safetensors file with a single tensor (classes + 1, channels), whose last
+    row says nothing. Its texts are the classes' numbers; the empty one means that row. A relative path is one in the study file's folder.
+    """
+
+    path: str
+    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
+
+    @property
+    def file(self) -> Path:
+        return (Path(self.base) / Path(self.path).expanduser()).resolve()
+
+    def describe(self) -> dict[str, Any]:
+        self.check()
+        return {"class": "ClassTable", "weights": hashlib.sha256(self.file.read_bytes()).hexdigest()[:16]}
+
+    def check(self) -> None:
+        if not self.file.is_file():
+            raise UserError(f"{self.file} does not exist; save the class embeddings there as safetensors")
+
+    def load(self, folder: Path | None, device: str) -> LoadedTable:
+        self.check()
+        return LoadedTable(self.file)
+
+
+class LoadedTable(_Tabled):
+    components: Mapping[str, Any] = {}
+
+    def __init__(self, file: Path) -> None:
+        tensors = _read(file)
+        if len(tensors) != 1 or next(iter(tensors.values())).ndim != 2:
+            raise UserError(f"{file} must hold a single tensor (classes + 1, channels), not {sorted(tensors)}")
+        self._rows = next(iter(tensors.values())).float()
+        self._file = file
+
+    def keep(self, texts: Sequence[str]) -> Iterator[Progress]:
+        yield from ()
+
+    def table(self, distinct: Sequence[str]) -> Condition:
+        last = len(self._rows) - 1
+        wrong = next((text for text in distinct if text and not (text.isdecimal() and int(text) < last)), None)
+        if wrong is not None:
+            raise UserError(f"{wrong!r} is no class of {self._file}, which has those from 0 to {last - 1}")
+        return {"encoder_hidden_states": self._rows[[int(text) if text else last for text in distinct], None]}
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); delete it, or copy it anew") from error
