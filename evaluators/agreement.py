@@ -53,12 +53,13 @@ class Agreement(Sampled):
         yield from self.judge.prepare(load_once(self.images), folder, seed, device)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
+        assert self.conditions is not None
+        if self.conditions.load().classes(0, 0, 1) is None:
+            raise UserError(f"{self.conditions} asks for no classes; Agreement needs them, so give each its class")
         check_shape(load_once(self.images), supernet.image_shape)
         trajectories, classify = self.trajectories(supernet, folder), self.judge.classifier(folder, supernet.device)
         conditions = trajectories.conditions
         assert conditions is not None
-        if conditions.classes(0, 0, 1) is None:
-            raise UserError(f"{self.conditions} asks for no classes; Agreement needs them, so give each its class")
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> npt.NDArray[np.float64]:
             asked = conditions.classes(seed, start, stop)

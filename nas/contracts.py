@@ -365,6 +365,7 @@ OPTIONAL = {
         "null_condition",
         "some_condition",
         "text_components",
+        "text_shape",
         "to_states",
     ),
 }
@@ -432,6 +433,10 @@ class LoadedSupernet(Protocol):
     @property
     def text_components(self) -> Mapping[str, Any]:
         """The stock text encoders and tokenizers that make its conditions of texts, by their names in a pipeline; none where there are none."""
+
+    @property
+    def text_shape(self) -> Mapping[str, Any] | None:
+        """Of the text that it reads: how many `tokens`, and the `size`, height and width, that an image is said to have; None where it reads none."""
 
     def some_condition(self, count: int) -> Condition | None:
         """Any condition that the network takes, of so many rows, for who only wants to see it run; None where it takes none."""

@@ -114,7 +114,10 @@ class ElasticUNet:
         if found.autoencoder is not None and "codec" not in settings:
             settings["codec"] = Autoencoder(str(found.autoencoder))
         if found.text is not None and "text" not in settings:
-            settings["text"] = TextEncoder(str(found.text))
+            side = found.config["sample_size"]
+            shape = (found.config["in_channels"], *((side, side) if isinstance(side, int) else side))
+            height, width = settings.get("codec", Pixels()).image_shape(shape)[1:]
+            settings["text"] = TextEncoder(str(found.text), size=(height, width))
         return cls(found.config, pretrained=str(found.folder), noise=found.noise or NoiseSchedule(), **settings)
 
     @cached_property
@@ -511,6 +514,14 @@ class LoadedElasticUNet:
     def text_components(self) -> Mapping[str, Any]:
         return {} if self.text is None else self.text.components
 
+    @property
+    def text_shape(self) -> dict[str, Any] | None:
+        anatomy = self.recipe.anatomy
+        if not isinstance(anatomy, TextUNet):
+            return None
+        size = getattr(self.recipe.text, "size", self.image_shape[1:])
+        return {"tokens": anatomy.tokens, "size": list(size)}
+
     def some_condition(self, count: int) -> Condition | None:
         return self.recipe.anatomy.some_condition(count) or None
 
@@ -523,7 +534,7 @@ class LoadedElasticUNet:
     @property
     def pipeline_files(self) -> tuple[Path, ...]:
         here = Path(__file__).parent / "shipped"
-        return here / "pipeline.py", here / "reuse.py", here / "latents.py", here / "train_diffusers.py"
+        return tuple(here / f"{name}.py" for name in ("pipeline", "reuse", "latents", "texts", "train_diffusers"))
 
     @property
     def training_settings(self) -> dict[str, Any]:

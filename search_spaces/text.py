@@ -22,10 +22,9 @@ from safetensors.torch import load_file, save_file
 from nas.base.files import first_line, read_json
 from nas.contracts import Condition, Progress, UserError, digest_of
 from nas.recipes import Count, recipe
+from search_spaces.pretrained import VARIANTS
 from search_spaces.shipped.reuse import NEGATIVE
-
-PARTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
-"""Components of a stock pipeline: Stable Diffusion has the first pair, XL both."""
+from search_spaces.shipped.texts import PARTS, encoded
 
 ENCODED = 64
 """Texts in one call of an encoder."""
@@ -195,8 +194,14 @@ class LoadedTextEncoder(_Tabled):
                 )
             try:
                 found[tokenizer] = CLIPTokenizer.from_pretrained(self._source / tokenizer, local_files_only=True)
+                stored = {file.name for file in (self._source / encoder).iterdir()}
+                variant = next((v for v in VARIANTS if f"model{v}.safetensors" in stored), "").removeprefix(".") or None
                 read: Any = kind.from_pretrained(
-                    self._source / encoder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                    self._source / encoder,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    variant=variant,
+                    dtype=torch.float32,
                 )
                 found[encoder] = read.to(self._device).eval().requires_grad_(False)
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -205,33 +210,9 @@ class LoadedTextEncoder(_Tabled):
                 ) from error
         return found
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Condition:
-        """As the stock pipelines do: padded to the tokenizer's length, cut where longer. XL takes both encoders' last but one hidden states
-        side by side, the second's pooled output, and the size; of an empty text zeros."""
-        parts = self.components
-        states, pooled = [], None
-        for tokenizer, encoder in self._pairs:
-            tokens = parts[tokenizer](
-                list(texts),
-                padding="max_length",
-                max_length=parts[tokenizer].model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(self._device)
-            if len(self._pairs) == 1:
-                return {"encoder_hidden_states": parts[encoder](tokens)[0]}
-            made = parts[encoder](tokens, output_hidden_states=True)
-            states.append(made.hidden_states[-2])
-            pooled = made[0]
-        assert pooled is not None
-        said = torch.tensor([bool(text) for text in texts], device=self._device)
-        sizes = torch.tensor([*self._size, 0, 0, *self._size], dtype=torch.float32)
-        return {
-            "encoder_hidden_states": torch.cat(states, dim=-1) * said[:, None, None],
-            "text_embeds": pooled * said[:, None],
-            "time_ids": sizes.expand(len(texts), -1),
-        }
+        """A row for each text, as the stock pipelines make it."""
+        return encoded(self.components, texts, self._size, self._device)
 
 
 @recipe

@@ -37,6 +37,7 @@ def test_each_distinct_net_is_written_once(tiny_net: ElasticUNet, tmp_path: Path
         "sample.py",
         "schedule.json",
         "scheduler",
+        "texts.py",
         "train.json",
         "train_diffusers.py",
         "unet_0",

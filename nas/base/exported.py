@@ -21,6 +21,15 @@ CLASSES = ("UNet2DModel", "UNet2DConditionModel")
 AUTOENCODER, AUTOENCODERS = "vae", ("AutoencoderKL", "VQModel")
 """The folder of the one whose latents the networks work on, if any, and its class."""
 
+TEXTS = {
+    "tokenizer": ("CLIPTokenizer",),
+    "tokenizer_2": ("CLIPTokenizer",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+}
+"""What makes of a text what the networks read, if they read any, and its classes, which are those of transformers."""
+TEXT_WEIGHTS = "model.safetensors"
+
 SAMPLERS = ("DDIM", "DDPM", "DPMSolver")
 
 NAME = re.compile(r"unet_[0-9]{1,5}|teacher")
@@ -34,19 +43,22 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class Export:
-    """`networks`: by name, what each is. `plan`: schedule.json. `training`: train.json. `provenance`: provenance.json."""
+    """`networks`: by name, what each is. `plan`: schedule.json. `training`: train.json. `provenance`: provenance.json. `texts`: the folders of the
+    text encoders and their tokenizers."""
 
     folder: Path
     networks: Mapping[str, Any]
     plan: Mapping[str, Any]
     training: Mapping[str, Any]
     provenance: Mapping[str, Any]
+    texts: tuple[str, ...] = ()
 
     @property
     def parts(self) -> list[str]:
-        """Folders of what a training needs: networks, teacher, autoencoder."""
+        """Folders of what a training needs and has weights: networks, teacher, autoencoder, text encoders."""
         vae = [AUTOENCODER] if "image_shape" in self.plan else []
-        return list(dict.fromkeys([*self.training["timesteps"], self.training["teacher"], *vae]))
+        encoders = [name for name in self.texts if name.startswith("text_encoder")]
+        return list(dict.fromkeys([*self.training["timesteps"], self.training["teacher"], *vae, *encoders]))
 
 
 def read_export(folder: Path) -> Export:
@@ -59,13 +71,16 @@ def read_export(folder: Path) -> Export:
     _check_training(folder, training, networks)
     if ("image_shape" in plan) != ("image_shape" in training):
         raise ExportError(f"{folder / TRAINING} and {SCHEDULE} do not agree whether networks work on latents; {REMEDY}")
-    _check_index(folder / INDEX, networks, "image_shape" in plan)
+    for name in ("text", "null_label"):
+        if (name in plan) != (name in training):
+            raise ExportError(f"{folder / TRAINING} and {SCHEDULE} do not agree on the networks' {name}; {REMEDY}")
+    texts = _check_index(folder / INDEX, networks, "image_shape" in plan, "text" in plan)
     for name in (*networks, training["teacher"]):
         _network_class(folder / name)
     if "image_shape" in plan:
         _network_class(folder / AUTOENCODER, AUTOENCODERS)
     _hashes(folder, provenance)
-    return Export(folder, networks, plan, training, provenance)
+    return Export(folder, networks, plan, training, provenance, texts)
 
 
 def read_network(folder: Path, classes: Sequence[str] = CLASSES) -> Any:
@@ -90,7 +105,8 @@ def read_network(folder: Path, classes: Sequence[str] = CLASSES) -> Any:
 
 def hashes_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the files of these networks, by their paths in the folder."""
-    return {f"{name}/{file}": _sha256(folder / name / file) for name in names for file in ("config.json", WEIGHTS)}
+    files = [f"{name}/{file}" for name in names for file in ("config.json", TEXT_WEIGHTS if name in TEXTS else WEIGHTS)]
+    return {file: _sha256(folder / file) for file in files}
 
 
 def noted_hashes(folder: Path) -> dict[str, str]:
@@ -131,8 +147,8 @@ def _check_schedule(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
             _check_guidance(_entry(step, "guidance", dict, path), networks, folder, path)
     _check_scheduler(plan, path)
     _check_classes(plan, path)
-    if "null_label" not in plan and any("guidance" in step for step in steps):
-        raise ExportError(f"{path} guides steps of networks that take no labels; {REMEDY}")
+    if not {"null_label", "text"} & plan.keys() and any("guidance" in step for step in steps):
+        raise ExportError(f"{path} guides steps of networks that take no labels and read no text; {REMEDY}")
     timesteps = [step["timestep"] for step in steps]
     total = plan["scheduler"]["num_train_timesteps"]
     if not 0 <= timesteps[-1] <= timesteps[0] < total or any(a <= b for a, b in pairwise(timesteps)):
@@ -155,6 +171,12 @@ def _check_guidance(guidance: Mapping[str, Any], networks: dict[str, Any], folde
 def _check_classes(data: Mapping[str, Any], path: Path) -> None:
     if "null_label" in data and not 0 <= _entry(data, "null_label", int, path) <= 10**6:
         raise ExportError(f"{path}: null_label={data['null_label']} is out of range; {REMEDY}")
+    if "text" in data:
+        text = _entry(data, "text", dict, path)
+        size: Any = text.get("size")
+        numbers = [text.get("tokens"), *(size if isinstance(size, list) and len(size) == 2 else [None])]
+        if not all(type(number) is int and 0 < number <= 2**16 for number in numbers):
+            raise ExportError(f"{path}: text={text!r} has no tokens and no size; {REMEDY}")
 
 
 def _check_training(folder: Path, training: Mapping[str, Any], networks: Mapping[str, Any]) -> None:
@@ -188,17 +210,23 @@ def _check_scheduler(data: Mapping[str, Any], path: Path) -> None:
         raise ExportError(f"{path}: posterior={data['posterior']!r} is none of {', '.join(POSTERIORS)}; {REMEDY}")
 
 
-def _check_index(path: Path, networks: Mapping[str, Any], latent: bool) -> None:
+def _check_index(path: Path, networks: Mapping[str, Any], latent: bool, reads: bool) -> tuple[str, ...]:
+    """The components that make of a text what networks read."""
     index = _json(path)
     if index.get("_class_name") != ["pipeline", "StepAwarePipeline"]:
         raise ExportError(f"{path}: _class_name={index.get('_class_name')!r} is not the exported pipeline; {REMEDY}")
+    texts = tuple(name for name in TEXTS if name in index and reads)
     for name, entry in index.items():
         if name.startswith("_") or name == "schedule":
             continue
-        known = ["DDIMScheduler"] if name == "scheduler" else CLASSES if name in networks else ()
-        known = AUTOENCODERS if name == AUTOENCODER and latent else known
-        if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers" or entry[1] not in known:
+        known: Sequence[str] = ["DDIMScheduler"] if name == "scheduler" else CLASSES if name in networks else ()
+        known = AUTOENCODERS if name == AUTOENCODER and latent else TEXTS[name] if name in texts else known
+        library = "transformers" if name in texts else "diffusers"
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] != library or entry[1] not in known:
             raise ExportError(f"{path}: {name}={entry!r} is no part of an exported pipeline; {REMEDY}")
+        if name in texts and ((path.parent / name).is_symlink() or not (path.parent / name).is_dir()):
+            raise ExportError(f"{path} names {name}, but {path.parent} has no such folder; {REMEDY}")
+    return texts
 
 
 def _name(name: str, folder: Path, path: Path) -> str:

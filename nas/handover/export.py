@@ -9,6 +9,7 @@ DIR/train_diffusers.py      a script that fine-tunes the models, and DIR/train.j
 DIR/exported.py, pictures.py  what the scripts read the folder and pictures with
 DIR/teacher                 the full network, unless it is among the models
 DIR/vae                     the stock autoencoder whose latents they work on, if any
+DIR/tokenizer, text_encoder the stock parts that make of a text what they read, if they read any
 DIR/provenance.json         SHA-256 of the networks' files, versions, the trial with its score
 DIR/README.md               how to use it
 """
@@ -80,14 +81,17 @@ def export(
             "shape": net.state_shape,
             **_classes(net),
             **_latents(net, partial),
+            **_texts(net, partial),
         }
         _write(partial / "schedule.json", plan)
         teacher = _write_training(net, schedule, names, provenance, partial)
         facts = {"parity": differences, "versions": package_versions()}
         vae = [exported.AUTOENCODER] if "image_shape" in plan else []
-        files = hashes_of(partial, dict.fromkeys([*names.values(), teacher, *vae]))
+        texts = [*getattr(net, "text_components", {})]
+        encoders = [name for name in texts if name.startswith("text_encoder")]
+        files = hashes_of(partial, dict.fromkeys([*names.values(), teacher, *vae, *encoders]))
         _write(partial / "provenance.json", {**provenance, **facts, "files": files})
-        _write_pipeline(net, plan, [*names.values(), *vae], partial)
+        _write_pipeline(net, plan, [*names.values(), *vae], texts, partial)
         (partial / "README.md").write_text(_README)
         (partial / "sample.py").write_text(_SAMPLE)
         if folder.exists():
@@ -122,8 +126,17 @@ def _step_in_words(step: Step, names: Mapping[Any, str]) -> dict[str, Any]:
 
 def _classes(net: LoadedSupernet) -> dict[str, int]:
     """The label of no class, where the networks take labels: there are as many classes before it."""
-    condition = some_condition(net, 1)
-    return {} if condition is None else {"null_label": int(net.null_condition(condition)["class_labels"][0])}
+    condition = some_condition(net, 1) or {}
+    return {"null_label": int(net.null_condition(condition)["class_labels"][0])} if "class_labels" in condition else {}
+
+
+def _texts(net: LoadedSupernet, folder: Path) -> dict[str, Any]:
+    """Writes the text encoders, where there are any, and says what the networks read."""
+    shape = getattr(net, "text_shape", None)
+    for name, component in getattr(net, "text_components", {}).items():
+        if not (folder / name).exists():
+            component.save_pretrained(folder / name)
+    return {} if shape is None else {"text": dict(shape)}
 
 
 def _latents(net: LoadedSupernet, folder: Path) -> dict[str, Any]:
@@ -186,14 +199,20 @@ def _write(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _write_pipeline(net: LoadedSupernet, plan: Mapping[str, Any], names: Sequence[str], folder: Path) -> None:
+def _write_pipeline(
+    net: LoadedSupernet, plan: Mapping[str, Any], names: Sequence[str], texts: Sequence[str], folder: Path
+) -> None:
+    """`texts`: names of tokenizers and text encoders."""
     from diffusers import DDIMScheduler, __version__
 
     DDIMScheduler(**plan["scheduler"]).save_pretrained(folder / "scheduler")
     for file in (*net.pipeline_files, Path(exported.__file__), Path(pictures.__file__)):
         code = file.read_text().replace("from nas.base.", "from ").replace("from search_spaces.shipped.", "from ")
         for template in ("{}: Any", "{0}={0}"):
-            code = code.replace(template.format("unet_0"), ", ".join(template.format(name) for name in names))
+            code = code.replace(
+                template.format("unet_0"), ", ".join(template.format(name) for name in (*names, *texts))
+            )
+        code = code.replace("->unet_0->", "".join(f"->{name}" for name in names if name != exported.AUTOENCODER) + "->")
         (folder / file.name).write_text(code)
     index = {
         "_class_name": ["pipeline", "StepAwarePipeline"],
@@ -204,6 +223,7 @@ def _write_pipeline(net: LoadedSupernet, plan: Mapping[str, Any], names: Sequenc
             name: ["diffusers", json.loads((folder / name / "config.json").read_text())["_class_name"]]
             for name in names
         },
+        **{name: ["transformers", type(getattr(net, "text_components", {})[name]).__name__] for name in texts},
     }
     _write(folder / "model_index.json", index)
 
@@ -236,6 +256,7 @@ def _write_training(
         "shape": net.state_shape,
         **_classes(net),
         **_latents(net, folder),
+        **_texts(net, folder),
     }
     _write(folder / "train.json", plan)
     return teacher
@@ -271,7 +292,8 @@ one timestep for each image.
 `trust_remote_code` lets diffusers run this folder's `pipeline.py`: do so with folders that you or people you trust have written.
 
 With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines. Networks that
-take class labels are told them by `class_labels=[3, 1, 4]`, one for each image; how the schedule guides them is in it.
+take class labels are told them by `class_labels=[3, 1, 4]`, one for each image, those that read a text by `prompt=`, `negative_prompt=` and
+`guidance_scale=`, as in Stable Diffusion's pipeline; how the schedule guides them is in it.
 """
 
 _SAMPLE = '''"""Samples from the folder that this file lies in, into one picture."""
@@ -288,6 +310,9 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--count", type=int, default=16)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--labels", type=int, nargs="*", help="classes, taken in turn; all of them by default, where the networks take any")
+parser.add_argument("--prompt", nargs="*", default=[""], help="what the images are to show, taken in turn, where the networks read a text")
+parser.add_argument("--negative-prompt")
+parser.add_argument("--guidance-scale", type=float, help="in place of the schedule's own")
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--to", default="samples.png")
 arguments = parser.parse_args()
@@ -300,7 +325,10 @@ except ExportError as error:
 pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True).to(arguments.device)
 classes = pipeline.config.schedule.get("null_label")
 labels = None if classes is None else [arguments.labels[i % len(arguments.labels)] if arguments.labels else i % classes for i in range(arguments.count)]
-images = pipeline(batch_size=arguments.count, seed=arguments.seed, class_labels=labels).images
+told = {}
+if pipeline.config.schedule.get("text") is not None:
+    told = {"prompt": [arguments.prompt[i % len(arguments.prompt)] for i in range(arguments.count)], "negative_prompt": arguments.negative_prompt}
+images = pipeline(batch_size=arguments.count, seed=arguments.seed, class_labels=labels, guidance_scale=arguments.guidance_scale, **told).images
 columns = min(8, len(images))
 width, height = images[0].size
 grid = Image.new(images[0].mode, (columns * width, -(-len(images) // columns) * height))

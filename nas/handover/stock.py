@@ -1,4 +1,5 @@
-"""One network for all steps as the plain pipeline that diffusers has for it: DDIMPipeline, DDPMPipeline or LDMPipeline."""
+"""One network for all steps as the plain pipeline that diffusers has for it: DDIMPipeline, DDPMPipeline, LDMPipeline, StableDiffusionPipeline
+or StableDiffusionXLPipeline."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from nas.contracts import LoadedSupernet, Schedule, UserError, some_condition
 
@@ -22,8 +23,8 @@ GRIDS = tuple((spacing, offset) for spacing in ("trailing", "leading", "linspace
 def export_stock(
     net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any], provenance: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """Writes the folder, whole or not at all. Returned are the `pipeline`, its `steps`, and whether they are the schedule's own `timesteps`, which
-    no setting of a stock scheduler may lead to.
+    """Writes the folder, whole or not at all. Returned are the `pipeline`, its `steps`, whether they are the schedule's own `timesteps`, which
+    no setting of a stock scheduler may lead to, and where it reads a text the `guidance_scale` that it is to be called with.
 
     Raises UserError where no stock pipeline does what the schedule does, and where `folder` is not empty.
     """
@@ -31,18 +32,14 @@ def export_stock(
         raise UserError(f"{folder} is not empty; give --to a new or empty folder")
     _check(net, schedule, sampler)
     count = len(schedule.steps)
-    common = {**net.scheduler, "clip_sample": sampler["clip"]}
-    grids: list[Any]
-    if sampler["class"] == "DDIM":
-        grids = [DDIMScheduler(**common, timestep_spacing=spacing, steps_offset=offset) for spacing, offset in GRIDS]
-    else:
-        common.pop("set_alpha_to_one", None)
-        common["variance_type"] = sampler["variance"]
-        grids = [DDPMScheduler(**common, timestep_spacing=spacing, steps_offset=offset) for spacing, offset in GRIDS]
+    grids = [_scheduler(net, sampler, spacing, offset) for spacing, offset in GRIDS]
     scheduler = next((grid for grid in grids if _same_steps(grid, schedule.timesteps)), grids[0])
     network: Any = net.extract(schedule.archs[0])
     autoencoder = getattr(net, "autoencoder", None)
-    if autoencoder is not None:
+    texts = getattr(net, "text_components", {})
+    if texts:
+        pipeline = _of_text(texts, autoencoder, network, scheduler)
+    elif autoencoder is not None:
         pipeline = diffusers.LDMPipeline(vqvae=autoencoder, unet=network, scheduler=scheduler)
     else:
         pipeline = getattr(diffusers, f"{sampler['class']}Pipeline")(unet=network, scheduler=scheduler)
@@ -50,6 +47,7 @@ def export_stock(
         "pipeline": type(pipeline).__name__,
         "steps": count,
         "timesteps": _same_steps(scheduler, schedule.timesteps),
+        **({"guidance_scale": next(iter(_scales(schedule)))} if texts else {}),
     }
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -64,22 +62,51 @@ def export_stock(
     return facts
 
 
+def _scheduler(net: LoadedSupernet, sampler: Mapping[str, Any], spacing: str, offset: int) -> Any:
+    common = {**net.scheduler, "timestep_spacing": spacing, "steps_offset": offset}
+    if sampler["class"] == "DDIM":
+        return DDIMScheduler(**common, clip_sample=sampler["clip"])
+    common.pop("set_alpha_to_one", None)
+    if sampler["class"] == "DDPM":
+        return DDPMScheduler(**common, clip_sample=sampler["clip"], variance_type=sampler["variance"])
+    return DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero")
+
+
+def _of_text(texts: Mapping[str, Any], autoencoder: Any, network: Any, scheduler: Any) -> Any:
+    parts = {"vae": autoencoder, "unet": network, "scheduler": scheduler, **texts}
+    if "text_encoder_2" in texts:
+        return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    return diffusers.StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+
+
+def _scales(schedule: Schedule) -> set[float]:
+    """Of its steps, 1 for those that are not guided."""
+    return {1.0 if step.guidance is None else step.guidance.scale for step in schedule.steps}
+
+
 def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) -> None:
     latent = getattr(net, "autoencoder", None)
-    known = ("DDIM",) if latent is not None else ("DDIM", "DDPM")
+    texts, condition = getattr(net, "text_components", {}), some_condition(net, 1) or {}
+    known = ("DDIM", "DPMSolver") if texts else ("DDIM",) if latent is not None else ("DDIM", "DDPM")
     config: Any = {} if latent is None else latent.config
-    shifts = [name for name in ("shift_factor", "latents_mean", "latents_std") if config.get(name)]
+    shifts = [name for name in ("shift_factor", "latents_mean", "latents_std") if config.get(name) and not texts]
+    reads = "encoder_hidden_states" in condition
     reasons = {
         f"it runs {len(schedule.archs)} networks": len(schedule.archs) > 1,
         "it reuses blocks": any(step.reuse for step in schedule.steps),
-        "its network takes labels": some_condition(net, 1) is not None,
+        "its network takes labels": "class_labels" in condition,
+        "its network reads a text, and its text encoder is not here": reads and not texts,
+        "its network reads a text, and works on pixels": reads and latent is None,
+        "its steps are not all guided alike": reads and len(_scales(schedule)) > 1,
         f"{sampler['class']} is not {' or '.join(known)}": sampler["class"] not in known,
         f"DDIM with eta={sampler.get('eta')} adds noise": bool(sampler.get("eta")),
         f"its network says where the variance lies, and {sampler['class']} does not ask": getattr(
             net, "learned_variance", False
         )
         and sampler.get("variance") != "learned_range",
-        "DDPM's last step arrives at the image, the network's at timestep 0": sampler["class"] == "DDPM"
+        f"{sampler['class']}'s last step arrives at the image, the network's at timestep 0": sampler["class"] != "DDIM"
         and getattr(net, "final_alpha", 1.0) != 1.0,
         f"LDMPipeline knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
     }
@@ -89,7 +116,7 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
             f"no pipeline of diffusers samples as this schedule does: {'; '.join(wrong)}; export it without --stock"
         )
     kind = type(net.extract(schedule.archs[0])).__name__
-    if kind != "UNet2DModel":
+    if kind != "UNet2DModel" and not texts:
         raise UserError(
             f"no pipeline of diffusers samples as this schedule does: its network is a {kind}; export it without --stock"
         )
@@ -103,7 +130,7 @@ def _same_steps(scheduler: Any, timesteps: tuple[int, ...]) -> bool:
         return False
     if tuple(int(t) for t in scheduler.timesteps) != timesteps:
         return False
-    if isinstance(scheduler, DDPMScheduler):
+    if not isinstance(scheduler, DDIMScheduler):
         return True
     stride = scheduler.config.num_train_timesteps // len(timesteps)
     return all(t - stride == after for t, after in pairwise(timesteps)) and timesteps[-1] - stride < 0

@@ -1,6 +1,7 @@
 """Samples from an exported folder: at each step the network that the folder's schedule names, with the blocks that it reuses.
 
-Needs torch, numpy and diffusers alone. An exported folder holds a copy of this file, and one argument of the class for each network:
+Needs torch, numpy and diffusers alone, and transformers where the networks read a text. An exported folder holds a copy of this file, and one
+argument of the class for each network:
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     images = pipeline(batch_size=16).images
@@ -9,7 +10,7 @@ Needs torch, numpy and diffusers alone. An exported folder holds a copy of this 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,21 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from .latents import decoded
-from .reuse import as_noise, first_rows, guided, holds, run
+from .reuse import NEGATIVE, arguments, as_noise, first_rows, guided, holds, null_of, run
+from .texts import PARTS, encoded
 
 
 class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
-    """`schedule`: the steps, each with its timestep, network, reused blocks, and how it is guided, if it is; the sampler, the shape of an
-    image, and where the networks take class labels, that of no class."""
+    """`schedule`: the steps, each with its timestep, network, reused blocks, and how it is guided, if it is; the sampler, the shape of a
+    state, where the networks take class labels that of no class, and where they read a text what that is.
+
+    Works with `enable_model_cpu_offload`, and with networks that were compiled (`pipeline.unet_0 = torch.compile(pipeline.unet_0)`): what is
+    compiled runs at the steps that neither reuse nor keep anything.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet_0->vae"
+    _optional_components = [name for pair in PARTS for name in pair]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(self, scheduler: Any, unet_0: Any, schedule: Any = None) -> None:
         super().__init__()
@@ -38,6 +48,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
     @torch.inference_mode()
     def __call__(
         self,
+        prompt: str | Sequence[str] | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
@@ -45,26 +56,43 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         return_dict: bool = True,
         seed: int | None = None,
         class_labels: Sequence[int] | torch.Tensor | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: Mapping[str, torch.Tensor] | None = None,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
-        """`batch_size` images, or one for each of the `class_labels`, as `output_type` says: "pil", "np" in [0, 1], (batch, height, width, channels), or "pt", the same as a
-        tensor (batch, channels, height, width).
+        """`batch_size` images, or `num_images_per_prompt` for each `prompt`, or one for each of the `class_labels`, as `output_type` says: "pil",
+        "np" in [0, 1], (batch, height, width, channels), or "pt", the same as a tensor (batch, channels, height, width).
 
         `generator`: where the noise comes from, one or a list with one for each image; `seed` instead: image i depends on the seed and i
-        alone, and equals image i of `nas sample` of this seed. `num_inference_steps`: evenly so many of the schedule's steps; all by
-        default. Raises ValueError for more steps than the schedule has, for fewer where steps reuse blocks, and for labels that are missing,
-        too many, or of no class.
+        alone, and equals image i of `nas sample` of this seed where it was told the same; `latents`: the first noise itself.
+        `num_inference_steps`: evenly so many of the schedule's steps; all by default. `guidance_scale`: in place of the schedule's own at the steps
+        that it guides; 1 guides none. `negative_prompt`: what takes the prompt's place where a guided step predicts without it.
+        `prompt_embeds`: a row for each image by the names of the networks' arguments, "negative_" before those of the negative prompt, instead
+        of prompts. `callback_on_step_end(pipeline, i, timestep, {"latents": ...})`: after each step; may return other latents.
+        Raises ValueError for more steps than the schedule has, for fewer where steps reuse blocks, and for labels or prompts that are missing,
+        too many, or not taken.
         """
         plan = self.config.schedule
-        steps = _subset(plan["steps"], num_inference_steps)
-        told, null = _conditions(plan.get("null_label"), class_labels, batch_size, self.device)
-        count = len(told["class_labels"]) if told else batch_size or 1
+        steps = [_guided_at(step, guidance_scale) for step in _subset(plan["steps"], num_inference_steps)]
+        device = self._execution_device
+        told = self._told(plan, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, device)
+        told |= _labelled(plan.get("null_label"), class_labels, batch_size, device)
+        count = len(next(iter(told.values()))) if told else batch_size or 1
+        if (batch_size or count) != count or any(len(rows) != count for rows in told.values()):
+            raise ValueError(f"{count} prompts or labels for {batch_size or count} images; give one for each")
         noise = _noise(count, plan["shape"], generator, seed)
         # Where no signal is left at all, what is divided by must not be zero.
         alphas = [max(a, 1e-12) for a in self.scheduler.alphas_cumprod.double().tolist()]
         alphas.append(float(self.scheduler.final_alpha_cumprod))
-        x = next(noise).to(self.device)
+        drawn = next(noise)
+        x = (drawn if latents is None else latents).to(device)
         cache: Any = None
         memory: Any = None
+        null = null_of(told, plan.get("null_label"))
         with self.progress_bar(total=len(steps)) as bar:
             for number, step in enumerate(steps):
                 following: Any = steps[number + 1] if number + 1 < len(steps) else {"timestep": -1, "reuse": []}
@@ -77,8 +105,36 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                     plan["sampler"], x, prediction[:, : x.shape[1]], a, b, fresh, memory, prediction[:, x.shape[1] :]
                 )
                 x = after.to(x.dtype)
+                if callback_on_step_end is not None:
+                    given = {name: {"latents": x}[name] for name in callback_on_step_end_tensor_inputs}
+                    x = (callback_on_step_end(self, number, step["timestep"], given) or {}).get("latents", x)
                 bar.update()
-        return self._output(x, output_type, return_dict)
+        images = self._output(x, output_type, return_dict)
+        self.maybe_free_model_hooks()
+        return images
+
+    def _told(
+        self, plan: Mapping[str, Any], prompt: Any, negative: Any, each: int, embeds: Any, device: Any
+    ) -> dict[str, torch.Tensor]:
+        """What the networks read, a row for each image."""
+        if plan.get("text") is None:
+            if prompt is not None or embeds is not None:
+                raise ValueError("the networks read no text; leave out prompt and prompt_embeds")
+            return {}
+        if embeds is not None:
+            return {name: rows.to(device) for name, rows in embeds.items()}
+        parts = {name: getattr(self, name) for pair in PARTS for name in pair if getattr(self, name, None) is not None}
+        if prompt is None or not parts:
+            wanted = "a prompt, or one for each image" if parts else "prompt_embeds: the folder has no text encoder"
+            raise ValueError(f"the networks read a text; give {wanted}")
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        against = [negative or ""] * len(texts) if negative is None or isinstance(negative, str) else list(negative)
+        if len(against) != len(texts):
+            raise ValueError(f"{len(against)} negative prompts for {len(texts)} prompts; give one, or one for each")
+        size = plan["text"]["size"]
+        told = encoded(parts, texts, size, device)
+        told |= {NEGATIVE + name: rows for name, rows in encoded(parts, against, size, device).items()}
+        return {name: rows.repeat_interleave(each, dim=0) for name, rows in told.items()}
 
     def _denoise(
         self,
@@ -96,7 +152,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         if holds(getattr(self, step["model"]), step["reuse"]):
             return own(x, cache, None)
         if guidance is None:
-            return own(x, first_rows(cache, len(x)), told)
+            return own(x, first_rows(cache, len(x)), told or None)
         by = None
         if guidance["model"] != step["model"]:
             other = partial(self._noise_in, guidance["model"], step["timestep"], alpha, (), ())
@@ -116,7 +172,15 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, Any]:
         net = getattr(self, model)
         answer = partial(as_noise, x=x, alpha=alpha, kind=self.scheduler.config.prediction_type)
-        return run(net, x.to(net.dtype), t, reuse, keep, cache, condition, answer=answer)
+        x = x.to(net.dtype)
+        condition = condition and {
+            name: rows.to(net.dtype) if rows.is_floating_point() else rows for name, rows in condition.items()
+        }
+        if not reuse and not keep:
+            return answer(net(*arguments(net, x, t, condition), return_dict=False)[0]), None
+        if getattr(net, "_hf_hook", None) is not None:  # which offloading hangs on the call that is not made here
+            net._hf_hook.pre_forward(net)
+        return run(getattr(net, "_orig_mod", net), x, t, reuse, keep, cache, condition, answer=answer)
 
     def _output(self, x: torch.Tensor, output_type: str | None, return_dict: bool) -> Any:
         images: Any = decoded(self.vae, x).to(x.dtype) if hasattr(self, "vae") else x
@@ -128,12 +192,21 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def _conditions(null_label: int | None, labels: Any, count: int | None, device: Any) -> tuple[Any, Any]:
-    """What the images are conditioned on, and as many null conditions; None each, where the networks take none."""
+def _guided_at(step: Mapping[str, Any], scale: float | None) -> Mapping[str, Any]:
+    """The step with another scale, if it is guided at all."""
+    if scale is None or step.get("guidance") is None:
+        return step
+    if scale == 1 and not step["reuse"]:
+        return {**step, "guidance": None}
+    return {**step, "guidance": {**step["guidance"], "scale": scale}}
+
+
+def _labelled(null_label: int | None, labels: Any, count: int | None, device: Any) -> dict[str, torch.Tensor]:
+    """The classes that the images are to be of; nothing where the networks take none."""
     if null_label is None:
         if labels is not None:
             raise ValueError("the networks take no class_labels; leave them out")
-        return None, None
+        return {}
     if labels is None:
         raise ValueError(f"the networks need class_labels, one from 0 to {null_label - 1} for each image")
     rows = torch.as_tensor(labels, dtype=torch.long).reshape(-1)
@@ -141,7 +214,7 @@ def _conditions(null_label: int | None, labels: Any, count: int | None, device: 
         raise ValueError(f"{len(rows)} class_labels for {count} images; give one for each")
     if rows.min() < 0 or rows.max() > null_label:
         raise ValueError(f"class_labels must be from 0 to {null_label - 1}, or {null_label} for no class")
-    return {"class_labels": rows.to(device)}, {"class_labels": torch.full_like(rows, null_label).to(device)}
+    return {"class_labels": rows.to(device)}
 
 
 def _update(

@@ -1,0 +1,134 @@
+"""Small stock pipelines that read a text, with random weights, as people have them in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+TOKENS, TEXT_WIDTH = 12, 16
+WORDS = ("a", "photo", "of", "drawing", "small", "bag", "boot", "coat", "dress", "shirt")
+
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": TEXT_WIDTH,
+    "attention_head_dim": 2,
+}
+XL_UNET = {
+    **UNET,
+    "cross_attention_dim": 2 * TEXT_WIDTH,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + TEXT_WIDTH,
+}
+VAE: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "sample_size": 16,
+    "scaling_factor": 0.5,
+}
+SCHEDULER: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    """Of whole words and of letters."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    merges: list[tuple[str, str]] = []
+    known = [*letters, *(f"{letter}</w>" for letter in letters)]
+    for word in WORDS:
+        parts = [*word[:-1], f"{word[-1]}</w>"]
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            if pair not in merges:
+                merges.append(pair)
+                known.append("".join(pair))
+            parts = ["".join(pair), *parts[2:]]
+    vocabulary = {
+        word: number for number, word in enumerate([*dict.fromkeys(known), "<|startoftext|>", "<|endoftext|>"])
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{one} {other}\n" for one, other in merges))
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
+
+
+def text_config(words: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=words,
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=TEXT_WIDTH,
+        eos_token_id=words - 1,
+        bos_token_id=words - 2,
+    )
+
+
+def stable_diffusion(folder: Path, seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
+    """Saved in the folder too."""
+    torch.manual_seed(seed)
+    words = tokenizer(folder.parent / "words")
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(**VAE),
+        text_encoder=CLIPTextModel(text_config(len(words))).eval(),
+        tokenizer=words,
+        unet=UNet2DConditionModel(**{**UNET, **unet}),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stable_diffusion_xl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
+    """Saved in the folder too."""
+    torch.manual_seed(seed)
+    words = tokenizer(folder.parent / "words")
+    pipeline = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**VAE),
+        text_encoder=CLIPTextModel(text_config(len(words))).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(len(words))).eval(),
+        tokenizer=words,
+        tokenizer_2=words,
+        unet=UNet2DConditionModel(**XL_UNET),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
