@@ -210,7 +210,7 @@ def compare(net: ElasticUNet, arch: Arch) -> dict[str, Any]:
 
 def beside(network: Published) -> dict[str, Any]:
     """What the config costs, in the units of the published figures, and how far that is from them."""
-    net = ElasticUNet(network.config, widths=(1.0,))
+    net = ElasticUNet(network.config, widths=(1.0,), tokens=network.tokens)
     cost = net.cost(net.uniform(1.0))
     ours = {
         "params_millions": cost.params / 1e6,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from studies import ldm_imagenet256, sd15_dip_go
+
 DOWN, UP = "DownBlock2D", "UpBlock2D"
 ATTENTION_DOWN, ATTENTION_UP = "AttnDownBlock2D", "AttnUpBlock2D"
 RESNET_DOWN, RESNET_UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
@@ -15,12 +17,13 @@ RESNET_DOWN, RESNET_UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
 
 class Published(NamedTuple):
     """`params` in millions, `macs` and `without_attention` in 1e9, pinned as they were counted apart from this project; papers print their first
-    two or three digits. `config`: the arguments of a UNet2DModel."""
+    two or three digits. `config`: the arguments of a UNet2DModel, or of a UNet2DConditionModel that reads a text of so many `tokens`."""
 
     params: float
     macs: float
     without_attention: float
     config: dict[str, Any]
+    tokens: int = 77
 
 
 def unet(
@@ -54,6 +57,13 @@ def unet(
 SCALED: dict[str, Any] = {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 32}
 LDM_8: dict[str, Any] = {"size": 32, "channels": (192, 384, 384, 768, 768), "attends": (True, True, True, True, False)}
 LDM_8 |= {"in_channels": 4, "out_channels": 4, **SCALED}
+
+STABLE_DIFFUSION_2: dict[str, Any] = {
+    **sd15_dip_go.UNET,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
 
 NETWORKS = {
     "LDM-4 bedrooms, FFHQ, CelebA-HQ": Published(
@@ -110,6 +120,28 @@ NETWORKS = {
     ),
     "DDIM CelebA-64": Published(
         78.70, 24.051, 23.883, unet(64, (128, 256, 256, 256, 512), (False, False, True, False, False))
+    ),
+    "LDM-4 ImageNet, by class": Published(400.92, 104.227, 99.770, ldm_imagenet256.UNET, tokens=1),
+    "LDM-8 ImageNet, by class": Published(
+        394.98,
+        57.039,
+        53.964,
+        {
+            **ldm_imagenet256.UNET,
+            "sample_size": 32,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": (256, 512, 1024),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+            "attention_head_dim": (8, 16, 32),
+        },
+        tokens=1,
+    ),
+    "Stable Diffusion 1.x, 512 pixels": Published(859.52, 401.637, 338.611, sd15_dip_go.UNET),
+    "Stable Diffusion 2.1 base, 512 pixels": Published(865.91, 402.129, 339.103, STABLE_DIFFUSION_2),
+    "Stable Diffusion 2.1, 768 pixels": Published(
+        865.91, 1074.553, 760.486, {**STABLE_DIFFUSION_2, "sample_size": 96, "upcast_attention": True}
     ),
 }
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from evaluators.kept import MINIMUM, Holdout, KeptImages, Source, checked, counted, split, train_first, with_held_out
 from nas.base.files import first_line
-from nas.base.pictures import WHITE, Found, PictureError, find_pictures, read_picture
+from nas.base.pictures import WHITE, Found, PictureError, find_pictures, read_caption, read_picture
 from nas.contracts import Images, ImageSet, UserError, digest_of
 from nas.recipes import Few, Seed, recipe
 
@@ -103,8 +103,8 @@ class ImageFolder(KeptImages):
     """Every picture below `path`, in order of its name; a relative path is one in the study file's folder.
 
     `size`: the side, or (height, width), that every file must have. `resize`: a resampling rule, for who wants files of other sizes cropped
-    and resized. `channels`: 1 (grey) or 3 (RGB). `labels`: "folders" makes the folders right below `path` the classes. `background`: RGB
-    of what is transparent. Raises UserError naming the file that is corrupt or of another size.
+    and resized. `channels`: 1 (grey) or 3 (RGB). `labels`: "folders" makes the folders right below `path` the classes. `captions`: "txt" reads
+    each picture's from the file beside it that is called so. `background`: RGB of what is transparent. Raises UserError naming the file that is corrupt or of another size.
     """
 
     path: str
@@ -114,6 +114,7 @@ class ImageFolder(KeptImages):
     resize: Literal["box", "bilinear", "bicubic", "lanczos"] | None = None
     background: tuple[Byte, Byte, Byte] = WHITE
     holdout: Holdout = 0.0
+    captions: Literal["txt"] | None = None
     base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
 
     @property
@@ -130,7 +131,8 @@ class ImageFolder(KeptImages):
         """The first few files alone, with all labels; to see whether the folder holds what it should."""
         found = self._find()
         labels, _ = self._labels(found)
-        return ImageSet(np.stack([self._read(file) for file in found.files[:PEEKED]]), labels, "")
+        first = found.files[:PEEKED]
+        return ImageSet(np.stack([self._read(file) for file in first]), labels, "", captions=self._captions(first))
 
     def source(self) -> Source:
         found = self._find()
@@ -149,7 +151,16 @@ class ImageFolder(KeptImages):
             lambda: (self._read(file)[None] for file in files),
             str(self.root),
             f"{found.words()}{classes}{said}",
+            self._captions(files),
         )
+
+    def _captions(self, files: Sequence[Path]) -> tuple[str, ...] | None:
+        if self.captions is None:
+            return None
+        try:
+            return tuple(read_caption(file) for file in files)
+        except PictureError as error:
+            raise UserError(str(error)) from error
 
     def _read(self, file: Path) -> npt.NDArray[np.float32]:
         try:

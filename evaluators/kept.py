@@ -81,6 +81,7 @@ class Source:
     parts: Callable[[], Iterator[npt.NDArray[np.float32]]]
     name: str
     words: str
+    captions: tuple[str, ...] | None = None
 
 
 class KeptImages(ABC):
@@ -127,7 +128,14 @@ class KeptImages(ABC):
             made = _in_two(pixels, source, train, read_json(kept.with_suffix(".json"), "delete it"))
         log.info("%s", source.words)
         _LOADED.clear()
-        _LOADED[self] = made
+        _LOADED[self] = made if source.captions is None else captioned(made, source.captions)
+
+
+def captioned(made: ImageSet, captions: Sequence[str]) -> ImageSet:
+    """With a caption for each image, the held-out ones' last."""
+    mine = tuple(captions[: len(made)])
+    held_out = made.held_out and captioned(made.held_out, captions[len(made) :])
+    return replace(made, captions=mine, digest=digest_of([made.digest, list(captions)]), held_out=held_out)
 
 
 def _in_two(pixels: npt.NDArray[np.float32], source: Source, train: int, digests: Any) -> ImageSet:

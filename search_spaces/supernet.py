@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, field
 from functools import cached_property, partial
 from itertools import pairwise
@@ -381,6 +382,35 @@ class LoadedElasticUNet:
         self.trained_macs += (3 if torch.is_grad_enabled() else 1) * len(x) * self.recipe.cost.macs(arch)
         prediction: torch.Tensor = functional_call(net, self._slices(arch), inputs, {"return_dict": False})[0]
         return prediction
+
+    @contextmanager
+    def lent(
+        self, arch: Arch, checkpointing: bool = False
+    ) -> Iterator[Callable[[torch.Tensor, torch.Tensor, Condition | None], torch.Tensor]]:
+        """`forward`, of one subnet whose slices stay in place meanwhile, so that a backward pass may run its blocks again, as it does with
+        `checkpointing`."""
+        net = self._skeleton(arch).train(self.full.training)
+        if not checkpointing:
+            yield partial(self.forward, arch)
+            return
+        owners = []
+        for name, tensor in self._slices(arch).items():
+            module, _, last = name.rpartition(".")
+            parameters = net.get_submodule(module)._parameters
+            owners.append((parameters, last, parameters[last]))
+            parameters[last] = tensor
+
+        def call(x: torch.Tensor, t: torch.Tensor, condition: Condition | None = None) -> torch.Tensor:
+            self.trained_macs += 4 * len(x) * self.recipe.cost.macs(arch)
+            return predict(net, x, t, condition)
+
+        net.enable_gradient_checkpointing()
+        try:
+            yield call
+        finally:
+            net.disable_gradient_checkpointing()
+            for parameters, last, empty in owners:
+                parameters[last] = empty
 
     def weights(self, expert: str) -> StockUNet:
         """The full network of an expert, or the shared one where the name is empty. Raises UserError for a name it lacks."""

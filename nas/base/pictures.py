@@ -77,6 +77,20 @@ def find_pictures(root: Path) -> Found:
     return Found(root, tuple(sorted(files)), dict(sorted(left_out.items())))
 
 
+def read_caption(file: Path) -> str:
+    """The text in the file of the picture's name that ends in .txt. Raises PictureError where there is none."""
+    text = file.with_suffix(".txt")
+    try:
+        caption = " ".join(text.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise PictureError(
+            f"{file} has no caption: {text.name} beside it cannot be read ({error}); write it"
+        ) from error
+    if not caption:
+        raise PictureError(f"{file} has no caption: {text.name} beside it is empty; write it")
+    return caption
+
+
 def read_picture(
     file: Path,
     size: Sequence[int],

@@ -261,7 +261,9 @@ def run(
     kept = dict(cache or {})
     reused = graph.expand(reuse)
     last = graph.layers[-1].output
-    wanted = graph.outputs(keep if gates is None else graph.names("layers"))
+    # What the first step of a gated trajectory keeps may be asked for by any gate.
+    inside = not gates or any(name.count(".") > 1 for name in gates)
+    wanted = graph.outputs(keep if gates is None else graph.names("layers" if inside else True))
     outputs: dict[str, torch.Tensor] = {}
 
     def output(name: str) -> torch.Tensor:

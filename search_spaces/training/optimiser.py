@@ -52,16 +52,25 @@ class Trainable(Protocol):
 class Batches:
     """Images of a batch with their conditions, where the network takes any, and their noised versions, drawn from the generator of the step.
 
-    `drop`: share of the conditions that say nothing instead, so that the network can guide itself.
+    `drop`: share of the conditions that say nothing instead, so that the network can guide itself. `snr_cap`: of min-SNR weighting, None for none.
     """
 
-    def __init__(self, net: LoadedElasticUNet, data: ImageSet, size: int, flip: bool, drop: float = 0.0) -> None:
+    def __init__(
+        self,
+        net: LoadedElasticUNet,
+        data: ImageSet,
+        size: int,
+        flip: bool,
+        drop: float = 0.0,
+        snr_cap: float | None = None,
+    ) -> None:
         self._device = net.device
         self._size = size
         self._flip = flip
         self._prediction = net.recipe.noise.prediction
         self._net = net
         self._drop = drop
+        self._snr_cap = snr_cap
         self._count = len(data)
         self._states = net.codec.states(data)
         self._conditions = net.conditions_of(data)
@@ -103,12 +112,15 @@ class Batches:
     def loss(
         self, prediction: torch.Tensor, target: torch.Tensor, x0: torch.Tensor, x: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """Mean squared error to the target. Where the network says where the variance lies, plus a thousandth of the variational bound,
+        """Mean squared error to the target, weighted by timestep where there is a cap. Where the network says where the variance lies, plus a thousandth of the variational bound,
         summed over all timesteps, in which only the variance is learned (Nichol & Dhariwal 2021, eq. 16): in bits a number, the divergence
         of the model's step from the true one, D(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)). The step to the image itself counts with the
         variance of the one before it, as that of the published code."""
         channels = x.shape[1]
         error = torch.nn.functional.mse_loss(prediction[:, :channels], target)
+        if self._snr_cap is not None:
+            squared = (prediction[:, :channels] - target).square().mean((1, 2, 3))
+            error = (self._weights(t, self._snr_cap) * squared).mean()
         if prediction.shape[1] == channels:
             return error
         abar, before = (table[t, None, None, None] for table in (self._abar, self._abar_before))
@@ -120,6 +132,13 @@ class Batches:
         off = before.sqrt() * beta / (1 - abar) * (x0 - self._image(prediction[:, :channels].detach(), x, abar))
         divergence = -1 + log_variance - log_small + (log_small - log_variance).exp() + off**2 * (-log_variance).exp()
         return error + divergence.mean() * len(self._abar) / (2000 * math.log(2))
+
+    def _weights(self, t: torch.Tensor, cap: float) -> torch.Tensor:
+        """Of each sample's error, min(SNR, cap) as one of the predicted image, divided by what an error of this prediction is then (Hang et al. 2023)."""
+        abar = self._abar[t]
+        snr = abar / (1 - abar)
+        each = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[self._prediction]
+        return snr.clamp(max=cap) / each
 
     def _image(self, prediction: torch.Tensor, x: torch.Tensor, abar: torch.Tensor) -> torch.Tensor:
         if self._prediction == "sample":

@@ -8,14 +8,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
 
 from nas.base.interrupts import whole
-from nas.contracts import Images, ImageSet, Progress, Schedule, UserError, derive_seed, digest_of
-from nas.recipes import Batch, Count, Natural, Positive, Share, Weight, recipe
+from nas.contracts import Condition, Images, ImageSet, Progress, Schedule, UserError, derive_seed, digest_of
+from nas.recipes import Batch, Count, Few, Natural, Positive, Share, Weight, recipe
 from search_spaces.networks.slices import Arch
 from search_spaces.networks.text_unet import TextUNet
 from search_spaces.supernet import WEIGHTS, ElasticUNet, LoadedElasticUNet
@@ -171,7 +171,11 @@ class Sandwich(OneStage):
 
     `full_only`: trains the full net alone. `distillation`: share of the target that is the prediction of the full net as it was
     before this stage, instead of the noise. `expert`: trains that copy of the weights, made of the shared ones, on the timesteps
-    that it serves. `drop`: share of the labels that are those of no class, where the network takes labels.
+    that it serves. `drop`: share of the conditions that say nothing, where the network takes any.
+
+    `snr_cap`: min-SNR weighting (Hang et al. 2023, eq. 9), the signal-to-noise ratio from which on timesteps count no more than each other as
+    predictions of the image; without it all count alike as they are predicted. For networks that are too large: `accumulate` runs each batch in
+    so many parts, `checkpointing` keeps blocks' inputs alone and runs them again in the backward pass, `precision` is that of products.
     """
 
     steps: Count
@@ -188,13 +192,25 @@ class Sandwich(OneStage):
     distillation: Share = 0.0
     expert: str = ""
     drop: Share = DROP
+    snr_cap: Positive | None = None
+    accumulate: Few = 1
+    checkpointing: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def describe(self) -> dict[str, Any]:
+        """How a batch is run is no part of it, where that changes rounding alone. What was added later is left out where nothing is said of it."""
         settings = asdict(self)
-        del settings["checkpoint_every"]
-        if self.drop == DROP:  # networks without labels, and recipes from before there were any, are described as ever
-            del settings["drop"]
-        return {"class": "Sandwich", **settings}
+        for name in ("checkpoint_every", "accumulate", "checkpointing"):
+            del settings[name]
+        later = {"drop": DROP, "snr_cap": None, "precision": "float32"}
+        return {"class": "Sandwich", **{k: v for k, v in settings.items() if k not in later or v != later[k]}}
+
+    def check(self, supernet: ElasticUNet, data: ImageSet) -> None:
+        super().check(supernet, data)
+        if self.accumulate > self.batch:
+            raise UserError(
+                f"accumulate={self.accumulate} parts of a batch of {self.batch}; at most one for each image"
+            )
 
     def fit(
         self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
@@ -206,7 +222,7 @@ class Sandwich(OneStage):
         optimiser = Optimiser(self, net, files.digest if files else "", [self.expert])
         if files:
             files.restore(optimiser)
-        batches = Batches(net, data, self.batch, self.flip, self.drop)
+        batches = Batches(net, data, self.batch, self.flip, self.drop, self.snr_cap)
         name = f"expert {self.expert}" if self.expert else "full network" if self.full_only else "supernet"
         served = net.recipe.served_by(self.expert)
         try:
@@ -216,13 +232,17 @@ class Sandwich(OneStage):
                     generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "sandwich"))
                     x0, condition = batches.images(generator)
                     for arch in self._members(net.recipe, generator):
-                        t, x, truth = batches.noised(x0, generator, served)
-                        target = teacher.target(x, t, truth, condition)
-                        prediction = net.forward(arch.replace(expert=self.expert), x, t, condition)
-                        loss = batches.loss(prediction, target, x0, x, t)
                         weight = self.full_weight if arch == net.full_arch else 1.0
-                        torch.autograd.backward(weight * loss)
-                        losses[_name(arch)] = loss.item()
+                        losses[_name(arch)] = 0.0
+                        whole_batch = (x0, *batches.noised(x0, generator, served))
+                        with net.lent(arch.replace(expert=self.expert), self.checkpointing) as call:
+                            for part, (clean, t, x, truth), told in self._parts_of(whole_batch, condition):
+                                with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
+                                    target = teacher.target(x, t, truth, told)
+                                    prediction = call(x, t, told)
+                                loss = part * batches.loss(prediction.float(), target.float(), clean, x, t)
+                                torch.autograd.backward(weight * loss)
+                                losses[_name(arch)] += loss.item()
                     _check_finite(losses, name, optimiser.step + 1, self.learning_rate)
                     optimiser.update()
                     if files:
@@ -236,12 +256,24 @@ class Sandwich(OneStage):
 
     def macs(self, supernet: ElasticUNet) -> float:
         full = supernet.cost(supernet.anatomy.full).macs
-        each = 3.0 * full
+        passes = 4.0 if self.checkpointing else 3.0
+        each = passes * full
         if not self.full_only:
             table = supernet.subnets(supernet.options).macs
-            each += 3.0 * (float(table.min()) + self.between * float(table.mean()))
+            each += passes * (float(table.min()) + self.between * float(table.mean()))
         each += full if self.distillation else 0
         return self.steps * self.batch * each
+
+    def _parts_of(
+        self, tensors: tuple[torch.Tensor, ...], condition: Condition | None
+    ) -> Iterator[tuple[float, tuple[torch.Tensor, ...], Condition | None]]:
+        """Of a batch, each with its share of it."""
+        if self.accumulate == 1:
+            yield 1.0, tensors, condition
+            return
+        for places in torch.arange(len(tensors[0]), device=tensors[0].device).tensor_split(self.accumulate):
+            told = None if condition is None else {name: rows[places] for name, rows in condition.items()}
+            yield len(places) / len(tensors[0]), tuple(tensor[places] for tensor in tensors), told
 
     def _members(self, recipe: ElasticUNet, generator: torch.Generator) -> list[Arch]:
         if self.full_only:
