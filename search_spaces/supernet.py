@@ -387,18 +387,20 @@ class LoadedElasticUNet:
     def lent(
         self, arch: Arch, checkpointing: bool = False
     ) -> Iterator[Callable[[torch.Tensor, torch.Tensor, Condition | None], torch.Tensor]]:
-        """`forward`, of one subnet whose slices stay in place meanwhile, so that a backward pass may run its blocks again, as it does with
-        `checkpointing`."""
+        """`forward`, of one subnet, for calls and their backward passes. With `checkpointing` its slices stay in place meanwhile, so that a backward
+        pass may run blocks again, of which only the inputs are kept."""
         net = self._skeleton(arch).train(self.full.training)
         if not checkpointing:
             yield partial(self.forward, arch)
             return
-        owners = []
-        for name, tensor in self._slices(arch).items():
-            module, _, last = name.rpartition(".")
-            parameters = net.get_submodule(module)._parameters
-            owners.append((parameters, last, parameters[last]))
-            parameters[last] = tensor
+        slices = self._slices(arch)
+        # Leaves, so that several backward passes add up in them before the sum goes back through the slices, once.
+        leaves = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in slices.items()}
+        empty = {}
+        for name, leaf in leaves.items():
+            parameters, last = _owner(net, name)
+            empty[name] = parameters[last]
+            parameters[last] = leaf
 
         def call(x: torch.Tensor, t: torch.Tensor, condition: Condition | None = None) -> torch.Tensor:
             self.trained_macs += 4 * len(x) * self.recipe.cost.macs(arch)
@@ -409,8 +411,12 @@ class LoadedElasticUNet:
             yield call
         finally:
             net.disable_gradient_checkpointing()
-            for parameters, last, empty in owners:
-                parameters[last] = empty
+            for name, parameter in empty.items():
+                parameters, last = _owner(net, name)
+                parameters[last] = parameter
+        found = [(slices[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
+        if found:
+            torch.autograd.backward([tensor for tensor, _ in found], [gradient for _, gradient in found])
 
     def weights(self, expert: str) -> StockUNet:
         """The full network of an expert, or the shared one where the name is empty. Raises UserError for a name it lacks."""
@@ -623,6 +629,12 @@ class LoadedElasticUNet:
     def _slices(self, arch: Arch) -> dict[str, torch.Tensor]:
         full = dict(self.weights(arch.expert).named_parameters())
         return {name: take(full, source) for name, source in self.recipe.anatomy.segments(arch).items()}
+
+
+def _owner(net: Any, name: str) -> tuple[Any, str]:
+    """The parameters of the module that has this one, and what it calls it."""
+    module, _, last = name.rpartition(".")
+    return net.get_submodule(module)._parameters, last
 
 
 def _numbers(output: Any) -> int:

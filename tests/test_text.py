@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import save_file
+from transformers import CLIPConfig, CLIPModel
 
 from evaluators.agreement import Agreement
+from evaluators.captions import Captioned
+from evaluators.clip import DEVIATION, MEAN, ClipScore
 from evaluators.conditions import Captions, Labels, Prompts
-from evaluators.images import Digits
+from evaluators.images import Digits, ImageFolder
 from evaluators.sampling import DDIM, DPMSolver, sample
 from nas.base.exported import ExportError, read_export
 from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
@@ -27,8 +31,10 @@ from search_spaces.intervals import free, leading
 from search_spaces.noise import NoiseSchedule
 from search_spaces.supernet import ElasticUNet
 from search_spaces.text import ClassTable, TextEncoder
-from search_spaces.training.optimiser import Batches
-from tests.pipelines import TEXT_WIDTH, TOKENS, stable_diffusion, stable_diffusion_xl
+from search_spaces.training import Sandwich
+from search_spaces.training.optimiser import Batches, Optimiser
+from tests.conftest import TINY
+from tests.pipelines import TEXT_WIDTH, TOKENS, stable_diffusion, stable_diffusion_xl, text_config, tokenizer
 
 TEXTS = ["a photo of a bag", "a small dress", "", "a drawing of a coat"]
 
@@ -149,6 +155,162 @@ def test_trained_on_captions_some_are_dropped_whole(folder: Path) -> None:
     assert 30 < which.count(2) < 50  # half of all, and a quarter of the rest
     with pytest.raises(UserError, match="captions, but the images have none"):
         net.conditions_of(ImageSet(pixels, None, "four"))
+
+
+def test_images_with_classes_alone_are_captioned() -> None:
+    names = tuple(f"thing {number}" for number in range(10))
+    recipe = Captioned(Digits(holdout=0.2), names, ("a {}", "one {}"), inverted=("a dark {}",))
+    made, plain = recipe.load(), Digits(holdout=0.2).load()
+    assert made.captions is not None
+    assert made.labels is not None
+    assert plain.labels is not None
+    assert made.held_out is not None
+    assert made.held_out.captions is not None
+    assert len(made.held_out.captions) == len(made.held_out)
+    dark = made.labels >= 10
+    assert 0.4 < dark.mean() < 0.6
+    assert np.array_equal(made.labels % 10, plain.labels)
+    assert np.array_equal(made.pixels, np.where(dark[:, None, None, None], -plain.pixels, plain.pixels))
+    for caption, label in zip(made.captions, made.labels, strict=True):
+        assert caption in (
+            {f"a dark thing {label - 10}"} if label >= 10 else {f"a thing {label}", f"one thing {label}"}
+        )
+    assert len(set(made.captions)) == 30
+    assert recipe.load().digest == made.digest != replace(recipe, seed=1).load().digest
+    with pytest.raises(UserError, match="a name is needed for each class"):
+        Captioned(Digits(), names[:3]).load()
+    with pytest.raises(UserError, match=r"must have one \{\}"):
+        Captioned(Digits(), names, ("a thing",))
+
+
+def test_a_folder_of_pictures_has_its_captions_beside_them(tmp_path: Path) -> None:
+    for number in range(80):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number:02}.png")
+        (tmp_path / f"{number:02}.txt").write_text(f"picture\n {number}\n")
+    recipe = ImageFolder(str(tmp_path), 8, channels=1, captions="txt", holdout=0.2)
+    made = recipe.load()
+    assert made.held_out is not None
+    for part in (made, made.held_out):
+        assert part.captions is not None
+        shown = ((part.pixels[:, 0, 0, 0] + 1) * 127.5).round().astype(int)
+        assert [f"picture {number}" for number in shown] == list(part.captions)
+    (tmp_path / "03.txt").write_text("another")
+    assert replace(recipe, channels=3).load().digest != made.digest
+    (tmp_path / "04.txt").unlink()
+    with pytest.raises(UserError, match=r"04\.png has no caption: 04\.txt beside it cannot be read"):
+        recipe.source()
+
+
+def test_the_clip_score_is_transformers_own(folder: Path, tmp_path: Path) -> None:
+    """Cosines by the whole stock model, which is told the pixels as they are."""
+    words = tokenizer(tmp_path / "clip")
+    words.save_pretrained(tmp_path / "clip")
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32}
+    vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": TEXT_WIDTH}
+    config = CLIPConfig(text_config=text_config(len(words)).to_dict(), vision_config=vision, projection_dim=TEXT_WIDTH)
+    clip = CLIPModel(config).eval()
+    clip.save_pretrained(tmp_path / "clip")
+    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    net = recipe.initial(0)
+    told = prompts(tmp_path, recipe.text)
+    score = ClipScore(str(tmp_path / "clip"), conditions=told, rungs=(6, 8), sampler=DDIM(), batch=4)
+    schedule = Schedule((Step(501, net.full_arch), Step(1, net.full_arch)))
+    list(score.prepare(tmp_path, 0, "cpu"))
+    loaded = score.load(net, tmp_path)
+    found = loaded(schedule, 6, 0)
+    images, texts = loaded.sample(schedule, 6, 0), told.load(tmp_path).texts(0, 0, 6)
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (MEAN, DEVIATION))
+    given = words(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        made = clip(pixel_values=((images / 2 + 0.5) - mean) / deviation, **given)
+        cosines = (made.logits_per_image / clip.logit_scale.exp()).diagonal()
+    assert found.values["clip_distance"] == pytest.approx(float(1 - cosines.mean()), abs=1e-5)
+    assert "1 - cosine of image and text@6" in found.labels["clip_distance"]
+    with pytest.raises(UserError, match="not a CLIPModel"):
+        replace(score, model=str(folder / "sd" / "text_encoder")).check()
+    with pytest.raises(UserError, match="give it conditions=Prompts"):
+        ClipScore(str(tmp_path / "clip"))
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def gradients(stage: Sandwich, net: Any, data: ImageSet) -> dict[str, torch.Tensor]:
+    """Of the first step, as they stand before Adam sees them."""
+    seen: dict[str, torch.Tensor] = {}
+    update = Optimiser.update
+
+    def noted(self: Optimiser) -> None:
+        seen.update(
+            {name: parameter.grad.clone() for name, parameter in self._named.items() if parameter.grad is not None}
+        )
+        update(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimiser, "update", noted)
+        for _ in stage.fit(net, data, 0):
+            pass
+    return seen
+
+
+def captioned_images() -> ImageSet:
+    pixels = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32).clip(-1, 1)
+    return ImageSet(pixels, None, "eight", captions=tuple(TEXTS * 2))
+
+
+@pytest.mark.parametrize(
+    "change", [{"accumulate": 3}, {"checkpointing": True}, {"accumulate": 2, "checkpointing": True}]
+)
+def test_how_a_batch_is_run_changes_no_gradient(folder: Path, change: dict[str, Any]) -> None:
+    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(0.5, 1.0))
+    stage = Sandwich(steps=1, batch=8, warmup=0, distillation=0.5)
+    expected = gradients(stage, recipe.initial(0), captioned_images())
+    found = gradients(replace(stage, **change), recipe.initial(0), captioned_images())
+    assert found.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=1e-4 * largest), name
+    assert stage.describe() == replace(stage, **change).describe()
+
+
+def test_half_precision_changes_a_gradient_by_its_rounding(folder: Path) -> None:
+    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    stage = Sandwich(steps=1, batch=8, warmup=0, full_only=True)
+    expected = gradients(stage, recipe.initial(0), captioned_images())
+    found = gradients(replace(stage, precision="bfloat16"), recipe.initial(0), captioned_images())
+    name = "conv_out.weight"
+    assert 0 < (found[name] - expected[name]).norm() < 0.1 * expected[name].norm()
+    assert found[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weighs_all_predictions_as_errors_of_the_image(prediction: Any) -> None:
+    """The same wrong image, told in each of three ways, costs the same: min(SNR, cap) of its squared error."""
+    noise = NoiseSchedule(prediction=prediction)
+    net = ElasticUNet(TINY, (1.0,), noise=noise).initial(0)
+    data = ImageSet(np.zeros((4, 1, 8, 8), np.float32), None, "four")
+    batches = Batches(net, data, 4, flip=False, snr_cap=5.0)
+    generator = torch.Generator().manual_seed(0)
+    x0, wrong, drawn = torch.randn((3, 4, 1, 8, 8), generator=generator).unbind()
+    t = torch.tensor([20, 300, 600, 900])
+    x = batches.at(x0, t, drawn)
+    abar = torch.from_numpy(net.alphas_cumprod).float()[t, None, None, None]
+    said = (x - abar.sqrt() * wrong) / (1 - abar).sqrt()
+    told = {"sample": wrong, "epsilon": said, "v_prediction": abar.sqrt() * said - (1 - abar).sqrt() * wrong}
+    loss = batches.loss(told[prediction], batches.target(x0, t, drawn), x0, x, t)
+    snr = (abar / (1 - abar)).flatten().clamp(max=5.0)
+    assert float(loss) == pytest.approx(float((snr * (wrong - x0).square().mean((1, 2, 3))).mean()), rel=1e-3)
+
+
+def test_a_batch_has_no_more_parts_than_images(folder: Path) -> None:
+    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    with pytest.raises(UserError, match="accumulate=9 parts of a batch of 8"):
+        Sandwich(steps=1, batch=8, accumulate=9).check(recipe, captioned_images())
+    with pytest.raises(UserError, match="reads captions, but the images have none"):
+        Sandwich(steps=1).check(recipe, ImageSet(captioned_images().pixels, None, "eight"))
+    with pytest.raises(UserError, match="nothing makes them of captions"):
+        Sandwich(steps=1).check(replace(recipe, text=None), captioned_images())
 
 
 # ---------------------------------------------------------------------------------------------------------- pipelines

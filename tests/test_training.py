@@ -236,7 +236,7 @@ def test_a_pretrained_folder_becomes_elastic(tiny_net: ElasticUNet, tmp_path: Pa
 
 
 def test_folders_without_a_unet_are_refused(tiny_net: ElasticUNet, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"config\.json does not exist; give a UNet2DModel folder"):
+    with pytest.raises(UserError, match=r"config\.json does not exist; give a folder of a UNet2DModel"):
         ElasticUNet.from_pretrained(tmp_path)
     tiny_net.initial(0).extract(tiny_net.uniform(0.5)).save_pretrained(tmp_path / "pickled", safe_serialization=False)
     with pytest.raises(UserError, match="save the model with safetensors"):
