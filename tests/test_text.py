@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,12 +24,13 @@ from evaluators.clip import DEVIATION, MEAN, ClipScore
 from evaluators.conditions import Captions, Labels, Prompts
 from evaluators.images import Digits, ImageFolder
 from evaluators.sampling import DDIM, DPMSolver, sample
-from nas.base.exported import ExportError, read_export
+from nas.base.exported import ExportError, read_export, read_network
 from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
 from nas.handover.export import export
 from nas.handover.stock import export_stock
 from search_spaces.intervals import free, leading
 from search_spaces.noise import NoiseSchedule
+from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.supernet import ElasticUNet
 from search_spaces.text import ClassTable, TextEncoder
 from search_spaces.training import Sandwich
@@ -535,3 +537,64 @@ def test_agreement_needs_classes(folder: Path, tmp_path: Path) -> None:
     score = Agreement(Digits(), conditions=told, rungs=(4, 8))
     with pytest.raises(UserError, match="asks for no classes"):
         score.load(net, tmp_path)
+
+
+def with_pictures(folder: Path) -> Path:
+    images = folder / "pictures"
+    images.mkdir()
+    for number in range(12):
+        colour = (20 * number, 120, 255 - 20 * number)
+        Image.new("RGB", (16, 16), colour).save(images / f"{number:02}.png")
+        (images / f"{number:02}.txt").write_text(TEXTS[number % 4] or "a")
+    return images
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_an_exported_folder_is_trained_on_captions_without_this_project(
+    kind: str, folder: Path, tmp_path: Path
+) -> None:
+    exported(folder, tmp_path / "model", kind)
+    images = with_pictures(tmp_path)
+    program = """
+import runpy, sys
+for name in ("nas", "search_spaces", "evaluators", "optuna", "pydantic"):
+    sys.modules[name] = None
+sys.path.insert(0, "model")
+sys.argv = ["train_diffusers.py", *sys.argv[1:]]
+runpy.run_path("model/train_diffusers.py", run_name="__main__")
+"""
+    options = ["--images", str(images), "--captions", "txt", "--cpu", "--steps", "6", "--batch", "6", "--warmup", "0"]
+    options += ["--accumulate", "2", "--checkpointing", "--snr-cap", "5", "--features", "0.1"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *options], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "unet_1: step" in done.stdout
+    trained = read_export(tmp_path / "model" / "trained")
+    assert trained.texts
+    before = read_network(tmp_path / "model" / "unet_0").state_dict()
+    after = read_network(tmp_path / "model" / "trained" / "unet_0").state_dict()
+    text = next(name for name in before if name.endswith("attn2.to_k.weight"))
+    assert not torch.equal(before[text], after[text])  # what reads the text has learned too
+    missing = subprocess.run(
+        [sys.executable, "-c", program, *options[:2], *options[4:], "--cpu"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert missing.returncode != 0
+    assert "the networks need a caption for each image: give --captions txt" in missing.stderr
+
+
+def test_parts_and_checkpoints_change_no_gradient_of_the_script(folder: Path, tmp_path: Path) -> None:
+    exported(folder, tmp_path / "model")
+    pixels = captioned_images().pixels
+    losses = {}
+    for name, change in (("plain", {}), ("parts", {"accumulate": 3, "checkpointing": True})):
+        settings = Settings(steps=4, batch=6, warmup=0, **change)  # type: ignore[arg-type]
+        where = tmp_path / name
+        shutil.copytree(tmp_path / "model", where)
+        ticks = train(where, pixels, settings, cpu=True, captions=list(captioned_images().captions or ()))
+        losses[name] = [tick["loss"] for tick in ticks]
+    assert losses["parts"] == pytest.approx(losses["plain"], rel=1e-3)

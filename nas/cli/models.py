@@ -41,6 +41,10 @@ class Labels(enum.StrEnum):
     folders = "folders"
 
 
+class Captions(enum.StrEnum):
+    txt = "txt"
+
+
 class Resize(enum.StrEnum):
     box = "box"
     bilinear = "bilinear"
@@ -207,6 +211,12 @@ def train(
     labels: Annotated[
         Labels | None, typer.Option(help="The folders right below --images are the classes.", show_default=False)
     ] = None,
+    captions: Annotated[
+        Captions | None,
+        typer.Option(
+            help="Beside each picture of --images lies a .txt of its name, what it shows.", show_default=False
+        ),
+    ] = None,
     changed_weights: Annotated[
         bool,
         typer.Option("--changed-weights", help="Take networks that were changed on purpose after they were written."),
@@ -255,7 +265,7 @@ def train(
 
             torch.cuda.set_device(device)
         chosen = settings_of(settings)
-        conditional = "null_label" in plan or labels is not None
+        conditional, reads = "null_label" in plan or labels is not None, "text" in plan or captions is not None
         if images is not None:
             if study is not None and study.images.load().held_out is not None:
                 notes.print(
@@ -266,12 +276,14 @@ def train(
                 )
             pixels = follow(bars, _pixels(images, plan.get("image_shape", plan["shape"]), resize))
             classes = _labels(images, labels) if conditional else None
+            texts = _captions(images, captions) if reads else None
         else:
             assert study is not None
             data = study.images.load()
             pixels, classes = data.pixels, data.labels if conditional else None
+            texts = data.texts if reads else None
         keep_settings(folder, settings)
-        ticks = begin(folder, pixels, chosen, device == "cpu", changed_weights, whole, classes)
+        ticks = begin(folder, pixels, chosen, device == "cpu", changed_weights, whole, classes, texts)
         validation = None
         if study is not None and searched is not None and validate_every != 0:
             validation = Validation(study, searched, exported, device)
@@ -298,6 +310,13 @@ def _labels(images: str, labels: Labels | None) -> Any:
 
         return Digits().load().labels
     return folder_labels(Path(images)) if labels else None
+
+
+def _captions(images: str, captions: Captions | None) -> Any:
+    """Of the files beside the pictures; None where nothing says that there are any."""
+    from search_spaces.shipped.train_diffusers import folder_captions
+
+    return folder_captions(Path(images)) if captions else None
 
 
 def _pixels(images: str, shape: Sequence[int], resize: str | None) -> Generator[Progress, None, Any]:

@@ -1,7 +1,7 @@
 """Fine-tunes the networks of an exported folder, each on the timesteps that it serves, with distillation from the full network.
 
-Needs torch, diffusers, accelerate, numpy, pillow and safetensors alone; an exported folder holds a copy of this file and of what it
-imports:
+Needs torch, diffusers, accelerate, numpy, pillow and safetensors alone, and transformers where the networks read a text; an exported folder
+holds a copy of this file and of what it imports:
 
     python train_diffusers.py --images my/images            # or: accelerate launch train_diffusers.py ...
 
@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from nas.base.exported import (
     AUTOENCODER,
     AUTOENCODERS,
+    INDEX,
     PROVENANCE,
     ExportError,
     check_hashes,
@@ -42,8 +43,10 @@ from nas.base.exported import (
     read_export,
     read_network,
 )
-from nas.base.pictures import PictureError, find_pictures, read_picture
+from nas.base.pictures import PictureError, find_pictures, read_caption, read_picture
 from search_spaces.shipped.latents import drawn, moments
+from search_spaces.shipped.reuse import arguments
+from search_spaces.shipped.texts import encoded
 
 TRAINED = "trained"
 OURS = (
@@ -58,6 +61,11 @@ OURS = (
     "schedule.json",
     "scheduler",
     "teacher",
+    "text_encoder",
+    "text_encoder_2",
+    "texts.py",
+    "tokenizer",
+    "tokenizer_2",
     "train.json",
     "train_diffusers.py",
     "vae",
@@ -69,7 +77,9 @@ OURS = (
 class Settings:
     """`steps`: gradient steps of all networks together, divided by how many timesteps each serves. `distillation`: share of the target
     that is the full network's prediction, instead of the noise. `features`: weight of the distance of blocks' spatial maps (mean square
-    over channels, normalised; Zagoruyko & Komodakis 2017) to the full network's. `batch`: images of a step, on each device."""
+    over channels, normalised; Zagoruyko & Komodakis 2017) to the full network's. `batch`: images of a step, on each device, in `accumulate` parts.
+    `checkpointing`: blocks run again in the backward pass, which takes less memory. `snr_cap`: of min-SNR weighting (Hang et al. 2023), 0 for
+    none. `drop`: share of labels or captions that say nothing instead."""
 
     steps: int = 1000
     batch: int = 64
@@ -84,6 +94,9 @@ class Settings:
     seed: int = 0
     checkpoint_every: int = 250
     drop: float = 0.1
+    accumulate: int = 1
+    checkpointing: bool = False
+    snr_cap: float = 0.0
 
 
 def settings_of(given: Any) -> Settings:
@@ -97,9 +110,11 @@ def settings_of(given: Any) -> Settings:
         if not (number or type(value) is kind) or (number and not 0 <= value < 1e9):
             raise ExportError(f"train.json: {name}={value!r} is no {kind.__name__} that a training can have")
     made = Settings(**given)
-    if min(made.steps, made.batch, made.checkpoint_every) < 1 or made.precision not in ("no", "bf16", "fp16"):
+    counts = (made.steps, made.batch, made.checkpoint_every, made.accumulate)
+    if min(counts) < 1 or made.accumulate > made.batch or made.precision not in ("no", "bf16", "fp16"):
         raise ExportError(
-            f"train.json: steps, batch and checkpoint_every must be at least 1, precision no, bf16 or fp16; {made}"
+            "train.json: steps, batch, checkpoint_every and accumulate must be at least 1, accumulate at most batch, precision no, bf16 or "
+            f"fp16; {made}"
         )
     return made
 
@@ -112,13 +127,14 @@ def train(
     changed_weights: bool = False,
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
     labels: npt.NDArray[np.int64] | None = None,
+    captions: Sequence[str] | None = None,
 ) -> Generator[dict[str, Any], None, None]:
     """Trains what `folder/trained` lacks; yields after each step the network's name, its step, how many there are, the loss, and the
     average of its weights, which the next step changes. Closed early, it keeps its state first.
 
     pixels: (n, channels, height, width) in [-1, 1]. `changed_weights`: takes networks that are not those that were exported. `whole`: makes
-    a context in which nobody is interrupted. `labels`: (n,), where the networks take labels; a share `settings.drop` of them is dropped. Raises
-    ExportError where the folder is damaged, and for labels that the networks need or do not take.
+    a context in which nobody is interrupted. `labels`: (n,), where the networks take labels, `captions`, where they read a text; a share
+    `settings.drop` of them is dropped. Raises ExportError where the folder is damaged, and for what the networks need or do not take.
     """
     export = read_export(folder)
     plan = export.training
@@ -135,11 +151,13 @@ def train(
             if null is None
             else f"the networks need a label from 0 to {null - 1} for each image: give --labels folders, or images that have them"
         )
-    classes = None if labels is None else torch.from_numpy(labels).to(accelerator.device)
-    data = _data(folder, plan, pixels, classes, settings.flip, accelerator.device)
+    told = _told(export, labels, captions, len(pixels), accelerator.device)
+    data = _data(folder, plan, pixels, told, settings.flip, accelerator.device)
     scheduler = diffusers.DDIMScheduler(**plan["scheduler"])
     exported = export.provenance.get("files", {})
-    kept = {file: exported[file] for file in exported if file.startswith(("teacher/", f"{AUTOENCODER}/"))}
+    kept = {
+        file: exported[file] for file in exported if file.startswith(("teacher/", f"{AUTOENCODER}/", "text_encoder"))
+    }
     for name, ranges in plan["timesteps"].items():
         if not (into / name / "config.json").exists():
             yield from _train_one(folder, name, ranges, teacher, data, scheduler, settings, accelerator, whole)
@@ -161,13 +179,79 @@ def train(
                 os.replace(partial, into / part.name)
 
 
-class Labelled(NamedTuple):
-    """Images (n, channels, height, width), their labels (n,), and that of no class; None where the networks take none. Of latents mean and
-    log-variance of the posteriors instead, (n, 2, channels, height, width), `mirrored` those of the mirrored images, and the autoencoder."""
+class Told:
+    """What images are conditioned on: rows by the names of the networks' arguments, which one each image has, and which say nothing."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[dict[str, torch.Tensor], torch.Tensor, int]] = []
+
+    def add(self, rows: dict[str, torch.Tensor], places: torch.Tensor, null: int) -> None:
+        self._rows.append((rows, places, null))
+
+    def of(self, chosen: torch.Tensor, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of the chosen images, nothing of those that are dropped."""
+        found: dict[str, torch.Tensor] = {}
+        for rows, places, null in self._rows:
+            mine = torch.where(dropped, torch.full_like(places[chosen], null), places[chosen])
+            found |= {name: values[mine] for name, values in rows.items()}
+        return found
+
+
+def _told(export: Any, labels: Any, captions: Sequence[str] | None, count: int, device: Any) -> Told:
+    """Raises ExportError for what the networks need and is not given, or is given and not taken."""
+    told, plan = Told(), export.training
+    null = plan.get("null_label")
+    if (labels is None) != (null is None) or (labels is not None and not 0 <= labels.min() <= labels.max() < null):
+        raise ExportError(
+            "the networks take no labels; leave them out"
+            if null is None
+            else f"the networks need a label from 0 to {null - 1} for each image: give --labels folders, or images that have them"
+        )
+    if labels is not None:
+        told.add({"class_labels": torch.arange(null + 1, device=device)}, torch.from_numpy(labels).to(device), null)
+    if (captions is None) != (plan.get("text") is None):
+        raise ExportError(
+            "the networks read no text; leave the captions out"
+            if captions is not None
+            else "the networks need a caption for each image: give --captions txt, or images that have them"
+        )
+    if captions is not None:
+        if len(captions) != count:
+            raise ExportError(f"{len(captions)} captions for {count} images; give one for each")
+        if not export.texts:
+            raise ExportError(f"{export.folder} has no text encoder to read captions with; export it with one")
+        parts = _text_parts(export.folder, export.texts, device)
+        distinct = sorted({*captions, ""})
+        made = [encoded(parts, distinct[i : i + 64], plan["text"]["size"], device) for i in range(0, len(distinct), 64)]
+        rows = {name: torch.cat([part[name] for part in made]) for name in made[0]}
+        place = {text: number for number, text in enumerate(distinct)}
+        told.add(rows, torch.tensor([place[text] for text in captions], device=device), place[""])
+    return told
+
+
+def _text_parts(folder: Path, names: Sequence[str], device: Any) -> dict[str, Any]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ExportError("the networks read a text, which needs transformers; pip install transformers") from error
+    index = json.loads((folder / INDEX).read_text())
+    found: dict[str, Any] = {}
+    for name in names:
+        kind = getattr(transformers, index[name][1])
+        if name.startswith("tokenizer"):
+            found[name] = kind.from_pretrained(folder / name, local_files_only=True)
+        else:
+            model = kind.from_pretrained(folder / name, local_files_only=True, use_safetensors=True)
+            found[name] = model.to(device).eval().requires_grad_(False)
+    return found
+
+
+class Data(NamedTuple):
+    """Images (n, channels, height, width), and what they are conditioned on. Of latents mean and log-variance of the posteriors instead, (n, 2,
+    channels, height, width), `mirrored` those of the mirrored images, and the autoencoder."""
 
     pixels: torch.Tensor
-    labels: torch.Tensor | None
-    null: int | None
+    told: Told
     mirrored: torch.Tensor | None = None
     autoencoder: Any = None
     posterior: str = ""
@@ -182,17 +266,14 @@ class Labelled(NamedTuple):
 
 
 @torch.no_grad()
-def _data(
-    folder: Path, plan: Any, pixels: npt.NDArray[np.float32], labels: torch.Tensor | None, flip: bool, device: Any
-) -> Labelled:
-    null = plan.get("null_label")
+def _data(folder: Path, plan: Any, pixels: npt.NDArray[np.float32], told: Told, flip: bool, device: Any) -> Data:
     if "image_shape" not in plan:
-        return Labelled(torch.from_numpy(pixels).to(device), labels, null)
+        return Data(torch.from_numpy(pixels).to(device), told)
     autoencoder = read_network(folder / AUTOENCODER, AUTOENCODERS).to(device).requires_grad_(False)
     parts = [torch.from_numpy(pixels[start : start + 256]) for start in range(0, len(pixels), 256)]
     plain = torch.cat([moments(autoencoder, part.to(device)) for part in parts])
     other = torch.cat([moments(autoencoder, part.to(device).flip(-1)) for part in parts]) if flip else None
-    return Labelled(plain, labels, null, other, autoencoder, plan["posterior"])
+    return Data(plain, told, other, autoencoder, plan["posterior"])
 
 
 def _replace(path: Path, text: str) -> None:
@@ -206,7 +287,7 @@ def _train_one(
     name: str,
     ranges: Sequence[Sequence[int]],
     teacher: Any,
-    data: Labelled,
+    data: Data,
     scheduler: Any,
     settings: Settings,
     accelerator: Any,
@@ -218,6 +299,8 @@ def _train_one(
     optimiser = torch.optim.Adam(net.parameters(), settings.learning_rate)
     net, optimiser = accelerator.prepare(net, optimiser)
     bare = accelerator.unwrap_model(net)
+    if settings.checkpointing:
+        bare.enable_gradient_checkpointing()
     average = {key: tensor.detach().clone() for key, tensor in bare.state_dict().items()}
     state = folder / TRAINED / f".{name}.safetensors"
     done = _restore(state, bare, optimiser, average)
@@ -249,7 +332,7 @@ def _step(
     net: Any,
     bare: Any,
     teacher: Any,
-    data: Labelled,
+    data: Data,
     served: torch.Tensor,
     scheduler: Any,
     settings: Settings,
@@ -264,26 +347,42 @@ def _step(
     generator = torch.Generator().manual_seed(seed)
     device = data.pixels.device
     chosen = torch.randint(len(data.pixels), (settings.batch,), generator=generator).to(device)
-    labels = None if data.labels is None else data.labels[chosen]
     mirrored = torch.rand(settings.batch, generator=generator).to(device) < 0.5 if settings.flip else None
     x0 = data.draw(chosen, mirrored, generator)
-    if labels is not None:
-        dropped = torch.rand(settings.batch, generator=generator).to(device) < settings.drop
-        labels = torch.where(dropped, torch.full_like(labels, data.null or 0), labels)
+    dropped = torch.rand(settings.batch, generator=generator).to(device) < settings.drop
+    told = data.told.of(chosen, dropped)
     t = served[torch.randint(len(served), (settings.batch,), generator=generator)].to(device)
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     x = scheduler.add_noise(x0, noise, t)
     kind = scheduler.config.prediction_type
     truth = noise if kind == "epsilon" else x0 if kind == "sample" else scheduler.get_velocity(x0, noise, t)
-    loss = _loss(net, bare, teacher, x, t, labels, truth, settings, accelerator)
+    weights = _weights(scheduler, t, settings.snr_cap)
     optimiser.zero_grad()
-    accelerator.backward(loss)
+    total_loss = torch.zeros((), device=device)
+    for places in torch.arange(settings.batch, device=device).tensor_split(settings.accumulate):
+        mine = {name: rows[places] for name, rows in told.items()}
+        given = (x[places], t[places], mine, truth[places], weights[places])
+        loss = _loss(net, bare, teacher, *given, settings, accelerator) * len(places) / settings.batch
+        accelerator.backward(loss)
+        total_loss += loss.detach()
     accelerator.clip_grad_norm_(net.parameters(), settings.clip)
     rate = min(1.0, (step + 1) / max(settings.warmup, 1)) * 0.5 * (1 + np.cos(np.pi * step / total))
     for group in optimiser.param_groups:
         group["lr"] = settings.learning_rate * float(rate)
     optimiser.step()
-    return loss.detach()
+    return total_loss
+
+
+def _weights(scheduler: Any, t: torch.Tensor, cap: float) -> torch.Tensor:
+    """Of each image's error, (n,): min(SNR, cap) as an error of the predicted image; 1 without a cap."""
+    if not cap:
+        return torch.ones(len(t), device=t.device)
+    abar = scheduler.alphas_cumprod.to(t.device)[t]
+    snr = abar / (1 - abar).clamp_min(1e-12)
+    kind = scheduler.config.prediction_type
+    each = torch.ones_like(snr) if kind == "sample" else snr + 1 if kind == "v_prediction" else snr
+    found: torch.Tensor = snr.clamp(max=cap) / each.clamp_min(1e-12)
+    return found
 
 
 def _loss(
@@ -292,25 +391,27 @@ def _loss(
     teacher: Any,
     x: torch.Tensor,
     t: torch.Tensor,
-    labels: torch.Tensor | None,
+    told: dict[str, torch.Tensor],
     truth: torch.Tensor,
+    weights: torch.Tensor,
     settings: Settings,
     accelerator: Any,
 ) -> torch.Tensor:
     mine, theirs = Maps(bare, settings.features > 0), Maps(teacher, settings.features > 0)
     with accelerator.autocast():
-        prediction = _predict(net, bare, x, t, labels).float()
+        prediction = net(*arguments(bare, x, t, told), return_dict=False)[0].float()
         target, own = truth, x.shape[1]
         learned = prediction.shape[1] > own
         if settings.distillation or settings.features or learned:
             with torch.no_grad():
-                shown = _predict(teacher, teacher, x, t, labels).float()
+                shown = teacher(*arguments(teacher, x, t, told), return_dict=False)[0].float()
             target = torch.lerp(truth, shown[:, :own], settings.distillation)
-    loss = torch.nn.functional.mse_loss(prediction[:, :own], target)
+    loss = (weights * (prediction[:, :own] - target).square().mean((1, 2, 3))).mean()
     if learned:  # where the variance lies is as the full network has it
         loss = loss + torch.nn.functional.mse_loss(prediction[:, own:], shown[:, own:])
     maps = [torch.nn.functional.mse_loss(a, b) for a, b in zip(mine.close(), theirs.close(), strict=True)]
-    return loss + settings.features * torch.stack(maps).mean() if maps else loss
+    made: torch.Tensor = loss + settings.features * torch.stack(maps).mean() if maps else loss
+    return made
 
 
 class Maps:
@@ -330,12 +431,6 @@ class Maps:
         for hook in self._hooks:
             hook.remove()
         return self._found
-
-
-def _predict(net: Any, bare: Any, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    given = (None, labels) if "encoder_hid_dim" in bare.config else (labels,)
-    prediction: torch.Tensor = net(x, t, *given, return_dict=False)[0]
-    return prediction
 
 
 def _keep(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tensor], step: int) -> None:
@@ -410,6 +505,11 @@ def folder_labels(path: Path) -> npt.NDArray[np.int64]:
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
+def folder_captions(path: Path) -> list[str]:
+    """Of all pictures below a folder, in the order in which they are read: each the text beside it. Raises PictureError where one has none."""
+    return [read_caption(file) for file in find_pictures(path).files]
+
+
 def main() -> None:
     folder = Path(__file__).resolve().parent
     try:
@@ -423,6 +523,9 @@ def main() -> None:
         "--resize", choices=["box", "bilinear", "bicubic", "lanczos"], help="crop and resize pictures of other sizes"
     )
     parser.add_argument("--labels", choices=["folders"], help="the folders right below --images are the classes")
+    parser.add_argument(
+        "--captions", choices=["txt"], help="beside each picture lies a .txt of its name, what it shows"
+    )
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument(
         "--changed-weights", action="store_true", help="take networks that were changed after the export"
@@ -434,8 +537,8 @@ def main() -> None:
         else:
             parser.add_argument(option, type=type(value), default=value, help=f"default {value}")
     chosen = vars(parser.parse_args())
-    images, resize, cpu, changed, said = (
-        chosen.pop(name) for name in ("images", "resize", "cpu", "changed_weights", "labels")
+    images, resize, cpu, changed, said, shown = (
+        chosen.pop(name) for name in ("images", "resize", "cpu", "changed_weights", "labels", "captions")
     )
     channels, *size = plan.get("image_shape", plan["shape"])
     speaks = PartialState(cpu=cpu).is_main_process
@@ -449,7 +552,9 @@ def main() -> None:
             if asked:
                 raise SystemExit(128 + asked[0])
         labels = folder_labels(images) if said else None
-        with closing(train(folder, pixels, settings_of(chosen), cpu, changed, labels=labels)) as ticks:
+        captions = folder_captions(images) if shown else None
+        training = train(folder, pixels, settings_of(chosen), cpu, changed, labels=labels, captions=captions)
+        with closing(training) as ticks:
             for tick in ticks:
                 if not math.isfinite(tick["loss"]):
                     raise SystemExit(
