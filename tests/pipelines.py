@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from benchmarks.small_text import text_config, tokenizer
 
 TOKENS, TEXT_WIDTH = 12, 16
 WORDS = ("a", "photo", "of", "drawing", "small", "bag", "boot", "coat", "dress", "shirt")
@@ -60,49 +61,13 @@ SCHEDULER: dict[str, Any] = {
 }
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
-    """Of whole words and of letters."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    merges: list[tuple[str, str]] = []
-    known = [*letters, *(f"{letter}</w>" for letter in letters)]
-    for word in WORDS:
-        parts = [*word[:-1], f"{word[-1]}</w>"]
-        while len(parts) > 1:
-            pair = (parts[0], parts[1])
-            if pair not in merges:
-                merges.append(pair)
-                known.append("".join(pair))
-            parts = ["".join(pair), *parts[2:]]
-    vocabulary = {
-        word: number for number, word in enumerate([*dict.fromkeys(known), "<|startoftext|>", "<|endoftext|>"])
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{one} {other}\n" for one, other in merges))
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
-
-
-def text_config(words: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=words,
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        projection_dim=TEXT_WIDTH,
-        eos_token_id=words - 1,
-        bos_token_id=words - 2,
-    )
-
-
 def stable_diffusion(folder: Path, seed: int = 0, **unet: Any) -> StableDiffusionPipeline:
     """Saved in the folder too."""
     torch.manual_seed(seed)
-    words = tokenizer(folder.parent / "words")
+    words = tokenizer(folder.parent / "words", WORDS, TOKENS)
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL(**VAE),
-        text_encoder=CLIPTextModel(text_config(len(words))).eval(),
+        text_encoder=CLIPTextModel(text_config(len(words), TOKENS, TEXT_WIDTH)).eval(),
         tokenizer=words,
         unet=UNet2DConditionModel(**{**UNET, **unet}),
         scheduler=DDIMScheduler(**SCHEDULER),
@@ -118,11 +83,11 @@ def stable_diffusion(folder: Path, seed: int = 0, **unet: Any) -> StableDiffusio
 def stable_diffusion_xl(folder: Path, seed: int = 0) -> StableDiffusionXLPipeline:
     """Saved in the folder too."""
     torch.manual_seed(seed)
-    words = tokenizer(folder.parent / "words")
+    words = tokenizer(folder.parent / "words", WORDS, TOKENS)
     pipeline = StableDiffusionXLPipeline(
         vae=AutoencoderKL(**VAE),
-        text_encoder=CLIPTextModel(text_config(len(words))).eval(),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(len(words))).eval(),
+        text_encoder=CLIPTextModel(text_config(len(words), TOKENS, TEXT_WIDTH)).eval(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(len(words), TOKENS, TEXT_WIDTH)).eval(),
         tokenizer=words,
         tokenizer_2=words,
         unet=UNet2DConditionModel(**XL_UNET),

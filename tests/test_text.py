@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
 
+from benchmarks.small_text import text_config, tokenizer
 from evaluators.agreement import Agreement
 from evaluators.captions import Captioned
 from evaluators.clip import DEVIATION, MEAN, ClipScore
@@ -36,7 +37,7 @@ from search_spaces.text import ClassTable, TextEncoder
 from search_spaces.training import Sandwich
 from search_spaces.training.optimiser import Batches, Optimiser
 from tests.conftest import TINY
-from tests.pipelines import TEXT_WIDTH, TOKENS, stable_diffusion, stable_diffusion_xl, text_config, tokenizer
+from tests.pipelines import TEXT_WIDTH, TOKENS, WORDS, stable_diffusion, stable_diffusion_xl
 
 TEXTS = ["a photo of a bag", "a small dress", "", "a drawing of a coat"]
 
@@ -205,12 +206,16 @@ def test_a_folder_of_pictures_has_its_captions_beside_them(tmp_path: Path) -> No
 
 def test_the_clip_score_is_transformers_own(folder: Path, tmp_path: Path) -> None:
     """Cosines by the whole stock model, which is told the pixels as they are."""
-    words = tokenizer(tmp_path / "clip")
+    words = tokenizer(tmp_path / "clip", WORDS, TOKENS)
     words.save_pretrained(tmp_path / "clip")
     torch.manual_seed(0)
     vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32}
     vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": TEXT_WIDTH}
-    config = CLIPConfig(text_config=text_config(len(words)).to_dict(), vision_config=vision, projection_dim=TEXT_WIDTH)
+    config = CLIPConfig(
+        text_config=text_config(len(words), TOKENS, TEXT_WIDTH).to_dict(),
+        vision_config=vision,
+        projection_dim=TEXT_WIDTH,
+    )
     clip = CLIPModel(config).eval()
     clip.save_pretrained(tmp_path / "clip")
     recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
