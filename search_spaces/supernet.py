@@ -28,6 +28,7 @@ from nas.base.files import file_digest, first_line, tensors_digest
 from nas.contracts import Condition, Denoiser, Finer, Gated, Guidance, ImageSet, Step, UserError, digest_of
 from nas.recipes import Count, recipe
 from search_spaces.codec import Autoencoder, Codec, LoadedCodec, Pixels
+from search_spaces.lora import fused, lora_digest
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.slices import Arch, Groups, take
 from search_spaces.networks.text_unet import Heads, TextUNet, anatomy_of
@@ -50,7 +51,8 @@ class ElasticUNet:
     `widths` or `channels`, `depths`, `per_level`, `attention`, `layers`, `middle`: what its subnets may differ in, see `Options`; the full network is among them.
     `groups`: GroupNorm keeps its group *count* at every width (any widths), or its group *size* (one share for the
     whole net; trains a little better). `heads`: of a narrower attention that reads a text, fewer "whole" ones or as many "slim" ones. `experts`: training timesteps at which another copy of the weights takes over.
-    `pretrained`: a diffusers UNet2DModel folder whose weights it starts from.
+    `pretrained`: a diffusers UNet2DModel or UNet2DConditionModel folder whose weights it starts from; `loras`: safetensors files of low-rank changes
+    that are added to them first.
     `codec`: what its states are of an image, `Pixels()` or the latents of an `Autoencoder("vae/")`. `text`: what makes of a caption what the
     network reads, such as `TextEncoder("sd15/")`; training needs it, and who exports a pipeline that is to take prompts.
     Raises UserError where an option does not give a stock model.
@@ -72,6 +74,7 @@ class ElasticUNet:
     middle: bool = False
     heads: Heads = "whole"
     tokens: Count = 77
+    loras: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         options = self.options
@@ -91,6 +94,11 @@ class ElasticUNet:
             raise UserError(
                 f"experts {self.experts} must be increasing timesteps between 1 and {self.noise.timesteps - 1}"
             )
+        if self.pretrained is not None:  # relative paths are those of where the recipe is written down
+            object.__setattr__(self, "pretrained", str(Path(self.pretrained).expanduser().absolute()))
+        object.__setattr__(self, "loras", tuple(str(Path(lora).expanduser().absolute()) for lora in self.loras))
+        if self.loras and self.pretrained is None:
+            raise UserError(f"loras {self.loras} change trained weights; give pretrained=, or leave them out")
         self.subnets(options)
         self.codec.image_shape(self.state_shape)
 
@@ -213,6 +221,7 @@ class ElasticUNet:
             "experts": self.experts,
             "pretrained": None if self.pretrained is None else weights_digest(Path(self.pretrained)),
             **({"channels": self.channels} if self.channels else {}),
+            **({"loras": [lora_digest(Path(lora)) for lora in self.loras]} if self.loras else {}),
             **self._of_text(),
             **({} if self.in_pixels else {"codec": self.codec.describe()}),
         }
@@ -273,7 +282,10 @@ class ElasticUNet:
                 empty = self._stock(**self.anatomy.config)
             full = empty.to_empty(device="cpu").train()
             config = {"_class_name": self._stock.__name__, **self.anatomy.config}
-            full.load_state_dict(read_weights(Path(self.pretrained), config))
+            weights = read_weights(Path(self.pretrained), config)
+            for lora in self.loras:
+                weights = fused(weights, Path(lora))
+            full.load_state_dict(weights)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)

@@ -528,6 +528,72 @@ def test_folders_in_half_precision_are_read(folder: Path, tmp_path: Path) -> Non
     assert torch.allclose(told, theirs, atol=0.02)
 
 
+NAMES = {
+    "peft": ("unet.{}.lora_A.weight", "unet.{}.lora_B.weight", "{}"),
+    "diffusers": ("unet.{}.lora.down.weight", "unet.{}.lora.up.weight", "{}"),
+    "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight", "lora_unet_{}"),
+}
+
+
+@pytest.mark.parametrize("style", NAMES)
+def test_low_rank_changes_are_added_before_anything_is_sliced(style: str, folder: Path, tmp_path: Path) -> None:
+    """Against layers that answer with what they did, plus what goes through the two factors."""
+    generator = torch.Generator().manual_seed(3)
+    base = ElasticUNet.from_pretrained(folder / "sd", widths=(0.5, 1.0))
+    net = base.initial(0)
+    layers = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "up_blocks.1.resnets.0.conv1"]
+    layers += ["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"]
+    tensors, factors = {}, {}
+    for layer in layers:
+        weight = net.full.get_submodule(layer).weight
+        down = torch.randn((2, *weight.shape[1:]), generator=generator)
+        up = torch.randn((weight.shape[0], 2, *(1,) * (weight.ndim - 2)), generator=generator)
+        name = layer.replace(".", "_") if style == "kohya" else layer
+        first, second, stem = (pattern.format(name) for pattern in NAMES[style])
+        tensors |= {first: down, second: up}
+        if style == "kohya":
+            tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+        factors[layer] = (down, up, 0.5 if style == "kohya" else 1.0)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    changed = replace(base, loras=(str(tmp_path / "lora.safetensors"),)).initial(0)
+    x, t = torch.randn((2, *net.state_shape), generator=generator), torch.tensor([10, 900])
+    told = net.recipe.anatomy.some_condition(2)
+    told["encoder_hidden_states"] = torch.randn(told["encoder_hidden_states"].shape, generator=generator)
+
+    def beside(down: torch.Tensor, up: torch.Tensor, scale: float) -> Any:
+        def hook(module: Any, given: Any, answer: torch.Tensor) -> torch.Tensor:
+            if down.ndim == 2:
+                return answer + scale * torch.nn.functional.linear(torch.nn.functional.linear(given[0], down), up)
+            inner = torch.nn.functional.conv2d(given[0], down, padding=module.padding)
+            return answer + scale * torch.nn.functional.conv2d(inner, up)
+
+        return hook
+
+    for layer, parts in factors.items():
+        net.full.get_submodule(layer).register_forward_hook(beside(*parts))
+    with torch.no_grad():
+        expected = net.full(x, t, **told).sample
+        found = changed.full(x, t, **told).sample
+    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+    assert base.describe() != changed.recipe.describe()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("text_encoder.layers.0.q_proj.lora_A.weight", "changes the text encoder too"),
+        ("unet.nowhere.lora_A.weight", "belongs to no weight of the network"),
+        ("unet.conv_in.something", "is no part of a LoRA that is known here"),
+        ("unet.conv_in.lora_A.weight", "is missing"),
+    ],
+)
+def test_what_cannot_be_added_is_never_left_out(name: str, words: str, folder: Path, tmp_path: Path) -> None:
+    save_file({name: torch.zeros(2, 4)}, tmp_path / "lora.safetensors")
+    net = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,), loras=(str(tmp_path / "lora.safetensors"),))
+    with pytest.raises(UserError, match=words):
+        net.initial(0)
+
+
 def test_pipelines_that_are_given_more_than_a_text_are_refused(folder: Path, tmp_path: Path) -> None:
     index = json.loads((folder / "sd" / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))

@@ -48,7 +48,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
     @torch.inference_mode()
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
+        prompt: str | Sequence[str] | int | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
@@ -65,7 +65,8 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> Any:
         """`batch_size` images, or `num_images_per_prompt` for each `prompt`, or one for each of the `class_labels`, as `output_type` says: "pil",
-        "np" in [0, 1], (batch, height, width, channels), or "pt", the same as a tensor (batch, channels, height, width).
+        "np" in [0, 1], (batch, height, width, channels), or "pt", the same as a tensor (batch, channels, height, width). A number in the first place
+        is the batch size.
 
         `generator`: where the noise comes from, one or a list with one for each image; `seed` instead: image i depends on the seed and i
         alone, and equals image i of `nas sample` of this seed where it was told the same; `latents`: the first noise itself.
@@ -76,6 +77,8 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises ValueError for more steps than the schedule has, for fewer where steps reuse blocks, and for labels or prompts that are missing,
         too many, or not taken.
         """
+        if isinstance(prompt, int):  # as the first argument of pipelines that read no text is
+            prompt, batch_size = None, prompt
         plan = self.config.schedule
         steps = [_guided_at(step, guidance_scale) for step in _subset(plan["steps"], num_inference_steps)]
         device = self._execution_device
