@@ -16,16 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
+from safetensors.torch import save_file
 
+from evaluators.clip import ClipScore
+from evaluators.conditions import Captions, Prompts
+from evaluators.images import ImageFolder
 from evaluators.latency import Latency, Timed
 from nas.contracts import Guidance
 from nas.searchers.evolution import Evolution
 from nas.searchers.gates import Gates
 from search_spaces.codec import Autoencoder
+from search_spaces.intervals import leading, per_step
+from search_spaces.patterns import legal
+from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
-from search_spaces.training import TrainAutoencoder
+from search_spaces.training import Sandwich, TrainAutoencoder
 from studies import digits, digits_classes, digits_reuse, digits_wide, fashion_latent
+from tests.pipelines import stable_diffusion
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -85,7 +94,9 @@ def test_the_spaces_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
     for module in ("intervals", "options", "patterns", "stepwise", "supernet", "training"):
         common |= vars(importlib.import_module(f"search_spaces.{module}"))
     digits_wide.net.initial(0).extract(digits_wide.net.uniform(1.0)).save_pretrained("model")
-    shown = [block for block in blocks("python") if "Stepwise(" in block or "Timed(" in block]
+    shown = [
+        block for block in blocks("python") if ("Stepwise(" in block or "Timed(" in block) and "Prompts(" not in block
+    ]
     for block, module in zip(shown, (digits, digits_wide, digits_reuse, digits_classes, digits), strict=True):  # type: ignore[assignment]
         exec(block.replace("    ...,\n", SAME), {**common, **vars(module)})
 
@@ -106,6 +117,33 @@ def test_the_codecs_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
     }
     exec(shown, made)
     assert made["net"].image_shape == (1, 32, 32)
+
+
+def test_what_is_shown_of_texts_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small pipeline of the folder's name, of Stable Diffusion's levels."""
+    monkeypatch.chdir(tmp_path)
+    levels = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    config = {"block_out_channels": (16, 32, 64, 64), "down_block_types": levels[0], "up_block_types": levels[1]}
+    stable_diffusion(tmp_path / "sd15", layers_per_block=2, **config)
+    save_file(
+        {"unet.conv_in.lora_A.weight": torch.zeros(1, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.zeros(16, 1, 1, 1)},
+        "style.safetensors",
+    )
+    Path("prompts.txt").write_text("a bag\na coat\n")
+    [shown] = [block for block in blocks("python") if "Prompts(" in block]
+    made: dict[str, Any] = {
+        **{
+            kind.__name__: kind for kind in (ElasticUNet, Prompts, Captions, ImageFolder, Stepwise, ClipScore, Sandwich)
+        },
+        "leading": leading,
+        "per_step": per_step,
+        "legal": legal,
+        "steps": leading(50, offset=1),
+    }
+    exec(shown, made)
+    assert len(made["space"].choices) > 100
+    assert made["net"].text is not None
+    made["net"].initial(0)
 
 
 SAME = "".join(

@@ -172,7 +172,8 @@ class Slices(ABC):
 
     def kept(self, stretch: Stretch, share: float) -> Iterator[Run]:
         """Channels of a stretch that a subnet of this width takes. With a constant group count, the leading share of each
-        cell, so that every channel stays in its norm group; with a constant group size, the leading groups."""
+        cell, so that where all levels have one share every channel stays in its norm group; where shares differ, groups behind a
+        concatenation of trunk and skip begin elsewhere. With a constant group size, the leading groups."""
         exact = Fraction(share).limit_denominator(4096)
         cells = self.cells.get(stretch.channels, ()) if self.groups == "count" else ()
         bounds = (*cells, *self.divided.get(stretch.channels, ()))
