@@ -93,6 +93,7 @@ class Labels:
     """Class labels, as often as the images have them. Raises UserError where the images have no labels."""
 
     images: Images
+    condition_kind = "labels"
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Labels", "images": load_once(self.images).digest}
@@ -123,6 +124,7 @@ class Told(ABC):
 
     encoder: Encoder
     negative: str
+    condition_kind = "texts"
 
     @abstractmethod
     def texts(self) -> tuple[Sequence[str], npt.NDArray[np.int64] | None]:

@@ -51,6 +51,8 @@ class SmallClassifier:
     """A small CNN trained on the study's own images: on their labels, or where there are none, on telling by how many
     quarter turns an image was rotated. Features are its last hidden layer, `dimensions` tanh units.
 
+    `cells`: sides of the map that the last layer sees. `decay`: the learning rate falls to zero on a cosine.
+
     It judges what matters in these images, and its distance is comparable within one run folder only. It is no FID.
     """
 
@@ -59,9 +61,17 @@ class SmallClassifier:
     steps: Count = 400
     batch: Batch = 128
     learning_rate: Positive = 2e-3
+    cells: Few = 2
+    decay: bool = False
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "SmallClassifier", **self.__dict__}
+        """What was added later is left out where nothing is said of it."""
+        later = {"cells": 2, "decay": False}
+        settings = {k: v for k, v in self.__dict__.items() if k not in later or v != later[k]}
+        return {"class": "SmallClassifier", **settings}
+
+    def _network(self, in_channels: int, classes: int) -> _Classifier:
+        return _Classifier(in_channels, self.channels, self.dimensions, classes, self.cells)
 
     def prepare(self, images: ImageSet, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         path = self._path(folder)
@@ -78,7 +88,7 @@ class SmallClassifier:
         classes = rotations if labels is None else int(labels.max()) + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "features", "weights"))
-            net = _Classifier(pixels.shape[1], self.channels, self.dimensions, classes).to(device)
+            net = self._network(pixels.shape[1], classes).to(device)
         adam = torch.optim.Adam(net.parameters(), lr=self.learning_rate)
         for step in range(self.steps):
             generator = torch.Generator().manual_seed(derive_seed(seed, step, "features"))
@@ -89,6 +99,8 @@ class SmallClassifier:
                 x = _rotated(x, target * (4 // rotations))
             else:
                 target = labels[chosen]
+            if self.decay:
+                adam.param_groups[0]["lr"] = self.learning_rate * 0.5 * (1 + math.cos(math.pi * step / self.steps))
             logits = net.head(net(x))
             loss = nn.functional.cross_entropy(logits, target)
             adam.zero_grad()
@@ -123,7 +135,7 @@ class SmallClassifier:
         path = self._path(folder)
         metadata = self._metadata(path)
         in_channels, classes = int(metadata["in_channels"]), int(metadata["classes"])
-        net = _Classifier(in_channels, self.channels, self.dimensions, classes).to(device)
+        net = self._network(in_channels, classes).to(device)
         net.load_state_dict(load_file(path, device=str(device)))
         return net.eval()
 
@@ -239,7 +251,7 @@ class ExternalFeatures:
 
 
 class _Classifier(nn.Module):
-    def __init__(self, in_channels: int, channels: int, dimensions: int, classes: int) -> None:
+    def __init__(self, in_channels: int, channels: int, dimensions: int, classes: int, cells: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(in_channels, channels, 3, padding=1),
@@ -248,9 +260,9 @@ class _Classifier(nn.Module):
             nn.ReLU(),
             nn.Conv2d(2 * channels, 2 * channels, 3, stride=2, padding=1),
             nn.ReLU(),
-            nn.AdaptiveAvgPool2d(2),
+            nn.AdaptiveAvgPool2d(cells),
             nn.Flatten(),
-            nn.Linear(8 * channels, dimensions),
+            nn.Linear(2 * cells**2 * channels, dimensions),
             nn.Tanh(),
         )
         self.head = nn.Linear(dimensions, classes)

@@ -178,6 +178,13 @@ class Study:
                 if conditional
                 else "the network takes no conditions; leave out the evaluator's conditions, or give the network num_class_embeds"
             )
+        wanted, given = (
+            getattr(one, "condition_kind", "") for one in (self.supernet, getattr(self.evaluator, "conditions", None))
+        )
+        if wanted and given and wanted != given:
+            raise UserError(
+                f"the network takes {wanted}, the evaluator's conditions are {given}; give it Labels(images) for labels, Captions or Prompts for texts"
+            )
         check_limits(self.limits)
         if not self.limits_time:
             check_reachable(self.problem)

@@ -164,6 +164,11 @@ class ElasticUNet:
         return self.anatomy.conditional
 
     @property
+    def condition_kind(self) -> str:
+        """What these are: "labels" or "texts"; empty where it takes none."""
+        return ("texts" if isinstance(self.anatomy, TextUNet) else "labels") if self.conditional else ""
+
+    @property
     def in_pixels(self) -> bool:
         """Whether a state is an image."""
         return isinstance(self.codec, Pixels)

@@ -23,18 +23,22 @@ from evaluators.agreement import Agreement
 from evaluators.captions import Captioned
 from evaluators.clip import DEVIATION, MEAN, ClipScore
 from evaluators.conditions import Captions, Labels, Prompts
+from evaluators.frechet import Frechet
 from evaluators.images import Digits, ImageFolder
 from evaluators.sampling import DDIM, DPMSolver, sample
 from nas.base.exported import ExportError, read_export, read_network
 from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
 from nas.handover.export import export
 from nas.handover.stock import export_stock
+from nas.searchers.random import Random
+from nas.study import Study
 from search_spaces.intervals import free, leading
 from search_spaces.noise import NoiseSchedule
 from search_spaces.shipped.train_diffusers import Settings, train
+from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.text import ClassTable, TextEncoder
-from search_spaces.training import Sandwich
+from search_spaces.training import Sandwich, Stages
 from search_spaces.training.optimiser import Batches, Optimiser
 from tests.conftest import TINY
 from tests.pipelines import TEXT_WIDTH, TOKENS, WORDS, stable_diffusion, stable_diffusion_xl
@@ -599,6 +603,26 @@ def test_pipelines_that_are_given_more_than_a_text_are_refused(folder: Path, tmp
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
     with pytest.raises(UserError, match="whose network is given the image and its mask too"):
         ElasticUNet.from_pretrained(tmp_path)
+
+
+def test_conditions_of_another_kind_are_refused(folder: Path, tmp_path: Path) -> None:
+    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(0.5, 1.0))
+    steps = leading(4, offset=1)
+    parts: dict[str, Any] = {"space": Stepwise(recipe, steps, (4,)), "supernet": recipe, "images": Digits()}
+    for conditions, words in (
+        (Labels(Digits()), "the network takes texts, the evaluator's conditions are labels"),
+        (None, "the network takes conditions"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Study(
+                name="wrong",
+                training=Stages(()),
+                evaluator=Frechet(Digits(), conditions=conditions, rungs=(32, 64)),
+                searchers={"random": Random()},
+                limits={"macs_share": 0.9},
+                trials=4,
+                **parts,
+            )
 
 
 def test_agreement_needs_classes(folder: Path, tmp_path: Path) -> None:
