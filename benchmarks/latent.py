@@ -37,6 +37,7 @@ import torch
 
 from benchmarks.common import Benchmark, Target
 from evaluators.agreement import Agreement
+from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet
 from evaluators.latency import Latency, Timer
 from evaluators.scoring import Scores

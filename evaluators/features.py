@@ -70,7 +70,7 @@ class SmallClassifier:
         settings = {k: v for k, v in self.__dict__.items() if k not in later or v != later[k]}
         return {"class": "SmallClassifier", **settings}
 
-    def _network(self, in_channels: int, classes: int) -> _Classifier:
+    def _made(self, in_channels: int, classes: int) -> _Classifier:
         return _Classifier(in_channels, self.channels, self.dimensions, classes, self.cells)
 
     def prepare(self, images: ImageSet, folder: Path, seed: int, device: str) -> Iterator[Progress]:
@@ -88,7 +88,7 @@ class SmallClassifier:
         classes = rotations if labels is None else int(labels.max()) + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "features", "weights"))
-            net = self._network(pixels.shape[1], classes).to(device)
+            net = self._made(pixels.shape[1], classes).to(device)
         adam = torch.optim.Adam(net.parameters(), lr=self.learning_rate)
         for step in range(self.steps):
             generator = torch.Generator().manual_seed(derive_seed(seed, step, "features"))
@@ -135,7 +135,7 @@ class SmallClassifier:
         path = self._path(folder)
         metadata = self._metadata(path)
         in_channels, classes = int(metadata["in_channels"]), int(metadata["classes"])
-        net = self._network(in_channels, classes).to(device)
+        net = self._made(in_channels, classes).to(device)
         net.load_state_dict(load_file(path, device=str(device)))
         return net.eval()
 
