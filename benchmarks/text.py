@@ -100,7 +100,7 @@ class Setting:
         return Captions(self.images, self.net.text)  # type: ignore[arg-type]
 
     def evaluator(self, *rungs: int) -> Scores:
-        judge = SmallClassifier(steps=20 if self.quick else 3000, learning_rate=1e-3)
+        judge = SmallClassifier(steps=20 if self.quick else 3000, cells=4, decay=True)
         common: dict[str, Any] = {"conditions": self.captions, "rungs": rungs}
         return Scores((Frechet(self.images, judge, **common), Agreement(self.images, judge, **common)))
 
