@@ -1,19 +1,21 @@
-"""Captions for images that have classes alone: a sentence with the class's name in it."""
+"""Captions for images that have classes alone, and captions without images, for networks that are not trained any more."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
+from evaluators.conditions import lines_of
 from evaluators.images import load_once
 from evaluators.kept import captioned
 from nas.contracts import Images, ImageSet, Progress, UserError, digest_of
-from nas.recipes import Seed, recipe
+from nas.recipes import Few, Seed, recipe
 
 Templates = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -68,3 +70,23 @@ class Captioned:
         labels = data.labels + len(self.names) * turned
         given = [data.digest, self.names, self.templates, self.inverted, self.seed, part]
         return captioned(ImageSet(pixels, labels, digest_of(given)), captions)
+
+
+@recipe
+class TextsAlone:
+    """No images, but what they would show: the lines of a text file, for studies whose network is frozen (`training=Stages(())`) and whose scores
+    bring their own images, or need none. Gates are learned of these texts. `size`: the side, or (height, width), of what the network makes.
+
+    A relative path is one in the study file's folder. Raises UserError where the file cannot be read or has no lines.
+    """
+
+    path: str
+    size: Few | tuple[Few, Few]
+    channels: Literal[1, 3] = 3
+    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
+
+    def load(self) -> ImageSet:
+        lines = [line.partition("\t")[0].strip() for line in lines_of(Path(self.base) / Path(self.path).expanduser())]
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        nothing = np.empty((0, self.channels, height, width), np.float32)
+        return ImageSet(nothing, None, digest_of([lines, list(nothing.shape)]), captions=tuple(lines))

@@ -213,15 +213,10 @@ class Prompts(Told):
 
     def texts(self) -> tuple[Sequence[str], npt.NDArray[np.int64] | None]:
         path = (Path(self.base) / Path(self.path).expanduser()).resolve()
-        try:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); give a text file with a prompt in each line") from error
+        lines = lines_of(path)
         split = [line.rpartition("\t") if "\t" in line else (line, "", "") for line in lines]
         texts = [text.strip() for text, _, _ in split]
         numbers = [number.strip() for _, _, number in split if number.strip()]
-        if not texts:
-            raise UserError(f"{path} has no prompts; write one in each line")
         if not numbers:
             return texts, None
         wrong = next((number for number in numbers if not number.isdecimal()), None)
@@ -235,3 +230,14 @@ class Prompts(Told):
                 f"{path}: behind the tab stands the number of a class, for every prompt or for none; {said}"
             )
         return texts, np.array([int(number) for number in numbers], dtype=np.int64)
+
+
+def lines_of(path: Path) -> list[str]:
+    """Of a text file, those that are not empty. Raises UserError where there are none."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a text file with a prompt in each line") from error
+    if not lines:
+        raise UserError(f"{path} has no prompts; write one in each line")
+    return lines

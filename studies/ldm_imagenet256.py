@@ -24,7 +24,6 @@ from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.text import ClassTable
 from search_spaces.training import Order, Sandwich, Stages
-from studies.ldm_celebahq256 import VQ_F4
 
 UNET = {
     "sample_size": 64,
@@ -36,6 +35,18 @@ UNET = {
     "layers_per_block": 2,
     "cross_attention_dim": 512,
     "attention_head_dim": 1,
+}
+
+VQ_F4 = {
+    "_class_name": "VQModel",
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (128, 256, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "layers_per_block": 2,
+    "latent_channels": 3,
+    "num_vq_embeddings": 8192,
 }
 
 images = ImageFolder("data/imagenet", size=(256, 256), resize="bicubic", labels="folders", holdout=0.02)

@@ -2,7 +2,7 @@
 of the 47 legal sets of its 9 blocks runs, of which the empty one leaves the step out.
 
 Data: a local copy of the pipeline in `sd15` (StableDiffusionPipeline, safetensors), prompts in `prompts.txt`, one in each line (the paper's are
-PartiPrompts, or the first captions of COCO 2017's 5,000 validation images), those images in `data/coco`, a CLIP model in `clip` (the paper's is
+PartiPrompts, or the first captions of COCO 2017's 5,000 validation images), others to learn the gates of in `learning.txt`, those images in `data/coco`, a CLIP model in `clip` (the paper's is
 OpenCLIP's ViT-g/14), Inception features in `inception.pt` (see README).
 Hours: `nas run studies/sd15_dip_go.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained but gates.
 Differs: MACs here are of both halves of a guided step, with attention's products: 50 steps are 40.2 TMACs, the paper's 16.94 are of one half without
@@ -11,6 +11,7 @@ The paper, MACs and CLIP score: PLMS 50 steps 16.94 T 30.30, DeepCache's and its
 solution runs ten whole steps: compare with `subsets`. Not run here.
 """
 
+from evaluators.captions import TextsAlone
 from evaluators.clip import ClipScore
 from evaluators.conditions import Prompts
 from evaluators.features import ExternalFeatures
@@ -61,19 +62,19 @@ net = ElasticUNet(UNET, widths=(1.0,), noise=noise, codec=codec, text=text, pret
 steps = leading(50, offset=1)
 
 prompts = Prompts("prompts.txt", text)
-images = ImageFolder("data/coco", size=(512, 512), resize="bicubic")
+coco = ImageFolder("data/coco", size=(512, 512), resize="bicubic")
 inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
 
 study = Study(
     name="sd15-dip-go",
     space=Stepwise(net, steps, per_step(steps), Options((1.0,)), patterns=legal(levels=4), guidance=(None, 7.5)),
     supernet=net,
-    images=images,
+    images=TextsAlone("learning.txt", size=(512, 512)),
     training=Stages(()),
     evaluator=Scores(
         (
             ClipScore("clip", conditions=prompts, sampler=DDIM(), rungs=(256, 5_000)),
-            Frechet(images, features=inception, conditions=prompts, sampler=DDIM(), rungs=(256, 5_000)),
+            Frechet(coco, features=inception, conditions=prompts, sampler=DDIM(), rungs=(256, 5_000)),
         )
     ),
     searchers={

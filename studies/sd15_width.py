@@ -19,12 +19,39 @@ from evaluators.scoring import Scores
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study
+from search_spaces.codec import Autoencoder
 from search_spaces.intervals import equal, leading
+from search_spaces.noise import NoiseSchedule
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
+from search_spaces.text import TextEncoder
 from search_spaces.training import Sandwich
-from studies.sd15_dip_go import UNET, codec, noise, text
 
+UNET = {
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+KL_F8 = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+
+noise = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", final_alpha="first")
+codec = Autoencoder("sd15/vae", scale=0.18215, config=KL_F8)
+text = TextEncoder("sd15", size=(512, 512))
 # Whole heads of 40 channels in 32 norm groups leave the outermost level its half and its whole, the next one quarters, the others eighths.
 net = ElasticUNet(
     UNET,

@@ -7,9 +7,9 @@ For comparison, DeepCache's rows are of Stable Diffusion 1.5 and LDM alone, DiP-
 become 11.58 and 31.30, hardly anything saved. Not run here.
 """
 
+from evaluators.captions import TextsAlone
 from evaluators.clip import ClipScore
 from evaluators.conditions import Prompts
-from evaluators.images import ImageFolder
 from evaluators.sampling import DPMSolver
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
@@ -23,7 +23,6 @@ from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.text import TextEncoder
 from search_spaces.training import Stages
-from studies.sd15_dip_go import KL_F8
 
 UNET = {
     "sample_size": 128,
@@ -40,6 +39,16 @@ UNET = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
+}
+KL_F8 = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
 }
 
 noise = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -62,7 +71,7 @@ study = Study(
         guidance=(None, 5.0, 7.5),
     ),
     supernet=net,
-    images=ImageFolder("data/xl", size=(1024, 1024), resize="bicubic"),
+    images=TextsAlone("prompts.txt", size=(1024, 1024)),
     training=Stages(()),
     evaluator=ClipScore("clip", conditions=Prompts("prompts.txt", text), sampler=DPMSolver(), rungs=(128, 1_000)),
     searchers={"evolution": Evolution(population=50), "knapsack": Knapsack()},

@@ -42,6 +42,7 @@ from search_spaces.training import Sandwich, Stages
 from search_spaces.training.optimiser import Batches, Optimiser
 from tests.conftest import TINY
 from tests.pipelines import TEXT_WIDTH, TOKENS, WORDS, stable_diffusion, stable_diffusion_xl
+from tests.test_cli import nas
 
 TEXTS = ["a photo of a bag", "a small dress", "", "a drawing of a coat"]
 
@@ -210,18 +211,7 @@ def test_a_folder_of_pictures_has_its_captions_beside_them(tmp_path: Path) -> No
 
 def test_the_clip_score_is_transformers_own(folder: Path, tmp_path: Path) -> None:
     """Cosines by the whole stock model, which is told the pixels as they are."""
-    words = tokenizer(tmp_path / "clip", WORDS, TOKENS)
-    words.save_pretrained(tmp_path / "clip")
-    torch.manual_seed(0)
-    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32}
-    vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": TEXT_WIDTH}
-    config = CLIPConfig(
-        text_config=text_config(len(words), TOKENS, TEXT_WIDTH).to_dict(),
-        vision_config=vision,
-        projection_dim=TEXT_WIDTH,
-    )
-    clip = CLIPModel(config).eval()
-    clip.save_pretrained(tmp_path / "clip")
+    clip, words = small_clip(tmp_path / "clip")
     recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
     net = recipe.initial(0)
     told = prompts(tmp_path, recipe.text)
@@ -603,6 +593,84 @@ def test_pipelines_that_are_given_more_than_a_text_are_refused(folder: Path, tmp
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
     with pytest.raises(UserError, match="whose network is given the image and its mask too"):
         ElasticUNet.from_pretrained(tmp_path)
+
+
+def small_clip(folder: Path) -> tuple[CLIPModel, Any]:
+    """Saved there, with its tokenizer."""
+    words = tokenizer(folder, WORDS, TOKENS)
+    words.save_pretrained(folder)
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32}
+    vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": TEXT_WIDTH}
+    config = CLIPConfig(
+        text_config=text_config(len(words), TOKENS, TEXT_WIDTH).to_dict(),
+        vision_config=vision,
+        projection_dim=TEXT_WIDTH,
+    )
+    clip = CLIPModel(config).eval()
+    clip.save_pretrained(folder)
+    return clip, words
+
+
+def test_a_study_of_prompts_alone_runs_to_an_exported_pipeline(folder: Path, tmp_path: Path) -> None:
+    """As a user does it: a frozen pipeline, a file of prompts, a CLIP model, no images; gates and evolution, report, export, sample."""
+    small_clip(tmp_path / "clip")
+    (tmp_path / "prompts.txt").write_text("\n".join(text for text in TEXTS if text))
+    (tmp_path / "study.py").write_text(
+        f"""
+from evaluators.captions import TextsAlone
+from evaluators.clip import ClipScore
+from evaluators.conditions import Prompts
+from nas.searchers.evolution import Evolution
+from nas.searchers.gates import Gates
+from nas.searchers.pruner import Pruner
+from nas.study import Study
+from search_spaces.intervals import leading, per_step
+from search_spaces.options import Options
+from search_spaces.patterns import legal
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import ElasticUNet
+from search_spaces.training import Stages
+
+net = ElasticUNet.from_pretrained({str(folder / "sd")!r}, widths=(1.0,))
+prompts = Prompts("prompts.txt", net.text)
+steps = leading(4, offset=1)
+study = Study(
+    name="prompts",
+    space=Stepwise(net, steps, per_step(steps), Options((1.0,)), patterns=legal(levels=2), guidance=(None, 7.5)),
+    supernet=net,
+    images=TextsAlone("prompts.txt", size=16),
+    training=Stages(()),
+    evaluator=ClipScore("clip", conditions=prompts, rungs=(4, 8)),
+    searchers={{"gates": Gates(Pruner(steps=2, batch=1)), "evolution": Evolution(population=4)}},
+    objectives=("clip_distance", "macs"),
+    limits={{"macs_share": 0.6}},
+    trials=5,
+    verified=2,
+)
+"""
+    )
+    run = tmp_path / "run"
+    for command in (
+        ["run", "--dry-run"],
+        ["run", "--quiet"],
+        ["report"],
+        ["export", "--within", "macs_share=0.6", "--to", str(tmp_path / "model")],
+        ["sample", "--within", "macs_share=0.6", "--count", "3", "--to", str(tmp_path / "samples.png")],
+    ):
+        where = [] if "--dry-run" in command else ["--out", str(run)]
+        done = nas(command[0], tmp_path / "study.py", *command[1:], *where)
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+    assert read_export(tmp_path / "model").texts == ("tokenizer", "text_encoder")
+    done = subprocess.run(
+        [sys.executable, "sample.py", "--count", "2", "--prompt", "a bag", "--negative-prompt", "a coat"],
+        cwd=tmp_path / "model",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "model" / "samples.png").exists()
 
 
 def test_conditions_of_another_kind_are_refused(folder: Path, tmp_path: Path) -> None:

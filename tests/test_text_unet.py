@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.published import NETWORKS
 from nas.contracts import Condition, Guidance, Step, UserError
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import uniform
@@ -24,6 +25,7 @@ from search_spaces.patterns import Every
 from search_spaces.shipped.reuse import arguments, graph_of, run
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
+from studies import sd15_dip_go, sd15_width, sdxl_reuse
 from tests.arithmetic import CALL
 
 DOUBLE = 1e-9
@@ -458,6 +460,53 @@ def test_both_halves_of_a_guided_step_share_what_is_reused() -> None:
             halves.append(run(loaded.full, x.flip(0), 500, second.reuse, (), kept, half)[0])
     expected = halves[1] + 3.0 * (halves[0] - halves[1])
     assert torch.allclose(found, expected, atol=DOUBLE)
+
+
+SD15 = sd15_dip_go.UNET
+ONE_BLOCK = {**SD15, "layers_per_block": 1}
+IN_THE_WILD = {
+    "Stable Diffusion 1.4, 1.5": (SD15, 77, 859.52, 401.637),
+    "BK-SDM Base": (ONE_BLOCK, 77, 579.38, 261.5),
+    "BK-SDM Small": ({**ONE_BLOCK, "mid_block_type": None}, 77, 482.35, 255.4),
+    "BK-SDM Tiny": (
+        {
+            **ONE_BLOCK,
+            "mid_block_type": None,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        },
+        77,
+        323.38,
+        242.8,
+    ),
+    "Stable Diffusion XL": (sdxl_reuse.UNET, 77, 2567.46, None),
+    **{
+        name: (network.config, network.tokens, network.params, network.macs)
+        for name, network in NETWORKS.items()
+        if "cross_attention_dim" in network.config and "1.x" not in name
+    },
+}
+
+
+@pytest.mark.parametrize(("config", "tokens", "params", "macs"), IN_THE_WILD.values(), ids=IN_THE_WILD.keys())
+def test_configs_of_the_wild_open_from_the_config_alone(
+    config: dict[str, Any], tokens: int, params: float, macs: float | None
+) -> None:
+    net = ElasticUNet(
+        {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", **config}, (1.0,), tokens=tokens
+    )
+    cost = net.cost(net.anatomy.full)
+    assert cost.params / 1e6 == pytest.approx(params, rel=1e-4)
+    if macs is not None:
+        assert cost.macs / 1e9 == pytest.approx(macs, rel=1e-3)
+
+
+def test_bk_sdms_networks_are_subnets_of_stable_diffusion() -> None:
+    net = sd15_width.net
+    for arch, other in ((Arch((1.0,) * 4, (1,) * 4), ONE_BLOCK), (Arch((1.0,) * 4, (1,) * 4, (), "", (), False), None)):
+        params = net.cost(arch).params / 1e6
+        assert params == pytest.approx(579.38 if other else 482.35, rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

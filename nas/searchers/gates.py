@@ -72,7 +72,7 @@ class Gates:
         full = problem.space.decode(dearest(problem.space))
         meanings = _meanings(problem, supernet, full, self.pruner.finer)
         conditions = conditions_of(supernet, images)
-        learning = learn_gates(self.pruner, supernet, full, seed, so_far, conditions, len(images))
+        learning = learn_gates(self.pruner, supernet, full, seed, so_far, conditions, len(images.texts or images))
         keep, spent = yield from learning
         return {"keep": keep, **meanings}, spent
 

@@ -24,6 +24,7 @@ from nas.contracts import (
     Progress,
     Schedule,
     Snapshot,
+    UserError,
     conditions_of,
     derive_seed,
 )
@@ -80,6 +81,10 @@ def learn(
     pixels = torch.from_numpy(images.pixels).to(supernet.device)
     states = getattr(supernet, "to_states", lambda images: images)
     conditions = conditions_of(supernet, images)
+    if not len(pixels):
+        raise UserError(
+            "there are no images to learn from; give the study some, or a searcher that learns nothing of images"
+        )
     abar = torch.from_numpy(supernet.alphas_cumprod).float()
     optimiser = torch.optim.Adam(policy.parameters(), lr=settings.learning_rate)
     first, spent = (0, 0) if so_far is None else (_restore(policy, optimiser, so_far), so_far.macs)

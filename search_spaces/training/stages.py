@@ -92,7 +92,9 @@ class Stages:
         Raises UserError where the folder holds a damaged checkpoint or weights of another recipe.
         """
         data = images.load()
-        check_trainable(supernet, data)
+        parts = self.parts(supernet)
+        if parts:
+            check_trainable(supernet, data)
         yield from supernet.codec.prepare(images, folder, seed, device)
         digest = digest_of(
             {
@@ -113,9 +115,9 @@ class Stages:
             net = supernet.read(folder / STAGE, device)
         else:
             net = supernet.initial(derive_seed(seed, "supernet", "weights"), device, folder)
-        parts = self.parts(supernet)
-        yield from net.codec.keep(data, any(getattr(part, "flip", False) for part in parts))
-        if not parts:  # the weights are pretrained, or meant to stay as they are drawn
+        if parts:
+            yield from net.codec.keep(data, any(getattr(part, "flip", False) for part in parts))
+        else:  # the weights are pretrained, or meant to stay as they are drawn
             write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": "[]"})
         for number, part in enumerate(parts[len(spent) :], len(spent)):
             net.trained_macs = 0
@@ -129,9 +131,10 @@ class Stages:
 
     def check(self, supernet: ElasticUNet, data: ImageSet) -> None:
         """Raises UserError where it cannot train this network on these images, of which a few will do; before anything is trained."""
-        self.parts(supernet)
-        check_trainable(supernet, data)
-        getattr(supernet.codec, "check", lambda: None)()
+        if self.parts(supernet):
+            check_trainable(supernet, data)
+        for part in (supernet.codec, supernet.text):
+            getattr(part, "check", lambda: None)()
 
     def macs(self, supernet: ElasticUNet) -> float:
         """Of all stages."""
@@ -405,7 +408,6 @@ def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
             )
         if data.texts is None:
             raise UserError("the network reads captions, but the images have none; use images with captions")
-        supernet.text.check()
     if config["dropout"]:
         raise UserError(
             f"dropout={config['dropout']} would make training depend on where it was interrupted; set it to 0"
