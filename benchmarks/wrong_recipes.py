@@ -12,7 +12,9 @@ from typing import Any
 
 from benchmarks.tiny_study import TINY, Formula
 from evaluators.agreement import Agreement
-from evaluators.conditions import Labels
+from evaluators.captions import Captioned, TextsAlone
+from evaluators.clip import ClipScore
+from evaluators.conditions import Captions, Labels, Prompts
 from evaluators.fashion import FashionMNIST
 from evaluators.features import ExternalFeatures, SmallClassifier
 from evaluators.frechet import Frechet, KernelDistance
@@ -49,6 +51,7 @@ from search_spaces.options import Options
 from search_spaces.patterns import Every, Only, Subset
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
+from search_spaces.text import ClassTable, TextEncoder
 from search_spaces.training import Experts, Order, Sandwich, Stages, TrainAutoencoder
 
 WRONG: tuple[Any, ...] = (
@@ -96,6 +99,9 @@ def recipes() -> dict[str, tuple[type, dict[str, Any]]]:
         (Evolution, {}), (DDSM, {}), (Knapsack, {}), (Rounds, {}), (Routing, {}), (Gates, {}), (Pruner, {}), (Relaxation, {}), (Nevergrad, {}),
         (DPMSolver, {}), (FashionMNIST, {"count": 16}), (Labels, {"images": images}), (Agreement, {"images": images, "conditions": Labels(images)}),
         (Scores, {"parts": (Frechet(images),)}), (Autoencoder, {"path": "nowhere"}), (TrainAutoencoder, CODEC),
+        (TextEncoder, {"path": "nowhere"}), (ClassTable, {"path": "nowhere"}), (Captions, {"images": images, "encoder": TextEncoder("nowhere")}),
+        (Prompts, {"path": "nowhere", "encoder": TextEncoder("nowhere")}), (Captioned, {"images": images, "names": tuple("abcdefghij")}),
+        (TextsAlone, {"path": "nowhere", "size": 8}), (ClipScore, {"model": "nowhere", "conditions": Prompts("nowhere", TextEncoder("nowhere"))}),
         (OptunaSampler, {}), (Local, {}), (Chat, {"url": "http://127.0.0.1:9/v1", "model": "m"}),
     ]  # fmt: skip
     return {kind.__name__: (kind, needed) for kind, needed in found}
@@ -133,6 +139,15 @@ def runs_with(made: Any, folder: Path) -> None:
         study = replace(table, searchers={"mine": made})
     elif kind in (Local, Chat):
         study = replace(table, searchers={"mine": Rounds(proposer=made)})
+    elif kind in (TextEncoder, ClassTable):
+        made.load(None, "cpu")
+        return
+    elif kind in (Captions, Prompts):
+        made.load().of(0, 0, 2)
+        return
+    elif kind in (Captioned, TextsAlone):
+        made.load()
+        return
     elif kind in (Digits, PhotoPatches, ImageFolder, ImageArray, FashionMNIST):
         size, channels = (made.size, 1) if kind in (Digits, FashionMNIST) else (8, 3)
         wide = replace(

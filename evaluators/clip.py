@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812  as everybody calls it
 
 from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
 from nas.base.files import first_line, read_json
+from nas.base.quiet import quiet_transformers
 from nas.contracts import LoadedSupernet, Progress, Schedule, UserError, digest_of
 from nas.recipes import recipe
 
@@ -112,10 +113,11 @@ class Clip:
         except ImportError as error:
             raise UserError("ClipScore needs transformers; install the extra: pip install -e '.[text]'") from error
         try:
-            read: Any = CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-            )
-            self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            with quiet_transformers():
+                read: Any = CLIPModel.from_pretrained(
+                    folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+                )
+                self._tokenizer: Any = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder} cannot be read as a CLIP model ({first_line(error)}); copy it anew") from error
         self._model = read.to(device).eval().requires_grad_(False)

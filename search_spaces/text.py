@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nas.base.files import first_line, read_json
+from nas.base.quiet import quiet_transformers
 from nas.contracts import Condition, Progress, UserError, digest_of
 from nas.recipes import Count, recipe
 from search_spaces.pretrained import VARIANTS
@@ -180,35 +181,34 @@ class LoadedTextEncoder(_Tabled):
     @cached_property
     def components(self) -> Mapping[str, Any]:
         try:
-            from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+            import transformers  # noqa: F401
         except ImportError as error:
             raise UserError("texts need transformers; install the extra: pip install -e '.[text]'") from error
-        found: dict[str, Any] = {}
-        for tokenizer, encoder in self._pairs:
-            kinds = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
-            config = read_json(self._source / encoder / "config.json", "save the encoder anew")
-            kind = kinds.get(str((config.get("architectures") or ["CLIPTextModel"])[0]))
-            if kind is None:
-                raise UserError(
-                    f"{self._source / encoder} holds a {config['architectures'][0]}; known: {', '.join(kinds)}"
-                )
-            try:
-                found[tokenizer] = CLIPTokenizer.from_pretrained(self._source / tokenizer, local_files_only=True)
-                stored = {file.name for file in (self._source / encoder).iterdir()}
-                variant = next((v for v in VARIANTS if f"model{v}.safetensors" in stored), "").removeprefix(".") or None
-                read: Any = kind.from_pretrained(
-                    self._source / encoder,
-                    local_files_only=True,
-                    use_safetensors=True,
-                    variant=variant,
-                    dtype=torch.float32,
-                )
-                found[encoder] = read.to(self._device).eval().requires_grad_(False)
-            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-                raise UserError(
-                    f"{self._source}: {encoder} cannot be read ({first_line(error)}); copy it anew"
-                ) from error
-        return found
+        with quiet_transformers():
+            return {name: part for pair in self._pairs for name, part in self._read(*pair).items()}
+
+    def _read(self, tokenizer: str, encoder: str) -> dict[str, Any]:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+        kinds = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
+        config = read_json(self._source / encoder / "config.json", "save the encoder anew")
+        kind = kinds.get(str((config.get("architectures") or ["CLIPTextModel"])[0]))
+        if kind is None:
+            raise UserError(f"{self._source / encoder} holds a {config['architectures'][0]}; known: {', '.join(kinds)}")
+        stored = {file.name for file in (self._source / encoder).iterdir()}
+        variant = next((v for v in VARIANTS if f"model{v}.safetensors" in stored), "").removeprefix(".") or None
+        try:
+            read: Any = kind.from_pretrained(
+                self._source / encoder,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=variant,
+                dtype=torch.float32,
+            )
+            words: Any = CLIPTokenizer.from_pretrained(self._source / tokenizer, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{self._source}: {encoder} cannot be read ({first_line(error)}); copy it anew") from error
+        return {tokenizer: words, encoder: read.to(self._device).eval().requires_grad_(False)}
 
     def encode(self, texts: Sequence[str]) -> Condition:
         """A row for each text, as the stock pipelines make it."""

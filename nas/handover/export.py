@@ -29,6 +29,7 @@ import torch
 
 from nas.base import exported, pictures
 from nas.base.exported import hashes_of, read_network
+from nas.base.quiet import quiet_transformers
 from nas.contracts import LoadedSupernet, Schedule, Step, UserError, noise_by, some_condition
 from nas.engine.facts import package_versions
 
@@ -135,7 +136,8 @@ def _texts(net: LoadedSupernet, folder: Path) -> dict[str, Any]:
     shape = getattr(net, "text_shape", None)
     for name, component in getattr(net, "text_components", {}).items():
         if not (folder / name).exists():
-            component.save_pretrained(folder / name)
+            with quiet_transformers():
+                component.save_pretrained(folder / name)
     return {} if shape is None else {"text": dict(shape)}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
+from nas.base.quiet import quiet_transformers
 from nas.contracts import LoadedSupernet, Schedule, UserError, some_condition
 
 GRIDS = tuple((spacing, offset) for spacing in ("trailing", "leading", "linspace") for offset in (0, 1))
@@ -38,7 +39,8 @@ def export_stock(
     autoencoder = getattr(net, "autoencoder", None)
     texts = getattr(net, "text_components", {})
     if texts:
-        pipeline = _of_text(texts, autoencoder, network, scheduler)
+        with quiet_transformers():
+            pipeline = _of_text(texts, autoencoder, network, scheduler)
     elif autoencoder is not None:
         pipeline = diffusers.LDMPipeline(vqvae=autoencoder, unet=network, scheduler=scheduler)
     else:
@@ -52,7 +54,8 @@ def export_stock(
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        pipeline.save_pretrained(partial)
+        with quiet_transformers():
+            pipeline.save_pretrained(partial)
         (partial / "provenance.json").write_text(json.dumps({**provenance, "stock": facts}, indent=2) + "\n")
         if folder.exists():
             folder.rmdir()
