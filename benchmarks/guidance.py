@@ -40,9 +40,9 @@ from nas.engine.session import open_session
 from nas.searchers.evolution import Evolution
 from nas.study import Study
 from search_spaces.intervals import equal
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.options import Options
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import LoadedElasticUNet
 from search_spaces.training import Sandwich
 from studies.digits_classes import images, labels, net, steps
 from studies.digits_classes import study as classes

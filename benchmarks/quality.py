@@ -26,7 +26,8 @@ from nas.results.report import best_within
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from search_spaces.intervals import linspace
-from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
+from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.supernet import ElasticUNet
 from search_spaces.training import FineTune, Sandwich
 from studies.digits import net
 

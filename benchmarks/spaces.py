@@ -30,9 +30,10 @@ from nas.results.report import best_within
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from search_spaces.intervals import bounded, dissimilarity, equal, merged, per_step, segments
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.networks.slices import Arch
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
+from search_spaces.supernet import ElasticUNet
 from search_spaces.training import Experts, FineTune, Sandwich, Stage, Stages
 from search_spaces.training.importance import Criterion, Order, pruned
 from search_spaces.training.similarity import GradientSimilarity

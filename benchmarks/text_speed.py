@@ -19,8 +19,9 @@ import torch
 from benchmarks.common import Benchmark, Target
 from nas.contracts import Guidance, Schedule, Step
 from search_spaces.intervals import uniform
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.networks.slices import Arch
-from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
+from search_spaces.supernet import ElasticUNet
 from studies.sd15_dip_go import UNET
 
 STEPS = 10

@@ -42,9 +42,9 @@ from search_spaces.intervals import (
     segments,
     starts,
 )
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.options import Options
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import LoadedElasticUNet
 from search_spaces.training.similarity import GradientSimilarity
 
 Array = npt.NDArray[np.float64]

@@ -28,9 +28,10 @@ from nas.study import Study
 from nas.testing import check_supernet
 from search_spaces.codec import Autoencoder, LoadedAutoencoder, Pixels
 from search_spaces.intervals import uniform
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.shipped import train_diffusers
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
+from search_spaces.supernet import ElasticUNet
 from search_spaces.training import Sandwich, TrainAutoencoder
 from search_spaces.training.autoencoder import _evened_out
 from tests.conftest import TINY

@@ -39,13 +39,14 @@ from nas.searchers.pruner import Pruner, learn_gates
 from nas.study import Study
 from nas.testing import check_evaluator, check_space, check_supernet
 from search_spaces.intervals import uniform
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.networks.slices import Arch
 from search_spaces.options import Options
 from search_spaces.patterns import Every
 from search_spaces.shipped.reuse import arguments, graph_of, run
 from search_spaces.shipped.train_diffusers import Settings, folder_labels, train
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import WEIGHTS, ElasticUNet, LoadedElasticUNet
+from search_spaces.supernet import WEIGHTS, ElasticUNet
 from search_spaces.training import Sandwich
 from search_spaces.training.optimiser import Batches
 from tests.arithmetic import CALL, SAMPLES

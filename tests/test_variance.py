@@ -20,11 +20,12 @@ from nas.handover.export import export
 from nas.study import Study
 from nas.testing import check_supernet
 from search_spaces.intervals import uniform
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.noise import NoiseSchedule
 from search_spaces.patterns import Every
 from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
+from search_spaces.supernet import ElasticUNet
 from search_spaces.training import FineTune, Sandwich
 from search_spaces.training.optimiser import Batches
 from tests.arithmetic import SAMPLES

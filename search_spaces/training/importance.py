@@ -18,9 +18,10 @@ from pydantic import Field
 
 from nas.contracts import ImageSet, Progress, UserError, derive_seed
 from nas.recipes import Batch, Count, recipe
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.networks.slices import Arch
 from search_spaces.networks.unet import Anatomy
-from search_spaces.supernet import ElasticUNet, LoadedElasticUNet
+from search_spaces.supernet import ElasticUNet
 from search_spaces.training.optimiser import Batches
 from search_spaces.training.stages import Checkpoints, OneStage
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from nas.base.files import first_line, written
 from nas.contracts import Condition, ImageSet, UserError
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.networks.unet import predict
-from search_spaces.supernet import LoadedElasticUNet
 
 
 class Settings(Protocol):

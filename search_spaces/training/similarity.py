@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from nas.contracts import ImageSet, Progress, UserError, derive_seed
-from search_spaces.supernet import LoadedElasticUNet
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.training.optimiser import Batches
 
 Array = npt.NDArray[np.float64]

@@ -16,9 +16,10 @@ from pydantic import Field
 from nas.base.interrupts import whole
 from nas.contracts import Condition, Images, ImageSet, Progress, Schedule, UserError, derive_seed, digest_of
 from nas.recipes import Batch, Count, Few, Natural, Positive, Share, Weight, recipe
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.networks.slices import Arch
 from search_spaces.networks.text_unet import TextUNet
-from search_spaces.supernet import WEIGHTS, ElasticUNet, LoadedElasticUNet
+from search_spaces.supernet import WEIGHTS, ElasticUNet
 from search_spaces.training.optimiser import Batches, Optimiser, Teacher, check_recipe, gather, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
