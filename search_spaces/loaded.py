@@ -263,7 +263,9 @@ class LoadedElasticUNet:
     @property
     def pipeline_files(self) -> tuple[Path, ...]:
         here = Path(__file__).parent / "shipped"
-        return tuple(here / f"{name}.py" for name in ("pipeline", "reuse", "latents", "texts", "train_diffusers"))
+        return tuple(
+            here / f"{name}.py" for name in ("pipeline", "reuse", "latents", "texts", "train_data", "train_diffusers")
+        )
 
     @property
     def training_settings(self) -> dict[str, Any]:

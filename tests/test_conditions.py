@@ -44,7 +44,8 @@ from search_spaces.networks.slices import Arch
 from search_spaces.options import Options
 from search_spaces.patterns import Every
 from search_spaces.shipped.reuse import arguments, graph_of, run
-from search_spaces.shipped.train_diffusers import Settings, folder_labels, train
+from search_spaces.shipped.train_data import folder_labels
+from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import WEIGHTS, ElasticUNet
 from search_spaces.training import Sandwich

@@ -39,6 +39,7 @@ def test_each_distinct_net_is_written_once(tiny_net: ElasticUNet, tmp_path: Path
         "scheduler",
         "texts.py",
         "train.json",
+        "train_data.py",
         "train_diffusers.py",
         "unet_0",
         "unet_1",

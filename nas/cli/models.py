@@ -303,7 +303,7 @@ def train(
 
 def _labels(images: str, labels: Labels | None) -> Any:
     """Of the digits, or by folders; None where nothing says any."""
-    from search_spaces.shipped.train_diffusers import folder_labels
+    from search_spaces.shipped.train_data import folder_labels
 
     if images.partition(":")[0] == "digits":
         from evaluators.images import Digits
@@ -314,14 +314,14 @@ def _labels(images: str, labels: Labels | None) -> Any:
 
 def _captions(images: str, captions: Captions | None) -> Any:
     """Of the files beside the pictures; None where nothing says that there are any."""
-    from search_spaces.shipped.train_diffusers import folder_captions
+    from search_spaces.shipped.train_data import folder_captions
 
     return folder_captions(Path(images)) if captions else None
 
 
 def _pixels(images: str, shape: Sequence[int], resize: str | None) -> Generator[Progress, None, Any]:
     """Of a named set, a folder or an array; (n, channels, height, width) in [-1, 1]."""
-    from search_spaces.shipped.train_diffusers import read_images
+    from search_spaces.shipped.train_data import read_images
 
     name, _, size = images.partition(":")
     if name == "digits" and (not size or size.isdigit()):

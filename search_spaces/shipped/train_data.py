@@ -1,0 +1,158 @@
+"""What an exported folder's networks are trained on: pictures, or their latents, and what they are conditioned on. Needs what `train_diffusers`
+needs; an exported folder holds a copy of this file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from nas.base.exported import AUTOENCODER, AUTOENCODERS, INDEX, ExportError, read_network
+from nas.base.pictures import PictureError, find_pictures, read_caption, read_picture
+from search_spaces.shipped.latents import drawn, moments
+from search_spaces.shipped.texts import encoded
+
+
+class Told:
+    """What images are conditioned on: rows by the names of the networks' arguments, which one each image has, and which say nothing."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[dict[str, torch.Tensor], torch.Tensor, int]] = []
+
+    def add(self, rows: dict[str, torch.Tensor], places: torch.Tensor, null: int) -> None:
+        self._rows.append((rows, places, null))
+
+    def of(self, chosen: torch.Tensor, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of the chosen images, nothing of those that are dropped."""
+        found: dict[str, torch.Tensor] = {}
+        for rows, places, null in self._rows:
+            mine = torch.where(dropped, torch.full_like(places[chosen], null), places[chosen])
+            found |= {name: values[mine] for name, values in rows.items()}
+        return found
+
+
+def conditions(export: Any, labels: Any, captions: Sequence[str] | None, count: int, device: Any) -> Told:
+    """Raises ExportError for what the networks need and is not given, or is given and not taken."""
+    told, plan = Told(), export.training
+    null = plan.get("null_label")
+    if (labels is None) != (null is None) or (labels is not None and not 0 <= labels.min() <= labels.max() < null):
+        raise ExportError(
+            "the networks take no labels; leave them out"
+            if null is None
+            else f"the networks need a label from 0 to {null - 1} for each image: give --labels folders, or images that have them"
+        )
+    if labels is not None:
+        told.add({"class_labels": torch.arange(null + 1, device=device)}, torch.from_numpy(labels).to(device), null)
+    if (captions is None) != (plan.get("text") is None):
+        raise ExportError(
+            "the networks read no text; leave the captions out"
+            if captions is not None
+            else "the networks need a caption for each image: give --captions txt, or images that have them"
+        )
+    if captions is not None:
+        if len(captions) != count:
+            raise ExportError(f"{len(captions)} captions for {count} images; give one for each")
+        if not export.texts:
+            raise ExportError(f"{export.folder} has no text encoder to read captions with; export it with one")
+        parts = _text_parts(export.folder, export.texts, device)
+        distinct = sorted({*captions, ""})
+        made = [encoded(parts, distinct[i : i + 64], plan["text"]["size"], device) for i in range(0, len(distinct), 64)]
+        rows = {name: torch.cat([part[name] for part in made]) for name in made[0]}
+        place = {text: number for number, text in enumerate(distinct)}
+        told.add(rows, torch.tensor([place[text] for text in captions], device=device), place[""])
+    return told
+
+
+def _text_parts(folder: Path, names: Sequence[str], device: Any) -> dict[str, Any]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ExportError("the networks read a text, which needs transformers; pip install transformers") from error
+    index = json.loads((folder / INDEX).read_text())
+    found: dict[str, Any] = {}
+    for name in names:
+        kind = getattr(transformers, index[name][1])
+        if name.startswith("tokenizer"):
+            found[name] = kind.from_pretrained(folder / name, local_files_only=True)
+        else:
+            model = kind.from_pretrained(folder / name, local_files_only=True, use_safetensors=True)
+            found[name] = model.to(device).eval().requires_grad_(False)
+    return found
+
+
+class Data(NamedTuple):
+    """Images (n, channels, height, width), and what they are conditioned on. Of latents mean and log-variance of the posteriors instead, (n, 2,
+    channels, height, width), `mirrored` those of the mirrored images, and the autoencoder."""
+
+    pixels: torch.Tensor
+    told: Told
+    mirrored: torch.Tensor | None = None
+    autoencoder: Any = None
+    posterior: str = ""
+
+    def draw(self, chosen: torch.Tensor, mirrored: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
+        """What networks are trained on, (n, channels, height, width), of the mirrored images where `mirrored` says so."""
+        x = self.pixels[chosen]
+        if mirrored is not None:
+            other = x.flip(-1) if self.mirrored is None else self.mirrored[chosen]
+            x = torch.where(mirrored.reshape(-1, *(1,) * (x.dim() - 1)), other, x)
+        return x if self.autoencoder is None else drawn(self.autoencoder, x, self.posterior, generator)
+
+
+@torch.no_grad()
+def prepared(folder: Path, plan: Any, pixels: npt.NDArray[np.float32], told: Told, flip: bool, device: Any) -> Data:
+    if "image_shape" not in plan:
+        return Data(torch.from_numpy(pixels).to(device), told)
+    autoencoder = read_network(folder / AUTOENCODER, AUTOENCODERS).to(device).requires_grad_(False)
+    parts = [torch.from_numpy(pixels[start : start + 256]) for start in range(0, len(pixels), 256)]
+    plain = torch.cat([moments(autoencoder, part.to(device)) for part in parts])
+    other = torch.cat([moments(autoencoder, part.to(device).flip(-1)) for part in parts]) if flip else None
+    return Data(plain, told, other, autoencoder, plan["posterior"])
+
+
+def read_images(
+    path: Path, channels: int, size: Sequence[int], resize: str | None = None
+) -> Iterator[tuple[int, int, npt.NDArray[np.float32]]]:
+    """Every picture below a folder, or the array of an .npy file in [-1, 1]; yields how many are read, of how many, and the array, which is
+    whole at the end. Raises PictureError naming what does not fit."""
+    if path.suffix == ".npy":
+        try:
+            found: npt.NDArray[np.float32] = np.load(path, allow_pickle=False).astype(np.float32)
+        except (OSError, ValueError, TypeError) as error:
+            raise PictureError(f"{path} cannot be read as an array ({error})") from error
+        if found.shape[1:] != (channels, *size) or not len(found):
+            raise PictureError(
+                f"{path} holds an array {found.shape}; the networks take (n, {channels}, {', '.join(map(str, size))})"
+            )
+        if not np.abs(found).max() <= 1:
+            raise PictureError(f"{path} must hold images in [-1, 1]; divide bytes by 127.5 and take 1 off")
+        yield len(found), len(found), found
+        return
+    listed = find_pictures(path)
+    pixels = np.empty((len(listed.files), channels, *size), dtype=np.float32)
+    for number, file in enumerate(listed.files):
+        pixels[number] = read_picture(file, size, channels, resize)
+        yield number + 1, len(listed.files), pixels
+
+
+def folder_labels(path: Path) -> npt.NDArray[np.int64]:
+    """The classes of all pictures below a folder, in the order in which they are read: the folders right below it, by name. Raises
+    PictureError where a picture lies in none."""
+    names = []
+    for file in find_pictures(path).files:
+        inside = Path(file).relative_to(path).parts
+        if len(inside) < 2:
+            raise PictureError(f"{file} lies in no class's folder; put each picture into one below {path}")
+        names.append(inside[0])
+    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+
+
+def folder_captions(path: Path) -> list[str]:
+    """Of all pictures below a folder, in the order in which they are read: each the text beside it. Raises PictureError where one has none."""
+    return [read_caption(file) for file in find_pictures(path).files]
