@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from benchmarks.common import Benchmark, Target, needs
-from benchmarks.small_text import text_encoder
 from evaluators.agreement import Agreement
 from evaluators.captions import Captioned
 from evaluators.conditions import Captions
@@ -83,6 +82,8 @@ class Setting:
     def net(self) -> ElasticUNet:
         encoder = self.folder / "encoder"
         if not (encoder / "text_encoder").exists():
+            from benchmarks.small_text import text_encoder
+
             words = sorted({word for text in (*PLAIN, *INVERTED, *CLASSES) for word in text.split() if word != "{}"})
             text_encoder(encoder, words, TOKENS, WIDTH)
         codec = TrainAutoencoder(

@@ -37,6 +37,12 @@ class Agreement(Sampled):
                 "prompts with classes"
             )
 
+    def check(self) -> None:
+        """Raises UserError where samples are asked for no classes; before anything is trained."""
+        assert self.conditions is not None
+        if self.conditions.load().classes(0, 0, 1) is None:
+            raise UserError(f"{self.conditions} asks for no classes; Agreement needs them, so give each its class")
+
     def describe(self) -> Mapping[str, object]:
         return {
             "class": "Agreement",
@@ -53,9 +59,7 @@ class Agreement(Sampled):
         yield from self.judge.prepare(load_once(self.images), folder, seed, device)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
-        assert self.conditions is not None
-        if self.conditions.load().classes(0, 0, 1) is None:
-            raise UserError(f"{self.conditions} asks for no classes; Agreement needs them, so give each its class")
+        self.check()
         check_shape(load_once(self.images), supernet.image_shape)
         trajectories, classify = self.trajectories(supernet, folder), self.judge.classifier(folder, supernet.device)
         conditions = trajectories.conditions

@@ -63,7 +63,7 @@ class Captioned:
         captions = []
         for label, dark, number in zip(data.labels, turned, chosen, strict=True):
             templates = self.inverted if dark else self.templates
-            captions.append(templates[number % len(templates)].format(self.names[label]))
+            captions.append(templates[number % len(templates)].replace("{}", self.names[label]))
         pixels = data.pixels
         if turned.any():
             pixels = np.where(turned[:, None, None, None], -pixels, pixels)

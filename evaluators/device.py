@@ -6,6 +6,7 @@ Nothing here changes what is computed beyond the rounding of floats. Lower preci
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import filelock
 import torch
 
 from evaluators.sampling import Precision, predict
-from nas.contracts import LoadedSupernet, Step, some_condition
+from nas.contracts import Guidance, LoadedSupernet, Step, some_condition
 
 FILE = "execution.json"
 WORTH = 0.95
@@ -32,21 +33,25 @@ class Execution:
     compiled: bool = False
 
 
-def candidates(device: torch.device) -> list[Execution]:
-    """Settings worth timing, plain ones first. On a CPU only the plain one: compiling takes long there, and what a loaded machine
-    happens to measure must not decide the last bits of a score."""
+LARGE = 2**13
+"""Numbers of a state from which on a batch is small on a CPU, whose memory is not asked: 64x64 pixels or latents."""
+
+
+def candidates(device: torch.device, state: Sequence[int] = ()) -> list[Execution]:
+    """Settings worth timing for states of this shape, plain ones first, small ones first. On a CPU a single one, whatever it takes: compiling takes long
+    there, and what a loaded machine happens to measure must not decide the last bits of a score."""
     if device.type == "cpu":
-        return [Execution()]
-    batches = (256, 512, 1024, 2048)
-    forms = [(False, False), (True, False), (False, True), (True, True)]
-    return [Execution(batch, *form) for form in forms for batch in batches]
+        return [Execution(16 if math.prod(state) >= LARGE else 256)]
+    plain = [Execution(batch) for batch in (4, 16, 64, 256, 512, 1024, 2048)]
+    forms = [(True, False), (False, True), (True, True)]
+    return plain + [Execution(batch, *form) for form in forms for batch in (16, 64, 256, 1024)]
 
 
 def settle(
     net: LoadedSupernet, folder: Path, precision: Precision = "float32", settings: Sequence[Execution] | None = None
 ) -> Execution:
     """The setting for this device and precision: as the first worker of the run measures it, while the others wait."""
-    settings = candidates(net.device) if settings is None else settings
+    settings = candidates(net.device, net.state_shape) if settings is None else settings
     if len(settings) == 1:
         return settings[0]
     device, path = f"{fingerprint(net.device)}, {precision}", folder / FILE
@@ -69,8 +74,8 @@ def settle(
 def measure(
     net: LoadedSupernet, settings: Sequence[Execution], precision: Precision = "float32", repeats: int = 5
 ) -> Iterator[tuple[Execution, float]]:
-    """Seconds per image of one call of the whole network under each setting, the least of some. What does not run here, for
-    want of memory or of a compiler, is left out, but for the first."""
+    """Seconds per image of one call of the whole network under each setting, the least of some; guided by itself where it takes conditions, which
+    takes the most memory. What does not run here, for want of memory or of a compiler, is left out, but for the first."""
     for number, setting in enumerate(settings):
         net.run_as(setting.channels_last, setting.compiled)
         try:
@@ -91,10 +96,12 @@ def fingerprint(device: torch.device) -> str:
 def _seconds(net: LoadedSupernet, batch: int, precision: Precision, repeats: int) -> float:
     x = torch.zeros((batch, *net.state_shape), device=net.device)
     least = float("inf")
+    condition = some_condition(net, batch)
+    step = Step(0, net.full_arch, (), Guidance(2.0) if condition else None)
     for _ in range(repeats + 2):  # the first calls choose kernels and compile
         wait(net.device)
         started = time.perf_counter()
-        predict(net, Step(0, net.full_arch), x, None, precision, condition=some_condition(net, batch))
+        predict(net, step, x, None, precision, condition=condition)
         wait(net.device)
         least = min(least, time.perf_counter() - started)
     return least

@@ -150,7 +150,7 @@ class ImageFolder(KeptImages):
             held_out,
             lambda: (self._read(file)[None] for file in files),
             str(self.root),
-            f"{found.words()}{classes}{said}",
+            f"{found.words(('.txt',) if self.captions else ())}{classes}{said}",
             self._captions(files),
         )
 

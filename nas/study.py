@@ -183,7 +183,7 @@ class Study:
         )
         if wanted and given and wanted != given:
             raise UserError(
-                f"the network takes {wanted}, the evaluator's conditions are {given}; give it Labels(images) for labels, Captions or Prompts for texts"
+                f"the network takes {wanted}, the evaluator's conditions are {given}; give it Labels(images) for labels, Captions or Prompts for texts (nothing gives both)"
             )
         check_limits(self.limits)
         if not self.limits_time:

@@ -276,7 +276,7 @@ class LoadedAutoencoder:
             images = torch.from_numpy(data.pixels[start : start + ENCODED]).to(self._device)
             made = moments(self.network, images.flip(-1) if mirrored else images)
             if latents is None:
-                latents = _room(partial, (len(data), *made.shape[1:]))
+                latents = room(partial, (len(data), *made.shape[1:]))
             latents[start : start + ENCODED] = made.float().cpu().numpy()
             what = "latents of mirrored images" if mirrored else "latents"
             yield Progress(what, min(start + ENCODED, len(data)), len(data))
@@ -295,7 +295,7 @@ class LoadedAutoencoder:
         return digest_of([data.digest, self._identity, mirrored])
 
 
-def _room(path: Path | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def room(path: Path | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """An array of this shape, in an .npy file where a path is given, so that memory holds a part of it alone."""
     if path is None:
         return np.empty(shape, np.float32)

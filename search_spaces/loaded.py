@@ -34,7 +34,7 @@ class LoadedElasticUNet:
     """The supernet with its weights. `full` is a stock model and holds all of them, `experts` further copies by name.
 
     `trained_macs` counts the multiply-adds of `forward`, thrice where gradients are wanted: forward and backward.
-    `cache_size` materialised subnets are kept, least recently used first out.
+    `cache_size` materialised subnets are kept, of at most `cache_bytes` in all or the last one alone, least recently used first out.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class LoadedElasticUNet:
         codec: LoadedCodec,
         experts: Mapping[str, StockUNet] = MappingProxyType({}),
         cache_size: int = 32,
+        cache_bytes: int = 2**32,
         text: LoadedText | None = None,
     ) -> None:
         self.recipe = recipe
@@ -63,6 +64,7 @@ class LoadedElasticUNet:
         self.version = 0
         self.trained_macs = 0
         self._cache_size = cache_size
+        self._cache_bytes = cache_bytes
         self._subnets: OrderedDict[Arch, Any] = OrderedDict()
         self._adopted: dict[Arch, torch.nn.Module] = {}
         self._form = (False, False)
@@ -248,8 +250,9 @@ class LoadedElasticUNet:
         anatomy = self.recipe.anatomy
         if not isinstance(anatomy, TextUNet):
             return None
-        size = getattr(self.recipe.text, "size", self.image_shape[1:])
-        return {"tokens": anatomy.tokens, "size": list(size)}
+        text = self.recipe.text
+        size, zeros = getattr(text, "size", self.image_shape[1:]), getattr(text, "zeros", False)
+        return {"tokens": anatomy.tokens, "size": list(size), **({"zeros": True} if zeros else {})}
 
     def some_condition(self, count: int) -> Condition | None:
         return self.recipe.anatomy.some_condition(count) or None
@@ -308,9 +311,12 @@ class LoadedElasticUNet:
             net: Any = self._adopted.get(arch) or self._copy(arch, self.device)
             net = net.to(memory_format=torch.channels_last) if channels_last else net
             self._subnets[arch] = torch.compile(net) if compiled else net
-            if len(self._subnets) > self._cache_size:
+            while len(self._subnets) > 1 and (len(self._subnets) > self._cache_size or self._too_large()):
                 self._subnets.popitem(last=False)
         return self._subnets[arch]
+
+    def _too_large(self) -> bool:
+        return 4 * sum(self.recipe.cost(kept.replace(expert="")).params for kept in self._subnets) > self._cache_bytes
 
     def _copy(self, arch: Arch, device: torch.device) -> StockUNet:
         # Copies may be asked for while inference is on, and are used with gradients later.

@@ -5,15 +5,17 @@ Known are the names of diffusers and peft, and kohya's. What a file changes and 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from nas.base.files import file_digest, first_line
+from nas.base.files import file_digest, first_line, read_json
 from nas.contracts import UserError
 
 PAIRS = (
@@ -35,7 +37,8 @@ def lora_digest(path: Path) -> str:
 
 
 def fused(weights: Mapping[str, torch.Tensor], path: Path, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """The weights with scale * alpha / rank * (up @ down) added to each that the file changes; alpha is the rank where the file says nothing.
+    """The weights with scale * alpha / rank * (up @ down) added to each that the file changes. Where alpha stands beside no factor, it is what the
+    file's header or `adapter_config.json` beside it says, and else the rank, as diffusers takes it.
 
     Raises UserError, naming the tensor, for one that belongs to no weight of the network, and for changes of text encoders.
     """
@@ -43,6 +46,7 @@ def fused(weights: Mapping[str, torch.Tensor], path: Path, scale: float = 1.0) -
         changes = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or no safetensors file ({first_line(error)}); copy it anew") from error
+    told = _told_alpha(path)
     found = dict(weights)
     flat = {name.removesuffix(".weight").replace(".", "_"): name for name in weights if name.endswith(".weight")}
     used: set[str] = set()
@@ -60,10 +64,11 @@ def fused(weights: Mapping[str, torch.Tensor], path: Path, scale: float = 1.0) -
             missing = (
                 f"{stem + pair[1]} is missing" if target is not None else f"{name} belongs to no weight of the network"
             )
-            raise UserError(f"{path}: {missing}; use a LoRA of this very network")
+            hint = " (LDM's names of blocks are not known; convert it with diffusers)" if "put_blocks" in name else ""
+            raise UserError(f"{path}: {missing}{hint}; use a LoRA of this very network")
         up = changes[stem + pair[1]].float()
         alphas = [key for key in (f"{stem}.alpha", f"{stem}.network_alpha") if key in changes]
-        alpha = float(changes[alphas[0]]) if alphas else float(down.shape[0])
+        alpha = float(changes[alphas[0]]) if alphas else float(told or down.shape[0])
         change = torch.einsum("or,r...->o...", up.flatten(1), down.float()) * (scale * alpha / down.shape[0])
         if change.numel() != weights[target].numel():
             raise UserError(
@@ -77,6 +82,23 @@ def fused(weights: Mapping[str, torch.Tensor], path: Path, scale: float = 1.0) -
             f"{path}: {left[0] if left else 'it'} is no part of a LoRA that is known here ({len(left)} such tensors); fuse it with diffusers first"
         )
     return found
+
+
+def _told_alpha(path: Path) -> float | None:
+    """Of all factors, by the header that diffusers writes or by peft's settings. Raises UserError for settings that mean another sum."""
+    with safe_open(path, "pt") as file:
+        header = (file.metadata() or {}).get("lora_adapter_metadata")
+    beside = path.with_name("adapter_config.json")
+    try:
+        said: Any = json.loads(header) if header else read_json(beside, "mend it") if beside.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: its header cannot be read ({first_line(error)}); save it anew") from error
+    settings = {name.rpartition(".")[2]: value for name, value in said.items() if not name.startswith(TEXT)}
+    odd = [name for name in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora") if settings.get(name)]
+    if odd:
+        raise UserError(f"{path}: {odd[0]}={settings[odd[0]]!r} is not known here; fuse it with diffusers first")
+    alpha = settings.get("lora_alpha")
+    return float(alpha) if alpha is not None else None
 
 
 def _target(stem: str, weights: Mapping[str, torch.Tensor], flat: Mapping[str, str]) -> str | None:

@@ -30,13 +30,6 @@ REMEDY = f"give a folder of a {' or '.join(NETWORKS)}, or that of a pipeline wit
 INDEX = "model_index.json"
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
-PIPELINES = (
-    "DDIMPipeline",
-    "DDPMPipeline",
-    "LDMPipeline",
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-)
 REFUSED = {
     "LDMSuperResolutionPipeline": "whose network is given the small image too, beside the noisy one",
     "LDMTextToImagePipeline": "whose text encoder is a BERT of its own",

@@ -80,7 +80,7 @@ class Stepwise:
     def __post_init__(self) -> None:
         if any(self.guidance) and not self.net.conditional:
             raise UserError(
-                "guidance needs a network that takes labels; give the UNet config num_class_embeds, one more than there are classes"
+                "guidance needs a network that takes conditions; give the UNet config num_class_embeds, one more than there are classes, or one that reads texts"
             )
         if len(set(self._guides)) != len(self._guides):
             raise UserError(f"guidance {self.guidance} must be distinct")
@@ -145,7 +145,7 @@ class Stepwise:
             last = steps[-1] if steps else None
             if last is not None and not computed:
                 # It holds the prediction, whose it may be, guided as it was.
-                steps.append(Step(t, last.arch, self.net.cost.graph(Arch(*last.arch)).blocks, last.guidance))
+                steps.append(Step(t, last.arch, self._everything(Arch(*last.arch)), last.guidance))
                 continue
             by = self._guided_by(guide, arch)
             can = last is not None and arch == Arch(*last.arch) and _keeps(last, by)
@@ -302,6 +302,11 @@ class Stepwise:
             self._known_reuse[key] = graph.collapse(graph.expand(graph.blocks) - running, self.finer)
         return self._known_reuse[key]
 
+    def _everything(self, arch: Arch) -> tuple[str, ...]:
+        """What a step reuses that holds the prediction: all that any step after it may reuse."""
+        graph = self.net.cost.graph(arch)
+        return graph.collapse(graph.expand(graph.blocks), self.finer)
+
     @cached_property
     def _known_reuse(self) -> dict[Any, tuple[str, ...]]:
         return {}
@@ -365,7 +370,7 @@ class Stepwise:
                 before = expert
             elif not computed and computed is not None and not self.deterministic:
                 # Holds a prediction that is priced wherever its subnet is.
-                total += price(Step(0, arch, self.net.cost.graph(arch).blocks))
+                total += price(Step(0, arch, self._everything(arch)))
         return total
 
     # ----------------------------------------------------------------------------------------------------- genomes

@@ -117,10 +117,16 @@ class ElasticUNet:
         if found.autoencoder is not None and "codec" not in settings:
             settings["codec"] = Autoencoder(str(found.autoencoder))
         if found.text is not None and "text" not in settings:
-            side = found.config["sample_size"]
+            side = found.config.get("sample_size")
+            if side is None:
+                raise UserError(
+                    f"{found.folder / 'config.json'} has no sample_size, which costs depend on; write it there"
+                )
             shape = (found.config["in_channels"], *((side, side) if isinstance(side, int) else side))
             height, width = settings.get("codec", Pixels()).image_shape(shape)[1:]
             settings["text"] = TextEncoder(str(found.text), size=(height, width))
+        if settings.get("text") is not None and "tokens" not in settings:
+            settings["tokens"] = settings["text"].shape[0]
         return cls(found.config, pretrained=str(found.folder), noise=found.noise or NoiseSchedule(), **settings)
 
     @cached_property
@@ -159,8 +165,9 @@ class ElasticUNet:
 
     @property
     def condition_kind(self) -> str:
-        """What these are: "labels" or "texts"; empty where it takes none."""
-        return ("texts" if isinstance(self.anatomy, TextUNet) else "labels") if self.conditional else ""
+        """What these are: "labels", "texts", or "labels and texts"; empty where it takes none."""
+        kinds = ["labels"] if self.anatomy.null_label is not None else []
+        return " and ".join([*kinds, "texts"] if isinstance(self.anatomy, TextUNet) else kinds)
 
     @property
     def in_pixels(self) -> bool:

@@ -15,17 +15,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nas.base.files import first_line, read_json
 from nas.base.quiet import quiet_transformers
 from nas.contracts import Condition, Progress, UserError, digest_of
 from nas.recipes import Count, recipe
-from search_spaces.pretrained import VARIANTS
+from search_spaces.codec import room
+from search_spaces.pretrained import INDEX, VARIANTS
 from search_spaces.shipped.reuse import NEGATIVE
-from search_spaces.shipped.texts import PARTS, encoded
+from search_spaces.shipped.texts import PARTS, encoded, nothing_said
 
 ENCODED = 64
 """Texts in one call of an encoder."""
@@ -42,6 +45,10 @@ class Text(Protocol):
 
     def check(self) -> None:
         """Raises UserError where what it reads is missing; before anything is trained."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """How many tokens a text has, and how many channels a token."""
 
     def load(self, folder: Path | None, device: str) -> LoadedText: ...
 
@@ -75,8 +82,31 @@ class TextEncoder:
         return (Path(self.base) / Path(self.path).expanduser()).resolve()
 
     def describe(self) -> dict[str, Any]:
-        size = {"size": self.size} if len(self._pairs) > 1 else {}
-        return {"class": "TextEncoder", "weights": self._digest, **size}
+        of_xl = {"size": self.size, "zeros": self.zeros} if len(self._pairs) > 1 else {}
+        return {"class": "TextEncoder", "weights": self._digest, **of_xl}
+
+    @property
+    def zeros(self) -> bool:
+        """Whether zeros stand for no negative prompt, as XL's pipeline has it unless its settings say otherwise."""
+        if len(self._pairs) < 2:
+            return False
+        index = self.folder / INDEX
+        return bool(not index.is_file() or read_json(index, "copy it anew").get("force_zeros_for_empty_prompt", True))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens of a text, and the channels of each. Raises UserError where the folder does not say."""
+        self.check()
+        remedy = "save the pipeline anew"
+        tokens: Any = read_json(self.folder / PARTS[0][0] / "tokenizer_config.json", remedy).get("model_max_length")
+        widths: list[Any] = [
+            read_json(self.folder / encoder / "config.json", remedy).get("hidden_size") for _, encoder in self._pairs
+        ]
+        if not all(isinstance(number, int) and 0 < number < 10**6 for number in (tokens, *widths)):
+            raise UserError(
+                f"{self.folder}: tokenizer and text encoder say neither length nor width of a text; {remedy}"
+            )
+        return tokens, sum(widths)
 
     def check(self) -> None:
         for names in self._pairs:
@@ -88,7 +118,7 @@ class TextEncoder:
 
     def load(self, folder: Path | None, device: str) -> LoadedTextEncoder:
         self.check()
-        return LoadedTextEncoder(self.folder, self._pairs, self.size, self._digest, folder, device)
+        return LoadedTextEncoder(self.folder, self._pairs, self.size, self._digest, folder, device, self.zeros)
 
     @property
     def _pairs(self) -> tuple[tuple[str, str], ...]:
@@ -109,32 +139,35 @@ class TextEncoder:
 
 
 class _Tabled(ABC):
-    """Rows of distinct texts, whatever makes them."""
+    """Rows of distinct texts, whatever makes them. `_zeros`: whether an empty negative text is zeros instead of what the encoder makes of it."""
+
+    _zeros = False
 
     @abstractmethod
-    def table(self, distinct: Sequence[str]) -> Condition:
-        """A row for each text."""
+    def table(self, distinct: Sequence[str]) -> Mapping[str, npt.NDArray[np.float32]]:
+        """A row for each text, by the names of the network's arguments; it may be mapped from a file."""
 
     def rows(self, texts: Sequence[str], negative: str = "") -> Draw:
         distinct = sorted({*texts, negative})
         table = self.table(distinct)
         place = {text: number for number, text in enumerate(distinct)}
-        places, null = torch.tensor([place[text] for text in texts]), place[negative]
+        places, null = np.array([place[text] for text in texts]), place[negative]
+        nothing = {name: torch.from_numpy(np.array(values[null])) for name, values in table.items()}
+        if self._zeros and not negative:
+            nothing = nothing_said(nothing)
 
         def draw(chosen: torch.Tensor) -> Condition:
-            mine = places[chosen.cpu()]
-            told = {name: values[mine] for name, values in table.items()}
-            nothing = {
-                f"{NEGATIVE}{name}": values[null].expand(len(mine), *values.shape[1:]) for name, values in table.items()
-            }
-            return {**told, **nothing}
+            mine = places[chosen.cpu().numpy()]
+            told = {name: torch.from_numpy(np.array(values[mine])) for name, values in table.items()}
+            against = {f"{NEGATIVE}{name}": row.expand(len(mine), *row.shape) for name, row in nothing.items()}
+            return {**told, **against}
 
         return draw
 
 
 class LoadedTextEncoder(_Tabled):
     """`components` are read when they are first asked for, so that who finds all texts kept reads none. `folder`: where rows are kept, in its
-    `texts`; None for nowhere."""
+    `texts`, one file for each of the network's arguments, mapped into memory; None for nowhere."""
 
     def __init__(
         self,
@@ -144,6 +177,7 @@ class LoadedTextEncoder(_Tabled):
         identity: str,
         folder: Path | None,
         device: str,
+        zeros: bool = False,
     ) -> None:
         self._identity = digest_of([identity, size]) if len(pairs) > 1 else identity
         self._folder = folder
@@ -151,32 +185,44 @@ class LoadedTextEncoder(_Tabled):
         self._pairs = pairs
         self._size = size
         self._device = device
-        self._made: dict[str, Condition] = {}
+        self._zeros = zeros
+        self._made: dict[str, Mapping[str, npt.NDArray[np.float32]]] = {}
 
     def keep(self, texts: Sequence[str]) -> Iterator[Progress]:
         distinct = sorted(set(texts))
-        key = digest_of([self._identity, distinct])
-        path = None if self._folder is None else self._folder / "texts" / f"{key}.safetensors"
+        key, path = self._key(distinct), self._path(distinct)
         if key in self._made:
             return
         if path is None or not path.exists():
-            parts: dict[str, list[torch.Tensor]] = {}
+            partial = None if path is None else path.with_suffix(f".{os.getpid()}.partial")
+            made: dict[str, npt.NDArray[np.float32]] = {}
             for start in range(0, len(distinct), ENCODED):
                 for name, rows in self.encode(distinct[start : start + ENCODED]).items():
-                    parts.setdefault(name, []).append(rows.float().cpu())
+                    if name not in made:
+                        file = None if partial is None else partial / f"{name}.npy"
+                        made[name] = room(file, (len(distinct), *rows.shape[1:]))
+                    made[name][start : start + ENCODED] = rows.float().cpu().numpy()
                 yield Progress("texts", min(start + ENCODED, len(distinct)), len(distinct))
-            made = {name: torch.cat(rows).contiguous() for name, rows in parts.items()}
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(f".{os.getpid()}.partial")
-                save_file(made, partial)
-                os.replace(partial, path)
-        self._made[key] = made if path is None else _read(path)
+            self.__dict__.pop("components", None)  # they are large, and have said what they have to say
+            if path is None or partial is None:
+                self._made[key] = made
+                return
+            for values in made.values():
+                assert isinstance(values, np.memmap)
+                values.flush()
+            os.replace(partial, path)
+        self._made[key] = _mapped(path)
 
-    def table(self, distinct: Sequence[str]) -> Condition:
+    def table(self, distinct: Sequence[str]) -> Mapping[str, npt.NDArray[np.float32]]:
         for _ in self.keep(distinct):
             pass
-        return self._made[digest_of([self._identity, sorted(distinct)])]
+        return self._made[self._key(sorted(distinct))]
+
+    def _key(self, distinct: Sequence[str]) -> str:
+        return digest_of([self._identity, distinct])
+
+    def _path(self, distinct: Sequence[str]) -> Path | None:
+        return None if self._folder is None else self._folder / "texts" / self._key(distinct)
 
     @cached_property
     def components(self) -> Mapping[str, Any]:
@@ -236,6 +282,12 @@ class ClassTable:
         if not self.file.is_file():
             raise UserError(f"{self.file} does not exist; save the class embeddings there as safetensors")
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens of a text, one, and its channels."""
+        self.check()
+        return 1, LoadedTable(self.file).channels
+
     def load(self, folder: Path | None, device: str) -> LoadedTable:
         self.check()
         return LoadedTable(self.file)
@@ -250,16 +302,25 @@ class LoadedTable(_Tabled):
             raise UserError(f"{file} must hold a single tensor (classes + 1, channels), not {sorted(tensors)}")
         self._rows = next(iter(tensors.values())).float()
         self._file = file
+        self.channels = int(self._rows.shape[1])
 
     def keep(self, texts: Sequence[str]) -> Iterator[Progress]:
         yield from ()
 
-    def table(self, distinct: Sequence[str]) -> Condition:
+    def table(self, distinct: Sequence[str]) -> Mapping[str, npt.NDArray[np.float32]]:
         last = len(self._rows) - 1
         wrong = next((text for text in distinct if text and not (text.isdecimal() and int(text) < last)), None)
         if wrong is not None:
             raise UserError(f"{wrong!r} is no class of {self._file}, which has those from 0 to {last - 1}")
-        return {"encoder_hidden_states": self._rows[[int(text) if text else last for text in distinct], None]}
+        return {"encoder_hidden_states": self._rows[[int(text) if text else last for text in distinct], None].numpy()}
+
+
+def _mapped(folder: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """Raises UserError where a file is damaged."""
+    try:
+        return {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in sorted(folder.glob("*.npy"))}
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{folder} is damaged ({first_line(error)}); delete it") from error
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:

@@ -5,8 +5,8 @@ Data: ImageNet's pictures in a folder for each class, `data/imagenet`, in the cl
 of 512 channels, the last of no class) as `cin256/unet`, `cin256/vqvae` and `cin256/classes.safetensors`, Inception features in `inception.pt` (see
 README). The original's checkpoint has to be converted; its attention has one head.
 Hours: `nas run studies/ldm_imagenet256.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
-For comparison, MACs of one half of a guided step without attention's products and FID-50K: the original 99.80 G 3.37 (250 steps), Diff-Pruning
-52.71 G 9.16, DeepCache N=2 52.12 G 3.39 and N=10 14.42 G 4.68 on 20 steps, as remembered. Not run here.
+For comparison, MACs of one half of a guided step without attention's products and FID-50K, 250 steps: the original 99.80 G and 3.60, Diff-Pruning's
+static network 52.71 G and 9.16, as remembered. Not run here.
 """
 
 from evaluators.conditions import Captions
@@ -54,7 +54,7 @@ inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
 noise = NoiseSchedule(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
 codec = Autoencoder("cin256/vqvae", scale=1.0, config=VQ_F4)
 classes = ClassTable("cin256/classes.safetensors")
-# One head, which only grows thinner: thirds are what 32 norm groups leave of 192 and 960 channels alike.
+# One head, which only grows thinner; 32 norm groups leave sixths of 192 channels and so of all levels alike.
 net = ElasticUNet(
     UNET,
     widths=(1 / 3, 2 / 3, 1.0),

@@ -6,9 +6,10 @@ PartiPrompts, or the first captions of COCO 2017's 5,000 validation images), oth
 OpenCLIP's ViT-g/14), Inception features in `inception.pt` (see README).
 Hours: `nas run studies/sd15_dip_go.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained but gates.
 Differs: MACs here are of both halves of a guided step, with attention's products: 50 steps are 40.2 TMACs, the paper's 16.94 are of one half without
-them (`macs_share_without_attention` is the share as it counts).
-The paper, MACs and CLIP score: PLMS 50 steps 16.94 T 30.30, DeepCache's and its own rows at 0.80 saved: 3.38 T 30.29, at 0.85 2.54 T 29.84. Its released
-solution runs ten whole steps: compare with `subsets`. Not run here.
+them (`macs_share_without_attention` is the share as it counts). The gates' loss compares latents where the paper's compares decoded images, its noises
+are new at every step, DDIM samples where its rows are of PLMS, and the score is CLIP's of the model that you bring.
+The paper, MACs and CLIP score, PLMS 50 steps: 16.94 T 30.30; DiP-GO with 0.80 of it saved 3.38 T 30.29, with 0.85 2.54 T 29.84. Its released solution
+is nearly ten whole steps: compare with ten steps before calling it reuse. Not run here.
 """
 
 from evaluators.captions import TextsAlone

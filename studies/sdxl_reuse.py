@@ -3,8 +3,8 @@ is guided. Five block patterns, from the whole network to the outermost level al
 
 Data: a local copy of the base pipeline in `sdxl` (StableDiffusionXLPipeline, safetensors), prompts in `prompts.txt`, a CLIP model in `clip`.
 Hours: `nas run studies/sdxl_reuse.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained.
-For comparison, DeepCache's rows are of Stable Diffusion 1.5 and LDM alone, DiP-GO's of XL distilled to 4 steps: 11.95 TMACs and a CLIP score of 31.92
-become 11.58 and 31.30, hardly anything saved. Not run here.
+For comparison, DiP-GO's row is of XL distilled to 4 steps: 11.95 TMACs and a CLIP score of 31.92 become 11.58 and 31.30, hardly anything saved. Not
+run here.
 """
 
 from evaluators.captions import TextsAlone

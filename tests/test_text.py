@@ -33,6 +33,7 @@ from nas.handover.stock import export_stock
 from nas.searchers.random import Random
 from nas.study import Study
 from search_spaces.intervals import free, leading
+from search_spaces.loaded import LoadedElasticUNet
 from search_spaces.noise import NoiseSchedule
 from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.stepwise import Stepwise
@@ -83,12 +84,28 @@ def test_both_encoders_of_xl_and_the_sizes(folder: Path) -> None:
     assert torch.allclose(ours["text_embeds"], pooled, atol=1e-6)
     assert torch.equal(ours["negative_encoder_hidden_states"], negative)
     assert ours["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]] * 2
+    empty, *_ = stock.encode_prompt([TEXTS[2]], device="cpu")  # an empty text that was asked for is one
+    assert torch.allclose(loaded.rows(TEXTS)(torch.tensor([2]))["encoder_hidden_states"], empty, atol=1e-6)
+
+
+def test_xl_may_have_no_zeros_for_no_negative_prompt(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "xl", tmp_path / "xl")
+    index = json.loads((tmp_path / "xl" / "model_index.json").read_text())
+    (tmp_path / "xl" / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
+    plain, told = TextEncoder(str(folder / "xl")), TextEncoder(str(tmp_path / "xl"))
+    assert plain.describe() != told.describe()
+    ours = told.load(None, "cpu").rows(TEXTS)(torch.tensor([0]))
+    _, negative, _, pooled = DiffusionPipeline.from_pretrained(tmp_path / "xl").encode_prompt([TEXTS[0]], device="cpu")
+    assert torch.allclose(ours["negative_encoder_hidden_states"], negative, atol=1e-6)
+    assert torch.allclose(ours["negative_text_embeds"], pooled, atol=1e-6)
 
 
 def test_a_text_is_encoded_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = TextEncoder(str(folder / "sd"))
-    told = [tick.done for tick in recipe.load(tmp_path, "cpu").keep(TEXTS * 50)]
+    loaded = recipe.load(tmp_path, "cpu")
+    told = [tick.done for tick in loaded.keep(TEXTS * 50)]
     assert told == [4]  # distinct ones
+    assert "components" not in vars(loaded)  # what has said all is not kept in memory
     again = recipe.load(tmp_path, "cpu")
     monkeypatch.setattr(type(again), "components", property(lambda self: pytest.fail("was read again")))
     assert not list(again.keep(TEXTS))
@@ -98,7 +115,7 @@ def test_a_text_is_encoded_once(folder: Path, tmp_path: Path, monkeypatch: pytes
 def test_damaged_rows_and_missing_encoders_are_told(folder: Path, tmp_path: Path) -> None:
     recipe = TextEncoder(str(folder / "sd"))
     list(recipe.load(tmp_path, "cpu").keep(TEXTS))
-    [kept] = (tmp_path / "texts").iterdir()
+    [kept] = (tmp_path / "texts").glob("*/*.npy")
     kept.write_bytes(kept.read_bytes()[:50])
     with pytest.raises(UserError, match=r"is damaged .*delete it"):
         recipe.load(tmp_path, "cpu").rows(TEXTS)
@@ -189,6 +206,9 @@ def test_images_with_classes_alone_are_captioned() -> None:
         Captioned(Digits(), names[:3]).load()
     with pytest.raises(UserError, match=r"must have one \{\}"):
         Captioned(Digits(), names, ("a thing",))
+    braces = Captioned(Digits(), names, ("a {x} {}",)).load().captions
+    assert braces is not None
+    assert braces[0].startswith("a {x} thing")
 
 
 def test_a_folder_of_pictures_has_its_captions_beside_them(tmp_path: Path) -> None:
@@ -277,7 +297,7 @@ def test_how_a_batch_is_run_changes_no_gradient(folder: Path, change: dict[str, 
 
 def test_half_precision_changes_a_gradient_by_its_rounding(folder: Path) -> None:
     recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
-    stage = Sandwich(steps=1, batch=8, warmup=0, full_only=True)
+    stage = Sandwich(steps=1, batch=8, warmup=0, full_only=True, distillation=0.5)
     expected = gradients(stage, recipe.initial(0), captioned_images())
     found = gradients(replace(stage, precision="bfloat16"), recipe.initial(0), captioned_images())
     name = "conv_out.weight"
@@ -307,7 +327,11 @@ def test_min_snr_weighs_all_predictions_as_errors_of_the_image(prediction: Any) 
 def test_a_batch_has_no_more_parts_than_images(folder: Path) -> None:
     recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
     with pytest.raises(UserError, match="accumulate=9 parts of a batch of 8"):
-        Sandwich(steps=1, batch=8, accumulate=9).check(recipe, captioned_images())
+        Sandwich(steps=1, batch=8, accumulate=9)
+    nothing = ImageSet(np.empty((0, 3, 16, 16), np.float32), None, "none", captions=("a",))
+    with pytest.raises(UserError, match="there are no images to train on"):
+        Sandwich(steps=1).check(recipe, nothing)
+    Stages(()).check(recipe, nothing)
     with pytest.raises(UserError, match="reads captions, but the images have none"):
         Sandwich(steps=1).check(recipe, ImageSet(captioned_images().pixels, None, "eight"))
     with pytest.raises(UserError, match="nothing makes them of captions"):
@@ -401,7 +425,7 @@ save_file({{"images": made.images.contiguous()}}, "images.safetensors")
 
 
 def test_an_exported_pipeline_is_called_as_stable_diffusions(folder: Path, tmp_path: Path) -> None:
-    net, _ = exported(folder, tmp_path / "model")
+    net, schedule = exported(folder, tmp_path / "model")
     pipeline: Any = DiffusionPipeline.from_pretrained(
         tmp_path / "model", custom_pipeline=str(tmp_path / "model"), trust_remote_code=True
     )
@@ -413,6 +437,12 @@ def test_an_exported_pipeline_is_called_as_stable_diffusions(folder: Path, tmp_p
     assert torch.allclose(twice[0], made[0], atol=1e-5)
     stronger = pipeline(texts, seed=1, output_type="pt", guidance_scale=9.0).images
     assert (stronger - made).abs().max() > 1e-4
+    unguided = Schedule(tuple(replace(step, guidance=None) for step in schedule.steps))
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    conditions = Prompts(str(tmp_path / "prompts.txt"), net.recipe.text).load(tmp_path)
+    ours = sample(net, unguided, DDIM(clip=False), 1, 0, 2, conditions) / 2 + 0.5
+    found = pipeline(conditions.texts(1, 0, 2), seed=1, output_type="pt", guidance_scale=1).images
+    assert torch.allclose(found, ours, atol=1e-5)
     embeds = net.text.rows(texts)(torch.arange(2))
     assert torch.allclose(pipeline(prompt_embeds=embeds, seed=1, output_type="pt").images, made, atol=1e-5)
     drawn = torch.stack(
@@ -428,6 +458,10 @@ def test_an_exported_pipeline_is_called_as_stable_diffusions(folder: Path, tmp_p
         ({"prompt": texts, "negative_prompt": ["a"]}, "1 negative prompts for 2"),
         ({"prompt": texts, "class_labels": [1, 2]}, "no class_labels"),
         ({"prompt": texts, "batch_size": 5}, "2 prompts or labels for 5"),
+        (
+            {"prompt_embeds": {"encoder_hidden_states": embeds["encoder_hidden_states"]}},
+            "the schedule guides; give prompt_embeds negative_encoder_hidden_states",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             pipeline(**wrong)
@@ -572,6 +606,31 @@ def test_low_rank_changes_are_added_before_anything_is_sliced(style: str, folder
     assert base.describe() != changed.recipe.describe()
 
 
+@pytest.mark.parametrize("where", ["header", "beside"])
+def test_how_much_a_lora_counts_is_read_where_it_stands(where: str, folder: Path, tmp_path: Path) -> None:
+    """In the header that diffusers writes, or in peft's settings; else alpha is the rank, as diffusers takes it."""
+    tensors = {
+        "unet.conv_in.lora_A.weight": torch.randn(2, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.randn(16, 2, 1, 1),
+    }
+    header = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8, "unet.r": 2})} if where == "header" else None
+    base = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    before = base.initial(0).full.conv_in.weight
+
+    def change(metadata: Any) -> torch.Tensor:
+        save_file(tensors, tmp_path / "lora.safetensors", metadata)
+        return replace(base, loras=(str(tmp_path / "lora.safetensors"),)).initial(0).full.conv_in.weight - before
+
+    plain = change(None)
+    if where == "beside":
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 2}))
+    assert torch.allclose(change(header), 4 * plain, atol=1e-4)
+    odd = json.dumps({"use_rslora": True, "lora_alpha": 8})
+    (tmp_path / "adapter_config.json").write_text(odd)
+    with pytest.raises(UserError, match="use_rslora=True is not known here"):
+        change({"lora_adapter_metadata": odd} if where == "header" else None)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -586,6 +645,46 @@ def test_what_cannot_be_added_is_never_left_out(name: str, words: str, folder: P
     net = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,), loras=(str(tmp_path / "lora.safetensors"),))
     with pytest.raises(UserError, match=words):
         net.initial(0)
+
+
+def test_parity_sees_what_reads_the_text(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,)).initial(0)
+    extract = net.extract
+
+    def wrong(arch: Any) -> Any:
+        made: Any = extract(arch)
+        with torch.no_grad():
+            made.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight.normal_(std=5.0)
+        return made
+
+    monkeypatch.setattr(net, "extract", wrong)
+    with pytest.raises(RuntimeError, match="differ from the supernet"):
+        export(net, Schedule((Step(500, net.full_arch),)), DDIM(clip=False).describe(), {}, tmp_path / "model")
+
+
+def test_texts_have_the_length_and_the_width_that_the_network_reads(folder: Path, tmp_path: Path) -> None:
+    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    assert recipe.tokens == TOKENS
+    with pytest.raises(UserError, match=f"texts have {TOKENS} tokens, costs are reckoned with 77"):
+        Stages(()).check(replace(recipe, tokens=77), captioned_images())
+    save_file({"weight": torch.randn(4, 5)}, tmp_path / "classes.safetensors")
+    table = ClassTable(str(tmp_path / "classes.safetensors"))
+    with pytest.raises(UserError, match="texts have 5 channels, the network reads cross_attention_dim=16"):
+        Stages(()).check(replace(recipe, text=table, tokens=1), captioned_images())
+    index = json.loads((folder / "sd" / "unet" / "config.json").read_text())
+    shutil.copytree(folder / "sd", tmp_path / "sd")
+    (tmp_path / "sd" / "unet" / "config.json").write_text(json.dumps({**index, "sample_size": None}))
+    with pytest.raises(UserError, match="has no sample_size"):
+        ElasticUNet.from_pretrained(tmp_path / "sd")
+
+
+def test_few_large_subnets_are_kept(folder: Path) -> None:
+    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(0.5, 1.0))
+    net = recipe.initial(0)
+    bounded = LoadedElasticUNet(recipe, net.full, net.codec, cache_bytes=1, text=net.text)
+    for width in (0.5, 1.0, 0.5):
+        bounded.denoiser(Step(5, recipe.uniform(width)))
+        assert list(bounded._subnets) == [recipe.uniform(width)]
 
 
 def test_pipelines_that_are_given_more_than_a_text_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -677,6 +776,8 @@ def test_conditions_of_another_kind_are_refused(folder: Path, tmp_path: Path) ->
     recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(0.5, 1.0))
     steps = leading(4, offset=1)
     parts: dict[str, Any] = {"space": Stepwise(recipe, steps, (4,)), "supernet": recipe, "images": Digits()}
+    both = replace(recipe, config={**recipe.config, "num_class_embeds": 4}, pretrained=None)
+    assert both.condition_kind == "labels and texts"
     for conditions, words in (
         (Labels(Digits()), "the network takes texts, the evaluator's conditions are labels"),
         (None, "the network takes conditions"),
@@ -698,6 +799,8 @@ def test_agreement_needs_classes(folder: Path, tmp_path: Path) -> None:
     net = recipe.initial(0)
     told = prompts(tmp_path, recipe.text)
     score = Agreement(Digits(), conditions=told, rungs=(4, 8))
+    with pytest.raises(UserError, match="asks for no classes"):
+        score.check()
     with pytest.raises(UserError, match="asks for no classes"):
         score.load(net, tmp_path)
 

@@ -21,10 +21,11 @@ from search_spaces.intervals import uniform
 from search_spaces.networks.slices import Arch, Run
 from search_spaces.networks.unet import predict
 from search_spaces.options import Options
-from search_spaces.patterns import Every
+from search_spaces.patterns import Every, Only
 from search_spaces.shipped.reuse import arguments, graph_of, run
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
+from search_spaces.training.importance import channel_scores, permutations, permute
 from studies import sd15_dip_go, sd15_width, sdxl_reuse
 from tests.arithmetic import CALL
 
@@ -437,6 +438,35 @@ def test_what_is_kept_within_a_branch_is_handed_on() -> None:
         call = loaded.denoiser(step, following.reuse if following else ())
         x, cache = call(x, step.timestep, cache, condition)
     assert torch.isfinite(x).all()
+
+
+def test_what_is_kept_within_a_branch_survives_a_held_step() -> None:
+    """With a sampler of which a step that computes nothing holds the prediction."""
+    net = ElasticUNet(DEEP, widths=(1.0,), tokens=5)
+    layers = ("d0.0", "d1.0.resnet", "d1.0.attention", "u1.2.attention", "u1.2.up", "u2.2")
+    space = Stepwise(net, uniform(4), (2, 2), patterns=(Every(2), Only(layers)), finer="layers", deterministic=False)
+    loaded = net.initial(0)
+    x, _, condition = inputs(net, dtype=torch.float32)
+    for genome in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        steps, cache = space.decode(genome).steps, None
+        for step, following in zip(steps, (*steps[1:], None), strict=True):
+            call = loaded.denoiser(step, following.reuse if following else ())
+            noise, cache = call(x, step.timestep, cache, condition)
+            assert torch.isfinite(noise).all()
+
+
+@pytest.mark.parametrize("heads", ["whole", "slim"])
+def test_channels_by_importance_leave_the_full_network_as_it_was(heads: Any) -> None:
+    net = elastic(DEEP, heads=heads)
+    loaded = randomised(net)
+    x, t, condition = inputs(net)
+    weights = dict(loaded.full.named_parameters())
+    scores = channel_scores(net.anatomy, weights, {name: tensor.sign() for name, tensor in weights.items()})
+    with torch.no_grad():
+        before = predict(loaded.full, x, t, condition)
+        permute(loaded, permutations(net.anatomy, scores))
+        after = predict(loaded.full, x, t, condition)
+    assert torch.allclose(before, after, atol=DOUBLE)
 
 
 def test_both_halves_of_a_guided_step_share_what_is_reused() -> None:

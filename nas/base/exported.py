@@ -55,10 +55,9 @@ class Export:
 
     @property
     def parts(self) -> list[str]:
-        """Folders of what a training needs and has weights: networks, teacher, autoencoder, text encoders."""
+        """Folders of what a training needs: networks, teacher, autoencoder, text encoders and tokenizers."""
         vae = [AUTOENCODER] if "image_shape" in self.plan else []
-        encoders = [name for name in self.texts if name.startswith("text_encoder")]
-        return list(dict.fromkeys([*self.training["timesteps"], self.training["teacher"], *vae, *encoders]))
+        return list(dict.fromkeys([*self.training["timesteps"], self.training["teacher"], *vae, *self.texts]))
 
 
 def read_export(folder: Path) -> Export:
@@ -105,8 +104,14 @@ def read_network(folder: Path, classes: Sequence[str] = CLASSES) -> Any:
 
 def hashes_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of the files of these networks, by their paths in the folder."""
-    files = [f"{name}/{file}" for name in names for file in ("config.json", TEXT_WEIGHTS if name in TEXTS else WEIGHTS)]
+    files = [f"{name}/{file}" for name in names for file in _files_of(name)]
     return {file: _sha256(folder / file) for file in files}
+
+
+def _files_of(name: str) -> tuple[str, str]:
+    if name.startswith("tokenizer"):
+        return "tokenizer_config.json", "tokenizer.json"
+    return "config.json", TEXT_WEIGHTS if name in TEXTS else WEIGHTS
 
 
 def noted_hashes(folder: Path) -> dict[str, str]:
@@ -177,6 +182,8 @@ def _check_classes(data: Mapping[str, Any], path: Path) -> None:
         numbers = [text.get("tokens"), *(size if isinstance(size, list) and len(size) == 2 else [None])]
         if not all(type(number) is int and 0 < number <= 2**16 for number in numbers):
             raise ExportError(f"{path}: text={text!r} has no tokens and no size; {REMEDY}")
+        if type(text.get("zeros", False)) is not bool:
+            raise ExportError(f"{path}: text={text!r} says neither true nor false for zeros; {REMEDY}")
 
 
 def _check_training(folder: Path, training: Mapping[str, Any], networks: Mapping[str, Any]) -> None:

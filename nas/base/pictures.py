@@ -40,8 +40,10 @@ class Found:
     files: tuple[Path, ...]
     left_out: dict[str, int]
 
-    def words(self) -> str:
-        others = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items())
+    def words(self, used: Sequence[str] = ()) -> str:
+        """`used`: suffixes of other files that are read too."""
+        known = [f"files of another kind ({suffix})" for suffix in used]
+        others = ", ".join(f"{count} {reason}" for reason, count in self.left_out.items() if reason not in known)
         return f"{self.root}: {len(self.files)} pictures" + (f"; left out: {others}" if others else "")
 
 

@@ -105,8 +105,9 @@ def export(
             if said["timesteps"]
             else ", which takes other steps than the schedule: no setting of a stock scheduler leads to its own"
         )
+        guided = f", guidance_scale={said['guidance_scale']:g}" if "guidance_scale" in said else ""
         notes.print(
-            f"{said['pipeline']}: call it with num_inference_steps={said['steps']}{own}",
+            f"{said['pipeline']}: call it with num_inference_steps={said['steps']}{guided}{own}",
             highlight=False,
             soft_wrap=True,
         )

@@ -74,7 +74,7 @@ def export(
             raise RuntimeError(
                 f"exported models differ from the supernet by {wrong}, more than {TOLERANCE}; nothing was exported"
             )
-        failed = write_programs(partial, names.values(), net.state_shape, _classes(net)) if programs else {}
+        failed = write_programs(partial, names.values(), net.state_shape, some_condition(net, 1)) if programs else {}
         plan = {
             "steps": [_step_in_words(step, names) for step in schedule.steps],
             "sampler": dict(sampler),
@@ -89,8 +89,7 @@ def export(
         facts = {"parity": differences, "versions": package_versions()}
         vae = [exported.AUTOENCODER] if "image_shape" in plan else []
         texts = [*getattr(net, "text_components", {})]
-        encoders = [name for name in texts if name.startswith("text_encoder")]
-        files = hashes_of(partial, dict.fromkeys([*names.values(), teacher, *vae, *encoders]))
+        files = hashes_of(partial, dict.fromkeys([*names.values(), teacher, *vae, *texts]))
         _write(partial / "provenance.json", {**provenance, **facts, "files": files})
         _write_pipeline(net, plan, [*names.values(), *vae], texts, partial)
         (partial / "README.md").write_text(_README)
@@ -164,12 +163,15 @@ class _Call(torch.nn.Module):
 
 
 def write_programs(
-    folder: Path, names: Iterable[str], shape: Sequence[int], classes: Mapping[str, Any] | None = None
+    folder: Path, names: Iterable[str], shape: Sequence[int], condition: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
     """Writes model.pt2 into these model folders: call(sample, timestep), (batch, *shape) and (batch,), returns the prediction. Returned is
-    why there is none, for each of which that is so, as of all that take `classes`."""
-    if classes:
-        return dict.fromkeys(names, "it takes class labels, and programs are made of networks that take none")
+    why there is none, for each of which that is so, as of all that take a `condition`."""
+    if condition:
+        kind = "a text" if "encoder_hidden_states" in condition else "class labels"
+        return dict.fromkeys(
+            names, f"it takes {kind}, and programs are made of networks that take neither labels nor texts"
+        )
     reasons = {name: _write_program(folder / name, shape) for name in names}
     return {name: reason for name, reason in reasons.items() if reason}
 

@@ -155,14 +155,21 @@ class TextUNet(Anatomy):
         return True
 
     def some_condition(self, count: int, device: str = "cpu") -> dict[str, torch.Tensor]:
-        text = torch.zeros((count, self.tokens, self.text_channels[0]), device=device)
+        generator = torch.Generator().manual_seed(0)
+
+        def rows(*shape: int) -> torch.Tensor:
+            if device == "meta":
+                return torch.empty((count, *shape), device=device)
+            return torch.randn((count, *shape), generator=generator).to(device)
+
+        text = rows(self.tokens, self.text_channels[0])
         found = {**super().some_condition(count, device), "encoder_hidden_states": text}
         if self.config["addition_embed_type"] is not None:
             sizes = 6 * self.config["addition_time_embed_dim"]
             pooled = self.config["projection_class_embeddings_input_dim"] - sizes
             found |= {
-                "text_embeds": torch.zeros((count, pooled), device=device),
-                "time_ids": torch.zeros((count, 6), device=device),
+                "text_embeds": rows(pooled),
+                "time_ids": rows(6),
             }
         return found
 

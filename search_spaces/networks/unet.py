@@ -67,20 +67,19 @@ class Anatomy(Parts, Slices):
     @property
     def conditional(self) -> bool:
         """Whether samples have conditions."""
-        return bool(self.config["num_class_embeds"] or self.config["class_embed_type"])
+        return self.null_label is not None
 
     @property
     def null_label(self) -> int | None:
         """The label of no class, the last one; None where there are no labels."""
-        return (self.config["num_class_embeds"] or 1) - 1 if self._labelled else None
-
-    @property
-    def _labelled(self) -> bool:
-        return bool(self.config["num_class_embeds"] or self.config["class_embed_type"])
+        labelled = self.config["num_class_embeds"] or self.config["class_embed_type"]
+        return (self.config["num_class_embeds"] or 1) - 1 if labelled else None
 
     def some_condition(self, count: int, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """Any condition of so many rows, by the names of the stock model's arguments."""
-        return {"class_labels": torch.zeros(count, dtype=torch.long, device=device)} if self._labelled else {}
+        """Any condition of so many rows, all different, by the names of the stock model's arguments; the same ones at every call."""
+        if self.null_label is None:
+            return {}
+        return {"class_labels": torch.arange(count, device=device) % max(self.null_label, 1)}
 
     # ------------------------------------------------------------------------------------------------------- archs
 

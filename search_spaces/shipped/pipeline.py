@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from .latents import decoded
 from .reuse import NEGATIVE, arguments, as_noise, first_rows, guided, holds, null_of, run
-from .texts import PARTS, encoded
+from .texts import PARTS, encoded, nothing_said
 
 
 class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -82,7 +82,8 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         plan = self.config.schedule
         steps = [_guided_at(step, guidance_scale) for step in _subset(plan["steps"], num_inference_steps)]
         device = self._execution_device
-        told = self._told(plan, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, device)
+        guides = any(step.get("guidance") for step in steps)
+        told = self._told(plan, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, guides, device)
         told |= _labelled(plan.get("null_label"), class_labels, batch_size, device)
         count = len(next(iter(told.values()))) if told else batch_size or 1
         if (batch_size or count) != count or any(len(rows) != count for rows in told.values()):
@@ -117,7 +118,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         return images
 
     def _told(
-        self, plan: Mapping[str, Any], prompt: Any, negative: Any, each: int, embeds: Any, device: Any
+        self, plan: Mapping[str, Any], prompt: Any, negative: Any, each: int, embeds: Any, guides: bool, device: Any
     ) -> dict[str, torch.Tensor]:
         """What the networks read, a row for each image."""
         if plan.get("text") is None:
@@ -125,6 +126,10 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                 raise ValueError("the networks read no text; leave out prompt and prompt_embeds")
             return {}
         if embeds is not None:
+            if guides and f"{NEGATIVE}encoder_hidden_states" not in embeds:
+                raise ValueError(
+                    f"the schedule guides; give prompt_embeds {NEGATIVE}encoder_hidden_states too, or guidance_scale=1"
+                )
             return {name: rows.to(device) for name, rows in embeds.items()}
         parts = {name: getattr(self, name) for pair in PARTS for name in pair if getattr(self, name, None) is not None}
         if prompt is None or not parts:
@@ -136,7 +141,9 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(f"{len(against)} negative prompts for {len(texts)} prompts; give one, or one for each")
         size = plan["text"]["size"]
         told = encoded(parts, texts, size, device)
-        told |= {NEGATIVE + name: rows for name, rows in encoded(parts, against, size, device).items()}
+        null = encoded(parts, against, size, device)
+        null = nothing_said(null) if negative is None and plan["text"].get("zeros") else null
+        told |= {NEGATIVE + name: rows for name, rows in null.items()}
         return {name: rows.repeat_interleave(each, dim=0) for name, rows in told.items()}
 
     def _denoise(
@@ -196,10 +203,10 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 def _guided_at(step: Mapping[str, Any], scale: float | None) -> Mapping[str, Any]:
-    """The step with another scale, if it is guided at all."""
+    """The step with another scale, if it is guided at all; 1 is no guidance, at any step, so that outputs have as many rows at all of them."""
     if scale is None or step.get("guidance") is None:
         return step
-    if scale == 1 and not step["reuse"]:
+    if scale == 1:
         return {**step, "guidance": None}
     return {**step, "guidance": {**step["guidance"], "scale": scale}}
 

@@ -20,7 +20,7 @@ def encoded(
     """A row for each text, by the names of the network's arguments. Texts are padded to the tokenizer's length, and cut where longer.
 
     XL takes both encoders' last but one hidden states side by side, the second's pooled output, and the `size`, height and width in pixels, of an
-    image that was not cropped; of an empty text zeros.
+    image that was not cropped.
     """
     pairs = [pair for pair in PARTS if pair[1] in parts]
     states, pooled = [], torch.empty(0)
@@ -38,10 +38,14 @@ def encoded(
         made = parts[encoder](tokens, output_hidden_states=True)
         states.append(made.hidden_states[-2])
         pooled = made[0]
-    said = torch.tensor([bool(text) for text in texts], device=pooled.device)
     sizes = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=pooled.device)
     return {
-        "encoder_hidden_states": torch.cat(states, dim=-1) * said[:, None, None],
-        "text_embeds": pooled * said[:, None],
+        "encoder_hidden_states": torch.cat(states, dim=-1),
+        "text_embeds": pooled,
         "time_ids": sizes.expand(len(texts), -1),
     }
+
+
+def nothing_said(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Zeros where a text would speak: what XL takes for no negative prompt, where its pipeline has `force_zeros_for_empty_prompt`."""
+    return {name: values if name == "time_ids" else torch.zeros_like(values) for name, values in rows.items()}

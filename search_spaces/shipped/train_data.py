@@ -16,7 +16,7 @@ import torch
 from nas.base.exported import AUTOENCODER, AUTOENCODERS, INDEX, ExportError, read_network
 from nas.base.pictures import PictureError, find_pictures, read_caption, read_picture
 from search_spaces.shipped.latents import drawn, moments
-from search_spaces.shipped.texts import encoded
+from search_spaces.shipped.texts import encoded, nothing_said
 
 
 class Told:
@@ -28,12 +28,16 @@ class Told:
     def add(self, rows: dict[str, torch.Tensor], places: torch.Tensor, null: int) -> None:
         self._rows.append((rows, places, null))
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def of(self, chosen: torch.Tensor, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of the chosen images, nothing of those that are dropped."""
+        """Of the chosen images, nothing of those that are dropped; where these are said. Rows are kept on the CPU, there may be many."""
         found: dict[str, torch.Tensor] = {}
         for rows, places, null in self._rows:
-            mine = torch.where(dropped, torch.full_like(places[chosen], null), places[chosen])
-            found |= {name: values[mine] for name, values in rows.items()}
+            mine = places[chosen.cpu()]
+            mine = torch.where(dropped.cpu(), torch.full_like(mine, null), mine)
+            found |= {name: values[mine].to(chosen.device) for name, values in rows.items()}
         return found
 
 
@@ -48,7 +52,7 @@ def conditions(export: Any, labels: Any, captions: Sequence[str] | None, count: 
             else f"the networks need a label from 0 to {null - 1} for each image: give --labels folders, or images that have them"
         )
     if labels is not None:
-        told.add({"class_labels": torch.arange(null + 1, device=device)}, torch.from_numpy(labels).to(device), null)
+        told.add({"class_labels": torch.arange(null + 1)}, torch.from_numpy(labels), null)
     if (captions is None) != (plan.get("text") is None):
         raise ExportError(
             "the networks read no text; leave the captions out"
@@ -61,11 +65,13 @@ def conditions(export: Any, labels: Any, captions: Sequence[str] | None, count: 
         if not export.texts:
             raise ExportError(f"{export.folder} has no text encoder to read captions with; export it with one")
         parts = _text_parts(export.folder, export.texts, device)
-        distinct = sorted({*captions, ""})
-        made = [encoded(parts, distinct[i : i + 64], plan["text"]["size"], device) for i in range(0, len(distinct), 64)]
-        rows = {name: torch.cat([part[name] for part in made]) for name in made[0]}
+        distinct, size = sorted({*captions, ""}), plan["text"]["size"]
+        made = [encoded(parts, distinct[i : i + 64], size, device) for i in range(0, len(distinct), 64)]
+        null = encoded(parts, [""], size, device)
+        made.append(nothing_said(null) if plan["text"].get("zeros") else null)
+        rows = {name: torch.cat([part[name].cpu() for part in made]) for name in made[0]}
         place = {text: number for number, text in enumerate(distinct)}
-        told.add(rows, torch.tensor([place[text] for text in captions], device=device), place[""])
+        told.add(rows, torch.tensor([place[text] for text in captions]), len(distinct))
     return told
 
 

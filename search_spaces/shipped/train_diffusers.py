@@ -142,19 +142,14 @@ def train(
     into = folder / TRAINED
     into.mkdir(exist_ok=True)
     teacher = read_network(folder / plan["teacher"]).to(accelerator.device).requires_grad_(False)
-    null = plan.get("null_label")
-    if (labels is None) != (null is None) or (labels is not None and not 0 <= labels.min() <= labels.max() < null):
-        raise ExportError(
-            "the networks take no labels; leave them out"
-            if null is None
-            else f"the networks need a label from 0 to {null - 1} for each image: give --labels folders, or images that have them"
-        )
     told = conditions(export, labels, captions, len(pixels), accelerator.device)
     data = prepared(folder, plan, pixels, told, settings.flip, accelerator.device)
     scheduler = diffusers.DDIMScheduler(**plan["scheduler"])
     exported = export.provenance.get("files", {})
     kept = {
-        file: exported[file] for file in exported if file.startswith(("teacher/", f"{AUTOENCODER}/", "text_encoder"))
+        file: exported[file]
+        for file in exported
+        if file.startswith(("teacher/", f"{AUTOENCODER}/", "text_encoder", "tokenizer"))
     }
     for name, ranges in plan["timesteps"].items():
         if not (into / name / "config.json").exists():
@@ -250,8 +245,10 @@ def _step(
     chosen = torch.randint(len(data.pixels), (settings.batch,), generator=generator).to(device)
     mirrored = torch.rand(settings.batch, generator=generator).to(device) < 0.5 if settings.flip else None
     x0 = data.draw(chosen, mirrored, generator)
-    dropped = torch.rand(settings.batch, generator=generator).to(device) < settings.drop
-    told = data.told.of(chosen, dropped)
+    told = {}
+    if len(data.told):
+        dropped = torch.rand(settings.batch, generator=generator).to(device) < settings.drop
+        told = data.told.of(chosen, dropped)
     t = served[torch.randint(len(served), (settings.batch,), generator=generator)].to(device)
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     x = scheduler.add_noise(x0, noise, t)

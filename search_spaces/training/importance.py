@@ -125,7 +125,7 @@ def permutations(anatomy: Anatomy, scores: Scores) -> dict[str, torch.Tensor]:
 
     With a constant group count, channels by falling score inside each cell that no norm splits, since subnets keep the leading share
     of each. With a constant group size subnets keep the leading groups: whole groups by falling score, where all norms agree on
-    them. Heads of an attention by falling score.
+    them. Whole heads of an attention by falling score, and where heads are made thinner the channels of each head among themselves.
     """
     return {name: _order(anatomy, name, values) for name, values in scores.items()}
 
@@ -140,7 +140,8 @@ def _order(anatomy: Anatomy, name: str, values: torch.Tensor) -> torch.Tensor:
     if unit is not None:
         blocks = values.reshape(-1, unit).sum(1).argsort(descending=True, stable=True)
         return places.reshape(-1, unit)[blocks].reshape(-1)
-    bounds = sorted({0, *anatomy.cells.get(name, ()), len(values)})
+    cells = anatomy.cells.get(name, ()) if anatomy.groups == "count" else ()
+    bounds = sorted({0, *cells, *anatomy.divided.get(name, ()), len(values)})
     return torch.cat(
         [start + values[start:stop].argsort(descending=True, stable=True) for start, stop in pairwise(bounds)]
     )

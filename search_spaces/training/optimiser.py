@@ -182,7 +182,7 @@ class Teacher:
         with torch.inference_mode():
             prediction = predict(self._full, x, t, condition)
         self._net.trained_macs += len(x) * self._net.recipe.cost.macs(self._net.full_arch)
-        return truth.lerp(prediction[:, : x.shape[1]].clone(), self._share)
+        return truth.lerp(prediction[:, : x.shape[1]].to(truth, copy=True), self._share)
 
 
 class Optimiser:

@@ -117,6 +117,8 @@ class Stages:
         else:
             net = supernet.initial(derive_seed(seed, "supernet", "weights"), device, folder)
         if parts:
+            if net.text is not None and data.texts is not None:
+                yield from net.text.keep([*data.texts, ""])
             yield from net.codec.keep(data, any(getattr(part, "flip", False) for part in parts))
         else:  # the weights are pretrained, or meant to stay as they are drawn
             write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": "[]"})
@@ -136,6 +138,8 @@ class Stages:
             check_trainable(supernet, data)
         for part in (supernet.codec, supernet.text):
             getattr(part, "check", lambda: None)()
+        if supernet.text is not None:
+            _check_text(supernet)
 
     def macs(self, supernet: ElasticUNet) -> float:
         """Of all stages."""
@@ -209,8 +213,7 @@ class Sandwich(OneStage):
         later = {"drop": DROP, "snr_cap": None, "precision": "float32"}
         return {"class": "Sandwich", **{k: v for k, v in settings.items() if k not in later or v != later[k]}}
 
-    def check(self, supernet: ElasticUNet, data: ImageSet) -> None:
-        super().check(supernet, data)
+    def __post_init__(self) -> None:
         if self.accumulate > self.batch:
             raise UserError(
                 f"accumulate={self.accumulate} parts of a batch of {self.batch}; at most one for each image"
@@ -373,6 +376,23 @@ def _stage_seed(seed: int, number: int) -> int:
     return derive_seed(seed, number, "stage") if number else seed
 
 
+def _check_text(supernet: ElasticUNet) -> None:
+    """Raises UserError where the texts are not what the network reads."""
+    assert supernet.text is not None
+    anatomy = supernet.anatomy
+    if not isinstance(anatomy, TextUNet):
+        raise UserError("the network reads no text; leave text= out")
+    tokens, width = supernet.text.shape
+    if tokens != anatomy.tokens:
+        raise UserError(
+            f"texts have {tokens} tokens, costs are reckoned with {anatomy.tokens}; give ElasticUNet(..., tokens={tokens})"
+        )
+    if {width} != set(anatomy.text_channels):
+        raise UserError(
+            f"texts have {width} channels, the network reads cross_attention_dim={anatomy.config['cross_attention_dim']!r}; change one of them"
+        )
+
+
 def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
     """Raises UserError where this network cannot be trained on these images."""
     config = supernet.anatomy.config
@@ -381,6 +401,10 @@ def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
         theirs, ours = ("x".join(map(str, s)) for s in (data.pixels.shape[1:], shape))
         raise UserError(
             f"the images are {theirs} (channels x height x width), the network takes {ours}; change one of them"
+        )
+    if not len(data):
+        raise UserError(
+            "there are no images to train on; give the study some, or training=Stages(()) where the network is to stay as it is"
         )
     if config["out_channels"] != config["in_channels"] and not supernet.learned_variance:
         raise UserError(
