@@ -1,7 +1,7 @@
 # make demo   install, then a study of the digits by class end to end: train, search, compare, export
 # make fashion   install, then garments by class in the latents of an autoencoder of its own, from nothing: needs Fashion-MNIST's four files
 # make test   install, then ruff, mypy and pytest
-# make test-all   these, and every benchmark at small sizes
+# make test-all   these, what takes minutes each, and every benchmark at small sizes
 # make mutants   try the tests on changed code
 # A second call does not install again.
 
@@ -28,7 +28,7 @@ test: lint types tests
 
 test-all: test
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt
-	$(BIN)/python -m pytest -m long tests/test_quick.py
+	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ import torch
 from diffusers import VQModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nas.base.files import first_line, read_json
+from nas.base.files import first_line, read_json, room
 from nas.contracts import Images, ImageSet, Progress, UserError, digest_of, frozen
 from nas.recipes import Positive, recipe
 from search_spaces.pretrained import AUTOENCODERS, read_weights_of, weight_files
@@ -293,14 +293,6 @@ class LoadedAutoencoder:
 
     def _key(self, data: ImageSet, mirrored: bool) -> str:
         return digest_of([data.digest, self._identity, mirrored])
-
-
-def room(path: Path | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """An array of this shape, in an .npy file where a path is given, so that memory holds a part of it alone."""
-    if path is None:
-        return np.empty(shape, np.float32)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(path, "w+", np.float32, shape)
 
 
 class _Latents:

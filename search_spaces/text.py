@@ -21,11 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nas.base.files import first_line, read_json
+from nas.base.files import first_line, read_json, room
 from nas.base.quiet import quiet_transformers
 from nas.contracts import Condition, Progress, UserError, digest_of
 from nas.recipes import Count, recipe
-from search_spaces.codec import room
 from search_spaces.pretrained import INDEX, VARIANTS
 from search_spaces.shipped.reuse import NEGATIVE
 from search_spaces.shipped.texts import PARTS, encoded, nothing_said

@@ -37,6 +37,7 @@ def test_samplers_of_every_kind_keep_the_laws(searcher: OptunaSampler) -> None:
     check_searcher(searcher, trials=24)
 
 
+@pytest.mark.long
 def test_a_gaussian_process_keeps_the_laws() -> None:
     check_searcher(OptunaSampler("GPSampler", {"n_startup_trials": 4}), trials=7)
 

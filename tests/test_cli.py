@@ -261,9 +261,10 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
         "sample.py",
         "schedule.json",
         "scheduler",
+        "texts.py",
     }
     names = {path.name for path in (tmp_path / "model").iterdir() if not path.name.startswith("unet_")}
-    assert names - {"teacher"} == files | {"train.json", "train_diffusers.py"}
+    assert names - {"teacher"} == files | {"train.json", "train_data.py", "train_diffusers.py"}
     picture = nas("sample", *same, "--to", tmp_path / "grid.png")
     assert picture.returncode == 0
     with Image.open(tmp_path / "grid.png") as grid:

@@ -29,7 +29,7 @@ from nas.testing import check_supernet
 from search_spaces.codec import Autoencoder, LoadedAutoencoder, Pixels
 from search_spaces.intervals import uniform
 from search_spaces.loaded import LoadedElasticUNet
-from search_spaces.shipped import train_diffusers
+from search_spaces.shipped import train_data
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import ElasticUNet
 from search_spaces.training import Sandwich, TrainAutoencoder
@@ -473,7 +473,7 @@ def test_latents_of_the_script_are_those_of_the_project(tmp_path: Path) -> None:
     pixels = IMAGES.load().pixels[:10]
     chosen, mirrored = torch.arange(10), torch.arange(10) % 2 == 0
     plan = json.loads((tmp_path / "model" / "train.json").read_text())
-    theirs = train_diffusers._data(tmp_path / "model", plan, pixels, None, True, "cpu")
+    theirs = train_data.prepared(tmp_path / "model", plan, pixels, train_data.Told(), True, "cpu")
     ours = net.codec.states(ImageSet(pixels, None, "ten"))
     one, other = (data.draw(chosen, mirrored, torch.Generator().manual_seed(0)) for data in (theirs, ours))
     assert torch.allclose(one, other, atol=1e-5)

@@ -167,7 +167,7 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_searcher_killed_three_times_ends_as_if_it_had_not_been(all_run: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "RUN": str(tmp_path / "killed"), "STUDY": str(all_run.parent / "study.py")}
     done = subprocess.run(

@@ -298,7 +298,7 @@ def test_genes_of_guidance_are_named() -> None:
 
 
 def test_guidance_that_cannot_be_is_refused(tiny_net: ElasticUNet) -> None:
-    with pytest.raises(UserError, match="guidance needs a network that takes labels"):
+    with pytest.raises(UserError, match="guidance needs a network that takes conditions"):
         Stepwise(tiny_net, uniform(4), (4,), guidance=(None, 2.0))
     with pytest.raises(UserError, match="must be distinct"):
         Stepwise(NET, uniform(4), (4,), guidance=(2.0, Guidance(2.0)))

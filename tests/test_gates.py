@@ -326,7 +326,7 @@ study = gated()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_while_it_learns_and_while_it_searches_it_ends_alike(tiny_run: Path, tmp_path: Path) -> None:
     study = tmp_path / "study.py"
     study.write_text(STUDY)

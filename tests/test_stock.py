@@ -110,7 +110,7 @@ def _saved(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "words"),
-    [("LDMSuperResolutionPipeline", "given the small image too"), ("StableDiffusionPipeline", "given a text")],
+    [("LDMSuperResolutionPipeline", "given the small image too"), ("LDMTextToImagePipeline", "a BERT of its own")],
 )
 def test_pipelines_that_ask_for_more_are_refused_in_words(kind: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, "unet": ["diffusers", "UNet2DModel"]}))

@@ -815,7 +815,7 @@ def with_pictures(folder: Path) -> Path:
     return images
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
+@pytest.mark.parametrize("kind", ["sd", pytest.param("xl", marks=pytest.mark.long)])
 def test_an_exported_folder_is_trained_on_captions_without_this_project(
     kind: str, folder: Path, tmp_path: Path
 ) -> None:

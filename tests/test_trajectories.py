@@ -162,7 +162,7 @@ def test_the_fastest_setting_is_measured_once_and_kept(tiny_net: ElasticUNet, tm
     assert settle(net, tmp_path / "other") == Execution()
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("default")
 def test_no_form_changes_what_is_computed(
     tiny_net: ElasticUNet, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

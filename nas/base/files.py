@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from nas.contracts import UserError
 
 MOST = 64 * 2**20
@@ -106,3 +109,11 @@ def _header(size: bytes, path: Path, read: Any) -> tuple[Mapping[str, Any], int]
     header = json.loads(read(length))
     header.pop("__metadata__", None)
     return header, 8 + length
+
+
+def room(path: Path | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """An array of this shape, in an .npy file where a path is given, so that memory holds a part of it alone."""
+    if path is None:
+        return np.empty(shape, np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return np.lib.format.open_memmap(path, "w+", np.float32, shape)
