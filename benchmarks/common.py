@@ -59,12 +59,20 @@ class Benchmark:
         )
         parser.add_argument("--json", action="store_true", help="print the JSON object alone")
         parser.add_argument("--fresh", action="store_true", help="forget all of an earlier run")
+        parser.add_argument(
+            "--without",
+            nargs="*",
+            default=[],
+            metavar="ROW",
+            help="rows to leave out; targets that need them have no value",
+        )
         parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="processes for independent work")
         options = parser.parse_args()
         self.name = name
         self._files = [f"benchmarks/{name}.py", *files]
         self.quick: bool = options.quick
         self.processes: int = options.processes
+        self.without: frozenset[str] = frozenset(options.without)
         self._json: bool = options.json
         self.folder = (RUNS / (name + ("-quick" if self.quick else ""))).resolve()
         if options.fresh:

@@ -314,9 +314,13 @@ def main() -> None:
         for strength in STRENGTHS:
             count = many if steps == last else setting.samples(2048)
             jobs[arm(steps, strength)] = (judge, setting, setting.everywhere(steps, strength), count)
-    jobs["pixels"] = (train_pixels, setting)
+    if "pixels" not in bench.without:
+        jobs["pixels"] = (train_pixels, setting)
     rows: Mapping[str, Row] = bench.rows(jobs)
-    compared = bench.rows({"against pixels": (against_pixels, setting)})["against pixels"]
+    over_pixels = None
+    if "pixels" in rows:
+        compared = bench.rows({"against pixels": (against_pixels, setting)})["against pixels"]
+        over_pixels = compared["latent_fd"] / compared["pixel_fd_at_equal_macs"]
     best = min((rows[arm(last, strength)] for strength in STRENGTHS), key=lambda row: float(row["fd"]))
     seconds = sum(value for row in made for key, value in row.items() if key.endswith("_s"))
     floor = rows["grounds"]["fd_of_reconstructions"]
@@ -347,7 +351,7 @@ def main() -> None:
                 "latent_over_pixel_fd",
                 "FD in latents over FD in pixels, equal training multiply-adds, equal multiply-adds an image",
                 None,
-                compared["latent_fd"] / compared["pixel_fd_at_equal_macs"],
+                over_pixels,
             ),
         ]
     )
