@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -51,7 +53,9 @@ def draw_front(
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 2])
     _draw_scores(top, ledgers, facts, scale)
     top.set_ylabel(
-        label + "\n(lower is better; bars: ± 1 standard error;\nhollow: not told apart from the next cheaper)"
+        fill(label, 52)
+        + "\n(lower is better; bars: ± 1 standard error;\nhollow: not told apart from the next cheaper)",
+        fontsize=9,
     )
     fronts = {name: verified_front(trials, objectives) for name, trials in ledgers.items() if name != baseline}
     shown = next((name for name, best in fronts.items() if best), None)
@@ -298,7 +302,13 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapp
             continue
         colour = next(colours)
         axes.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
-        front = sorted(verified_front(trials, objectives), key=scale.share)
+        verified = sorted(verified_front(trials, objectives), key=scale.share)
+        front = _falling(verified, quality)
+        others = [trial for trial in verified if trial not in front]
+        if others:
+            x, y, error = _points(others, quality, scale)
+            words = f"{name}: on the front by another score"
+            axes.errorbar(x, y, yerr=error, fmt="x", color=colour, capsize=3, markersize=5, label=words, zorder=3)
         x, y, error = _points(front, quality, scale)
         axes.errorbar(
             x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3
@@ -320,6 +330,19 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapp
         )
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)
+
+
+def _falling(trials: Sequence[Trial], quality: str) -> list[Trial]:
+    """Of trials from the cheapest to the dearest those that no cheaper one equals in this score: where there are further objectives, others are on
+    the front by these."""
+    found: list[Trial] = []
+    least = math.inf
+    for trial in trials:
+        assert trial.score is not None
+        if trial.score.values[quality] < least:
+            found.append(trial)
+            least = trial.score.values[quality]
+    return found
 
 
 def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices: Sequence[Any], scale: Scale) -> None:
