@@ -322,8 +322,8 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapp
         axes.axvline(scale.limit, color=INK, linewidth=0.8, linestyle="-.")
         axes.annotate(
             "limit",
-            (scale.limit, 1),
-            (3, -10),
+            (scale.limit, 0),
+            (3, 4),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             fontsize=9,
