@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +21,15 @@ from tests.test_cli import ROOT, nas, refused
 STUDIES = sorted(path for path in (ROOT / "studies").glob("*.py") if path.name != "__init__.py")
 
 
+@cache
+def facts_of(study: Path) -> Any:
+    """Several tests look at them, and the large networks take seconds."""
+    return outline(load_study(study))
+
+
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
 def test_every_study_passes_a_dry_run_without_its_data(study: Path, tmp_path: Path) -> None:
-    facts = outline(load_study(study))
+    facts = facts_of(study)
     assert facts["macs"]["least"] <= facts["macs"]["budget"] <= facts["macs"]["most"]
     assert facts["hours"]["training"] > 0 or load_study(study).training == Stages(())
     assert facts["network"]["activations"] > 0
@@ -30,7 +38,7 @@ def test_every_study_passes_a_dry_run_without_its_data(study: Path, tmp_path: Pa
 
 def test_the_networks_are_the_published_ones() -> None:
     found = {
-        path.stem: outline(load_study(path))["network"]
+        path.stem: facts_of(path)["network"]
         for path in STUDIES
         if any(part in path.stem for part in ("lsun", "ldm", "64", "sd15", "sdxl"))
     }
