@@ -674,7 +674,7 @@ def test_samples_are_shown_class_by_class() -> None:
     assert class_by_class(images, Frechet(Digits()), 3) is images
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_class_conditional_study_goes_all_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, run, model = tmp_path / "study.py", tmp_path / "run", tmp_path / "model"
     study.write_text(STUDY)
