@@ -17,7 +17,8 @@ from sqlalchemy.exc import OperationalError
 
 from evaluators.images import Digits
 from nas.base.failures import explained
-from nas.base.interrupts import Terminated, exit_code, whole
+from nas.base.interrupts import Answered, Terminated, exit_code, whole
+from nas.cli.options import resumable
 from nas.contracts import UserError
 from search_spaces.supernet import ElasticUNet
 from search_spaces.training import Sandwich
@@ -186,3 +187,19 @@ next(left_open)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "kept\n", "")
+
+
+def test_an_interrupt_that_made_a_library_stumble_is_one(tmp_path: Path) -> None:
+    """Interrupted while it let go of its lock, it found the file gone, and raised that."""
+
+    def stumble() -> None:
+        try:
+            raise Terminated
+        finally:
+            (tmp_path / "gone").unlink()
+
+    with pytest.raises(Answered) as end, resumable(tmp_path):
+        stumble()
+    assert end.value.code == 143
+    with pytest.raises(FileNotFoundError), resumable(tmp_path):
+        (tmp_path / "gone").unlink()

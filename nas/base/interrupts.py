@@ -38,6 +38,15 @@ def exit_code(asked: KeyboardInterrupt) -> int:
     return 128 + (signal.SIGTERM if isinstance(asked, Terminated) else signal.SIGINT)
 
 
+def asked_in(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interrupt that an error is, or that it came of: a library that is interrupted while it tidies up may stumble, and raise that."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return error
+        error = error.__context__
+    return None
+
+
 @contextmanager
 def whole() -> Iterator[None]:
     """Who asks to stop while this runs is answered after it: a step of a training is done or not done. Asked a second time, it stops."""

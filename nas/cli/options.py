@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nas.base.interrupts import Answered, exit_code
+from nas.base.interrupts import Answered, asked_in, exit_code
 from nas.cli.terminal import notes
 from nas.contracts import UserError
 
@@ -162,11 +162,12 @@ def resumable(folder: Path) -> Iterator[None]:
     """Ctrl-C ends the work, not what is kept. What the disk refuses without a name is the folder's."""
     try:
         yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(folder)
-        raise
-    except KeyboardInterrupt as asked:
+    except (Exception, KeyboardInterrupt) as error:
+        asked = asked_in(error)
+        if asked is None:
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(folder)
+            raise
         notes.print(
             f"interrupted; the same command goes on from the last trial or checkpoint ({folder})", highlight=False
         )
