@@ -92,6 +92,7 @@ def test_the_stand_alone_loop_samples_as_ours_with_step_noise(
     assert torch.allclose(images, sample(loaded, schedule(tiny_net), sampler, 0, 0, 16), atol=SAMPLES)
 
 
+@pytest.mark.long
 def test_models_of_both_classes_and_of_experts_stand_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {**TINY, "layers_per_block": 2}
     net = ElasticUNet(config, (0.5, 1.0), depths=(1, 2), per_level=("width", "depth"), experts=(500,))

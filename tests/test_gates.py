@@ -120,6 +120,7 @@ def test_learning_is_charged_and_resumes_to_the_same_gates(
     assert also == spent
 
 
+@pytest.mark.long
 def test_a_gate_that_matters_outlives_one_that_does_not() -> None:
     """A block whose weights make its output a constant can be reused for nothing; the others cannot."""
     loaded = randomised(
