@@ -1,4 +1,5 @@
-"""What a network is told of a text: the hidden states that stock text encoders make of it, each distinct text's computed once and kept.
+"""What a network is told of a text: the hidden states that stock text encoders make of it. Of a set of texts each distinct one is encoded once,
+and kept.
 
 `TextEncoder` is Stable Diffusion's, one CLIP text model, or XL's two; `ClassTable` a learned embedding for each class, as of LDM's ImageNet
 network, whose captions are the classes' numbers. Needs transformers, the extra "text", where texts are encoded.
@@ -58,7 +59,7 @@ class LoadedText(Protocol):
         """Stock models and tokenizers by their names in a pipeline, which an exported folder takes along."""
 
     def keep(self, texts: Sequence[str]) -> Iterator[Progress]:
-        """Computes what `table` needs, and keeps it."""
+        """Computes what `rows` needs, and keeps it."""
 
     def rows(self, texts: Sequence[str], negative: str = "") -> Draw:
         """Of these texts, with the negative one's rows beside each text's."""

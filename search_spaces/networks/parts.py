@@ -126,9 +126,12 @@ class Parts(ABC):
     def _middle(self, trunk: Axis) -> Axis:
         """The middle block; returns its output's axis."""
 
-    @abstractmethod
     def _embeddings(self, half: Stretch) -> None:
-        """What is added to the timestep's embedding. `half`: of what sines and cosines come to."""
+        """What is added to the timestep's embedding, of every UNet that of a class. `half`: of what sines and cosines come to."""
+        if self.config["class_embed_type"] == "timestep":
+            self._time_mlp("class_embedding", (half, half))
+        elif self.config["num_class_embeds"] is not None:
+            self.tensors["class_embedding.weight"] = TensorAnatomy((fixed(self.config["num_class_embeds"]), self._time))
 
     @property
     def attention_places(self) -> tuple[int | None, ...]:

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from nas.contracts import UserError
-from search_spaces.networks.parts import AttentionAnatomy, Axis, Stretch, TensorAnatomy, Unit, fixed
+from search_spaces.networks.parts import AttentionAnatomy, Axis, Stretch, Unit, fixed
 from search_spaces.networks.slices import Arch, Groups
 from search_spaces.networks.unet import Anatomy, ImageUNet, StockUNet
 
@@ -87,13 +87,9 @@ class TextUNet(Anatomy):
     # -------------------------------------------------------------------------------------------------------- walk
 
     def _embeddings(self, half: Stretch) -> None:
-        config = self.config
-        if config["class_embed_type"] == "timestep":
-            self._time_mlp("class_embedding", (half, half))
-        elif config["num_class_embeds"] is not None:
-            self.tensors["class_embedding.weight"] = TensorAnatomy((fixed(config["num_class_embeds"]), self._time))
-        if config["addition_embed_type"] is not None:
-            self._time_mlp("add_embedding", fixed(config["projection_class_embeddings_input_dim"]))
+        super()._embeddings(half)
+        if self.config["addition_embed_type"] is not None:
+            self._time_mlp("add_embedding", fixed(self.config["projection_class_embeddings_input_dim"]))
 
     def _middle(self, trunk: Axis) -> Axis:
         positions = self._positions(self.levels - 1)

@@ -19,7 +19,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from nas.contracts import Condition, UserError
-from search_spaces.networks.parts import AttentionAnatomy, Axis, Parts, Stretch, TensorAnatomy, Unit, fixed
+from search_spaces.networks.parts import AttentionAnatomy, Axis, Parts, Stretch, Unit
 from search_spaces.networks.slices import Arch, Groups, Slices
 from search_spaces.shipped.reuse import Graph, arguments
 
@@ -207,12 +207,6 @@ class ImageUNet(Anatomy):
             "downsample_type": ("conv", "resnet"),
             "upsample_type": ("conv", "resnet"),
         }
-
-    def _embeddings(self, half: Stretch) -> None:
-        if self.config["class_embed_type"] == "timestep":
-            self._time_mlp("class_embedding", (half, half))
-        elif self.config["num_class_embeds"] is not None:
-            self.tensors["class_embedding.weight"] = TensorAnatomy((fixed(self.config["num_class_embeds"]), self._time))
 
     def _middle(self, trunk: Axis) -> Axis:
         config, positions = self.config, self._positions(self.levels - 1)
