@@ -203,3 +203,14 @@ def test_an_interrupt_that_made_a_library_stumble_is_one(tmp_path: Path) -> None
     assert end.value.code == 143
     with pytest.raises(FileNotFoundError), resumable(tmp_path):
         (tmp_path / "gone").unlink()
+
+
+def test_what_was_made_of_an_interrupt_on_purpose_is_said_and_not_that(tmp_path: Path) -> None:
+    def die() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise UserError("the cluster died") from None
+
+    with pytest.raises(UserError, match="the cluster died"), resumable(tmp_path):
+        die()

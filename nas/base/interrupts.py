@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from nas.contracts import UserError
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -39,8 +41,11 @@ def exit_code(asked: KeyboardInterrupt) -> int:
 
 
 def asked_in(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The interrupt that an error is, or that it came of: a library that is interrupted while it tidies up may stumble, and raise that."""
-    while error is not None:
+    """
+    The interrupt that an error is, or that it came of: a library that is interrupted while it tidies up may stumble, and raise that.
+    A `UserError` is an answer of its own, whatever it came of: the watch of a cluster interrupts this process to say that it died.
+    """
+    while error is not None and not isinstance(error, UserError):
         if isinstance(error, KeyboardInterrupt):
             return error
         error = error.__context__
