@@ -16,9 +16,9 @@ from benchmarks.published import DECODERS, NETWORKS, Decoder, Published
 from search_spaces.codec import decoder_macs, empty_autoencoder
 from search_spaces.intervals import per_step, uniform
 from search_spaces.networks.slices import Arch
-from search_spaces.shipped.reuse import arguments
+from search_spaces.shipped.walks import arguments
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from studies.digits import UNET
 
 # The DDPM network of CIFAR-10 (Ho et al. 2020), which DDSM and Diff-Pruning slim.
@@ -57,7 +57,7 @@ RELEASED_SCHEDULE = {1.0: 274, 0.75: 181, 0.5: 534, 0.25: 11}
 RELEASED_MEAN = 3098.1
 
 
-def count_with_fvcore(net: ElasticUNet, arch: Arch) -> tuple[int, int, int]:
+def count_with_fvcore(net: Elastic, arch: Arch) -> tuple[int, int, int]:
     """(MACs, MACs of attention products, parameters) of one call on one sample, by running the stock model."""
     model = net.initial(0).extract(arch)
     config = net.anatomy.config
@@ -98,7 +98,7 @@ def _attention_macs(inputs: Any, outputs: Any) -> int:
     return int(query[0] * query[1] * query[2] * key[2] * (query[3] + value[3]))
 
 
-def legal_archs(net: ElasticUNet, count: int) -> list[Arch]:
+def legal_archs(net: Elastic, count: int) -> list[Arch]:
     """Random shares per level that give a stock model with the full net's tensors."""
     from nas.contracts import UserError
 
@@ -124,9 +124,9 @@ def main() -> None:
     needs("fvcore", "dev")
     per_config, wanted = (2, 6) if bench.quick else (17, 50)
     nets = {
-        "ddpm cifar10": ElasticUNet(DDPM_CIFAR10),
-        "digits": ElasticUNet(UNET),
-        "attentive": ElasticUNet(ATTENTIVE),
+        "ddpm cifar10": Elastic(DDPM_CIFAR10),
+        "digits": Elastic(UNET),
+        "attentive": Elastic(ATTENTIVE),
     }
     worst = 0
     total = 0
@@ -195,7 +195,7 @@ def main() -> None:
     )
 
 
-def compare(net: ElasticUNet, arch: Arch) -> dict[str, Any]:
+def compare(net: Elastic, arch: Arch) -> dict[str, Any]:
     cost = net.cost(arch)
     macs, attention, params = count_with_fvcore(net, arch)
     return {
@@ -210,7 +210,7 @@ def compare(net: ElasticUNet, arch: Arch) -> dict[str, Any]:
 
 def beside(network: Published) -> dict[str, Any]:
     """What the config costs, in the units of the published figures, and how far that is from them."""
-    net = ElasticUNet(network.config, widths=(1.0,), tokens=network.tokens)
+    net = Elastic(network.config, widths=(1.0,), tokens=network.tokens)
     cost = net.cost(net.uniform(1.0))
     ours = {
         "params_millions": cost.params / 1e6,
@@ -235,7 +235,7 @@ def beside_decoder(one: Decoder) -> dict[str, Any]:
     }
 
 
-def small_cost(net: ElasticUNet) -> dict[str, float]:
+def small_cost(net: Elastic) -> dict[str, float]:
     timesteps = uniform(10)
     space = Stepwise(net, timesteps, per_step(timesteps))
     return {

@@ -39,7 +39,7 @@ from nas.study import Study
 from search_spaces.intervals import equal
 from search_spaces.networks.slices import Arch
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import WEIGHTS, ElasticUNet
+from search_spaces.supernet import WEIGHTS, Elastic
 from studies.digits import net, steps
 
 SEED = derive_seed(0, "evaluation benchmark")
@@ -202,7 +202,7 @@ def elsewhere(
     bench: Benchmark, device: str, config: Mapping[str, Any], pictures: Images, samples: int, trials: int
 ) -> Row:
     """The comparison for another network on another device."""
-    big = ElasticUNet(config)
+    big = Elastic(config)
     study = Study(
         name="elsewhere",
         space=Stepwise(big, steps, equal(steps, 5)),

@@ -40,7 +40,7 @@ from nas.engine.session import open_session
 from nas.searchers.evolution import Evolution
 from nas.study import Study
 from search_spaces.intervals import equal
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.options import Options
 from search_spaces.stepwise import Stepwise
 from search_spaces.training import Sandwich
@@ -200,7 +200,7 @@ def calls(schedule: Schedule) -> int:
 def judge(setting: Setting, schedule: str) -> Row:
     torch.set_num_threads(1)
     made = Schedule.from_json(schedule)
-    loaded: LoadedElasticUNet = net.load(setting.folder / "supernet", "cpu")
+    loaded: LoadedElastic = net.load(setting.folder / "supernet", "cpu")
     evaluate = scores((setting.judged,)).load(loaded, setting.judge)
     score = evaluate(made, setting.judged, derive_seed(JUDGE, setting.seed, "guidance benchmark"))
     return {

@@ -40,7 +40,7 @@ from nas.study import Study
 from search_spaces.intervals import Timesteps, linspace, per_step, uniform
 from search_spaces.shipped.train_diffusers import TRAINED, Settings, train
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from studies.ddsm_cifar10 import UNET as CIFAR
 from studies.digits import net
@@ -265,7 +265,7 @@ def speed(loaded: LoadedSupernet, schedule: Schedule, folder: Path, batch: int, 
 def cifar(folder: Path, quick: bool) -> Row:
     """Three quarters of the steps at half the width."""
     torch.set_num_threads(1)
-    recipe = ElasticUNet(CIFAR, widths=(0.5, 1.0))
+    recipe = Elastic(CIFAR, widths=(0.5, 1.0))
     loaded = recipe.initial(0)
     widths = (0.5, 1.0) if quick else (0.5, 0.5, 0.5, 1.0)
     timesteps = linspace(len(widths), 999, 20)

@@ -46,7 +46,7 @@ from nas.engine.session import open_session
 from nas.study import Study
 from search_spaces.intervals import uniform
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich, TrainAutoencoder
 from studies import fashion_latent as latent
 
@@ -109,9 +109,9 @@ class Setting:
         return self.folder / "latent"
 
     @property
-    def net(self) -> ElasticUNet:
+    def net(self) -> Elastic:
         net = self.study.supernet
-        assert isinstance(net, ElasticUNet)
+        assert isinstance(net, Elastic)
         return net
 
     @property
@@ -130,7 +130,7 @@ class Setting:
     def samples(self, many: int) -> int:
         return 64 if self.quick else many
 
-    def everywhere(self, steps: int, strength: float | None, net: ElasticUNet | None = None) -> Schedule:
+    def everywhere(self, steps: int, strength: float | None, net: Elastic | None = None) -> Schedule:
         guidance = None if strength is None else Guidance(strength)
         arch = (net or self.net).anatomy.full
         return Schedule(tuple(Step(t, arch, (), guidance) for t in uniform(steps)))
@@ -232,8 +232,8 @@ def arm(steps: int, strength: float | None) -> str:
     return f"{steps} steps, {'unguided' if strength is None else f'guided at {strength:g}'}"
 
 
-def pixel_net() -> ElasticUNet:
-    return ElasticUNet(PIXEL_UNET, latent.net.widths)
+def pixel_net() -> Elastic:
+    return Elastic(PIXEL_UNET, latent.net.widths)
 
 
 def train_pixels(setting: Setting) -> Row:

@@ -26,8 +26,8 @@ from nas.results.report import best_within
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from search_spaces.intervals import linspace
-from search_spaces.loaded import LoadedElasticUNet
-from search_spaces.supernet import ElasticUNet
+from search_spaces.loaded import LoadedElastic
+from search_spaces.supernet import Elastic
 from search_spaces.training import FineTune, Sandwich
 from studies.digits import net
 
@@ -75,7 +75,7 @@ class Setting:
     def tune(self) -> FineTune:
         return FineTune(steps=20 if self.quick else 500)
 
-    def net(self, kind: Kind) -> ElasticUNet:
+    def net(self, kind: Kind) -> Elastic:
         """A net trained alone has no smaller widths: nothing shares its weights."""
         return net if kind == "supernet" else replace(net, widths=(1.0,))
 
@@ -121,7 +121,7 @@ def measure(setting: Setting, kind: Kind, schedule: Schedule, tuned: bool) -> Ro
     torch.set_num_threads(1)
     loaded = setting.net(kind).load(setting.weights(kind), "cpu")
     if tuned:
-        assert isinstance(loaded, LoadedElasticUNet)
+        assert isinstance(loaded, LoadedElastic)
         for _ in setting.tune.fit(loaded, schedule, images.load(), seed=0):
             pass
     evaluate = Frechet(images, rungs=(setting.samples,)).load(loaded, setting.folder)

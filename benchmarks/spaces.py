@@ -30,10 +30,10 @@ from nas.results.report import best_within
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from search_spaces.intervals import bounded, dissimilarity, equal, merged, per_step, segments
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.slices import Arch
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Experts, FineTune, Sandwich, Stage, Stages
 from search_spaces.training.importance import Criterion, Order, pruned
 from search_spaces.training.similarity import GradientSimilarity
@@ -80,9 +80,9 @@ class Setting:
         return set(VARIANTS[: VARIANTS.index(self.variant) + 1])
 
     @property
-    def net(self) -> ElasticUNet:
+    def net(self) -> Elastic:
         deep = "+ depth" in self.has
-        return ElasticUNet(
+        return Elastic(
             CONFIG,
             WIDTHS,
             depths=(1, 2) if deep else (),
@@ -176,7 +176,7 @@ def judge(setting: Setting, schedule: Schedule, tuned: bool) -> Row:
     return measured(loaded, setting, schedule, tuned)
 
 
-def measured(loaded: LoadedElasticUNet, setting: Setting, schedule: Schedule, tuned: bool) -> Row:
+def measured(loaded: LoadedElastic, setting: Setting, schedule: Schedule, tuned: bool) -> Row:
     compared = min(512, setting.samples)
     similarity = TeacherSimilarity(images, rungs=(compared,))
     unlike = None
@@ -196,7 +196,7 @@ def measured(loaded: LoadedElasticUNet, setting: Setting, schedule: Schedule, tu
     }
 
 
-def full_net(setting: Setting) -> tuple[ElasticUNet, Path]:
+def full_net(setting: Setting) -> tuple[Elastic, Path]:
     """The full net alone, without anything elastic, and its run folder."""
     folder = setting.folder.parent / f"full-{setting.seed}"
     return replace(setting.net, widths=(1.0,), depths=(), per_level=(), experts=()), folder

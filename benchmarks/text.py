@@ -41,7 +41,7 @@ from search_spaces.intervals import equal, per_step, uniform
 from search_spaces.options import Options
 from search_spaces.patterns import ALL, Every, Only, legal
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.text import TextEncoder
 from search_spaces.training import Sandwich, TrainAutoencoder
 
@@ -79,7 +79,7 @@ class Setting:
         return Captioned(FashionMNIST(count=600 if self.quick else None), CLASSES, PLAIN, INVERTED)
 
     @cached_property
-    def net(self) -> ElasticUNet:
+    def net(self) -> Elastic:
         encoder = self.folder / "encoder"
         if not (encoder / "text_encoder").exists():
             from benchmarks.small_text import text_encoder
@@ -94,7 +94,7 @@ class Setting:
             divergence=5e-6,
             warmup=5 if self.quick else 100,
         )
-        return ElasticUNet(UNET, widths=(1.0,), codec=codec, text=TextEncoder(str(encoder)), tokens=TOKENS)
+        return Elastic(UNET, widths=(1.0,), codec=codec, text=TextEncoder(str(encoder)), tokens=TOKENS)
 
     @cached_property
     def captions(self) -> Captions:

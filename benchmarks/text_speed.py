@@ -19,9 +19,9 @@ import torch
 from benchmarks.common import Benchmark, Target
 from nas.contracts import Guidance, Schedule, Step
 from search_spaces.intervals import uniform
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.slices import Arch
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from studies.sd15_dip_go import UNET
 
 STEPS = 10
@@ -35,15 +35,15 @@ SMALL: dict[str, Any] = {
 }
 
 
-def network(config: dict[str, Any]) -> ElasticUNet:
+def network(config: dict[str, Any]) -> Elastic:
     channels = tuple(
         tuple(dict.fromkeys(sorted(count * share // 8 for share in (4, 5, 6, 7, 8) if not count * share % 256)))
         for count in config["block_out_channels"]
     )
-    return ElasticUNet(config, channels=channels, per_level=("width",))
+    return Elastic(config, channels=channels, per_level=("width",))
 
 
-def schedules(net: ElasticUNet) -> dict[str, Schedule]:
+def schedules(net: Elastic) -> dict[str, Schedule]:
     timesteps, full = uniform(STEPS), net.anatomy.full
     guided = Guidance(7.5)
     whole = Schedule(tuple(Step(t, full, (), guided) for t in timesteps))
@@ -64,14 +64,12 @@ def _reusing(timesteps: tuple[int, ...], full: Arch, guided: Guidance, kept: int
     return Schedule(tuple(steps))
 
 
-def share(net: ElasticUNet, whole: Schedule, other: Schedule) -> float:
+def share(net: Elastic, whole: Schedule, other: Schedule) -> float:
     return sum(map(net.macs, other.steps)) / sum(map(net.macs, whole.steps))
 
 
 @torch.inference_mode()
-def seconds(
-    net: LoadedElasticUNet, schedule: Schedule, batch: int, dtype: torch.dtype, sync: Callable[[], None]
-) -> float:
+def seconds(net: LoadedElastic, schedule: Schedule, batch: int, dtype: torch.dtype, sync: Callable[[], None]) -> float:
     """For an image."""
     anatomy = net.recipe.anatomy
     told = {name: rows.to(net.device, dtype) for name, rows in anatomy.some_condition(batch).items()}

@@ -33,11 +33,11 @@ from nas.searchers.relaxation import Relaxation
 from nas.study import Study
 from search_spaces.intervals import per_step, uniform
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from benchmarks.tiny_study import TINY
 images, steps = Digits(), uniform(4)
-net = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0))
+net = Elastic(TINY, widths=(0.25, 0.5, 1.0))
 study = Study(
     name="faults", space=Stepwise(net, steps, per_step(steps)), supernet=net, images=images,
     training=Sandwich(steps={steps}, batch=16, warmup=5, checkpoint_every=25),

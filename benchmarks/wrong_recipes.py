@@ -50,7 +50,7 @@ from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only, Subset
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.text import ClassTable, TextEncoder
 from search_spaces.training import Experts, Order, Sandwich, Stages, TrainAutoencoder
 
@@ -86,7 +86,7 @@ CODEC = {"in_channels": 1, "latent_channels": 1, "channels": (4, 4), "norm_group
 
 def recipes() -> dict[str, tuple[type, dict[str, Any]]]:
     """Every recipe, with what it needs besides the wrong value."""
-    net, steps, images = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0)), uniform(4), Digits()
+    net, steps, images = Elastic(TINY, widths=(0.25, 0.5, 1.0)), uniform(4), Digits()
     found: list[tuple[type, dict[str, Any]]] = [
         (Digits, {}), (PhotoPatches, {}), (ImageFolder, {"path": "nowhere", "size": (8, 8)}), (ImageArray, {"path": "nowhere.npz"}),
         (SmallClassifier, {}), (ExternalFeatures, {"path": "nowhere.pt", "name": "x"}), (Frechet, {"images": images}),
@@ -95,7 +95,7 @@ def recipes() -> dict[str, tuple[type, dict[str, Any]]]:
         (Additive, {"base": Frechet(images), "intervals": (1, 1, 1, 1)}), (Timed, {"base": Frechet(images)}), (Latency, {}), (DDIM, {}), (DDPM, {}),
         (Sandwich, {"steps": 3}), (Stages, {"stages": (Sandwich(3),)}), (Experts, {"each": Sandwich(3)}), (Order, {}), (NoiseSchedule, {}),
         (Options, {}), (Every, {"period": 2}), (Only, {"computed": ("d0",)}), (Subset, {"kept": 2}),
-        (Stepwise, {"net": net, "timesteps": steps, "intervals": per_step(steps)}), (ElasticUNet, {"config": TINY, "widths": (0.25, 0.5, 1.0)}),
+        (Stepwise, {"net": net, "timesteps": steps, "intervals": per_step(steps)}), (Elastic, {"config": TINY, "widths": (0.25, 0.5, 1.0)}),
         (Evolution, {}), (DDSM, {}), (Knapsack, {}), (Rounds, {}), (Routing, {}), (Gates, {}), (Pruner, {}), (Relaxation, {}), (Nevergrad, {}),
         (DPMSolver, {}), (FashionMNIST, {"count": 16}), (Labels, {"images": images}), (Agreement, {"images": images, "conditions": Labels(images)}),
         (Scores, {"parts": (Frechet(images),)}), (Autoencoder, {"path": "nowhere"}), (TrainAutoencoder, CODEC),
@@ -122,7 +122,7 @@ def runs_with(made: Any, folder: Path) -> None:
         limits={"macs_share": 0.6},
         trials=12,
     )
-    net, steps, images = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0)), uniform(4), Digits()
+    net, steps, images = Elastic(TINY, widths=(0.25, 0.5, 1.0)), uniform(4), Digits()
     real = Study(
         "faults",
         Stepwise(net, steps, per_step(steps)),
@@ -190,7 +190,7 @@ def runs_with(made: Any, folder: Path) -> None:
         study = replace(real, evaluator=made, objectives=(made.metrics[0], "macs"))
     elif hasattr(made, "parts"):
         study = replace(real, training=made)
-    elif kind is ElasticUNet:
+    elif kind is Elastic:
         study = replace(real, supernet=made, space=Stepwise(made, steps, per_step(steps)))
     elif kind is Stepwise:
         study = replace(real, space=made, supernet=made.net)

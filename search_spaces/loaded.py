@@ -1,4 +1,4 @@
-"""The elastic UNet with its weights: subnets of their slices, for training and for inference.
+"""The elastic network with its weights: subnets of their slices, for training and for inference.
 
 The architecture is an argument of every call. In training a subnet is `functional_call` on a weightless skeleton with
 slices of the shared weights, so gradients reach them; in evaluation it is a materialised copy kept in a small cache.
@@ -20,17 +20,17 @@ from torch.func import functional_call
 
 from nas.contracts import Condition, Denoiser, Finer, Gated, Guidance, ImageSet, Step, UserError
 from search_spaces.codec import LoadedCodec
+from search_spaces.networks.anatomy import StockNet, predict, skeleton, unset
 from search_spaces.networks.slices import Arch, take
-from search_spaces.networks.text_unet import TextUNet
-from search_spaces.networks.unet import StockUNet, predict, skeleton
-from search_spaces.shipped.reuse import arguments, as_noise, first_rows, guided, null_of, run
+from search_spaces.shipped.reuse import as_noise, first_rows, guided, null_of, run
+from search_spaces.shipped.walks import arguments
 from search_spaces.text import LoadedText
 
 if TYPE_CHECKING:
-    from search_spaces.supernet import ElasticUNet
+    from search_spaces.supernet import Elastic
 
 
-class LoadedElasticUNet:
+class LoadedElastic:
     """The supernet with its weights. `full` is a stock model and holds all of them, `experts` further copies by name.
 
     `trained_macs` counts the multiply-adds of `forward`, thrice where gradients are wanted: forward and backward.
@@ -39,10 +39,10 @@ class LoadedElasticUNet:
 
     def __init__(
         self,
-        recipe: ElasticUNet,
-        full: StockUNet,
+        recipe: Elastic,
+        full: StockNet,
         codec: LoadedCodec,
-        experts: Mapping[str, StockUNet] = MappingProxyType({}),
+        experts: Mapping[str, StockNet] = MappingProxyType({}),
         cache_size: int = 32,
         cache_bytes: int = 2**32,
         text: LoadedText | None = None,
@@ -72,7 +72,7 @@ class LoadedElasticUNet:
 
     def forward(self, arch: Arch, x: torch.Tensor, t: torch.Tensor, condition: Condition | None = None) -> torch.Tensor:
         """The subnet's prediction, whatever it predicts, differentiable in the shared weights. x: (batch, channels, h, w); t: (batch,)."""
-        net = self._skeleton(arch).train(self.full.training)
+        net = self._skeleton(arch)
         inputs = arguments(net, x, t, condition)
         self.trained_macs += (3 if torch.is_grad_enabled() else 1) * len(x) * self.recipe.cost.macs(arch)
         prediction: torch.Tensor = functional_call(net, self._slices(arch), inputs, {"return_dict": False})[0]
@@ -84,7 +84,7 @@ class LoadedElasticUNet:
     ) -> Iterator[Callable[[torch.Tensor, torch.Tensor, Condition | None], torch.Tensor]]:
         """`forward`, of one subnet, for calls and their backward passes. With `checkpointing` its slices stay in place meanwhile, so that a backward
         pass may run blocks again, of which only the inputs are kept."""
-        net = self._skeleton(arch).train(self.full.training)
+        net = self._skeleton(arch)
         if not checkpointing:
             yield partial(self.forward, arch)
             return
@@ -113,7 +113,7 @@ class LoadedElasticUNet:
         if found:
             torch.autograd.backward([tensor for tensor, _ in found], [gradient for _, gradient in found])
 
-    def weights(self, expert: str) -> StockUNet:
+    def weights(self, expert: str) -> StockNet:
         """The full network of an expert, or the shared one where the name is empty. Raises UserError for a name it lacks."""
         if expert and expert not in self.experts:
             raise UserError(f"no expert is called {expert!r}; there are {', '.join(self.experts) or 'none'}")
@@ -146,7 +146,8 @@ class LoadedElasticUNet:
             if condition is None:
                 raise ValueError("a guided step needs the samples' conditions")
             null = self.null_condition(condition)
-            return guided(own, plain if other is not None else None, x, guidance.scale, cache, condition, null)
+            by = plain if other is not None else None
+            return guided(own, by, x, guidance.scale, cache, condition, null, self.recipe.guided_channels)
 
         return call
 
@@ -176,7 +177,8 @@ class LoadedElasticUNet:
                 return self.noise_in(predict(other, x, t, null), x, t)
 
             null = self.null_condition(condition)
-            return guided(own, None if other is None else plain, x, guidance.scale, cache, condition, null)
+            by = None if other is None else plain
+            return guided(own, by, x, guidance.scale, cache, condition, null, self.recipe.guided_channels)
 
         return call
 
@@ -248,7 +250,7 @@ class LoadedElasticUNet:
     @property
     def text_shape(self) -> dict[str, Any] | None:
         anatomy = self.recipe.anatomy
-        if not isinstance(anatomy, TextUNet):
+        if not anatomy.text_channels:
             return None
         text = self.recipe.text
         size, zeros = getattr(text, "size", self.image_shape[1:]), getattr(text, "zeros", False)
@@ -257,7 +259,7 @@ class LoadedElasticUNet:
     def some_condition(self, count: int) -> Condition | None:
         return self.recipe.anatomy.some_condition(count) or None
 
-    def extract(self, arch: Arch) -> StockUNet:
+    def extract(self, arch: Arch) -> StockNet:
         return self._copy(Arch(*arch), torch.device("cpu"))
 
     def macs(self, step: Step) -> int:
@@ -267,7 +269,8 @@ class LoadedElasticUNet:
     def pipeline_files(self) -> tuple[Path, ...]:
         here = Path(__file__).parent / "shipped"
         return tuple(
-            here / f"{name}.py" for name in ("pipeline", "reuse", "latents", "texts", "train_data", "train_diffusers")
+            here / f"{name}.py"
+            for name in ("pipeline", "reuse", "graph", "walks", "latents", "texts", "train_data", "train_diffusers")
         )
 
     @property
@@ -298,7 +301,7 @@ class LoadedElasticUNet:
     def _skeleton(self, arch: Arch) -> Any:
         key = arch.replace(expert="")
         if key not in self._skeletons:
-            self._skeletons[key] = skeleton(self.recipe.anatomy, key)
+            self._skeletons[key] = _on(skeleton(self.recipe.anatomy, key), self.device)
             if len(self._skeletons) > 4 * self._cache_size:
                 self._skeletons.popitem(last=False)
         return self._skeletons[key]
@@ -318,10 +321,10 @@ class LoadedElasticUNet:
     def _too_large(self) -> bool:
         return 4 * sum(self.recipe.cost(kept.replace(expert="")).params for kept in self._subnets) > self._cache_bytes
 
-    def _copy(self, arch: Arch, device: torch.device) -> StockUNet:
+    def _copy(self, arch: Arch, device: torch.device) -> StockNet:
         # Copies may be asked for while inference is on, and are used with gradients later.
         with torch.inference_mode(False), torch.no_grad():
-            net = skeleton(self.recipe.anatomy, arch).to_empty(device=device)
+            net = unset(skeleton(self.recipe.anatomy, arch), device)
             slices = self._slices(arch)
             for name, parameter in net.named_parameters():
                 parameter.copy_(slices[name])
@@ -330,6 +333,14 @@ class LoadedElasticUNet:
     def _slices(self, arch: Arch) -> dict[str, torch.Tensor]:
         full = dict(self.weights(arch.expert).named_parameters())
         return {name: take(full, source) for name, source in self.recipe.anatomy.segments(arch).items()}
+
+
+def _on(net: Any, device: torch.device) -> Any:
+    """A skeleton with its tables on the device; its parameters stay where they are, and are given with each call."""
+    for module in net.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    return net
 
 
 def _owner(net: Any, name: str) -> tuple[Any, str]:

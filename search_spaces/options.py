@@ -14,9 +14,9 @@ from pydantic import Field
 
 from nas.contracts import UserError
 from nas.recipes import Count, recipe
+from search_spaces.networks.anatomy import Anatomy
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.slices import Arch
-from search_spaces.networks.unet import Anatomy
 
 MOST = 2**16
 """Options of one interval whose costs are still tabulated."""
@@ -267,12 +267,12 @@ class Subnets:
                         raise UserError(f"{error}; legal for {where}: {self._legal(level)}") from error
         if any(not 1 <= depth <= anatomy.depth for depth in options.depths):
             raise UserError(
-                f"depths {options.depths} of every level must be from 1 to layers_per_block={anatomy.depth}"
+                f"depths {options.depths} of every level must be from 1 to the full network's {anatomy.depth}"
             )
         if self._own_depth:
             anatomy.check_depths()
-        if options.attention and not anatomy.attention_places:
-            raise UserError("attention=True, but the network has no attention to leave out")
+        if options.attention:
+            anatomy.check_attention()
 
     def _check_width(self, level: int | None, share: float) -> None:
         widths = [share if level in (None, i) else 1.0 for i in range(self._anatomy.levels)]

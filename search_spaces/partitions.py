@@ -42,7 +42,7 @@ from search_spaces.intervals import (
     segments,
     starts,
 )
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.options import Options
 from search_spaces.stepwise import Stepwise
 from search_spaces.training.similarity import GradientSimilarity
@@ -141,8 +141,8 @@ class Partitions:
 
     def measure(self) -> Iterator[Progress]:
         net = self.evaluate.supernet
-        if not isinstance(net, LoadedElasticUNet):
-            raise UserError(f"gradients are those of an ElasticUNet; this supernet is a {type(net).__name__}")
+        if not isinstance(net, LoadedElastic):
+            raise UserError(f"gradients are those of an Elastic; this supernet is a {type(net).__name__}")
         space, last = self.space, self.space.net.noise.timesteps - 1
         options = Options(space.net.widths, channels=space.net.channels)
         self.widths = space.net.subnets(options).genes[0].options

@@ -9,7 +9,7 @@ import numpy as np
 
 from nas.contracts import UserError
 from nas.recipes import Count, recipe
-from search_spaces.shipped.reuse import Graph
+from search_spaces.shipped.graph import Graph, UNetGraph
 
 ALL = ("all",)
 """A step that computes everything."""
@@ -84,7 +84,7 @@ class Subset:
 
 def legal(levels: int, finer: Graph | None = None) -> tuple[Only, ...]:
     """A pattern for each legal set of blocks of a UNet of so many levels; of branches of the graph, where one is given."""
-    sets = Graph((1,) * levels).legal_sets() if finer is None else finer.legal_sets(finer=True)
+    sets = UNetGraph((1,) * levels).legal_sets() if finer is None else finer.legal_sets(finer=True)
     return tuple(Only(tuple(computed)) for computed in sets)
 
 

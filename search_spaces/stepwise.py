@@ -30,7 +30,7 @@ from search_spaces.intervals import Timesteps, free
 from search_spaces.networks.slices import Arch
 from search_spaces.options import Options, Subnets
 from search_spaces.patterns import ALL, Computed, Pattern
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 
 
 class NamedSampler(Protocol):
@@ -66,7 +66,7 @@ class Stepwise:
     `samplers`: which may run the trajectory, as one more gene of all of it; the evaluator is given the same. By default the evaluator's own.
     """
 
-    net: ElasticUNet
+    net: Elastic
     timesteps: Annotated[Timesteps, Field(min_length=1)]
     intervals: Annotated[tuple[Count, ...], Field(min_length=1)]
     options: Options | tuple[Options, ...] | None = None

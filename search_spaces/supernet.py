@@ -1,5 +1,5 @@
-"""The elastic UNet: one set of weights whose slices are ordinary diffusers UNets, narrower, shallower, with less attention. Here is its recipe;
-`loaded` has it with its weights.
+"""The elastic network: one set of weights whose slices are ordinary diffusers models, narrower, shallower, with less attention. Here is its
+recipe; `loaded` has it with its weights.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from safetensors.torch import load_file
 
 from nas.base.files import file_digest, first_line, tensors_digest
 from nas.contracts import Step, UserError, digest_of
-from nas.recipes import Count, recipe
+from nas.recipes import Count, Natural, recipe
 from search_spaces.codec import Autoencoder, Codec, Pixels
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.lora import fused, lora_digest
+from search_spaces.networks.anatomy import Anatomy, StockNet, predict, skeleton, unset
 from search_spaces.networks.cost import Cost, CostModel
+from search_spaces.networks.families import anatomy_of
 from search_spaces.networks.slices import Arch, Groups
-from search_spaces.networks.text_unet import Heads, TextUNet, anatomy_of
-from search_spaces.networks.unet import Anatomy, StockUNet, predict, skeleton
+from search_spaces.networks.text_unet import Heads, TextUNet
+from search_spaces.networks.transformer import Transformer
 from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options, PerLevel, Subnets
 from search_spaces.pretrained import find, read_weights, weights_digest
@@ -37,16 +39,19 @@ WEIGHTS = "weights.safetensors"
 
 
 @recipe
-class ElasticUNet:
+class Elastic:
     """Recipe of the supernet.
 
     `config`: arguments of `diffusers.UNet2DModel`, block types Down/Up/AttnDown/AttnUpBlock2D; or, where there is a `cross_attention_dim` among
-    them, of `UNet2DConditionModel`, which reads a text of `tokens`, block types Down/Up/CrossAttnDown/CrossAttnUpBlock2D.
+    them, of `UNet2DConditionModel`, which reads a text of `tokens`, block types Down/Up/CrossAttnDown/CrossAttnUpBlock2D; or of a
+    `DiTTransformer2DModel` or `PixArtTransformer2DModel`, whose `depths` are numbers of blocks.
     `widths` or `channels`, `depths`, `per_level`, `attention`, `layers`, `middle`: what its subnets may differ in, see `Options`; the full network is among them.
     `groups`: GroupNorm keeps its group *count* at every width (any widths), or its group *size* (one share for the
     whole net; trains a little better). `heads`: of a narrower attention that reads a text, fewer "whole" ones or as many "slim" ones. `experts`: training timesteps at which another copy of the weights takes over.
     `pretrained`: a diffusers UNet2DModel or UNet2DConditionModel folder whose weights it starts from; `loras`: safetensors files of low-rank changes
     that are added to them first.
+    `block_order`: of a transformer, the block to keep longest first; evenly spread without it. `guided_channels`: how many of a state's channels a
+    guided step guides, all by default; DiT's own sampler guides three of four.
     `codec`: what its states are of an image, `Pixels()` or the latents of an `Autoencoder("vae/")`. `text`: what makes of a caption what the
     network reads, such as `TextEncoder("sd15/")`; training needs it, and who exports a pipeline that is to take prompts.
     Raises UserError where an option does not give a stock model.
@@ -67,8 +72,10 @@ class ElasticUNet:
     layers: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = ()
     middle: bool = False
     heads: Heads = "whole"
-    tokens: Count = 77
+    tokens: Count | None = None
     loras: tuple[str, ...] = ()
+    block_order: tuple[Natural, ...] = ()
+    guided_channels: Count | None = None
 
     def __post_init__(self) -> None:
         options = self.options
@@ -106,7 +113,7 @@ class ElasticUNet:
         return self.codec.image_shape(self.state_shape)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **settings: Any) -> ElasticUNet:
+    def from_pretrained(cls, path: str | Path, **settings: Any) -> Elastic:
         """The elastic network of a trained diffusers model: the folder of a UNet2DModel or UNet2DConditionModel, or of a pipeline with one (DDPM,
         DDIM, LDM, Stable Diffusion and XL), whose scheduler says which noise process it was trained on, and whose autoencoder and text encoders
         are taken as they stand there. `settings` as for the class. Reads the folder alone, no hub.
@@ -131,7 +138,7 @@ class ElasticUNet:
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        return anatomy_of(self.config, self.groups, self.heads, self.tokens)
+        return anatomy_of(self.config, self.groups, self.heads, self.tokens, self.block_order)
 
     @cached_property
     def cost(self) -> CostModel:
@@ -167,7 +174,7 @@ class ElasticUNet:
     def condition_kind(self) -> str:
         """What these are: "labels", "texts", or "labels and texts"; empty where it takes none."""
         kinds = ["labels"] if self.anatomy.null_label is not None else []
-        return " and ".join([*kinds, "texts"] if isinstance(self.anatomy, TextUNet) else kinds)
+        return " and ".join([*kinds, "texts"] if self.anatomy.text_channels else kinds)
 
     @property
     def in_pixels(self) -> bool:
@@ -177,7 +184,7 @@ class ElasticUNet:
     @property
     def learned_variance(self) -> bool:
         """Whether it has twice as many output as input channels, and so says where a step's variance lies (Nichol & Dhariwal 2021)."""
-        return bool(self.anatomy.config["out_channels"] == 2 * self.anatomy.config["in_channels"])
+        return self.anatomy.out_channels == 2 * int(self.anatomy.config["in_channels"])
 
     @property
     def options(self) -> Options:
@@ -216,7 +223,8 @@ class ElasticUNet:
 
     def describe(self) -> dict[str, Any]:
         return {
-            "class": "ElasticUNet",
+            "class": "ElasticUNet",  # its first name, which kept runs were written under
+            **self._kind(),
             "config": self.anatomy.config,
             "widths": self.widths,
             "groups": self.groups,
@@ -228,16 +236,24 @@ class ElasticUNet:
             "pretrained": None if self.pretrained is None else weights_digest(Path(self.pretrained)),
             **({"channels": self.channels} if self.channels else {}),
             **({"loras": [lora_digest(Path(lora)) for lora in self.loras]} if self.loras else {}),
+            **({"block_order": self.block_order} if self.block_order else {}),
+            **({"guided_channels": self.guided_channels} if self.guided_channels else {}),
             **self._of_text(),
             **({} if self.in_pixels else {"codec": self.codec.describe()}),
         }
 
+    def _kind(self) -> dict[str, str]:
+        """Of transformers their stock class, which their settings do not always tell apart."""
+        return {"stock": self._stock.__name__} if isinstance(self.anatomy, Transformer) else {}
+
     def _of_text(self) -> dict[str, Any]:
-        if not isinstance(self.anatomy, TextUNet):
+        if not self.anatomy.text_channels:
             return {}
         text = None if self.text is None else self.text.describe()
-        told = {"layers": self.layers, "middle": self.middle, "heads": self.heads, "tokens": self.tokens}
-        return {**told, **({"text": text} if text else {})}
+        told: dict[str, Any] = {}
+        if isinstance(self.anatomy, TextUNet):
+            told = {"layers": self.layers, "middle": self.middle, "heads": self.heads}
+        return {**told, "tokens": self.anatomy.tokens, **({"text": text} if text else {})}
 
     def profile(self, step: Step) -> dict[str, float]:
         arch = Arch(*step.arch)
@@ -245,10 +261,12 @@ class ElasticUNet:
         reused = graph.expand(step.reuse)
         whole = _by_block(self.cost.layers(self.anatomy.full))
         mine = _by_block({name: cost for name, cost in self.cost.layers(arch).items() if name not in reused})
+        placed = {self.anatomy.in_full(block, arch): block for block in graph.blocks}
 
         def share(block: str) -> float:
-            layers = graph.expand([block])
-            return -1.0 if layers and layers <= reused else mine.get(block, 0) / whole[block]
+            own = placed.get(block, "")
+            layers = graph.expand([own])
+            return -1.0 if layers and layers <= reused else mine.get(own, 0) / whole[block] if own else 0.0
 
         return {block: share(block) for block in self.cost.graph(self.anatomy.full).blocks}
 
@@ -257,7 +275,7 @@ class ElasticUNet:
         activations = 0
         for arch in (smallest, self.anatomy.full):
             net, shape = (
-                skeleton(self.anatomy, arch),
+                skeleton(self.anatomy, arch).to("meta"),
                 (1, self.anatomy.config["in_channels"], *self.anatomy.sample_size),
             )
             sizes: list[int] = []
@@ -280,25 +298,24 @@ class ElasticUNet:
             **({"codec_training_macs": spent} if (spent := self.codec.training_macs(self.state_shape)) else {}),
         }
 
-    def initial(self, seed: int, device: str = "cpu", folder: Path | None = None) -> LoadedElasticUNet:
+    def initial(self, seed: int, device: str = "cpu", folder: Path | None = None) -> LoadedElastic:
         """Freshly initialised weights, as the stock class draws them, or the pretrained ones. `folder`: where the codec finds what it has
         made, and keeps what it makes."""
         if self.pretrained is not None:
-            with torch.device("meta"):
-                empty = self._stock(**self.anatomy.config)
-            full = empty.to_empty(device="cpu").train()
+            full = unset(skeleton(self.anatomy, self.anatomy.full), "cpu").train()
             config = {"_class_name": self._stock.__name__, **self.anatomy.config}
             weights = read_weights(Path(self.pretrained), config)
             for lora in self.loras:
                 weights = fused(weights, Path(lora))
             full.load_state_dict(weights)
+            self.anatomy.check_copies(full)
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 full = self._stock(**self.anatomy.config)
-        return LoadedElasticUNet(
-            self, full.to(device), self.codec.load(folder, device), text=self._text(folder, device)
-        )
+                self.anatomy.initialise(full)
+        full = self.anatomy.tie(full)
+        return LoadedElastic(self, full.to(device), self.codec.load(folder, device), text=self._text(folder, device))
 
     def _text(self, folder: Path | None, device: str) -> LoadedText | None:
         return None if self.text is None else self.text.load(folder, device)
@@ -311,7 +328,7 @@ class ElasticUNet:
         """By the bytes of the file, as ledgers were once written."""
         return file_digest(_weights(folder))[:16]
 
-    def load(self, folder: Path, device: str) -> LoadedElasticUNet:
+    def load(self, folder: Path, device: str) -> LoadedElastic:
         loaded = self.read(_weights(folder), device)
         if tuple(loaded.experts) != self.expert_names:
             raise UserError(
@@ -320,39 +337,45 @@ class ElasticUNet:
             )
         return loaded
 
-    def read(self, path: Path, device: str) -> LoadedElasticUNet:
+    def read(self, path: Path, device: str) -> LoadedElastic:
         """Weights of a file, with whatever experts are in it. Raises UserError where it cannot be read as such."""
         try:
             copies: dict[str, dict[str, torch.Tensor]] = {}
             for name, tensor in load_file(path, device=device).items():
                 expert, _, parameter = name.rpartition("/")
                 copies.setdefault(expert, {})[parameter] = tensor
-            full = self._full(copies.get("", {}), device)
-            experts = {name: self._full(copies[name], device) for name in self.expert_names if name in copies}
+            full = self._full(copies.get("", {}), device, path)
+            experts = {name: self._full(copies[name], device, path) for name in self.expert_names if name in copies}
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({first_line(error)}); move it away to train again") from error
-        except RuntimeError as error:
-            # Only what does not fit is the file's fault: memory that is short says nothing about it.
-            if "state_dict" not in str(error):
-                raise
-            raise UserError(
-                f"{path} holds the weights of another supernet ({' '.join(str(error).split())[:200]}); restore the study, or use another --out"
-            ) from error
         codec, text = self.codec.load(path.parent, device), self._text(path.parent, device)
-        return LoadedElasticUNet(self, full, codec, experts, text=text)
+        return LoadedElastic(self, full, codec, experts, text=text)
 
-    def _full(self, tensors: Mapping[str, torch.Tensor], device: str) -> StockUNet:
-        full = skeleton(self.anatomy, self.anatomy.full).to_empty(device=device)
-        full.load_state_dict(tensors)
+    def _full(self, tensors: Mapping[str, torch.Tensor], device: str, path: Path) -> StockNet:
+        full = self.anatomy.tie(unset(skeleton(self.anatomy, self.anatomy.full), device))
+        held = dict(full.named_parameters())
+        odd = sorted(held.keys() ^ tensors.keys()) or [n for n, p in held.items() if p.shape != tensors[n].shape]
+        if odd:
+            raise UserError(
+                f"{path} holds the weights of another supernet ({odd[0]} is not in both, or not of one shape, and {len(odd) - 1} more); restore "
+                "the study, or use another --out"
+            )
+        with torch.no_grad():
+            for name, parameter in held.items():
+                parameter.copy_(tensors[name])
         return full
 
     @property
-    def _stock(self) -> type[StockUNet]:
+    def _stock(self) -> type[StockNet]:
         return self.anatomy.stock_class(self.anatomy.full)
 
     def __getstate__(self) -> dict[str, Any]:
         """Fields alone: what is derived from them is derived again where the recipe lands."""
         return {name: self.__dict__[name] for name in self.__dataclass_fields__}
+
+
+ElasticUNet = Elastic
+"""What study files called it while all networks were UNets."""
 
 
 def _numbers(output: Any) -> int:

@@ -14,7 +14,7 @@ from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from search_spaces.intervals import equal, uniform
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 
 # The DDIM network of CelebA at 64 pixels (Song et al. 2021): 78.7 M parameters, 23.9 GMACs.
@@ -33,7 +33,7 @@ UNET = {
 
 images = ImageFolder("data/celeba64", size=(64, 64))
 inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
-net = ElasticUNet(UNET, widths=(0.25, 0.5, 0.75, 1.0))
+net = Elastic(UNET, widths=(0.25, 0.5, 0.75, 1.0))
 steps = uniform(100)
 
 study = Study(

@@ -23,7 +23,7 @@ from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from search_spaces.intervals import linspace, per_step
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 
 # The DDPM network of CIFAR-10 (Ho et al. 2020): 35.7 M parameters, 6.05 GMACs and 0.17 of attention products.
@@ -42,7 +42,7 @@ UNET = {
 
 images = ImageFolder("data/cifar10", size=(32, 32))
 inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
-net = ElasticUNet(UNET, widths=(0.25, 0.5, 0.75, 1.0))
+net = Elastic(UNET, widths=(0.25, 0.5, 0.75, 1.0))
 steps = linspace(1000, first=999, last=0)
 
 study = Study(

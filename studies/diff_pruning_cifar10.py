@@ -2,7 +2,7 @@
 importance, each level's width free.
 
 Data: CIFAR-10's training images as files in `data/cifar10`, and the pretrained network as a diffusers folder in `data/ddpm-cifar10`, to be
-named as `ElasticUNet.from_pretrained` where it is at hand, and Inception features as a local file (`inception.pt`, see README).
+named as `Elastic.from_pretrained` where it is at hand, and Inception features as a local file (`inception.pt`, see README).
 Hours: `nas run studies/diff_pruning_cifar10.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
 The paper: FID 4.19 at 6.1 GMACs for the full network; 5.29 at 3.4 after pruning and 100,000 steps of fine-tuning, one seed.
 """
@@ -17,7 +17,7 @@ from nas.searchers.evolution import Evolution
 from nas.study import Study
 from search_spaces.intervals import free
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Order, Sandwich, Stages
 
 # The DDPM network of CIFAR-10 (Ho et al. 2020): 35.7 M parameters, 6.05 GMACs and 0.17 of attention products.
@@ -36,7 +36,7 @@ UNET = {
 
 images = ImageFolder("data/cifar10", size=(32, 32))
 inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
-net = ElasticUNet(UNET, widths=(0.5, 0.75, 1.0), per_level=("width",))
+net = Elastic(UNET, widths=(0.5, 0.75, 1.0), per_level=("width",))
 steps = free(*sorted({round(t) for t in np.linspace(0, 800**0.5, 100) ** 2}, reverse=True))  # the first ones coincide
 
 study = Study(

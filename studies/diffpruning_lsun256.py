@@ -16,7 +16,7 @@ from nas.searchers.routing import Routing
 from nas.study import Study
 from search_spaces.intervals import bounded, uniform
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Experts, Order, Sandwich, Stages
 
 # The DDPM network of LSUN at 256 pixels (Ho et al. 2020): 113.7 M parameters.
@@ -36,7 +36,7 @@ UNET = {
 images = ImageFolder("data/church256", size=(256, 256))
 inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
 boundaries = (120, 300, 520, 760)
-net = ElasticUNet(UNET, widths=(0.5, 0.75, 1.0), depths=(1, 2), experts=boundaries)
+net = Elastic(UNET, widths=(0.5, 0.75, 1.0), depths=(1, 2), experts=boundaries)
 steps = uniform(100)
 
 study = Study(

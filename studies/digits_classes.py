@@ -15,7 +15,7 @@ from nas.searchers.random import Random
 from nas.study import Study
 from search_spaces.intervals import equal, linspace
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 
 UNET = {
@@ -32,7 +32,7 @@ UNET = {
 
 images = Digits(holdout=0.2)
 labels = Labels(images)
-net = ElasticUNet(UNET, widths=(0.25, 0.5, 0.75, 1.0), groups="size")
+net = Elastic(UNET, widths=(0.25, 0.5, 0.75, 1.0), groups="size")
 steps = linspace(10, first=999, last=20)
 
 study = Study(

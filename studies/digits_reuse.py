@@ -16,7 +16,7 @@ from search_spaces.intervals import linspace, per_step
 from search_spaces.options import Options
 from search_spaces.patterns import legal
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 
 UNET = {
@@ -32,7 +32,7 @@ UNET = {
 }
 
 images = Digits(size=16, holdout=0.2)
-net = ElasticUNet(UNET, widths=(0.5, 1.0))
+net = Elastic(UNET, widths=(0.5, 1.0))
 steps = linspace(20, first=999, last=10)
 
 study = Study(

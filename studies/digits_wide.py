@@ -12,7 +12,7 @@ from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from search_spaces.intervals import equal, linspace
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Order, Sandwich, Stages
 
 UNET = {
@@ -27,7 +27,7 @@ UNET = {
 }
 
 images = Digits(holdout=0.2)
-net = ElasticUNet(UNET, widths=(0.25, 0.5, 0.75, 1.0), depths=(1, 2), per_level=("width", "depth"))
+net = Elastic(UNET, widths=(0.25, 0.5, 0.75, 1.0), depths=(1, 2), per_level=("width", "depth"))
 steps = linspace(10, first=999, last=20)
 
 study = Study(

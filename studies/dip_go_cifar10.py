@@ -18,7 +18,7 @@ from search_spaces.intervals import per_step, uniform
 from search_spaces.options import Options
 from search_spaces.patterns import legal
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 
 # The DDPM network of CIFAR-10 (Ho et al. 2020): 35.7 M parameters, 6.05 GMACs and 0.17 of attention products.
@@ -37,9 +37,9 @@ UNET = {
 
 images = ImageFolder("data/cifar10", size=(32, 32))
 inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
-net = ElasticUNet(
+net = Elastic(
     UNET, widths=(1.0,)
-)  # or ElasticUNet.from_pretrained("data/ddpm-cifar10", widths=(1.0,)) with training=Stages(())
+)  # or Elastic.from_pretrained("data/ddpm-cifar10", widths=(1.0,)) with training=Stages(())
 steps = uniform(50)
 
 study = Study(

@@ -19,7 +19,7 @@ from nas.searchers.random import Random
 from nas.study import Study
 from search_spaces.intervals import equal, uniform
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich, TrainAutoencoder
 
 UNET = {
@@ -39,7 +39,7 @@ images = FashionMNIST()
 labels = Labels(images)
 judge = SmallClassifier(steps=3000)
 codec = TrainAutoencoder(in_channels=1, latent_channels=3, channels=(16, 32, 32), steps=6000)
-net = ElasticUNet(UNET, widths=(0.5, 0.75, 1.0), codec=codec)
+net = Elastic(UNET, widths=(0.5, 0.75, 1.0), codec=codec)
 steps = uniform(15)
 
 study = Study(

@@ -2,7 +2,7 @@
 of its VQ autoencoder, searched by DDSM's evolution, as its paper says it can be, and by the agent of DiffPruning.
 
 Data: CelebA-HQ as files in `data/celebahq256`, the autoencoder as a diffusers folder in `vqvae` (of a local copy of ldm-celebahq-256), and Inception
-features as a local file (`inception.pt`, see README). Who has the pretrained network too takes `ElasticUNet.from_pretrained(folder,
+features as a local file (`inception.pt`, see README). Who has the pretrained network too takes `Elastic.from_pretrained(folder,
 channels=..., codec=codec)` for `net`, and leaves the first stage of training out.
 Hours: `nas run studies/ldm_celebahq256.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
 For comparison, the LDM paper's FID 5.11 with 200 DDIM steps at 274 M parameters; 101.2 GMACs a call, 96.0 without attention products, and
@@ -19,7 +19,7 @@ from search_spaces.codec import Autoencoder
 from search_spaces.intervals import equal, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Order, Sandwich, Stages
 
 UNET = {
@@ -51,7 +51,7 @@ inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
 noise = NoiseSchedule(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
 codec = Autoencoder("vqvae", scale=1.0, config=VQ_F4)
 # 32 norm groups and heads of 32 leave sevenths of the widths: 34, 52, 74 and 100 % of the multiply-adds.
-net = ElasticUNet(
+net = Elastic(
     UNET,
     channels=tuple(tuple(c * k // 7 for k in (4, 5, 6, 7)) for c in (224, 448, 672, 896)),
     noise=noise,

@@ -23,7 +23,7 @@ from search_spaces.codec import Autoencoder
 from search_spaces.intervals import bounded, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Experts, Order, Sandwich, Stages
 
 UNET = {
@@ -58,7 +58,7 @@ inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
 noise = NoiseSchedule(beta_start=0.0015, beta_end=0.0155, beta_schedule="scaled_linear")
 codec = Autoencoder("vae", scale=0.18215, config=KL_F8)
 boundaries = (120, 300, 520, 760)
-net = ElasticUNet(UNET, widths=(0.5, 1.0), depths=(1, 2), noise=noise, codec=codec, experts=boundaries)
+net = Elastic(UNET, widths=(0.5, 1.0), depths=(1, 2), noise=noise, codec=codec, experts=boundaries)
 steps = uniform(200)
 
 study = Study(

@@ -21,7 +21,7 @@ from search_spaces.intervals import equal, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.patterns import Every
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.text import ClassTable
 from search_spaces.training import Order, Sandwich, Stages
 
@@ -55,7 +55,7 @@ noise = NoiseSchedule(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_
 codec = Autoencoder("cin256/vqvae", scale=1.0, config=VQ_F4)
 classes = ClassTable("cin256/classes.safetensors")
 # One head, which only grows thinner; 32 norm groups leave sixths of 192 channels and so of all levels alike.
-net = ElasticUNet(
+net = Elastic(
     UNET,
     widths=(1 / 3, 2 / 3, 1.0),
     heads="slim",

@@ -30,7 +30,7 @@ from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options
 from search_spaces.patterns import legal
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.text import TextEncoder
 from search_spaces.training import Stages
 
@@ -59,7 +59,7 @@ KL_F8 = {
 noise = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", final_alpha="first")
 codec = Autoencoder("sd15/vae", scale=0.18215, config=KL_F8)
 text = TextEncoder("sd15", size=(512, 512))
-net = ElasticUNet(UNET, widths=(1.0,), noise=noise, codec=codec, text=text, pretrained="sd15/unet")
+net = Elastic(UNET, widths=(1.0,), noise=noise, codec=codec, text=text, pretrained="sd15/unet")
 steps = leading(50, offset=1)
 
 prompts = Prompts("prompts.txt", text)

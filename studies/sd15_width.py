@@ -23,7 +23,7 @@ from search_spaces.codec import Autoencoder
 from search_spaces.intervals import equal, leading
 from search_spaces.noise import NoiseSchedule
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.text import TextEncoder
 from search_spaces.training import Sandwich
 
@@ -53,7 +53,7 @@ noise = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_
 codec = Autoencoder("sd15/vae", scale=0.18215, config=KL_F8)
 text = TextEncoder("sd15", size=(512, 512))
 # Whole heads of 40 channels in 32 norm groups leave the outermost level its half and its whole, the next one quarters, the others eighths.
-net = ElasticUNet(
+net = Elastic(
     UNET,
     channels=((160, 320), (320, 480, 640), (640, 960, 1280), (640, 960, 1280)),
     depths=(1, 2),

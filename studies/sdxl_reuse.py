@@ -20,7 +20,7 @@ from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options
 from search_spaces.patterns import ALL, Every, Only
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.text import TextEncoder
 from search_spaces.training import Stages
 
@@ -54,7 +54,7 @@ KL_F8 = {
 noise = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 codec = Autoencoder("sdxl/vae", scale=0.13025, config=KL_F8)
 text = TextEncoder("sdxl", size=(1024, 1024))
-net = ElasticUNet(UNET, widths=(1.0,), noise=noise, codec=codec, text=text, pretrained="sdxl/unet")
+net = Elastic(UNET, widths=(1.0,), noise=noise, codec=codec, text=text, pretrained="sdxl/unet")
 steps = leading(30, offset=1)
 shallow, middle = ("d0", "u2"), ("d0", "d1", "u1", "u2")
 patterns = (Only(ALL), Every(2, shallow), Every(3, shallow), Every(2, middle), Only(shallow))

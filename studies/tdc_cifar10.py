@@ -15,7 +15,7 @@ from nas.study import Study
 from search_spaces.intervals import bounded, equal_snr, linear_budgets, merged, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Experts, Order, Sandwich, Stages
 
 # The DDPM network of CIFAR-10 (Ho et al. 2020): 35.7 M parameters, 6.05 GMACs and 0.17 of attention products.
@@ -36,7 +36,7 @@ images = ImageFolder("data/cifar10", size=(32, 32))
 inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
 steps = uniform(100)
 groups = merged(steps, equal_snr(5, NoiseSchedule().alphas_cumprod))
-net = ElasticUNet(UNET, widths=(0.5, 0.75, 1.0), per_level=("width",), experts=groups)
+net = Elastic(UNET, widths=(0.5, 0.75, 1.0), per_level=("width",), experts=groups)
 
 study = Study(
     name="tdc-cifar10",

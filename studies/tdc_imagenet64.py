@@ -21,7 +21,7 @@ from nas.study import Study
 from search_spaces.intervals import bounded, equal_snr, linear_budgets, merged, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Experts, Order, Sandwich, Stages
 
 UNET = {
@@ -44,7 +44,7 @@ inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
 noise = NoiseSchedule(timesteps=4000, beta_schedule="squaredcos_cap_v2")
 steps = uniform(250, 4000)
 groups = merged(steps, equal_snr(5, noise.alphas_cumprod))
-net = ElasticUNet(
+net = Elastic(
     UNET,
     channels=((96, 128, 192), (192, 256, 384), (288, 384, 576), (384, 576, 768)),
     noise=noise,

@@ -15,7 +15,7 @@ from nas.searchers.evolution import Evolution
 from nas.study import Study
 from search_spaces.intervals import per_step, uniform
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 
 torch.set_num_threads(1)
@@ -39,12 +39,12 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def tiny_net() -> ElasticUNet:
-    return ElasticUNet(TINY, widths=(0.25, 0.5, 1.0), groups="count")
+def tiny_net() -> Elastic:
+    return Elastic(TINY, widths=(0.25, 0.5, 1.0), groups="count")
 
 
 @pytest.fixture(scope="session")
-def tiny_study(tiny_net: ElasticUNet) -> Study:
+def tiny_study(tiny_net: Elastic) -> Study:
     """Real images, network, training and evaluator, only small."""
     images, steps = Digits(), uniform(4)
     return Study(

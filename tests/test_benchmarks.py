@@ -20,11 +20,11 @@ from evaluators.images import Digits
 from evaluators.sampling import DDIM, sample
 from nas.contracts import Schedule, Step
 from search_spaces.intervals import uniform
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 
 
 def test_the_published_loop_at_full_width_draws_what_the_stock_model_draws(
-    tiny_net: ElasticUNet, monkeypatch: pytest.MonkeyPatch
+    tiny_net: Elastic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = tiny_net.initial(0)
     model = ddsm_loop.slimmable(net.extract(net.full_arch))
@@ -52,7 +52,7 @@ def test_the_published_loops_distance_is_the_frechet_distance(tiny_run: Path, tm
 
 
 def test_a_replay_scores_and_charges_as_sampling_does(
-    tiny_net: ElasticUNet, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_net: Elastic, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from search_spaces.stepwise import Stepwise
 

@@ -49,12 +49,12 @@ from nas.searchers.evolution import Evolution
 from nas.study import Study
 from search_spaces.intervals import per_step, uniform
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from tests.conftest import TINY
 
 images = {images_call}
-net = ElasticUNet(TINY, widths={widths})
+net = Elastic(TINY, widths={widths})
 steps = uniform(4)
 study = Study(
     name="tiny", space=Stepwise(net, steps, per_step(steps)), supernet=net, images=images,

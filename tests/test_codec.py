@@ -28,10 +28,10 @@ from nas.study import Study
 from nas.testing import check_supernet
 from search_spaces.codec import Autoencoder, LoadedAutoencoder, Pixels
 from search_spaces.intervals import uniform
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.shipped import train_data
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich, TrainAutoencoder
 from search_spaces.training.autoencoder import _evened_out
 from tests.conftest import TINY
@@ -172,7 +172,7 @@ def test_a_scaling_factor_that_nobody_chose_is_not_trusted(sure: bool, tmp_path:
 
 
 def test_what_is_no_autoencoder_is_named(tmp_path: Path) -> None:
-    ElasticUNet(TINY, (1.0,)).initial(0).full.save_pretrained(tmp_path / "unet")
+    Elastic(TINY, (1.0,)).initial(0).full.save_pretrained(tmp_path / "unet")
     for path, words in (
         ("nowhere", r"config\.json does not exist"),
         ("unet", "holds a UNet2DModel, not an AutoencoderKL"),
@@ -181,19 +181,19 @@ def test_what_is_no_autoencoder_is_named(tmp_path: Path) -> None:
             Autoencoder(str(tmp_path / path))
     made("KL", tmp_path / "vae")
     with pytest.raises(UserError, match="latents have 2 channels, the network takes 1"):
-        ElasticUNet(TINY, (1.0,), codec=Autoencoder(str(tmp_path / "vae")))
+        Elastic(TINY, (1.0,), codec=Autoencoder(str(tmp_path / "vae")))
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
     with pytest.raises(UserError, match="cut off or damaged"):
-        ElasticUNet(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path / "vae"))).initial(0)
+        Elastic(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path / "vae"))).initial(0)
 
 
 def test_shapes_and_costs_follow_from_a_config_before_there_is_a_folder(tmp_path: Path) -> None:
     network = made("KL", tmp_path / "vae")
     config = {**SHAPES, "_class_name": "AutoencoderKL", "latent_channels": 2}
     early = Autoencoder(str(tmp_path / "nowhere"), scale=0.7, config=config)
-    recipe = ElasticUNet(CONFIG, (1.0,), codec=early)
-    there = ElasticUNet(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path / "vae")))
+    recipe = Elastic(CONFIG, (1.0,), codec=early)
+    there = Elastic(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path / "vae")))
     assert recipe.outline() == there.outline()
     with pytest.raises(UserError, match=r"nowhere/.* does not exist"):
         recipe.initial(0)
@@ -210,7 +210,7 @@ def test_shapes_and_costs_follow_from_a_config_before_there_is_a_folder(tmp_path
 
 def test_a_latent_network_is_trained_sampled_and_scored(kind: str, tmp_path: Path) -> None:
     network = made(kind, tmp_path / "vae")
-    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
+    recipe = Elastic(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
     assert (recipe.state_shape, recipe.image_shape) == ((2, 8, 8), (1, 16, 16))
     ticks = list(Sandwich(steps=3, batch=8, flip=True).run(recipe, IMAGES, tmp_path / "run" / "supernet", 0, "cpu"))
     assert [tick.what for tick in ticks][-1] == "supernet"
@@ -249,12 +249,12 @@ def test_the_identity_of_a_latent_network_holds_its_autoencoder(tmp_path: Path) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         KINDS["KL"]().save_pretrained(tmp_path / "two")
-    one, two = (ElasticUNet(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path / name))) for name in ("one", "two"))
+    one, two = (Elastic(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path / name))) for name in ("one", "two"))
     assert one.describe() != two.describe()
     list(Sandwich(steps=2, batch=4).run(one, IMAGES, tmp_path / "run", 0, "cpu"))
     assert one.digest(tmp_path / "run") != two.digest(tmp_path / "run")
     assert one.describe() != replace(one, codec=Autoencoder(str(tmp_path / "one"), posterior="mean")).describe()
-    plain = ElasticUNet(TINY, (1.0,))
+    plain = Elastic(TINY, (1.0,))
     assert "codec" not in plain.describe()
     assert plain.codec == Pixels()
 
@@ -263,9 +263,9 @@ def test_decoding_is_counted_apart(kind: str, tmp_path: Path) -> None:
     from fvcore.nn import FlopCountAnalysis
 
     network = made(kind, tmp_path)
-    recipe = ElasticUNet(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path)))
+    recipe = Elastic(CONFIG, (1.0,), codec=Autoencoder(str(tmp_path)))
     outline = recipe.outline()
-    assert outline["macs"] == ElasticUNet(CONFIG, (1.0,)).outline()["macs"]
+    assert outline["macs"] == Elastic(CONFIG, (1.0,)).outline()["macs"]
 
     class Decode(torch.nn.Module):
         def forward(self, z: torch.Tensor) -> torch.Tensor:
@@ -277,7 +277,7 @@ def test_decoding_is_counted_apart(kind: str, tmp_path: Path) -> None:
     theirs = sum(by_kind[name] for name in ("conv", "linear", "addmm", "bmm", "matmul", "einsum", "baddbmm"))
     attention = 2 * 64 * 64 * 16  # fvcore does not know the fused products
     assert outline["decoder_macs"] == theirs + attention
-    assert "decoder_macs" not in ElasticUNet(TINY, (1.0,)).outline()
+    assert "decoder_macs" not in Elastic(TINY, (1.0,)).outline()
 
 
 def test_latents_of_mirrored_images_are_not_mirrored_latents(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_a_training_that_is_stopped_goes_on_bit_for_bit(own: Path, tmp_path: Pat
 
 def test_weights_belong_to_their_autoencoder(own: Path, tmp_path: Path) -> None:
     """Of the same recipe too: one that is trained again is another, such as on another device. What is left of an unfinished one is no hindrance."""
-    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=OWN)
+    recipe = Elastic(CONFIG, (0.5, 1.0), codec=OWN)
     shutil.copytree(own, tmp_path / "run")
     training = Sandwich(steps=2, batch=4)
     list(training.run(recipe, IMAGES, tmp_path / "run", 0, "cpu"))
@@ -383,7 +383,7 @@ def test_weights_belong_to_their_autoencoder(own: Path, tmp_path: Path) -> None:
 def test_what_a_latent_study_lacks_is_said_before_training(tmp_path: Path, tiny_study: Study) -> None:
     config = {**SHAPES, "_class_name": "AutoencoderKL", "latent_channels": 2}
     codec = Autoencoder(str(tmp_path / "nowhere"), scale=0.7, config=config)
-    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=codec)
+    recipe = Elastic(CONFIG, (0.5, 1.0), codec=codec)
     steps = uniform(4)
     study = replace(
         tiny_study,
@@ -410,7 +410,7 @@ def test_channels_of_noise_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptu
 
 
 def test_a_study_trains_its_own_autoencoder_and_then_its_network(tmp_path: Path) -> None:
-    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=OWN)
+    recipe = Elastic(CONFIG, (0.5, 1.0), codec=OWN)
     training = Sandwich(steps=3, batch=8)
     assert OWN.training_macs(recipe.state_shape) == recipe.outline()["codec_training_macs"] > 60 * 16 * 3 * 1e6
     ticks = list(training.run(recipe, IMAGES, tmp_path, 0, "cpu"))
@@ -425,9 +425,9 @@ def test_a_study_trains_its_own_autoencoder_and_then_its_network(tmp_path: Path)
 # ------------------------------------------------------------------------------------------------------ pipelines in and out
 
 
-def exported(kind: str, tmp_path: Path) -> tuple[LoadedElasticUNet, Schedule, Any]:
+def exported(kind: str, tmp_path: Path) -> tuple[LoadedElastic, Schedule, Any]:
     made(kind, tmp_path / "vae")
-    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
+    recipe = Elastic(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
     net, steps = recipe.initial(0), (980, 700, 300, 20)
     schedule = Schedule(tuple(Step(t, recipe.uniform(w)) for t, w in zip(steps, (1.0, 0.5, 0.5, 1.0), strict=True)))
     sampler = in_space(DDIM(), net.in_pixels)
@@ -505,7 +505,7 @@ def test_what_is_wrong_with_an_exported_autoencoder_is_named(change: str, tmp_pa
 
 def test_decoding_is_timed_apart(tmp_path: Path) -> None:
     made("KL", tmp_path / "vae")
-    recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
+    recipe = Elastic(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
     list(Sandwich(steps=1, batch=4).run(recipe, IMAGES, tmp_path / "supernet", 0, "cpu"))
     timed = Timed(Frechet(IMAGES, SmallClassifier(steps=5), rungs=(16,)), Latency(batch=2, warmup=0, repeats=2))
     list(timed.prepare(tmp_path, 0, "cpu"))

@@ -39,15 +39,17 @@ from nas.searchers.pruner import Pruner, learn_gates
 from nas.study import Study
 from nas.testing import check_evaluator, check_space, check_supernet
 from search_spaces.intervals import uniform
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.slices import Arch
 from search_spaces.options import Options
 from search_spaces.patterns import Every
-from search_spaces.shipped.reuse import arguments, graph_of, run
+from search_spaces.shipped.graph import graph_of
+from search_spaces.shipped.reuse import run
 from search_spaces.shipped.train_data import folder_labels
 from search_spaces.shipped.train_diffusers import Settings, train
+from search_spaces.shipped.walks import arguments
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import WEIGHTS, ElasticUNet
+from search_spaces.supernet import WEIGHTS, Elastic
 from search_spaces.training import Sandwich
 from search_spaces.training.optimiser import Batches
 from tests.arithmetic import CALL, SAMPLES
@@ -58,14 +60,14 @@ from tests.test_supernet import randomised
 ROOT = Path(__file__).parent.parent
 
 CLASSES = 10
-NET = ElasticUNet({**TINY, "num_class_embeds": CLASSES + 1}, (0.5, 1.0))
+NET = Elastic({**TINY, "num_class_embeds": CLASSES + 1}, (0.5, 1.0))
 WHOLE, HALF = NET.uniform(1.0), NET.uniform(0.5)
 BY_HALF = Guidance(2.5, HALF)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LoadedElasticUNet:
-    found: LoadedElasticUNet = randomised(NET)
+def loaded() -> LoadedElastic:
+    found: LoadedElastic = randomised(NET)
     return found
 
 
@@ -120,7 +122,7 @@ def test_images_without_labels_condition_nothing() -> None:
 
 
 @pytest.mark.parametrize("guide", [Guidance(2.0), Guidance(0.0), Guidance(1.0), BY_HALF], ids=str)
-def test_a_guided_step_is_two_calls(loaded: LoadedElasticUNet, guide: Guidance) -> None:
+def test_a_guided_step_is_two_calls(loaded: LoadedElastic, guide: Guidance) -> None:
     x, labels, null = batch()
     with torch.no_grad():
         noise, _ = loaded.denoiser(Step(400, WHOLE, (), guide))(x, 400, None, {"class_labels": labels})
@@ -131,7 +133,7 @@ def test_a_guided_step_is_two_calls(loaded: LoadedElasticUNet, guide: Guidance) 
 
 
 @pytest.mark.parametrize("guide", [None, Guidance(2.0), BY_HALF], ids=str)
-def test_a_guided_steps_cost_is_that_of_what_runs(loaded: LoadedElasticUNet, guide: Guidance | None) -> None:
+def test_a_guided_steps_cost_is_that_of_what_runs(loaded: LoadedElastic, guide: Guidance | None) -> None:
     x, t = torch.zeros(1, 1, 8, 8), torch.tensor([400])
     calls = [WHOLE] if guide is None else [WHOLE, Arch(*(guide.arch or WHOLE))]
     counted = 0
@@ -144,7 +146,7 @@ def test_a_guided_steps_cost_is_that_of_what_runs(loaded: LoadedElasticUNet, gui
 @pytest.mark.parametrize("before", [None, Guidance(3.0), BY_HALF], ids=str)
 @pytest.mark.parametrize("guide", [None, Guidance(2.0), BY_HALF], ids=str)
 def test_a_guided_step_reuses_what_each_of_its_calls_had(
-    loaded: LoadedElasticUNet, before: Guidance | None, guide: Guidance | None
+    loaded: LoadedElastic, before: Guidance | None, guide: Guidance | None
 ) -> None:
     """The reference runs both predictions apart, each with blocks of its own."""
     if guide == Guidance(2.0) and before != Guidance(3.0):
@@ -169,7 +171,7 @@ def test_a_guided_step_reuses_what_each_of_its_calls_had(
     assert torch.allclose(noise, expected, atol=5 * CALL)
 
 
-def test_a_guided_step_without_conditions_is_refused(loaded: LoadedElasticUNet) -> None:
+def test_a_guided_step_without_conditions_is_refused(loaded: LoadedElastic) -> None:
     with pytest.raises(ValueError, match="needs the samples' conditions"):
         loaded.denoiser(Step(400, WHOLE, (), Guidance(2.0)))(batch()[0], 400)
 
@@ -195,7 +197,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("sampler", [DDIM(), DDPM(), DPMSolver()], ids=lambda sampler: type(sampler).__name__)
-def test_shared_beginnings_change_no_bit(loaded: LoadedElasticUNet, name: str, sampler: Any) -> None:
+def test_shared_beginnings_change_no_bit(loaded: LoadedElastic, name: str, sampler: Any) -> None:
     conditions, schedule = Labels(Digits()).load(), SCHEDULES[name]
     shared = Trajectories(loaded, sampler, conditions=conditions)
     expected = sample(loaded, schedule, sampler, 0, 0, 8, conditions)
@@ -225,7 +227,7 @@ def test_guidance_survives_json_and_older_schedules_keep_their_digests() -> None
 
 GUIDES = (None, 1.5, Guidance(3.0, HALF))
 SPACES = {
-    "guidance alone": Stepwise(ElasticUNet(dict(NET.config), (1.0,)), uniform(6), (2, 2, 2), guidance=(None, 1.5, 3.0)),
+    "guidance alone": Stepwise(Elastic(dict(NET.config), (1.0,)), uniform(6), (2, 2, 2), guidance=(None, 1.5, 3.0)),
     "guidance and width": Stepwise(NET, uniform(6), (2, 2, 2), guidance=GUIDES),
     "always guided": Stepwise(NET, uniform(6), (2, 2, 2), guidance=(2.0,)),
     "and reuse": Stepwise(NET, uniform(6), (2, 2, 2), guidance=GUIDES, patterns=(Every(1), Every(2))),
@@ -237,9 +239,7 @@ SPACES = {
         patterns=(Every(1), Every(2), Every(3, ("d0", "u1"))),
         deterministic=False,
     ),
-    "of experts": Stepwise(
-        ElasticUNet(dict(NET.config), (0.5, 1.0), experts=(500,)), uniform(6), (3, 3), guidance=GUIDES
-    ),
+    "of experts": Stepwise(Elastic(dict(NET.config), (0.5, 1.0), experts=(500,)), uniform(6), (3, 3), guidance=GUIDES),
 }
 
 
@@ -278,7 +278,7 @@ def test_every_schedule_of_such_a_space_can_be_sampled(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["guidance and width", "and reuse"])
-def test_class_conditional_supernets_keep_the_laws(name: str, loaded: LoadedElasticUNet) -> None:
+def test_class_conditional_supernets_keep_the_laws(name: str, loaded: LoadedElastic) -> None:
     check_supernet(loaded, SPACES[name], samples=4)
 
 
@@ -297,7 +297,7 @@ def test_genes_of_guidance_are_named() -> None:
     assert SPACES["guidance and width"].choices[1].options == ("none", "1.5", "3 by 0.5/0.5")
 
 
-def test_guidance_that_cannot_be_is_refused(tiny_net: ElasticUNet) -> None:
+def test_guidance_that_cannot_be_is_refused(tiny_net: Elastic) -> None:
     with pytest.raises(UserError, match="guidance needs a network that takes conditions"):
         Stepwise(tiny_net, uniform(4), (4,), guidance=(None, 2.0))
     with pytest.raises(UserError, match="must be distinct"):
@@ -474,7 +474,7 @@ def test_gates_choose_among_options_that_are_guided_alike() -> None:
             assert sum(map(NET.macs, schedule.steps)) <= budget
 
 
-def test_labels_are_dropped_by_the_steps_own_generator(loaded: LoadedElasticUNet) -> None:
+def test_labels_are_dropped_by_the_steps_own_generator(loaded: LoadedElastic) -> None:
     data = Digits().load()
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     x0, kept = Batches(loaded, data, 2000, flip=False).images(generators[0])
@@ -518,17 +518,17 @@ def test_recipes_of_networks_without_labels_are_described_as_ever() -> None:
 def test_a_study_whose_parts_disagree_on_conditions_is_refused(
     embeds: int | None, conditions: Any, message: str, tiny_study: Study
 ) -> None:
-    net = ElasticUNet({**TINY, "num_class_embeds": embeds}, (0.5, 1.0))
+    net = Elastic({**TINY, "num_class_embeds": embeds}, (0.5, 1.0))
     space = replace(tiny_study.space, net=net)  # type: ignore[type-var]
     with pytest.raises(UserError, match=message):
         replace(tiny_study, supernet=net, space=space, evaluator=Frechet(Digits(), conditions=conditions))
 
 
 def test_labels_that_the_network_has_no_room_for_are_refused() -> None:
-    few = ElasticUNet({**TINY, "num_class_embeds": CLASSES}, (0.5, 1.0))
-    with pytest.raises(UserError, match="set num_class_embeds to 11 or more, not 10"):
+    few = Elastic({**TINY, "num_class_embeds": CLASSES}, (0.5, 1.0))
+    with pytest.raises(UserError, match="and the network knows 9 classes and one of none; set num_class_embeds to 11 or more"):
         Sandwich(steps=1).check(few, Digits().load())
-    with pytest.raises(UserError, match="needs images with labels"):
+    with pytest.raises(UserError, match="use images with labels"):
         Sandwich(steps=1).check(NET, replace(Digits().load(), labels=None))
 
 
@@ -538,7 +538,7 @@ def test_labels_that_the_network_has_no_room_for_are_refused() -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("sampler", [DDIM(), DPMSolver()], ids=lambda sampler: type(sampler).__name__)
 def test_an_exported_folder_samples_the_classes_asked_for_as_ours(
-    name: str, sampler: Any, loaded: LoadedElasticUNet, tmp_path: Path
+    name: str, sampler: Any, loaded: LoadedElastic, tmp_path: Path
 ) -> None:
     folder, conditions = str(tmp_path / "model"), Labels(Digits()).load()
     export(loaded, SCHEDULES[name], sampler.describe(), {}, Path(folder))
@@ -561,7 +561,7 @@ def test_an_exported_folder_samples_the_classes_asked_for_as_ours(
     ],
 )
 def test_labels_that_a_pipeline_cannot_draw_are_refused(
-    asked: dict[str, Any], message: str, loaded: LoadedElasticUNet, tmp_path: Path
+    asked: dict[str, Any], message: str, loaded: LoadedElastic, tmp_path: Path
 ) -> None:
     folder = str(tmp_path / "model")
     export(loaded, SCHEDULES["unguided"], DDIM().describe(), {}, Path(folder))
@@ -573,9 +573,7 @@ def test_labels_that_a_pipeline_cannot_draw_are_refused(
 @pytest.mark.parametrize(
     "guidance", [{"scale": "2", "model": "unet_1"}, {"scale": 2.0, "model": "../unet_1"}, {"scale": 2.0}, 3]
 )
-def test_guidance_of_an_exported_folder_is_not_trusted(
-    guidance: Any, loaded: LoadedElasticUNet, tmp_path: Path
-) -> None:
+def test_guidance_of_an_exported_folder_is_not_trusted(guidance: Any, loaded: LoadedElastic, tmp_path: Path) -> None:
     export(loaded, SCHEDULES["guided by the half"], DDIM().describe(), {}, tmp_path / "model")
     plan = json.loads((tmp_path / "model" / "schedule.json").read_text())
     assert plan["steps"][0]["guidance"] == {"scale": 2.5, "model": "unet_1", "arch": [[0.5, 0.5], [], [], ""]}
@@ -586,7 +584,7 @@ def test_guidance_of_an_exported_folder_is_not_trusted(
         read_export(tmp_path / "model")
 
 
-def test_guidance_of_networks_without_labels_is_refused(loaded: LoadedElasticUNet, tmp_path: Path) -> None:
+def test_guidance_of_networks_without_labels_is_refused(loaded: LoadedElastic, tmp_path: Path) -> None:
     export(loaded, SCHEDULES["guided by the half"], DDIM().describe(), {}, tmp_path / "model")
     plan = json.loads((tmp_path / "model" / "schedule.json").read_text())
     del plan["null_label"]
@@ -595,9 +593,7 @@ def test_guidance_of_networks_without_labels_is_refused(loaded: LoadedElasticUNe
         read_export(tmp_path / "model")
 
 
-def test_exported_networks_are_trained_with_labels_and_resume_exactly(
-    loaded: LoadedElasticUNet, tmp_path: Path
-) -> None:
+def test_exported_networks_are_trained_with_labels_and_resume_exactly(loaded: LoadedElastic, tmp_path: Path) -> None:
     data = Digits().load()
     settings = Settings(steps=12, batch=8, warmup=2, checkpoint_every=3)
     weights = "diffusion_pytorch_model.safetensors"
@@ -620,7 +616,7 @@ def test_exported_networks_are_trained_with_labels_and_resume_exactly(
 
 @pytest.mark.parametrize("labels", [None, np.full(1797, CLASSES), np.full(1797, -1)])
 def test_networks_with_labels_are_trained_on_images_with_labels(
-    labels: Any, loaded: LoadedElasticUNet, tmp_path: Path
+    labels: Any, loaded: LoadedElastic, tmp_path: Path
 ) -> None:
     export(loaded, SCHEDULES["unguided"], DDIM().describe(), {}, tmp_path / "model")
     with pytest.raises(ExportError, match="need a label from 0 to 9 for each image"):

@@ -44,18 +44,18 @@ from nas.contracts import Evaluator, Schedule, Step, UserError, jackknife_error
 from nas.testing import check_evaluator
 from search_spaces.intervals import leading, quadratic, uniform
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-def full_schedule(net: ElasticUNet, timesteps: tuple[int, ...]) -> Schedule:
+def full_schedule(net: Elastic, timesteps: tuple[int, ...]) -> Schedule:
     return Schedule(tuple(Step(t, net.uniform(1.0)) for t in timesteps))
 
 
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize(("spacing", "timesteps"), [("trailing", uniform(10)), ("leading", leading(10))])
-def test_ddim_equals_diffusers_on_its_grids(tiny_net: ElasticUNet, clip: bool, spacing: str, timesteps: Any) -> None:
+def test_ddim_equals_diffusers_on_its_grids(tiny_net: Elastic, clip: bool, spacing: str, timesteps: Any) -> None:
     net = tiny_net.initial(0)
     scheduler = DDIMScheduler(**net.scheduler, clip_sample=clip, timestep_spacing=spacing)
     scheduler.set_timesteps(10)
@@ -71,7 +71,7 @@ def test_ddim_equals_diffusers_on_its_grids(tiny_net: ElasticUNet, clip: bool, s
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize("timesteps", [uniform(1000)[-20:], quadratic(10)], ids=["every timestep", "quadratic"])
 def test_ddpm_equals_diffusers_given_the_same_noise(
-    tiny_net: ElasticUNet, variance: Any, timesteps: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_net: Elastic, variance: Any, timesteps: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = tiny_net.initial(0)
     scheduler = DDPMScheduler(**net.scheduler, variance_type=variance, clip_sample=True)
@@ -104,7 +104,7 @@ def test_noise_is_standard_normal() -> None:
 
 
 @pytest.mark.parametrize("sampler", [DDIM(), DDPM()])
-def test_the_batch_size_changes_no_sample(tiny_net: ElasticUNet, sampler: Any) -> None:
+def test_the_batch_size_changes_no_sample(tiny_net: Elastic, sampler: Any) -> None:
     """Up to the rounding of convolutions, which batch sizes order differently and a chain of steps amplifies."""
     net = tiny_net.initial(0)
     schedule = full_schedule(tiny_net, uniform(3))
@@ -113,7 +113,7 @@ def test_the_batch_size_changes_no_sample(tiny_net: ElasticUNet, sampler: Any) -
     assert torch.allclose(whole, parts, atol=1e-4)
 
 
-def test_a_trajectory_shows_every_state(tiny_net: ElasticUNet) -> None:
+def test_a_trajectory_shows_every_state(tiny_net: Elastic) -> None:
     states = list(trajectory(tiny_net.initial(0), full_schedule(tiny_net, uniform(3)), DDIM(), 0, 0, 2))
     assert len(states) == 4
     assert torch.equal(states[0], initial_noise(0, 0, 2, (1, 8, 8)))
@@ -249,7 +249,7 @@ def test_statistics_are_symmetric_up_to_the_rounding_that_files_have(tmp_path: P
 # ------------------------------------------------------------------------------------------------- features and scores
 
 
-def space_of(net: ElasticUNet) -> Stepwise:
+def space_of(net: Elastic) -> Stepwise:
     return Stepwise(net, uniform(3), (1, 1, 1))
 
 
@@ -271,7 +271,7 @@ EVALUATORS: list[Evaluator] = [
 
 
 @pytest.mark.parametrize("evaluator", EVALUATORS, ids=lambda evaluator: evaluator.metrics[0])
-def test_every_evaluator_keeps_the_laws(evaluator: Evaluator, tiny_net: ElasticUNet, tiny_run: Path) -> None:
+def test_every_evaluator_keeps_the_laws(evaluator: Evaluator, tiny_net: Elastic, tiny_run: Path) -> None:
     check_evaluator(evaluator, tiny_net, space_of(tiny_net), tiny_run)
 
 
@@ -370,7 +370,7 @@ def test_bad_extractors_are_named(tmp_path: Path) -> None:
         SmallClassifier().load(tmp_path, torch.device("cpu"))
 
 
-def test_images_of_another_shape_are_refused_before_sampling(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_images_of_another_shape_are_refused_before_sampling(tiny_net: Elastic, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=np.zeros((20, 4, 4), np.uint8))
     evaluator = Frechet(ImageArray(str(tmp_path / "x.npz")))
     with pytest.raises(UserError, match="change one of them"):
@@ -385,7 +385,7 @@ def test_rungs_must_increase() -> None:
 # -------------------------------------------------------------------------------------------------------------- proxies
 
 
-def test_the_full_model_is_its_own_teacher(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+def test_the_full_model_is_its_own_teacher(tiny_net: Elastic, tiny_run: Path) -> None:
     net = tiny_net.load(tiny_run / "supernet", "cpu")
     full = full_schedule(tiny_net, uniform(3))
     for recipe in (TeacherFrechet, TeacherDistance, TeacherSimilarity, TrajectoryDistance, DenoisingLoss):
@@ -393,7 +393,7 @@ def test_the_full_model_is_its_own_teacher(tiny_net: ElasticUNet, tiny_run: Path
         assert evaluator.load(net, tiny_run)(full, 40, 0).values[evaluator.metrics[0]] == pytest.approx(0, abs=1e-5)
 
 
-def test_teacher_distance_is_that_of_the_images(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+def test_teacher_distance_is_that_of_the_images(tiny_net: Elastic, tiny_run: Path) -> None:
     net = tiny_net.load(tiny_run / "supernet", "cpu")
     schedule = Schedule(tuple(Step(t, tiny_net.uniform(w)) for t, w in zip(uniform(3), (1.0, 0.5, 0.25), strict=True)))
     score = TeacherDistance(Digits(), **SMALL, timesteps=uniform(6)).load(net, tiny_run)(schedule, 40, 5)
@@ -402,7 +402,7 @@ def test_teacher_distance_is_that_of_the_images(tiny_net: ElasticUNet, tiny_run:
     assert score.values["teacher_mse"] == pytest.approx(float(((mine - theirs) ** 2).mean()), rel=1e-4)
 
 
-def test_the_additive_table_is_exact_where_one_interval_differs(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+def test_the_additive_table_is_exact_where_one_interval_differs(tiny_net: Elastic, tiny_run: Path) -> None:
     net = tiny_net.load(tiny_run / "supernet", "cpu")
     steps = full_schedule(tiny_net, uniform(3)).steps
     schedule = Schedule((steps[0], Step(steps[1].timestep, tiny_net.uniform(0.25)), steps[2]))

@@ -12,22 +12,23 @@ from evaluators.sampling import DDIM, DDPM, sample
 from nas.contracts import Schedule, Step, UserError
 from nas.handover.export import PROGRAM, export
 from search_spaces.networks.slices import Arch
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from tests.arithmetic import CALL, SAMPLES
 from tests.conftest import TINY
 
 
-def schedule(net: ElasticUNet) -> Schedule:
+def schedule(net: Elastic) -> Schedule:
     return Schedule((Step(900, net.uniform(0.5)), Step(400, net.uniform(1.0)), Step(50, net.uniform(0.5))))
 
 
-def test_each_distinct_net_is_written_once(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_each_distinct_net_is_written_once(tiny_net: Elastic, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     export(tiny_net.initial(0), schedule(tiny_net), {"class": "DDIM", "clip": True}, {}, tmp_path / "model")
     names = sorted(path.name for path in (tmp_path / "model").iterdir())
     assert names == [
         "README.md",
         "exported.py",
+        "graph.py",
         "latents.py",
         "model_index.json",
         "pictures.py",
@@ -43,13 +44,14 @@ def test_each_distinct_net_is_written_once(tiny_net: ElasticUNet, tmp_path: Path
         "train_diffusers.py",
         "unet_0",
         "unet_1",
+        "walks.py",
     ]
     files = sorted(path.name for path in (tmp_path / "model" / "unet_0").iterdir())
     assert files == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 
 def test_a_model_that_differs_from_the_supernet_is_not_exported(
-    tiny_net: ElasticUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_net: Elastic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = tiny_net.initial(0)
     extract = loaded.extract
@@ -66,7 +68,7 @@ def test_a_model_that_differs_from_the_supernet_is_not_exported(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sampler_without_a_stand_alone_loop_is_refused(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_a_sampler_without_a_stand_alone_loop_is_refused(tiny_net: Elastic, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sampler Heun has no stand-alone loop"):
         export(tiny_net.initial(0), schedule(tiny_net), {"class": "Heun"}, {}, tmp_path / "model")
 
@@ -84,7 +86,7 @@ def standing_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tenso
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_the_stand_alone_loop_samples_as_ours_with_step_noise(
-    tiny_net: ElasticUNet, tmp_path: Path, variance: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_net: Elastic, tmp_path: Path, variance: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, sampler = tiny_net.initial(0), DDPM(variance)
     export(loaded, schedule(tiny_net), sampler.describe(), {}, tmp_path / "model")
@@ -95,7 +97,7 @@ def test_the_stand_alone_loop_samples_as_ours_with_step_noise(
 @pytest.mark.long
 def test_models_of_both_classes_and_of_experts_stand_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {**TINY, "layers_per_block": 2}
-    net = ElasticUNet(config, (0.5, 1.0), depths=(1, 2), per_level=("width", "depth"), experts=(500,))
+    net = Elastic(config, (0.5, 1.0), depths=(1, 2), per_level=("width", "depth"), experts=(500,))
     loaded = net.initial(0)
     for seed, name in enumerate(net.expert_names, 1):
         loaded.experts[name] = net.initial(seed).full
@@ -119,7 +121,7 @@ def test_models_of_both_classes_and_of_experts_stand_alone(tmp_path: Path, monke
 
 
 def test_a_network_that_makes_no_program_is_exported_without(
-    tiny_net: ElasticUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_net: Elastic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **settings: Any) -> None:
         raise RuntimeError("cannot be traced\nbecause of this and that")

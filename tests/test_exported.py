@@ -15,14 +15,14 @@ from nas.base.exported import ExportError, check_hashes, read_export, read_netwo
 from nas.contracts import Schedule, Step
 from nas.handover.export import export
 from search_spaces.shipped.train_diffusers import settings_of
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from tests.test_cli import nas, refused
 
 FILES = ("schedule.json", "train.json", "model_index.json", "provenance.json")
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_net: ElasticUNet) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_net: Elastic) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "model"
     schedule = Schedule(tuple(Step(t, tiny_net.uniform(width)) for t, width in ((900, 0.5), (400, 1.0), (50, 0.25))))
     export(tiny_net.initial(0), schedule, {"class": "DDIM", "clip": True}, {"images": "digits"}, folder)

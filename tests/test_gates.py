@@ -32,7 +32,7 @@ from search_spaces.intervals import per_step, uniform
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Subset, legal
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from tests.conftest import TINY
 from tests.test_cli import ROOT
@@ -124,7 +124,7 @@ def test_learning_is_charged_and_resumes_to_the_same_gates(
 def test_a_gate_that_matters_outlives_one_that_does_not() -> None:
     """A block whose weights make its output a constant can be reused for nothing; the others cannot."""
     loaded = randomised(
-        ElasticUNet(
+        Elastic(
             {
                 **TINY,
                 "block_out_channels": (8, 8),
@@ -254,7 +254,7 @@ def test_ssim_window_fits_small_images() -> None:
 
 def gated() -> Study:
     """The tiny study with reuse instead of widths."""
-    net, images, steps = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0)), Digits(), uniform(4)
+    net, images, steps = Elastic(TINY, widths=(0.25, 0.5, 1.0)), Digits(), uniform(4)
     return Study(
         name="tiny",
         space=Stepwise(net, steps, per_step(steps), Options((1.0,)), patterns=legal(2)),
@@ -356,7 +356,7 @@ def test_a_space_that_gates_cannot_serve_is_refused_before_anything_is_learned()
         Pruner(dimension=30)
 
 
-def test_a_space_without_reuse_is_refused(tiny_study: Study, tiny_run: Path, tiny_net: ElasticUNet) -> None:
+def test_a_space_without_reuse_is_refused(tiny_study: Study, tiny_run: Path, tiny_net: Elastic) -> None:
     learning = Gates(QUICK).learn(tiny_study.problem, tiny_net.load(tiny_run / "supernet", "cpu"), Digits().load(), 0)
     with pytest.raises(UserError, match="offers no blocks to reuse"):
         finished(learning)

@@ -20,7 +20,7 @@ from evaluators.frechet import Frechet, Gaussian, Moments
 from evaluators.grounds import nearer_than_held_out, nearest
 from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, load_once
 from nas.contracts import ImageSet, Schedule, Step, UserError
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from tests.test_images import folder_of
 
 
@@ -96,7 +96,7 @@ def test_images_that_were_looked_at_before_there_was_a_run_folder_are_kept_in_it
     assert again.digest == made.digest
 
 
-def test_samples_are_compared_with_held_out_images_and_the_label_says_so(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_samples_are_compared_with_held_out_images_and_the_label_says_so(tiny_net: Elastic, tmp_path: Path) -> None:
     images = Digits(holdout=0.2)
     frechet = Frechet(images, SmallClassifier(steps=20), rungs=(64,))
     list(frechet.prepare(tmp_path, 0, "cpu"))
@@ -226,7 +226,7 @@ def test_samples_learned_by_heart_are_nearer_to_train_images_than_new_ones_are()
     assert shares[0.01] == pytest.approx(0.3 + 0.7 * fresh[0.01], abs=0.02)
 
 
-def test_a_distance_says_what_it_stands_on(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_a_distance_says_what_it_stands_on(tiny_net: Elastic, tmp_path: Path) -> None:
     images = Digits(holdout=0.2)
     frechet = Frechet(images, SmallClassifier(steps=20), rungs=(64,))
     list(frechet.prepare(tmp_path, 0, "cpu"))

@@ -11,7 +11,7 @@ import torch
 from benchmarks.cost import DDPM_CIFAR10
 from evaluators.images import Digits
 from nas.contracts import UserError
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training.importance import Order, channel_scores, permutations, permute, pruned
 from tests.arithmetic import CALL
 from tests.test_options import CONFIGS, inputs
@@ -22,7 +22,7 @@ from tests.test_supernet import randomised
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_reordered_network_computes_what_it_did(name: str, groups: Any) -> None:
     config = {**CONFIGS[name], "norm_num_groups": 4, "attention_head_dim": 4}
-    net = ElasticUNet(config, widths=(1.0,), groups=groups)
+    net = Elastic(config, widths=(1.0,), groups=groups)
     loaded = randomised(net)
     x, t = inputs(net)
     before = loaded.full(x, t).sample
@@ -36,7 +36,7 @@ def test_a_reordered_network_computes_what_it_did(name: str, groups: Any) -> Non
 
 
 @pytest.mark.parametrize("criterion", ["gradient", "magnitude", "random"])
-def test_every_criterion_is_a_stage_that_keeps_the_function(criterion: Any, tiny_net: ElasticUNet) -> None:
+def test_every_criterion_is_a_stage_that_keeps_the_function(criterion: Any, tiny_net: Elastic) -> None:
     loaded = randomised(tiny_net)
     x, t = inputs(tiny_net)
     before = loaded.full(x, t).sample
@@ -47,7 +47,7 @@ def test_every_criterion_is_a_stage_that_keeps_the_function(criterion: Any, tiny
     assert all(p.grad is None and not p.requires_grad for p in loaded.full.parameters())
 
 
-def test_the_most_important_channel_of_each_group_comes_first(tiny_net: ElasticUNet) -> None:
+def test_the_most_important_channel_of_each_group_comes_first(tiny_net: Elastic) -> None:
     """A channel whose weights are made large must be first in its norm group after the reordering by magnitude."""
     loaded = randomised(tiny_net)
     name = "down_blocks.0.resnets.0.conv1.weight"
@@ -58,7 +58,7 @@ def test_the_most_important_channel_of_each_group_comes_first(tiny_net: ElasticU
     assert sorted(largest.argsort(descending=True)[:2].tolist()) == [0, 4]  # two groups of four channels
 
 
-def test_the_scores_sum_gradients_before_the_product(tiny_net: ElasticUNet) -> None:
+def test_the_scores_sum_gradients_before_the_product(tiny_net: Elastic) -> None:
     """Against one backward pass of the summed losses, and a threshold that stops the visit."""
     data = Digits().load()
     loaded = randomised(tiny_net)
@@ -93,7 +93,7 @@ def test_the_scores_sum_gradients_before_the_product(tiny_net: ElasticUNet) -> N
 
 def test_the_static_baseline_has_the_published_size() -> None:
     """Diff-Pruning at ratio 0.3 on the DDPM CIFAR-10 network: 19.85 M parameters, 3.39 GMACs."""
-    net = ElasticUNet(DDPM_CIFAR10, widths=(1.0,))
+    net = Elastic(DDPM_CIFAR10, widths=(1.0,))
     cost = net.cost(pruned(net.anatomy, 0.3))
     assert cost.params == pytest.approx(19.85e6, rel=0.02)
     assert cost.macs - cost.attention_macs == pytest.approx(3.39e9, rel=0.02)

@@ -20,7 +20,7 @@ from nas.base.failures import explained
 from nas.base.interrupts import Answered, Terminated, exit_code, whole
 from nas.cli.options import resumable
 from nas.contracts import UserError
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from tests.conftest import TINY
 from tests.test_cli import ROOT, study_file
@@ -160,7 +160,7 @@ def test_a_full_disk_is_told_in_a_line_and_what_is_kept_goes_on(most: int, tmp_p
 
 
 def test_training_ends_at_the_first_loss_that_is_no_number(tmp_path: Path) -> None:
-    net = ElasticUNet(TINY, widths=(0.5, 1.0))
+    net = Elastic(TINY, widths=(0.5, 1.0))
     training = Sandwich(steps=60, batch=8, warmup=0, learning_rate=1e18, clip=1e18)
     with pytest.raises(UserError, match=r"the loss of .* is (nan|inf) at step \d+; lower learning_rate=1e\+18"):
         for _ in training.run(net, Digits(), tmp_path, 0, "cpu"):

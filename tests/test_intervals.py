@@ -32,7 +32,7 @@ from search_spaces.intervals import (
 )
 from search_spaces.noise import NoiseSchedule
 from search_spaces.partitions import best_schedule
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from search_spaces.training.similarity import GradientSimilarity
 
@@ -108,7 +108,7 @@ def test_the_best_schedule_of_a_partition_is_the_best_of_all_that_it_allows() ->
 
 
 @pytest.fixture(scope="module")
-def similarity(tiny_net: ElasticUNet) -> GradientSimilarity:
+def similarity(tiny_net: Elastic) -> GradientSimilarity:
     loaded = tiny_net.initial(0)
     list(Sandwich(steps=60, batch=32, warmup=5).fit(loaded, Digits().load(), 0))
     measured = GradientSimilarity(loaded, Digits().load(), 0, batch=64, dimensions=1024)
@@ -137,7 +137,7 @@ def test_the_projection_keeps_the_cosine_of_whole_gradients(similarity: Gradient
     assert similarity.affinity[0, 1] == pytest.approx(exact, abs=0.1)
 
 
-def test_similarity_is_that_of_the_gradients_and_not_of_their_noise(tiny_net: ElasticUNet) -> None:
+def test_similarity_is_that_of_the_gradients_and_not_of_their_noise(tiny_net: Elastic) -> None:
     """The two half-batches' noises are independent, so that their product is unbiased: with few images the affinity is that of many, in the
     mean. The cosine of whole noisy gradients would be far smaller."""
     loaded = tiny_net.initial(0)

@@ -25,7 +25,7 @@ from search_spaces.intervals import uniform
 from search_spaces.options import Options
 from search_spaces.patterns import Every
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from tests.test_reuse import DEEP_NET
 
 SETTINGS = Latency(batch=8, repeats=5, warmup=1)
@@ -39,7 +39,7 @@ def test_timed_scores_keep_the_laws(tiny_study: Study, tiny_run: Path, tmp_path:
 
 
 def test_a_schedules_time_is_the_sum_of_its_steps_each_measured_once(
-    tiny_net: ElasticUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_net: Elastic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = tiny_net.initial(0)
     timer = Timer(SETTINGS, net, tmp_path)

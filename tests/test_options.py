@@ -17,12 +17,12 @@ from nas.contracts import WITHOUT_ATTENTION, UserError
 from nas.genomes.genetics import cheapest, dearest
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import equal, linear_budgets, uniform
+from search_spaces.networks.anatomy import predict
 from search_spaces.networks.slices import Arch
-from search_spaces.networks.unet import predict
 from search_spaces.options import Options
 from search_spaces.patterns import Every
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from tests.arithmetic import CALL
 from tests.conftest import TINY
 from tests.test_supernet import randomised
@@ -71,11 +71,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def elastic(config: dict[str, Any]) -> ElasticUNet:
+def elastic(config: dict[str, Any]) -> Elastic:
     """Everything elastic that this config allows."""
     depth = config["layers_per_block"]
     attends = any(block.startswith("Attn") for block in config["down_block_types"])
-    return ElasticUNet(
+    return Elastic(
         {**config, "norm_num_groups": 2, "attention_head_dim": 4},
         widths=(0.5, 1.0),
         depths=tuple(range(1, depth + 1)),
@@ -88,7 +88,7 @@ NETS = {name: elastic(config) for name, config in CONFIGS.items()}
 LOADED = {name: randomised(net) for name, net in NETS.items()}
 
 
-def inputs(net: ElasticUNet) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(net: Elastic) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (2, net.anatomy.config["in_channels"], *net.anatomy.sample_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(2)), torch.tensor([3, 700])
 
@@ -190,7 +190,7 @@ def test_two_intervals_may_choose_among_different_subnets() -> None:
 
 
 def test_levels_that_a_subnet_would_make_equal_are_kept_apart() -> None:
-    net = ElasticUNet(
+    net = Elastic(
         {**CONFIGS["three levels, three blocks, no attention"], "norm_num_groups": 2},
         widths=(0.25, 0.5, 1.0),
         per_level=("width",),
@@ -225,11 +225,11 @@ def test_illegal_options_are_refused_by_level_and_legal_values(settings: dict[st
         **settings.pop("config", {}),
     }
     with pytest.raises(UserError, match=message):
-        ElasticUNet(config, **{"widths": (0.5, 1.0), "per_level": ("width", "depth"), **settings})
+        Elastic(config, **{"widths": (0.5, 1.0), "per_level": ("width", "depth"), **settings})
 
 
 def test_an_interval_may_not_ask_for_what_the_supernet_lacks() -> None:
-    net = ElasticUNet(TINY, widths=(0.5, 1.0))
+    net = Elastic(TINY, widths=(0.5, 1.0))
     with pytest.raises(UserError, match="interval 1 asks for"):
         Stepwise(net, uniform(2), (1, 1), (Options((0.5, 1.0)), Options((0.25, 1.0))))
     with pytest.raises(UserError, match="1 options for 2 intervals"):
@@ -262,7 +262,7 @@ THIRDS = {
 @pytest.mark.parametrize("together", [True, False])
 def test_widths_can_be_numbers_of_channels_that_are_no_common_share(together: bool, tmp_path: Path) -> None:
     channels = ((8, 16, 24), (32, 16, 48)) if together else ((16, 24), (16, 32, 48))
-    net = ElasticUNet(THIRDS, channels=channels, per_level=() if together else ("width",))
+    net = Elastic(THIRDS, channels=channels, per_level=() if together else ("width",))
     subnets = net.subnets(net.options)
     assert len(subnets) == (3 if together else 6)
     loaded = randomised(net)
@@ -294,8 +294,8 @@ def test_a_published_latent_network_has_widths_in_sevenths() -> None:
     """LDM-4: 224, 448, 672, 896 channels, heads of 32, 32 norm groups."""
     config = published.NETWORKS["LDM-4 bedrooms, FFHQ, CelebA-HQ"].config
     with pytest.raises(UserError, match=r"legal for all levels: 0\.142857"):
-        ElasticUNet(config, widths=(0.5, 1.0))
-    net = ElasticUNet(config, channels=tuple((4 * c // 7, 5 * c // 7, c) for c in (224, 448, 672, 896)))
+        Elastic(config, widths=(0.5, 1.0))
+    net = Elastic(config, channels=tuple((4 * c // 7, 5 * c // 7, c) for c in (224, 448, 672, 896)))
     shares = [net.cost(net.subnets(net.options).flat(i)).macs / net.cost(net.anatomy.full).macs for i in range(3)]
     assert shares == pytest.approx([0.339, 0.521, 1.0], abs=1e-3)
 
@@ -312,14 +312,14 @@ def test_impossible_channels_are_named() -> None:
         (((8, 8, 24), (16, 32, 48)), "must be distinct"),
     ):
         with pytest.raises(UserError, match=words):
-            ElasticUNet(THIRDS, channels=channels)
+            Elastic(THIRDS, channels=channels)
     with pytest.raises(UserError, match="say the same thing"):
-        ElasticUNet(THIRDS, widths=(0.5, 1.0), channels=((8, 24), (16, 48)))
-    net = ElasticUNet(THIRDS, channels=((8, 24), (16, 48)))
+        Elastic(THIRDS, widths=(0.5, 1.0), channels=((8, 24), (16, 48)))
+    net = Elastic(THIRDS, channels=((8, 24), (16, 48)))
     with pytest.raises(UserError, match="the supernet is trained for"):
         Stepwise(net, uniform(2), (2,), Options(channels=((16, 24), (32, 48))))
     Stepwise(net, uniform(2), (2,), Options(channels=((8, 24), (16, 48))))
-    several = ElasticUNet(THIRDS, channels=((8, 16, 24), (16, 32, 48)))
+    several = Elastic(THIRDS, channels=((8, 16, 24), (16, 32, 48)))
     with pytest.raises(UserError, match="the supernet is trained for"):  # 16 and 48 are never trained together
         Stepwise(several, uniform(2), (2,), Options(channels=((8, 16), (16, 48))))
     Stepwise(net, uniform(2), (2,), Options(widths=(1.0,)))

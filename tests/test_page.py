@@ -25,11 +25,11 @@ from nas.study import Study
 from search_spaces.intervals import uniform
 from search_spaces.patterns import Every, Only
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from tests.conftest import TINY
 
-net, images, steps = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0)), Digits(), uniform(4)
+net, images, steps = Elastic(TINY, widths=(0.25, 0.5, 1.0)), Digits(), uniform(4)
 study = Study(
     name="page",
     space=Stepwise(net, steps, (2, 2), patterns=(Every(1), Every(2), Every(2, ("d0", "u1")), Only(()))),

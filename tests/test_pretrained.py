@@ -19,7 +19,7 @@ from nas.contracts import Schedule, Step, UserError
 from nas.handover.export import export
 from search_spaces.intervals import leading
 from search_spaces.noise import NoiseSchedule
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from tests.conftest import TINY
 
 BASE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"}
@@ -125,17 +125,17 @@ def pipeline(tmp_path: Path) -> Path:
 
 
 def test_a_pipeline_is_taken_with_its_scheduler(pipeline: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole = ElasticUNet.from_pretrained(pipeline, widths=(0.5, 1.0))
+    whole = Elastic.from_pretrained(pipeline, widths=(0.5, 1.0))
     assert whole.noise == NoiseSchedule(400, beta_schedule="squaredcos_cap_v2")
-    assert ElasticUNet.from_pretrained(pipeline / "unet", widths=(0.5, 1.0)) == whole
+    assert Elastic.from_pretrained(pipeline / "unet", widths=(0.5, 1.0)) == whole
     alone = pipeline.parent / "alone"
     shutil.copytree(pipeline / "unet", alone)
     with caplog.at_level("WARNING", "nas"):
-        assumed = ElasticUNet.from_pretrained(alone, widths=(0.5, 1.0))
+        assumed = Elastic.from_pretrained(alone, widths=(0.5, 1.0))
     assert assumed.noise == NoiseSchedule()
     assert "nothing says which noise process it was trained on" in caplog.text
     caplog.clear()
-    given = ElasticUNet.from_pretrained(alone, widths=(0.5, 1.0), noise=whole.noise)
+    given = Elastic.from_pretrained(alone, widths=(0.5, 1.0), noise=whole.noise)
     assert given.noise == whole.noise
     assert not caplog.text
     stock = UNet2DModel.from_pretrained(alone)
@@ -150,7 +150,7 @@ def test_shards_and_averages_and_newer_settings_are_read(pipeline: Path) -> None
     assert len(list(folder.glob("*.safetensors"))) > 1
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "decay": 0.9999, "optimization_step": 7}))
-    found = ElasticUNet.from_pretrained(folder, widths=(1.0,), noise=NoiseSchedule())
+    found = Elastic.from_pretrained(folder, widths=(1.0,), noise=NoiseSchedule())
     weights = dict(found.initial(0).full.named_parameters())
     assert all(torch.equal(weights[name], tensor) for name, tensor in net.named_parameters())
     assert "decay" not in found.config
@@ -158,7 +158,7 @@ def test_shards_and_averages_and_newer_settings_are_read(pipeline: Path) -> None
     with pytest.raises(
         UserError, match=r"does not exist, though diffusion_pytorch_model\.safetensors\.index\.json names it"
     ):
-        ElasticUNet.from_pretrained(folder, noise=NoiseSchedule())
+        Elastic.from_pretrained(folder, noise=NoiseSchedule())
 
 
 def prefixed(folder: Path) -> str:
@@ -210,24 +210,24 @@ def an_odd_config(folder: Path) -> str:
 def test_what_is_not_the_networks_is_refused_before_anything_runs(pipeline: Path, damage: Any) -> None:
     words = damage(pipeline / "unet")
     with pytest.raises(UserError, match=words):
-        ElasticUNet.from_pretrained(pipeline)
+        Elastic.from_pretrained(pipeline)
 
 
 def test_names_of_a_hub_and_of_nothing_are_answered_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="looks like a name on a hub, and nothing is downloaded"):
-        ElasticUNet.from_pretrained("google/ddpm-cifar10-32")
+        Elastic.from_pretrained("google/ddpm-cifar10-32")
     with pytest.raises(UserError, match="is no folder; give a folder of a UNet2DModel"):
-        ElasticUNet.from_pretrained(tmp_path / "nowhere")
+        Elastic.from_pretrained(tmp_path / "nowhere")
     monkeypatch.setenv("HOME", str(tmp_path))
     UNet2DModel(**TINY).save_pretrained(tmp_path / "mine")
-    assert ElasticUNet.from_pretrained("~/mine", noise=NoiseSchedule()).pretrained == str(tmp_path / "mine")
+    assert Elastic.from_pretrained("~/mine", noise=NoiseSchedule()).pretrained == str(tmp_path / "mine")
 
 
 @pytest.mark.parametrize("final", ["one", "first"])
 def test_sampling_ends_where_the_scheduler_ends(final: str, tmp_path: Path) -> None:
     """DDIM of ten leading steps against diffusers' own, whose last step goes to abar 1 or to that of timestep 0; and the export's."""
     noise = NoiseSchedule(beta_schedule="scaled_linear", final_alpha=final)  # type: ignore[arg-type]
-    net = ElasticUNet(TINY, widths=(0.5, 1.0), noise=noise).initial(0)
+    net = Elastic(TINY, widths=(0.5, 1.0), noise=noise).initial(0)
     schedule = Schedule(tuple(Step(t, net.full_arch) for t in leading(10)))
     ours = sample(net, schedule, DDIM(clip=False), 0, 0, 4)
     scheduler = DDIMScheduler(**noise.scheduler, clip_sample=False, timestep_spacing="leading")

@@ -31,7 +31,7 @@ from search_spaces.codec import Autoencoder
 from search_spaces.intervals import leading, per_step
 from search_spaces.patterns import legal
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich, TrainAutoencoder
 from studies import digits, digits_classes, digits_reuse, digits_wide, fashion_latent
 from tests.pipelines import stable_diffusion
@@ -106,11 +106,11 @@ def test_the_codecs_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
     latent = {name: value for name, value in fashion_latent.UNET.items() if name != "num_class_embeds"}
     vae = AutoencoderKL(**{k: v for k, v in fashion_latent.codec.config.items() if k != "_class_name"})
     vae.save_pretrained("vae")
-    unet = ElasticUNet(latent, (1.0,)).initial(0).full
+    unet = Elastic(latent, (1.0,)).initial(0).full
     LDMPipeline(vqvae=vae, unet=unet, scheduler=DDIMScheduler()).save_pretrained("pipeline")
     [shown] = [block for block in blocks("python") if "codec=" in block]
     made: dict[str, Any] = {
-        "ElasticUNet": ElasticUNet,
+        "Elastic": Elastic,
         "LATENT": latent,
         "TrainAutoencoder": TrainAutoencoder,
         "Autoencoder": Autoencoder,
@@ -132,9 +132,7 @@ def test_what_is_shown_of_texts_can_be_made(tmp_path: Path, monkeypatch: pytest.
     Path("prompts.txt").write_text("a bag\na coat\n")
     [shown] = [block for block in blocks("python") if "Prompts(" in block]
     made: dict[str, Any] = {
-        **{
-            kind.__name__: kind for kind in (ElasticUNet, Prompts, Captions, ImageFolder, Stepwise, ClipScore, Sandwich)
-        },
+        **{kind.__name__: kind for kind in (Elastic, Prompts, Captions, ImageFolder, Stepwise, ClipScore, Sandwich)},
         "leading": leading,
         "per_step": per_step,
         "legal": legal,

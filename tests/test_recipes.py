@@ -31,7 +31,7 @@ from search_spaces.intervals import per_step, uniform
 from search_spaces.options import Options
 from search_spaces.patterns import Every
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from tests.conftest import TINY
 from tests.toy import ToyEvaluator, toy_study
@@ -150,11 +150,11 @@ def test_a_value_stays_as_it_was_given() -> None:
         (lambda: Frechet("digits"), "it is no Images, for it has no load"),  # type: ignore[arg-type]
         (lambda: ImageFolder("x", 0), "ImageFolder: size=0"),
         (lambda: ImageFolder("x", 8, channels=4), "ImageFolder: channels=4: it should be 1 or 3"),  # type: ignore[arg-type]
-        (lambda: ElasticUNet(TINY, groups="none"), "ElasticUNet: groups='none'"),  # type: ignore[arg-type]
-        (lambda: ElasticUNet(TINY, experts=(5.5,)), "ElasticUNet: experts"),  # type: ignore[arg-type]
-        (lambda: Stepwise(ElasticUNet(TINY), uniform(4), (0, 4)), "Stepwise: intervals"),
-        (lambda: Stepwise(None, uniform(4), (4,)), "Stepwise: net=None: it should be a ElasticUNet"),  # type: ignore[arg-type]
-        (lambda: ElasticUNet(TINY, noise=[]), "ElasticUNet: noise=(): it should be a NoiseSchedule"),  # type: ignore[arg-type]
+        (lambda: Elastic(TINY, groups="none"), "Elastic: groups='none'"),  # type: ignore[arg-type]
+        (lambda: Elastic(TINY, experts=(5.5,)), "Elastic: experts"),  # type: ignore[arg-type]
+        (lambda: Stepwise(Elastic(TINY), uniform(4), (0, 4)), "Stepwise: intervals"),
+        (lambda: Stepwise(None, uniform(4), (4,)), "Stepwise: net=None: it should be a Elastic"),  # type: ignore[arg-type]
+        (lambda: Elastic(TINY, noise=[]), "Elastic: noise=(): it should be a NoiseSchedule"),  # type: ignore[arg-type]
         (lambda: Timed(Frechet(Digits()), None), "Timed: latency=None"),  # type: ignore[arg-type]
         (lambda: Chat("http://x", "m", timeout=0), "Chat: timeout=0"),
         (lambda: toy_study(limits={"macs": math.nan}), "Study: limits"),
@@ -179,7 +179,7 @@ def test_lists_become_tuples_so_that_recipes_can_be_hashed() -> None:
     assert made.size == (8, 8)
     assert hash(made) == hash(ImageFolder("x", (8, 8)))
     assert Frechet(Digits(), rungs=[16, 32]).rungs == (16, 32)  # type: ignore[arg-type]
-    assert Stepwise(ElasticUNet(TINY), list(uniform(4)), list(per_step(uniform(4)))).intervals == (1,) * 4  # type: ignore[arg-type]
+    assert Stepwise(Elastic(TINY), list(uniform(4)), list(per_step(uniform(4)))).intervals == (1,) * 4  # type: ignore[arg-type]
 
 
 @recipe

@@ -29,13 +29,14 @@ from nas.handover.export import export
 from nas.study import Study
 from nas.testing import check_space
 from search_spaces.intervals import per_step, uniform
+from search_spaces.networks.anatomy import predict
 from search_spaces.networks.slices import Arch
-from search_spaces.networks.unet import predict
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only, Subset, legal
-from search_spaces.shipped.reuse import Graph, graph_of, run
+from search_spaces.shipped.graph import UNetGraph, graph_of
+from search_spaces.shipped.reuse import run
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from tests.arithmetic import CALL, SAMPLES
 from tests.conftest import TINY
 from tests.test_supernet import CONFIGS, NO_ATTENTION, RICH, inputs, randomised
@@ -68,7 +69,7 @@ class Partly(torch.nn.Module):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_with_nothing_reused_it_is_the_stock_model_bit_for_bit(config: dict[str, Any]) -> None:
-    net = ElasticUNet(config, widths=(0.5, 1.0))
+    net = Elastic(config, widths=(0.5, 1.0))
     model = randomised(net).full
     x, t, classes = inputs(net)
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_with_levels_of_different_depth_too() -> None:
         "upsample_type": "conv",
         "attention_head_dim": 4,
     }
-    net = ElasticUNet(config, (0.5, 1.0), depths=(1, 2), per_level=("width", "depth"))
+    net = Elastic(config, (0.5, 1.0), depths=(1, 2), per_level=("width", "depth"))
     loaded = randomised(net)
     model = loaded.extract(Arch((0.5, 1.0, 0.5), (1, 2, 1)))
     x, t, _ = inputs(net)
@@ -97,7 +98,7 @@ def test_with_levels_of_different_depth_too() -> None:
 @pytest.mark.parametrize("finer", [False, True])
 def test_reused_blocks_hand_out_what_they_did_the_step_before(finer: bool) -> None:
     """The reference is the stock model, whose reused modules are made to return their old outputs."""
-    net = ElasticUNet(DEEP, widths=(0.5, 1.0))
+    net = Elastic(DEEP, widths=(0.5, 1.0))
     model = randomised(net).full
     graph = graph_of(model)
     before, now = torch.randn((2, 3, 1, 8, 8), generator=torch.Generator().manual_seed(5)).unbind()
@@ -155,7 +156,7 @@ def _answer(output: Any) -> Any:
 
 
 def test_macs_equal_what_fvcore_counts_of_what_is_executed() -> None:
-    net = ElasticUNet(DEEP, widths=(0.5, 1.0))
+    net = Elastic(DEEP, widths=(0.5, 1.0))
     arch = Arch((0.5, 1.0, 1.0, 0.5))
     model = randomised(net).extract(arch)
     graph = net.cost.graph(arch)
@@ -173,7 +174,7 @@ def test_macs_equal_what_fvcore_counts_of_what_is_executed() -> None:
 
 @pytest.mark.parametrize("config", [DEEP, RICH, NO_ATTENTION])
 def test_branches_cost_together_what_the_subnet_costs(config: dict[str, Any]) -> None:
-    net = ElasticUNet(config, widths=(0.5, 1.0))
+    net = Elastic(config, widths=(0.5, 1.0))
     for arch in (net.uniform(0.5), net.uniform(1.0)):
         assert sum(cost.macs for cost in net.cost.branches(arch).values()) == net.cost(arch).macs
         assert set(net.cost.branches(arch)) == {*net.cost.graph(arch).names(finer=True), ""}
@@ -181,7 +182,7 @@ def test_branches_cost_together_what_the_subnet_costs(config: dict[str, Any]) ->
 
 @pytest.mark.parametrize(("levels", "count"), [(1, 5), (2, 11), (3, 23), (4, 47)])
 def test_legal_sets_are_those_in_which_every_block_is_read(levels: int, count: int) -> None:
-    graph = Graph((1,) * levels)
+    graph = UNetGraph((1,) * levels)
     listed = [frozenset(names) for names in graph.legal_sets()]
     assert len(listed) == len(set(listed)) == count
     every = itertools.chain.from_iterable(itertools.combinations(graph.blocks, n) for n in range(len(graph.blocks) + 1))
@@ -190,9 +191,9 @@ def test_legal_sets_are_those_in_which_every_block_is_read(levels: int, count: i
 
 
 @pytest.mark.parametrize(
-    ("graph", "finer"), [(Graph((1, 1)), True), (Graph((1,), attends=((True,), (True,))), "layers")]
+    ("graph", "finer"), [(UNetGraph((1, 1)), True), (UNetGraph((1,), attends=((True,), (True,))), "layers")]
 )
-def test_legal_sets_of_what_is_finer_are_those_in_which_each_is_read(graph: Graph, finer: Finer) -> None:
+def test_legal_sets_of_what_is_finer_are_those_in_which_each_is_read(graph: UNetGraph, finer: Finer) -> None:
     names = graph.names(finer)
     every = itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1))
     live = {frozenset(chosen) for chosen in every if graph.live(chosen, finer) == graph.expand(chosen)}
@@ -204,11 +205,11 @@ def test_legal_sets_of_what_is_finer_are_those_in_which_each_is_read(graph: Grap
 def test_stable_diffusion_has_the_parts_that_dip_go_gates() -> None:
     """DiP-GO's three layouts for Stable Diffusion 1.5."""
     attends = (True, True, True, False)
-    graph = Graph((2,) * 4, attends=(attends, attends[::-1]))
+    graph = UNetGraph((2,) * 4, attends=(attends, attends[::-1]))
     assert [len(graph.names(finer)) for finer in (False, True, "layers")] == [9, 24, 42]
 
 
-def test_what_is_not_kept_cannot_be_reused(tiny_net: ElasticUNet) -> None:
+def test_what_is_not_kept_cannot_be_reused(tiny_net: Elastic) -> None:
     model = tiny_net.initial(0).full
     with pytest.raises(ValueError, match=r"output of d0\.down is to be reused, but none is kept"):
         run(model, torch.zeros(1, 1, 8, 8), 5, reuse=("d0",))
@@ -216,7 +217,7 @@ def test_what_is_not_kept_cannot_be_reused(tiny_net: ElasticUNet) -> None:
 
 @pytest.mark.parametrize("finer", [False, True])
 def test_gates_of_one_run_and_gates_of_zero_reuse(finer: bool) -> None:
-    net = ElasticUNet(DEEP, widths=(0.5, 1.0))
+    net = Elastic(DEEP, widths=(0.5, 1.0))
     loaded = randomised(net)
     arch = net.uniform(1.0)
     gated, names = loaded.gated(arch), loaded.blocks(arch, finer)
@@ -239,7 +240,7 @@ def test_gates_of_one_run_and_gates_of_zero_reuse(finer: bool) -> None:
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_a_step_that_computes_nothing_equals_the_longer_ddim_step(tiny_net: ElasticUNet, clip: bool) -> None:
+def test_a_step_that_computes_nothing_equals_the_longer_ddim_step(tiny_net: Elastic, clip: bool) -> None:
     loaded = randomised(tiny_net)
     model, sampler = loaded.full.double(), DDIM(clip)
     blocks = graph_of(model).blocks
@@ -260,12 +261,12 @@ def test_a_step_that_computes_nothing_equals_the_longer_ddim_step(tiny_net: Elas
     assert torch.allclose(final(held), final(longer), atol=1e-12, rtol=0)
 
 
-def space_of(net: ElasticUNet, **settings: Any) -> Stepwise:
+def space_of(net: Elastic, **settings: Any) -> Stepwise:
     steps = uniform(6)
     return Stepwise(net, steps, **({"intervals": per_step(steps), "patterns": legal(net.anatomy.levels)} | settings))
 
 
-DEEP_NET = ElasticUNet(DEEP, widths=(0.5, 1.0))
+DEEP_NET = Elastic(DEEP, widths=(0.5, 1.0))
 PATTERNS = (
     Every(1),
     Every(2),
@@ -279,9 +280,9 @@ SPACES = {
     "sets and widths": space_of(DEEP_NET),
     "patterns and widths": space_of(DEEP_NET, intervals=(3, 3), patterns=PATTERNS),
     "held": space_of(DEEP_NET, options=Options((1.0,)), deterministic=False),
-    "experts": space_of(ElasticUNet(DEEP, (0.5, 1.0), experts=(400,)), intervals=(2, 4), patterns=PATTERNS[:4]),
+    "experts": space_of(Elastic(DEEP, (0.5, 1.0), experts=(400,)), intervals=(2, 4), patterns=PATTERNS[:4]),
     "branches": space_of(
-        ElasticUNet({**DEEP, "layers_per_block": 1}, (0.5, 1.0), depths=(1,)),
+        Elastic({**DEEP, "layers_per_block": 1}, (0.5, 1.0), depths=(1,)),
         finer=True,
         patterns=tuple(Only(names) for names in (("all",), (), ("u3.1",), ("d0.0", "u3.0", "u3.1"))),
     ),
@@ -358,13 +359,13 @@ def test_genomes_that_come_to_the_same_share_a_digest() -> None:
     ],
 )
 def test_patterns_that_the_network_cannot_have_are_refused(
-    tiny_net: ElasticUNet, patterns: tuple[Any, ...], message: str
+    tiny_net: Elastic, patterns: tuple[Any, ...], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
         assert space_of(tiny_net, intervals=(3, 3), patterns=(*patterns, Every(1))).choices
 
 
-def test_a_limit_below_what_intervals_surely_cost_is_refused(tiny_net: ElasticUNet) -> None:
+def test_a_limit_below_what_intervals_surely_cost_is_refused(tiny_net: Elastic) -> None:
     """Where each interval may have another subnet, reuse across them is not counted on, and a search would find nothing."""
     space = space_of(tiny_net, patterns=(Only(("d0", "u1")), Every(1)))
     assert space.cost((0,) * 12)["macs_share"] < 0.1
@@ -402,7 +403,7 @@ def test_shared_beginnings_with_reuse_change_no_bit(sampler: Any) -> None:
     assert trajectories.meter.cached_macs > 0
 
 
-def test_scores_of_single_steps_refuse_reuse(tiny_study: Study, tiny_run: Path, tiny_net: ElasticUNet) -> None:
+def test_scores_of_single_steps_refuse_reuse(tiny_study: Study, tiny_run: Path, tiny_net: Elastic) -> None:
     full = tiny_net.uniform(1.0)
     schedule = Schedule((Step(900, full), Step(400, full, ("d0",))))
     loaded = tiny_net.load(tiny_run / "supernet", "cpu")
@@ -411,7 +412,7 @@ def test_scores_of_single_steps_refuse_reuse(tiny_study: Study, tiny_run: Path, 
             proxy.load(loaded, tiny_run)(schedule, 8, 0)
 
 
-def test_a_study_with_a_noisy_sampler_must_hold_idle_steps(tiny_study: Study, tiny_net: ElasticUNet) -> None:
+def test_a_study_with_a_noisy_sampler_must_hold_idle_steps(tiny_study: Study, tiny_net: Elastic) -> None:
     noisy = Frechet(Digits(), rungs=(32, 64), sampler=DDPM())
     with pytest.raises(UserError, match="deterministic=False"):
         replace(tiny_study, space=space_of(tiny_net), evaluator=noisy)

@@ -25,9 +25,10 @@ from nas.testing import check_space
 from search_spaces.intervals import uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.patterns import Every
-from search_spaces.shipped.reuse import as_noise, graph_of
+from search_spaces.shipped.graph import graph_of
+from search_spaces.shipped.reuse import as_noise
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training.optimiser import Batches
 from tests.arithmetic import SAMPLES
 from tests.conftest import TINY
@@ -131,7 +132,7 @@ def test_predictions_are_one_linear_map_apart(alpha: float, kind: str, seed: int
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_trajectories_of_every_prediction_equal_diffusers(name: str) -> None:
-    net = ElasticUNet(TINY, (1.0,), noise=PROCESSES[name])
+    net = Elastic(TINY, (1.0,), noise=PROCESSES[name])
     loaded = net.initial(0)
     scheduler = DDIMScheduler(**loaded.scheduler, clip_sample=False, timestep_spacing="trailing")
     scheduler.set_timesteps(10)
@@ -147,7 +148,7 @@ def test_trajectories_of_every_prediction_equal_diffusers(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_training_targets_are_what_the_network_predicts(name: str) -> None:
-    loaded = ElasticUNet(TINY, (1.0,), noise=PROCESSES[name]).initial(0)
+    loaded = Elastic(TINY, (1.0,), noise=PROCESSES[name]).initial(0)
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(6, 1, 8, 8, generator=generator) for _ in range(2))
     t = torch.tensor([0, 5, 300, 600, 998, 999])
@@ -165,7 +166,7 @@ def test_training_targets_are_what_the_network_predicts(name: str) -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_a_held_prediction_is_a_longer_step_whatever_the_network_predicts(name: str) -> None:
-    net = ElasticUNet(TINY, (1.0,), noise=PROCESSES[name])
+    net = Elastic(TINY, (1.0,), noise=PROCESSES[name])
     loaded = net.initial(0)
     arch = loaded.full_arch
     held = graph_of(loaded.full).blocks
@@ -198,7 +199,7 @@ def test_a_sampler_that_notices_a_held_step_is_refused_where_idle_steps_are_left
 def test_an_exported_folder_samples_as_ours(
     name: str, sampler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = ElasticUNet(TINY, (0.5, 1.0), noise=PROCESSES[name])
+    net = Elastic(TINY, (0.5, 1.0), noise=PROCESSES[name])
     loaded = net.initial(0)
     timesteps = (999, 700, 400, 50)
     schedule = Schedule(tuple(Step(t, net.uniform(w)) for t, w in zip(timesteps, (0.5, 1.0, 1.0, 0.5), strict=True)))
@@ -274,7 +275,7 @@ def test_samplers_that_do_not_fit_are_refused(tiny_study: Study) -> None:
 
 
 def test_only_images_are_clipped_where_the_space_decides() -> None:
-    loaded = ElasticUNet(TINY, (1.0,)).initial(0)
+    loaded = Elastic(TINY, (1.0,)).initial(0)
     schedule = _whole(loaded.recipe, uniform(5))
     clipped, free = (sample(loaded, schedule, DDIM(clip), 0, 0, 4) for clip in (True, False))
     assert not torch.allclose(clipped, free, atol=1e-2)
@@ -286,7 +287,7 @@ def test_only_images_are_clipped_where_the_space_decides() -> None:
     assert torch.equal(trajectories.images(schedule, 0, 0, 4), free)
 
 
-def _whole(net: ElasticUNet, timesteps: tuple[int, ...]) -> Schedule:
+def _whole(net: Elastic, timesteps: tuple[int, ...]) -> Schedule:
     return Schedule(tuple(Step(t, net.uniform(1.0)) for t in timesteps))
 
 

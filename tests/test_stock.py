@@ -27,7 +27,7 @@ from nas.handover.stock import export_stock
 from search_spaces.codec import Autoencoder, Pixels
 from search_spaces.intervals import leading, linspace, uniform
 from search_spaces.noise import NoiseSchedule
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from tests.conftest import TINY
 from tests.test_codec import CONFIG, KINDS, made
 
@@ -70,7 +70,7 @@ def test_a_latent_pipeline_is_taken_in_whole(
         timestep_spacing="trailing",
     )
     LDMPipeline(vqvae=vae, unet=unet, scheduler=scheduler).save_pretrained(tmp_path / "ldm")
-    recipe = ElasticUNet.from_pretrained(tmp_path / "ldm", widths=(0.5, 1.0))
+    recipe = Elastic.from_pretrained(tmp_path / "ldm", widths=(0.5, 1.0))
     assert recipe.noise == NoiseSchedule(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
     assert recipe.image_shape == (1, 16, 16)
     net = recipe.initial(0)
@@ -84,10 +84,10 @@ def test_a_latent_pipeline_is_taken_in_whole(
 
 @pytest.mark.parametrize("kind", [DDIMPipeline, DDPMPipeline])
 def test_a_pixel_pipeline_has_no_autoencoder(kind: Any, tmp_path: Path) -> None:
-    network = ElasticUNet(TINY, (1.0,)).initial(0).full
+    network = Elastic(TINY, (1.0,)).initial(0).full
     scheduler = (DDIMScheduler if kind is DDIMPipeline else DDPMScheduler)(beta_schedule="squaredcos_cap_v2")
     kind(unet=network, scheduler=scheduler).save_pretrained(tmp_path / "model")
-    recipe = ElasticUNet.from_pretrained(tmp_path / "model", widths=(0.5, 1.0))
+    recipe = Elastic.from_pretrained(tmp_path / "model", widths=(0.5, 1.0))
     assert recipe.codec == Pixels()
     assert recipe.noise.beta_schedule == "squaredcos_cap_v2"
 
@@ -95,12 +95,12 @@ def test_a_pixel_pipeline_has_no_autoencoder(kind: Any, tmp_path: Path) -> None:
 def test_another_autoencoder_or_its_scale_can_be_given(tmp_path: Path) -> None:
     vae = KINDS["VQ"]()
     vae.register_to_config(scaling_factor=0.18215)
-    network = ElasticUNet(CONFIG, (1.0,), codec=Autoencoder(_saved(tmp_path))).initial(0).full
+    network = Elastic(CONFIG, (1.0,), codec=Autoencoder(_saved(tmp_path))).initial(0).full
     LDMPipeline(vqvae=vae, unet=network, scheduler=PNDMScheduler()).save_pretrained(tmp_path / "ldm")
     with pytest.raises(UserError, match=r"scaling_factor is 0\.18215, .*scale="):
-        ElasticUNet.from_pretrained(tmp_path / "ldm")
+        Elastic.from_pretrained(tmp_path / "ldm")
     codec = Autoencoder(str(tmp_path / "ldm" / "vqvae"), scale=1.0)
-    assert ElasticUNet.from_pretrained(tmp_path / "ldm", codec=codec).codec == codec
+    assert Elastic.from_pretrained(tmp_path / "ldm", codec=codec).codec == codec
 
 
 def _saved(tmp_path: Path) -> str:
@@ -115,7 +115,7 @@ def _saved(tmp_path: Path) -> str:
 def test_pipelines_that_ask_for_more_are_refused_in_words(kind: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind, "unet": ["diffusers", "UNet2DModel"]}))
     with pytest.raises(UserError, match=words):
-        ElasticUNet.from_pretrained(tmp_path)
+        Elastic.from_pretrained(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------- handed out
@@ -132,9 +132,9 @@ def test_a_schedule_of_one_network_is_diffusers_own_pipeline(
     """Which samples as ours at the same noise."""
     if kind == "latents":
         made("KL", tmp_path / "vae")
-        net = ElasticUNet(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae"))).initial(0)
+        net = Elastic(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae"))).initial(0)
     else:
-        net = ElasticUNet(TINY, (0.5, 1.0)).initial(0)
+        net = Elastic(TINY, (0.5, 1.0)).initial(0)
     recipe: Any = DDPM() if kind == "pixels, DDPM" else DDIM()
     sampler = in_space(recipe, net.in_pixels)
     # Ancestral steps of diffusers are those between neighbours of its own grid.
@@ -150,7 +150,7 @@ def test_a_schedule_of_one_network_is_diffusers_own_pipeline(
     drawing(monkeypatch, module, net.state_shape)
     images = pipeline(batch_size=4, num_inference_steps=10, output_type="np").images
     assert torch.allclose(sample(net, schedule, sampler, 0, 0, 4), shown(images), atol=1e-4)
-    again = ElasticUNet.from_pretrained(tmp_path / "stock", widths=(1.0,))
+    again = Elastic.from_pretrained(tmp_path / "stock", widths=(1.0,))
     assert again.noise == net.recipe.noise
     assert json.loads((tmp_path / "stock" / "provenance.json").read_text())["study"] == "x"
 
@@ -171,7 +171,7 @@ def test_it_is_said_whether_a_stock_scheduler_takes_the_schedules_own_steps(
     timesteps: tuple[int, ...], own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the samples: diffusers' DDIM goes a fixed stride down, whatever its list of timesteps says."""
-    net = ElasticUNet(TINY, (0.5, 1.0)).initial(0)
+    net = Elastic(TINY, (0.5, 1.0)).initial(0)
     facts = export_stock(net, single(net, timesteps), DDIM().describe(), {}, tmp_path / "stock")
     assert facts["timesteps"] is own
     pipeline = DiffusionPipeline.from_pretrained(str(tmp_path / "stock"))
@@ -198,15 +198,15 @@ def test_it_is_said_whether_a_stock_scheduler_takes_the_schedules_own_steps(
 )
 def test_what_no_stock_pipeline_does_is_refused_in_words(change: str, words: str, tmp_path: Path) -> None:
     config = {**TINY, "num_class_embeds": 11} if change == "labels" else {**TINY, "layers_per_block": 2}
-    recipe = ElasticUNet(config, (0.5, 1.0), depths=(1, 2) if change == "depth" else (), per_level=("depth",))
+    recipe = Elastic(config, (0.5, 1.0), depths=(1, 2) if change == "depth" else (), per_level=("depth",))
     sampler: Any = DDPM() if change == "end" else DDIM()
     if change == "variance":
-        recipe = ElasticUNet({**TINY, "out_channels": 2}, (0.5, 1.0))
+        recipe = Elastic({**TINY, "out_channels": 2}, (0.5, 1.0))
     elif change == "end":
-        recipe = ElasticUNet(TINY, (0.5, 1.0), noise=NoiseSchedule(final_alpha="first"))
+        recipe = Elastic(TINY, (0.5, 1.0), noise=NoiseSchedule(final_alpha="first"))
     elif change == "shift":
         made("KL, by channel", tmp_path / "vae")
-        recipe = ElasticUNet(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
+        recipe = Elastic(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
     net = recipe.initial(0)
     schedule = single(net, (900, 100))
     first, last = schedule.steps

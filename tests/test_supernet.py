@@ -14,10 +14,10 @@ from benchmarks.cost import count_with_fvcore
 from nas.contracts import Step, UserError
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import equal, leading, linspace, per_step, quadratic, uniform
+from search_spaces.networks.anatomy import skeleton
 from search_spaces.networks.slices import Arch
-from search_spaces.networks.unet import skeleton
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from tests.arithmetic import CALL
 from tests.conftest import TINY
 
@@ -63,7 +63,7 @@ CONFIGS = {
 }
 
 
-def randomised(net: ElasticUNet) -> Any:
+def randomised(net: Elastic) -> Any:
     """Initial weights with every bias and norm made random, so that a misplaced slice shows."""
     loaded = net.initial(0)
     generator = torch.Generator().manual_seed(1)
@@ -74,7 +74,7 @@ def randomised(net: ElasticUNet) -> Any:
     return loaded
 
 
-def inputs(net: ElasticUNet) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def inputs(net: Elastic) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(2)
     shape = (3, net.anatomy.config["in_channels"], *net.anatomy.sample_size)
     classes = {"class_labels": torch.tensor([1, 5, 9])} if net.anatomy.config["num_class_embeds"] else {}
@@ -83,7 +83,7 @@ def inputs(net: ElasticUNet) -> tuple[torch.Tensor, torch.Tensor, dict[str, torc
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_full_width_is_the_stock_model(config: dict[str, Any]) -> None:
-    net = ElasticUNet(config, widths=(0.5, 1.0))
+    net = Elastic(config, widths=(0.5, 1.0))
     loaded = randomised(net)
     stock = UNet2DModel(**config).eval()
     stock.load_state_dict(loaded.full.state_dict())
@@ -94,7 +94,7 @@ def test_full_width_is_the_stock_model(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_training_slices_and_materialised_copies_agree(config: dict[str, Any]) -> None:
-    net = ElasticUNet(config, widths=(0.5, 1.0))
+    net = Elastic(config, widths=(0.5, 1.0))
     loaded = randomised(net)
     x, t, classes = inputs(net)
     extracted = loaded.extract(net.uniform(0.5))
@@ -105,7 +105,7 @@ def test_training_slices_and_materialised_copies_agree(config: dict[str, Any]) -
 
 
 def test_after_a_concatenation_trunk_and_skip_are_sliced_apart() -> None:
-    net = ElasticUNet(TINY, widths=(0.5, 1.0))
+    net = Elastic(TINY, widths=(0.5, 1.0))
     segments = net.anatomy.segments(net.uniform(0.5))
     trunk_and_skip = segments["up_blocks.0.resnets.1.conv1.weight"]
     assert trunk_and_skip.axes[1] == (
@@ -116,7 +116,7 @@ def test_after_a_concatenation_trunk_and_skip_are_sliced_apart() -> None:
         (20, 22),
     )  # half of every norm group, here and elsewhere
     assert segments["up_blocks.0.resnets.1.norm1.bias"].axes == trunk_and_skip.axes[1:2]
-    leading = ElasticUNet(TINY, widths=(0.5, 1.0), groups="size").anatomy.segments(net.uniform(0.5))
+    leading = Elastic(TINY, widths=(0.5, 1.0), groups="size").anatomy.segments(net.uniform(0.5))
     assert leading["up_blocks.0.resnets.1.conv1.weight"].axes[1] == ((0, 8), (16, 20))
 
 
@@ -124,7 +124,7 @@ def test_a_subnet_with_dead_weights_outside_equals_the_full_net() -> None:
     """With every weight beyond the slice zeroed, and whole norm groups kept, the full net computes what the subnet
     computes; this holds only if each kept channel, and each time frequency, meets its own weights."""
     config = {**PLAIN, "norm_num_groups": 4, "block_out_channels": (8, 8)}  # no group crosses a concatenation
-    net = ElasticUNet(config, widths=(0.5, 1.0), groups="size")
+    net = Elastic(config, widths=(0.5, 1.0), groups="size")
     loaded = randomised(net)
     arch = net.uniform(0.5)
     segments = net.anatomy.segments(arch)
@@ -142,13 +142,13 @@ def test_a_subnet_with_dead_weights_outside_equals_the_full_net() -> None:
 
 
 def test_time_frequencies_are_gathered_not_truncated() -> None:
-    net = ElasticUNet({**PLAIN, "block_out_channels": (16, 16)}, widths=(0.5, 1.0))
+    net = Elastic({**PLAIN, "block_out_channels": (16, 16)}, widths=(0.5, 1.0))
     columns = net.anatomy.segments(net.uniform(0.5))["time_embedding.linear_1.weight"].axes[1]
     assert [start for start, _ in columns] == [0, 2, 4, 6, 8, 10, 12, 14]
 
 
 def test_gradients_reach_the_shared_weights_and_only_the_slice() -> None:
-    net = ElasticUNet(TINY, widths=(0.5, 1.0))
+    net = Elastic(TINY, widths=(0.5, 1.0))
     loaded = net.initial(0)
     loaded.full.requires_grad_(True)
     x, t, _ = inputs(net)
@@ -161,7 +161,7 @@ def test_gradients_reach_the_shared_weights_and_only_the_slice() -> None:
 
 @pytest.mark.parametrize("groups", ["count", "size"])
 def test_supernets_and_spaces_keep_the_laws(groups: Any) -> None:
-    net = ElasticUNet(TINY, widths=(0.5, 1.0), groups=groups)
+    net = Elastic(TINY, widths=(0.5, 1.0), groups=groups)
     steps = uniform(4)
     for intervals in (per_step(steps), equal(steps, 3)):
         check_space(Stepwise(net, steps, intervals))
@@ -171,7 +171,7 @@ def test_supernets_and_spaces_keep_the_laws(groups: Any) -> None:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("width", [0.5, 1.0])
 def test_costs_equal_fvcore_to_the_mac(config: dict[str, Any], width: float) -> None:
-    net = ElasticUNet(config, widths=(0.5, 1.0))
+    net = Elastic(config, widths=(0.5, 1.0))
     counted = count_with_fvcore(net, net.uniform(width))
     cost = net.cost(net.uniform(width))
     assert (cost.macs, cost.attention_macs, cost.params) == counted
@@ -180,7 +180,7 @@ def test_costs_equal_fvcore_to_the_mac(config: dict[str, Any], width: float) -> 
 def test_one_share_per_level_is_understood() -> None:
     """The study's genes hold one share for the net; the network below takes one per level."""
     config = {**PLAIN, "block_out_channels": (8, 32), "norm_num_groups": 2}
-    net = ElasticUNet(config, widths=(0.5, 1.0))
+    net = Elastic(config, widths=(0.5, 1.0))
     loaded = randomised(net)
     x, t, _ = inputs(net)
     for widths in ((0.5, 1.0), (1.0, 0.5), (0.25, 0.75)):
@@ -191,7 +191,7 @@ def test_one_share_per_level_is_understood() -> None:
 
 
 def test_the_cache_of_subnets_is_bounded() -> None:
-    net = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0))
+    net = Elastic(TINY, widths=(0.25, 0.5, 1.0))
     loaded = net.initial(0)
     loaded._cache_size = 2
     for width in (0.25, 0.5, 1.0, 0.25):
@@ -213,27 +213,27 @@ def test_the_cache_of_subnets_is_bounded() -> None:
 )
 def test_configs_that_are_not_elastic_are_refused_by_name(change: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        ElasticUNet({**copy.deepcopy(TINY), **change}, widths=(0.25, 1.0))
+        Elastic({**copy.deepcopy(TINY), **change}, widths=(0.25, 1.0))
 
 
 def test_attention_heads_must_stay_whole() -> None:
     with pytest.raises(UserError, match="attention_head_dim=4"):
-        ElasticUNet({**TINY, "block_out_channels": (8, 8)}, widths=(0.25, 1.0))
+        Elastic({**TINY, "block_out_channels": (8, 8)}, widths=(0.25, 1.0))
 
 
 def test_the_full_net_is_among_the_widths() -> None:
     with pytest.raises(UserError, match=r"include 1\.0"):
-        ElasticUNet(TINY, widths=(0.25, 0.5))
+        Elastic(TINY, widths=(0.25, 0.5))
 
 
 def test_a_vanishing_shortcut_is_refused() -> None:
-    net = ElasticUNet({**PLAIN, "block_out_channels": (8, 16)}, widths=(0.5, 1.0))
+    net = Elastic({**PLAIN, "block_out_channels": (8, 16)}, widths=(0.5, 1.0))
     with pytest.raises(UserError, match="shortcut"):
         net.initial(0).extract(Arch((1.0, 0.5)))
 
 
 @pytest.mark.parametrize("timesteps", [(0, 500, 999), (999, 999), (), (1000, 3)])
-def test_a_space_refuses_timesteps_that_no_sampler_can_follow(tiny_net: ElasticUNet, timesteps: Any) -> None:
+def test_a_space_refuses_timesteps_that_no_sampler_can_follow(tiny_net: Elastic, timesteps: Any) -> None:
     with pytest.raises(UserError, match=r"must decrease strictly|past the supernet's last, 999|at least 1 item"):
         Stepwise(tiny_net, timesteps, (1,) * len(timesteps))
 
@@ -254,7 +254,7 @@ def test_timestep_makers_match_diffusers_where_it_has_them() -> None:
         equal(uniform(10), 11)
 
 
-def test_cost_of_a_schedule_is_exact_and_params_count_each_net_once(tiny_net: ElasticUNet) -> None:
+def test_cost_of_a_schedule_is_exact_and_params_count_each_net_once(tiny_net: Elastic) -> None:
     steps = uniform(6)
     space = Stepwise(tiny_net, steps, equal(steps, 3))
     small, middle = (tiny_net.cost(tiny_net.uniform(w)) for w in (0.25, 0.5))
@@ -265,6 +265,6 @@ def test_cost_of_a_schedule_is_exact_and_params_count_each_net_once(tiny_net: El
     assert len({step.arch for step in space.decode((0, 1, 0)).steps}) == 2
 
 
-def test_a_space_of_a_single_step_is_one(tiny_net: ElasticUNet) -> None:
+def test_a_space_of_a_single_step_is_one(tiny_net: Elastic) -> None:
     space = Stepwise(tiny_net, (500,), (1,))
     assert space.decode((0,)).timesteps == (500,)

@@ -33,11 +33,11 @@ from nas.handover.stock import export_stock
 from nas.searchers.random import Random
 from nas.study import Study
 from search_spaces.intervals import free, leading
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.noise import NoiseSchedule
 from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.text import ClassTable, TextEncoder
 from search_spaces.training import Sandwich, Stages
 from search_spaces.training.optimiser import Batches, Optimiser
@@ -169,7 +169,7 @@ def test_captions_are_the_images_own_or_the_numbers_of_their_classes(tmp_path: P
 
 
 def test_trained_on_captions_some_are_dropped_whole(folder: Path) -> None:
-    net = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,)).initial(0)
+    net = Elastic.from_pretrained(folder / "sd", widths=(1.0,)).initial(0)
     pixels = np.zeros((4, 3, 16, 16), np.float32)
     data = ImageSet(pixels, None, "four", captions=tuple(TEXTS))
     _, condition = Batches(net, data, 64, flip=False, drop=0.5).images(torch.Generator().manual_seed(0))
@@ -232,7 +232,7 @@ def test_a_folder_of_pictures_has_its_captions_beside_them(tmp_path: Path) -> No
 def test_the_clip_score_is_transformers_own(folder: Path, tmp_path: Path) -> None:
     """Cosines by the whole stock model, which is told the pixels as they are."""
     clip, words = small_clip(tmp_path / "clip")
-    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    recipe = Elastic.from_pretrained(folder / "sd", widths=(1.0,))
     net = recipe.initial(0)
     told = prompts(tmp_path, recipe.text)
     score = ClipScore(str(tmp_path / "clip"), conditions=told, rungs=(6, 8), sampler=DDIM(), batch=4)
@@ -284,7 +284,7 @@ def captioned_images() -> ImageSet:
     "change", [{"accumulate": 3}, {"checkpointing": True}, {"accumulate": 2, "checkpointing": True}]
 )
 def test_how_a_batch_is_run_changes_no_gradient(folder: Path, change: dict[str, Any]) -> None:
-    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(0.5, 1.0))
+    recipe = Elastic.from_pretrained(folder / "sd", widths=(0.5, 1.0))
     stage = Sandwich(steps=1, batch=8, warmup=0, distillation=0.5)
     expected = gradients(stage, recipe.initial(0), captioned_images())
     found = gradients(replace(stage, **change), recipe.initial(0), captioned_images())
@@ -296,7 +296,7 @@ def test_how_a_batch_is_run_changes_no_gradient(folder: Path, change: dict[str, 
 
 
 def test_half_precision_changes_a_gradient_by_its_rounding(folder: Path) -> None:
-    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    recipe = Elastic.from_pretrained(folder / "sd", widths=(1.0,))
     stage = Sandwich(steps=1, batch=8, warmup=0, full_only=True, distillation=0.5)
     expected = gradients(stage, recipe.initial(0), captioned_images())
     found = gradients(replace(stage, precision="bfloat16"), recipe.initial(0), captioned_images())
@@ -309,7 +309,7 @@ def test_half_precision_changes_a_gradient_by_its_rounding(folder: Path) -> None
 def test_min_snr_weighs_all_predictions_as_errors_of_the_image(prediction: Any) -> None:
     """The same wrong image, told in each of three ways, costs the same: min(SNR, cap) of its squared error."""
     noise = NoiseSchedule(prediction=prediction)
-    net = ElasticUNet(TINY, (1.0,), noise=noise).initial(0)
+    net = Elastic(TINY, (1.0,), noise=noise).initial(0)
     data = ImageSet(np.zeros((4, 1, 8, 8), np.float32), None, "four")
     batches = Batches(net, data, 4, flip=False, snr_cap=5.0)
     generator = torch.Generator().manual_seed(0)
@@ -325,7 +325,7 @@ def test_min_snr_weighs_all_predictions_as_errors_of_the_image(prediction: Any) 
 
 
 def test_a_batch_has_no_more_parts_than_images(folder: Path) -> None:
-    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    recipe = Elastic.from_pretrained(folder / "sd", widths=(1.0,))
     with pytest.raises(UserError, match="accumulate=9 parts of a batch of 8"):
         Sandwich(steps=1, batch=8, accumulate=9)
     nothing = ImageSet(np.empty((0, 3, 16, 16), np.float32), None, "none", captions=("a",))
@@ -358,7 +358,7 @@ def test_samples_are_those_of_the_stock_pipeline(
         timesteps = free(*stock.scheduler.timesteps.tolist())
         noise = NoiseSchedule.from_scheduler(folder / kind)
         noise = replace(noise, final_alpha="one")
-    recipe = ElasticUNet.from_pretrained(folder / kind, widths=(0.5, 1.0), noise=noise)
+    recipe = Elastic.from_pretrained(folder / kind, widths=(0.5, 1.0), noise=noise)
     net = recipe.initial(0)
     guidance = Guidance(scale) if scale != 1 else None
     schedule = Schedule(tuple(Step(t, net.full_arch, (), guidance) for t in timesteps))
@@ -378,7 +378,7 @@ def test_samples_are_those_of_the_stock_pipeline(
 def exported(
     folder: Path, to: Path, kind: str = "sd", reuse: tuple[str, ...] = ("d1", "mid", "u0")
 ) -> tuple[Any, Schedule]:
-    recipe = ElasticUNet.from_pretrained(folder / kind, widths=(0.5, 1.0))
+    recipe = Elastic.from_pretrained(folder / kind, widths=(0.5, 1.0))
     net = recipe.initial(0)
     half = recipe.uniform(0.5)
     steps = (
@@ -518,7 +518,7 @@ def test_names_in_an_exported_folder_stay_in_it(folder: Path, tmp_path: Path) ->
 def test_one_network_for_all_steps_is_the_plain_pipeline(
     kind: str, scale: float | None, folder: Path, tmp_path: Path
 ) -> None:
-    recipe = ElasticUNet.from_pretrained(folder / kind, widths=(0.5, 1.0))
+    recipe = Elastic.from_pretrained(folder / kind, widths=(0.5, 1.0))
     net, half = recipe.initial(0), recipe.uniform(0.5)
     guidance = None if scale is None else Guidance(scale)
     schedule = Schedule(tuple(Step(t, half, (), guidance) for t in leading(4, offset=1)))
@@ -548,7 +548,7 @@ def test_folders_in_half_precision_are_read(folder: Path, tmp_path: Path) -> Non
     stock = StableDiffusionPipeline.from_pretrained(folder / "sd")
     stock.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     assert (tmp_path / "half" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
-    recipe = ElasticUNet.from_pretrained(tmp_path / "half", widths=(1.0,))
+    recipe = Elastic.from_pretrained(tmp_path / "half", widths=(1.0,))
     net = recipe.initial(0)
     assert {parameter.dtype for parameter in net.full.parameters()} == {torch.float32}
     told = net.text.rows(TEXTS)(torch.arange(4))["encoder_hidden_states"]
@@ -567,7 +567,7 @@ NAMES = {
 def test_low_rank_changes_are_added_before_anything_is_sliced(style: str, folder: Path, tmp_path: Path) -> None:
     """Against layers that answer with what they did, plus what goes through the two factors."""
     generator = torch.Generator().manual_seed(3)
-    base = ElasticUNet.from_pretrained(folder / "sd", widths=(0.5, 1.0))
+    base = Elastic.from_pretrained(folder / "sd", widths=(0.5, 1.0))
     net = base.initial(0)
     layers = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "up_blocks.1.resnets.0.conv1"]
     layers += ["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"]
@@ -614,7 +614,7 @@ def test_how_much_a_lora_counts_is_read_where_it_stands(where: str, folder: Path
         "unet.conv_in.lora_B.weight": torch.randn(16, 2, 1, 1),
     }
     header = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 8, "unet.r": 2})} if where == "header" else None
-    base = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    base = Elastic.from_pretrained(folder / "sd", widths=(1.0,))
     before = base.initial(0).full.conv_in.weight
 
     def change(metadata: Any) -> torch.Tensor:
@@ -642,13 +642,13 @@ def test_how_much_a_lora_counts_is_read_where_it_stands(where: str, folder: Path
 )
 def test_what_cannot_be_added_is_never_left_out(name: str, words: str, folder: Path, tmp_path: Path) -> None:
     save_file({name: torch.zeros(2, 4)}, tmp_path / "lora.safetensors")
-    net = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,), loras=(str(tmp_path / "lora.safetensors"),))
+    net = Elastic.from_pretrained(folder / "sd", widths=(1.0,), loras=(str(tmp_path / "lora.safetensors"),))
     with pytest.raises(UserError, match=words):
         net.initial(0)
 
 
 def test_parity_sees_what_reads_the_text(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    net = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,)).initial(0)
+    net = Elastic.from_pretrained(folder / "sd", widths=(1.0,)).initial(0)
     extract = net.extract
 
     def wrong(arch: Any) -> Any:
@@ -663,25 +663,25 @@ def test_parity_sees_what_reads_the_text(folder: Path, tmp_path: Path, monkeypat
 
 
 def test_texts_have_the_length_and_the_width_that_the_network_reads(folder: Path, tmp_path: Path) -> None:
-    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    recipe = Elastic.from_pretrained(folder / "sd", widths=(1.0,))
     assert recipe.tokens == TOKENS
     with pytest.raises(UserError, match=f"texts have {TOKENS} tokens, costs are reckoned with 77"):
         Stages(()).check(replace(recipe, tokens=77), captioned_images())
     save_file({"weight": torch.randn(4, 5)}, tmp_path / "classes.safetensors")
     table = ClassTable(str(tmp_path / "classes.safetensors"))
-    with pytest.raises(UserError, match="texts have 5 channels, the network reads cross_attention_dim=16"):
+    with pytest.raises(UserError, match="texts have 5 channels, the network reads 16"):
         Stages(()).check(replace(recipe, text=table, tokens=1), captioned_images())
     index = json.loads((folder / "sd" / "unet" / "config.json").read_text())
     shutil.copytree(folder / "sd", tmp_path / "sd")
     (tmp_path / "sd" / "unet" / "config.json").write_text(json.dumps({**index, "sample_size": None}))
     with pytest.raises(UserError, match="has no sample_size"):
-        ElasticUNet.from_pretrained(tmp_path / "sd")
+        Elastic.from_pretrained(tmp_path / "sd")
 
 
 def test_few_large_subnets_are_kept(folder: Path) -> None:
-    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(0.5, 1.0))
+    recipe = Elastic.from_pretrained(folder / "sd", widths=(0.5, 1.0))
     net = recipe.initial(0)
-    bounded = LoadedElasticUNet(recipe, net.full, net.codec, cache_bytes=1, text=net.text)
+    bounded = LoadedElastic(recipe, net.full, net.codec, cache_bytes=1, text=net.text)
     for width in (0.5, 1.0, 0.5):
         bounded.denoiser(Step(5, recipe.uniform(width)))
         assert list(bounded._subnets) == [recipe.uniform(width)]
@@ -691,7 +691,7 @@ def test_pipelines_that_are_given_more_than_a_text_are_refused(folder: Path, tmp
     index = json.loads((folder / "sd" / "model_index.json").read_text())
     (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionInpaintPipeline"}))
     with pytest.raises(UserError, match="whose network is given the image and its mask too"):
-        ElasticUNet.from_pretrained(tmp_path)
+        Elastic.from_pretrained(tmp_path)
 
 
 def small_clip(folder: Path) -> tuple[CLIPModel, Any]:
@@ -728,10 +728,10 @@ from search_spaces.intervals import leading, per_step
 from search_spaces.options import Options
 from search_spaces.patterns import legal
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Stages
 
-net = ElasticUNet.from_pretrained({str(folder / "sd")!r}, widths=(1.0,))
+net = Elastic.from_pretrained({str(folder / "sd")!r}, widths=(1.0,))
 prompts = Prompts("prompts.txt", net.text)
 steps = leading(4, offset=1)
 study = Study(
@@ -773,7 +773,7 @@ study = Study(
 
 
 def test_conditions_of_another_kind_are_refused(folder: Path, tmp_path: Path) -> None:
-    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(0.5, 1.0))
+    recipe = Elastic.from_pretrained(folder / "sd", widths=(0.5, 1.0))
     steps = leading(4, offset=1)
     parts: dict[str, Any] = {"space": Stepwise(recipe, steps, (4,)), "supernet": recipe, "images": Digits()}
     both = replace(recipe, config={**recipe.config, "num_class_embeds": 4}, pretrained=None)
@@ -795,7 +795,7 @@ def test_conditions_of_another_kind_are_refused(folder: Path, tmp_path: Path) ->
 
 
 def test_agreement_needs_classes(folder: Path, tmp_path: Path) -> None:
-    recipe = ElasticUNet.from_pretrained(folder / "sd", widths=(1.0,))
+    recipe = Elastic.from_pretrained(folder / "sd", widths=(1.0,))
     net = recipe.initial(0)
     told = prompts(tmp_path, recipe.text)
     score = Agreement(Digits(), conditions=told, rungs=(4, 8))

@@ -18,13 +18,15 @@ from benchmarks.published import NETWORKS
 from nas.contracts import Condition, Guidance, Step, UserError
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import uniform
+from search_spaces.networks.anatomy import predict
 from search_spaces.networks.slices import Arch, Run
-from search_spaces.networks.unet import predict
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only
-from search_spaces.shipped.reuse import arguments, graph_of, run
+from search_spaces.shipped.graph import graph_of
+from search_spaces.shipped.reuse import run
+from search_spaces.shipped.walks import arguments
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training.importance import channel_scores, permutations, permute
 from studies import sd15_dip_go, sd15_width, sdxl_reuse
 from tests.arithmetic import CALL
@@ -100,9 +102,9 @@ ARCHS = 34
 """Of each of the six."""
 
 
-def elastic(config: Mapping[str, Any], **settings: Any) -> ElasticUNet:
+def elastic(config: Mapping[str, Any], **settings: Any) -> Elastic:
     """All that a config leaves open."""
-    net = ElasticUNet(config, widths=(1.0,), tokens=5)
+    net = Elastic(config, widths=(1.0,), tokens=5)
     most = max(net.anatomy.layers(net.anatomy.full))
     choices: dict[str, Any] = {
         "widths": (0.5, 0.75, 1.0),
@@ -115,10 +117,10 @@ def elastic(config: Mapping[str, Any], **settings: Any) -> ElasticUNet:
     }
     if config.get("attention_head_dim") != 4 or settings.get("heads") == "slim":
         choices["widths"] = (0.5, 1.0)
-    return ElasticUNet(config, **{**choices, **settings})
+    return Elastic(config, **{**choices, **settings})
 
 
-def randomised(net: ElasticUNet) -> Any:
+def randomised(net: Elastic) -> Any:
     """Initial weights with every bias and norm made random, in float64."""
     loaded = net.initial(0)
     generator = torch.Generator().manual_seed(1)
@@ -129,7 +131,7 @@ def randomised(net: ElasticUNet) -> Any:
     return loaded
 
 
-def inputs(net: ElasticUNet, count: int = 3, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Any, Any]:
+def inputs(net: Elastic, count: int = 3, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, Any, Any]:
     generator = torch.Generator().manual_seed(2)
     condition = {
         name: torch.arange(count) % 4
@@ -141,7 +143,7 @@ def inputs(net: ElasticUNet, count: int = 3, dtype: torch.dtype = torch.float64)
     return x, torch.tensor([0, 400, 999])[:count], condition
 
 
-def some_archs(net: ElasticUNet, count: int, seed: int = 0) -> list[Arch]:
+def some_archs(net: Elastic, count: int, seed: int = 0) -> list[Arch]:
     subnets = net.subnets(net.options)
     chosen = np.random.default_rng(seed).choice(len(subnets), min(count, len(subnets)), replace=False)
     return [subnets.flat(int(place)) for place in chosen]
@@ -294,7 +296,7 @@ def test_the_supernet_is_one(config: dict[str, Any]) -> None:
 
 def test_a_number_of_heads_is_no_size_of_heads() -> None:
     """Parameters and costs are the same whichever number of heads it is; what comes out is not."""
-    nets = [ElasticUNet({**TEXT, "attention_head_dim": count}, widths=(1.0,), tokens=5) for count in (2, 8)]
+    nets = [Elastic({**TEXT, "attention_head_dim": count}, widths=(1.0,), tokens=5) for count in (2, 8)]
     loaded = [randomised(net) for net in nets]
     assert nets[0].cost(nets[0].anatomy.full) == nets[1].cost(nets[1].anatomy.full)
     x, t, condition = inputs(nets[0])
@@ -423,7 +425,7 @@ def _answer(output: Any) -> Any:
 
 def test_what_is_kept_within_a_branch_is_handed_on() -> None:
     """A step that reuses a whole branch, and one after it that reuses only the residual block in it."""
-    net = ElasticUNet(TEXT, widths=(1.0,), tokens=5)
+    net = Elastic(TEXT, widths=(1.0,), tokens=5)
     space = Stepwise(net, uniform(4), (4,), patterns=(Every(1), Every(4, ("u1.1.attention",))), finer="layers")
     schedule = space.decode((0,))
     steps = (
@@ -442,7 +444,7 @@ def test_what_is_kept_within_a_branch_is_handed_on() -> None:
 
 def test_what_is_kept_within_a_branch_survives_a_held_step() -> None:
     """With a sampler of which a step that computes nothing holds the prediction."""
-    net = ElasticUNet(DEEP, widths=(1.0,), tokens=5)
+    net = Elastic(DEEP, widths=(1.0,), tokens=5)
     layers = ("d0.0", "d1.0.resnet", "d1.0.attention", "u1.2.attention", "u1.2.up", "u2.2")
     space = Stepwise(net, uniform(4), (2, 2), patterns=(Every(2), Only(layers)), finer="layers", deterministic=False)
     loaded = net.initial(0)
@@ -471,7 +473,7 @@ def test_channels_by_importance_leave_the_full_network_as_it_was(heads: Any) -> 
 
 def test_both_halves_of_a_guided_step_share_what_is_reused() -> None:
     """Guided in one batch, a reused part hands each half its own output of the step before."""
-    net = ElasticUNet(TEXT, widths=(1.0,), tokens=5)
+    net = Elastic(TEXT, widths=(1.0,), tokens=5)
     loaded = randomised(net)
     x, _, told = inputs(net)
     condition = {**told, "negative_encoder_hidden_states": torch.zeros_like(told["encoder_hidden_states"])}
@@ -523,7 +525,7 @@ IN_THE_WILD = {
 def test_configs_of_the_wild_open_from_the_config_alone(
     config: dict[str, Any], tokens: int, params: float, macs: float | None
 ) -> None:
-    net = ElasticUNet(
+    net = Elastic(
         {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0", **config}, (1.0,), tokens=tokens
     )
     cost = net.cost(net.anatomy.full)
@@ -558,7 +560,7 @@ def test_bk_sdms_networks_are_subnets_of_stable_diffusion() -> None:
 )
 def test_what_is_not_elastic_is_refused_in_words(change: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        ElasticUNet({**TEXT, **change}, widths=(1.0,))
+        Elastic({**TEXT, **change}, widths=(1.0,))
 
 
 @pytest.mark.parametrize(
@@ -571,7 +573,7 @@ def test_what_is_not_elastic_is_refused_in_words(change: dict[str, Any], words: 
 )
 def test_options_that_no_stock_model_has_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        ElasticUNet(TEXT, **settings)
+        Elastic(TEXT, **settings)
 
 
 def test_heads_and_norm_groups_leave_stable_diffusion_its_widths() -> None:
@@ -589,9 +591,9 @@ def test_heads_and_norm_groups_leave_stable_diffusion_its_widths() -> None:
     }
     for heads, said in (("whole", "legal for level 0: 0.5, 1"), ("slim", "legal for level 0: 0.1, 0.2, 0.3")):
         with pytest.raises(UserError, match=said):
-            ElasticUNet(config, widths=(0.35, 1.0), per_level=("width",), heads=heads)
-    ElasticUNet(config, widths=(0.5, 1.0), per_level=("width",))
-    ElasticUNet(config, widths=(0.2, 0.7, 1.0), heads="slim")
+            Elastic(config, widths=(0.35, 1.0), per_level=("width",), heads=heads)
+    Elastic(config, widths=(0.5, 1.0), per_level=("width",))
+    Elastic(config, widths=(0.2, 0.7, 1.0), heads="slim")
 
 
 def test_options_price_what_they_are() -> None:

@@ -33,7 +33,7 @@ from nas.results.report import Run
 from nas.study import load_study
 from search_spaces.noise import NoiseSchedule
 from search_spaces.shipped.train_diffusers import Settings, train
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from tests.conftest import TINY
 from tests.test_cli import nas, refused
 
@@ -49,7 +49,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def exported(tiny_net: ElasticUNet, tmp_path: Path) -> Path:
+def exported(tiny_net: Elastic, tmp_path: Path) -> Path:
     steps = ((900, 0.5), (600, 1.0), (300, 0.5), (50, 0.25))
     schedule = Schedule(tuple(Step(t, tiny_net.uniform(width)) for t, width in steps))
     export(tiny_net.initial(0), schedule, {"class": "DDIM", "clip": True}, {"images": "digits"}, tmp_path / "model")
@@ -195,7 +195,7 @@ def test_two_processes_train_one_network_on_noises_of_their_own(exported: Path) 
 STUDY = """
 from tests.conftest import *
 from dataclasses import replace
-net, images, steps = ElasticUNet(TINY, widths=(0.25, 0.5, 1.0), groups="count"), Digits(), uniform(4)
+net, images, steps = Elastic(TINY, widths=(0.25, 0.5, 1.0), groups="count"), Digits(), uniform(4)
 study = Study(
     name="tiny", space=Stepwise(net, steps, per_step(steps)), supernet=net, images=images,
     training=Sandwich(steps=40, batch=16, warmup=5, checkpoint_every=10), evaluator=Frechet(images, rungs=(32, 64)),
@@ -359,7 +359,7 @@ def test_distillation_is_the_share_of_the_teacher(exported: Path) -> None:
 def test_the_script_trains_what_the_network_predicts(kind: Any, expected: float | None, tmp_path: Path) -> None:
     """A network that answers zero, on images that are 3 everywhere: its loss is the mean square of what it should have answered."""
     process = NoiseSchedule(prediction=kind)
-    net = ElasticUNet(TINY, (1.0,), noise=process)
+    net = Elastic(TINY, (1.0,), noise=process)
     loaded = net.initial(0)
     torch.nn.init.zeros_(loaded.full.conv_out.weight)
     torch.nn.init.zeros_(loaded.full.conv_out.bias)

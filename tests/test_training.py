@@ -17,7 +17,7 @@ from evaluators.images import Digits
 from nas.contracts import Progress, Schedule, Step, UserError, derive_seed
 from nas.testing import check_supernet
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import Experts, FineTune, Order, Sandwich, Stages
 from search_spaces.training.optimiser import Batches, Optimiser, Teacher
 from tests.arithmetic import CALL
@@ -25,11 +25,11 @@ from tests.arithmetic import CALL
 SHORT = Sandwich(steps=12, batch=8, warmup=2, checkpoint_every=4)
 
 
-def train(net: ElasticUNet, folder: Path, training: Sandwich = SHORT, seed: int = 0) -> Iterator[Progress]:
+def train(net: Elastic, folder: Path, training: Sandwich = SHORT, seed: int = 0) -> Iterator[Progress]:
     return training.run(net, Digits(), folder, seed, "cpu")
 
 
-def test_a_resumed_training_is_bit_identical(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_a_resumed_training_is_bit_identical(tiny_net: Elastic, tmp_path: Path) -> None:
     list(train(tiny_net, tmp_path / "whole"))
     assert len(list(islice(train(tiny_net, tmp_path / "parts"), 7))) == 7  # killed between checkpoints 4 and 8
     resumed = list(train(tiny_net, tmp_path / "parts"))
@@ -44,20 +44,20 @@ def test_a_resumed_training_is_bit_identical(tiny_net: ElasticUNet, tmp_path: Pa
 def test_every_step_trains_the_largest_the_smallest_and_one_between(tmp_path: Path) -> None:
     from tests.conftest import TINY
 
-    net = ElasticUNet({**TINY, "block_out_channels": (16, 32)}, widths=(0.25, 0.5, 0.75, 1.0))
+    net = Elastic({**TINY, "block_out_channels": (16, 32)}, widths=(0.25, 0.5, 0.75, 1.0))
     ticks = list(train(net, tmp_path))
     assert all(set(tick.values) in ({"1", "0.25", "0.5"}, {"1", "0.25", "0.75"}) for tick in ticks)
     assert {len(tick.values) for tick in ticks} == {3}
     assert len({frozenset(tick.values) for tick in ticks}) == 2
 
 
-def test_training_learns_at_every_width(tiny_net: ElasticUNet) -> None:
+def test_training_learns_at_every_width(tiny_net: Elastic) -> None:
     ticks = list(replace(SHORT, steps=150, batch=32).fit(tiny_net.initial(0), Digits().load(), 0))
     for width in ("0.25", "0.5", "1"):
         assert np.mean([t.values[width] for t in ticks[-20:]]) < 0.7 * np.mean([t.values[width] for t in ticks[:5]])
 
 
-def test_fine_tuning_a_schedule_trains_each_net_where_it_serves(tiny_net: ElasticUNet) -> None:
+def test_fine_tuning_a_schedule_trains_each_net_where_it_serves(tiny_net: Elastic) -> None:
     """Weights that only the full net has must move although it serves the clean steps alone."""
     loaded = tiny_net.initial(0)
     schedule = Schedule((Step(900, tiny_net.uniform(0.5)), Step(300, tiny_net.uniform(1.0))))
@@ -72,7 +72,7 @@ def test_fine_tuning_a_schedule_trains_each_net_where_it_serves(tiny_net: Elasti
     assert not torch.equal(stale, fresh)
 
 
-def test_fine_tuning_leaves_alone_what_the_schedule_does_not_use(tiny_net: ElasticUNet) -> None:
+def test_fine_tuning_leaves_alone_what_the_schedule_does_not_use(tiny_net: Elastic) -> None:
     loaded = tiny_net.initial(0)
     before = loaded.full.conv_in.weight.detach().clone()
     schedule = Schedule((Step(900, tiny_net.uniform(0.5)),))
@@ -96,16 +96,16 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path)
         ({"dropout": 0.1}, r"dropout=0\.1"),
     ):
         with pytest.raises(UserError, match=message):
-            next(train(ElasticUNet({**TINY, **change}, widths=(0.5, 1.0)), tmp_path))
+            next(train(Elastic({**TINY, **change}, widths=(0.5, 1.0)), tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fine_tuning_a_single_step_works(tiny_net: ElasticUNet) -> None:
+def test_fine_tuning_a_single_step_works(tiny_net: Elastic) -> None:
     schedule = Schedule((Step(900, tiny_net.uniform(0.5)),))
     assert len(list(FineTune(steps=2, batch=4).fit(tiny_net.initial(0), schedule, Digits().load(), 0))) == 2
 
 
-def test_a_truncated_checkpoint_is_named_and_kept(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_named_and_kept(tiny_net: Elastic, tmp_path: Path) -> None:
     list(islice(train(tiny_net, tmp_path), 5))
     checkpoint = tmp_path / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
@@ -114,13 +114,13 @@ def test_a_truncated_checkpoint_is_named_and_kept(tiny_net: ElasticUNet, tmp_pat
     assert checkpoint.exists()
 
 
-def test_truncated_or_foreign_weights_are_named(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_truncated_or_foreign_weights_are_named(tiny_net: Elastic, tmp_path: Path) -> None:
     list(train(tiny_net, tmp_path))
     with pytest.raises(UserError, match="trained with another network, training, seed or images"):
         list(train(tiny_net, tmp_path, seed=1))
     with pytest.raises(UserError, match="trained with another"):
         list(train(tiny_net, tmp_path, replace(SHORT, batch=9)))
-    other = ElasticUNet({**tiny_net.config, "block_out_channels": (16, 16)}, widths=(0.5, 1.0))
+    other = Elastic({**tiny_net.config, "block_out_channels": (16, 16)}, widths=(0.5, 1.0))
     with pytest.raises(UserError, match="of another supernet"):
         other.load(tmp_path, "cpu")
     weights = tmp_path / "weights.safetensors"
@@ -142,15 +142,15 @@ STAGES = Stages(
 )
 
 
-def run_stages(net: ElasticUNet, folder: Path) -> Iterator[Progress]:
+def run_stages(net: Elastic, folder: Path) -> Iterator[Progress]:
     return STAGES.run(net, Digits(), folder, 0, "cpu")
 
 
-def with_experts(net: ElasticUNet) -> ElasticUNet:
+def with_experts(net: Elastic) -> Elastic:
     return replace(net, experts=(300, 700))
 
 
-def test_stages_killed_anywhere_resume_bit_identically(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_stages_killed_anywhere_resume_bit_identically(tiny_net: Elastic, tmp_path: Path) -> None:
     net = with_experts(tiny_net)
     whole = [tick.what for tick in run_stages(net, tmp_path / "whole")]
     assert list(dict.fromkeys(whole)) == [
@@ -166,7 +166,7 @@ def test_stages_killed_anywhere_resume_bit_identically(tiny_net: ElasticUNet, tm
     assert list(run_stages(net, tmp_path / "parts")) == []
 
 
-def test_training_says_what_each_stage_took(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_training_says_what_each_stage_took(tiny_net: Elastic, tmp_path: Path) -> None:
     net = with_experts(tiny_net)
     list(run_stages(net, tmp_path))
     spent = json.loads((tmp_path / "training.json").read_text())
@@ -177,7 +177,7 @@ def test_training_says_what_each_stage_took(tiny_net: ElasticUNet, tmp_path: Pat
     assert spent[2]["macs"] > 6 * 8 * 3 * full  # the full net, smaller ones, and the teacher for each of them
 
 
-def test_experts_train_their_own_weights_on_their_own_timesteps(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_experts_train_their_own_weights_on_their_own_timesteps(tiny_net: Elastic, tmp_path: Path) -> None:
     net = with_experts(tiny_net)
     list(run_stages(net, tmp_path))
     loaded = net.load(tmp_path, "cpu")
@@ -195,7 +195,7 @@ def test_experts_train_their_own_weights_on_their_own_timesteps(tiny_net: Elasti
     check_supernet(loaded, space, samples=2)
 
 
-def test_weights_without_experts_are_refused_where_some_are_wanted(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_weights_without_experts_are_refused_where_some_are_wanted(tiny_net: Elastic, tmp_path: Path) -> None:
     list(train(tiny_net, tmp_path))
     with pytest.raises(UserError, match="holds the experts"):
         with_experts(tiny_net).load(tmp_path, "cpu")
@@ -205,7 +205,7 @@ def test_weights_without_experts_are_refused_where_some_are_wanted(tiny_net: Ela
         replace(tiny_net, experts=(700, 300))
 
 
-def test_a_teacher_is_the_full_net_before_the_stage(tiny_net: ElasticUNet) -> None:
+def test_a_teacher_is_the_full_net_before_the_stage(tiny_net: Elastic) -> None:
     loaded = tiny_net.initial(0)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
     noise = torch.randn_like(x)
@@ -217,11 +217,11 @@ def test_a_teacher_is_the_full_net_before_the_stage(tiny_net: ElasticUNet) -> No
     assert torch.equal(Teacher(loaded, 0.0).target(x, t, noise), noise)
 
 
-def test_a_pretrained_folder_becomes_elastic(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_a_pretrained_folder_becomes_elastic(tiny_net: Elastic, tmp_path: Path) -> None:
     """The full net starts as the saved model, also after the reordering; the shortest elastic training then keeps near it."""
     stock = tiny_net.initial(3).full.eval()
     stock.save_pretrained(tmp_path / "model")
-    net = ElasticUNet.from_pretrained(tmp_path / "model", widths=(0.5, 1.0))
+    net = Elastic.from_pretrained(tmp_path / "model", widths=(0.5, 1.0))
     assert net.describe() != tiny_net.describe()
     x = torch.randn(2, 1, 8, 8)
     training = Stages((Order(batch=8, stride=200), replace(SHORT, steps=2, learning_rate=1e-5, distillation=1.0)))
@@ -235,18 +235,18 @@ def test_a_pretrained_folder_becomes_elastic(tiny_net: ElasticUNet, tmp_path: Pa
     )
 
 
-def test_folders_without_a_unet_are_refused(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_folders_without_a_unet_are_refused(tiny_net: Elastic, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"config\.json does not exist; give a folder of a UNet2DModel"):
-        ElasticUNet.from_pretrained(tmp_path)
+        Elastic.from_pretrained(tmp_path)
     tiny_net.initial(0).extract(tiny_net.uniform(0.5)).save_pretrained(tmp_path / "pickled", safe_serialization=False)
     with pytest.raises(UserError, match="save the model with safetensors"):
-        ElasticUNet.from_pretrained(tmp_path / "pickled", widths=(1.0,))
+        Elastic.from_pretrained(tmp_path / "pickled", widths=(1.0,))
     DDIMScheduler().save_pretrained(tmp_path / "scheduler")
     with pytest.raises(UserError, match=r"config\.json does not exist"):
-        ElasticUNet.from_pretrained(tmp_path / "scheduler")
+        Elastic.from_pretrained(tmp_path / "scheduler")
 
 
-def test_a_net_that_was_sampled_from_can_be_trained(tiny_net: ElasticUNet) -> None:
+def test_a_net_that_was_sampled_from_can_be_trained(tiny_net: Elastic) -> None:
     """What slicing keeps must not remember that it was first made without gradients."""
     net = replace(tiny_net, widths=(0.25, 0.75, 1.0), config={**tiny_net.config, "block_out_channels": (16, 32)})
     loaded = net.initial(0)
@@ -256,7 +256,7 @@ def test_a_net_that_was_sampled_from_can_be_trained(tiny_net: ElasticUNet) -> No
     assert len(list(FineTune(steps=2, batch=4).fit(loaded, schedule, Digits().load(), 0))) == 2
 
 
-def test_a_training_without_stages_keeps_the_weights_that_it_finds(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_a_training_without_stages_keeps_the_weights_that_it_finds(tiny_net: Elastic, tmp_path: Path) -> None:
     for _ in Stages(()).run(tiny_net, Digits(), tmp_path, 3, "cpu"):
         raise AssertionError("there is nothing to train")
     loaded, drawn = tiny_net.load(tmp_path, "cpu"), tiny_net.initial(derive_seed(3, "supernet", "weights"))
@@ -264,7 +264,7 @@ def test_a_training_without_stages_keeps_the_weights_that_it_finds(tiny_net: Ela
 
 
 def test_every_subnet_of_a_step_has_timesteps_and_noise_of_its_own(
-    tiny_net: ElasticUNet, monkeypatch: pytest.MonkeyPatch
+    tiny_net: Elastic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[torch.Tensor, torch.Tensor]] = []
     original = Batches.noised
@@ -282,7 +282,7 @@ def test_every_subnet_of_a_step_has_timesteps_and_noise_of_its_own(
         assert not torch.equal(noise, other_noise)
 
 
-def test_gradients_are_clipped_together(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_gradients_are_clipped_together(tiny_net: Elastic, tmp_path: Path) -> None:
     """After one step Adam's first moment is a tenth of the gradient."""
     net = tiny_net.initial(0)
     optimiser = Optimiser(Sandwich(steps=9, clip=0.25), net, "x")
@@ -296,7 +296,7 @@ def test_gradients_are_clipped_together(tiny_net: ElasticUNet, tmp_path: Path) -
     assert float(torch.cat([m.flatten() for m in moments]).norm()) == pytest.approx(0.1 * 0.25, rel=1e-4)
 
 
-def test_the_share_of_distillation_goes_from_the_noise_to_the_teacher(tiny_net: ElasticUNet) -> None:
+def test_the_share_of_distillation_goes_from_the_noise_to_the_teacher(tiny_net: Elastic) -> None:
     net = tiny_net.initial(0)
     x, t, noise = torch.randn(2, 1, 8, 8), torch.tensor([10, 900]), torch.randn(2, 1, 8, 8)
     with torch.inference_mode():

@@ -23,17 +23,17 @@ from evaluators.sampling import DDIM, DDPM, sample
 from evaluators.trajectories import Meter, Trajectories, _splits, batches
 from nas.contracts import Schedule, Step, UserError
 from search_spaces.intervals import uniform
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 
 
-def schedule_of(net: ElasticUNet, *widths: float, timesteps: tuple[int, ...] = ()) -> Schedule:
+def schedule_of(net: Elastic, *widths: float, timesteps: tuple[int, ...] = ()) -> Schedule:
     return Schedule(
         tuple(Step(t, net.uniform(w)) for t, w in zip(timesteps or uniform(len(widths)), widths, strict=True))
     )
 
 
 @pytest.mark.parametrize("sampler", [DDIM(), DDPM()])
-def test_a_shared_beginning_is_run_once_and_changes_no_bit(tiny_net: ElasticUNet, sampler: Any) -> None:
+def test_a_shared_beginning_is_run_once_and_changes_no_bit(tiny_net: Elastic, sampler: Any) -> None:
     net = tiny_net.initial(0)
     trajectories = Trajectories(net, sampler)
     for widths, expected in (((1, 0.5, 0.25, 1), 4), ((1, 0.5, 1, 1), 2), ((1, 0.5, 1, 0.25), 1), ((0.5,) * 4, 4)):
@@ -47,7 +47,7 @@ def test_a_shared_beginning_is_run_once_and_changes_no_bit(tiny_net: ElasticUNet
         assert spent["macs"] + spent["cached_macs"] == 8 * sum(net.macs(step) for step in schedule.steps)
 
 
-def test_what_differs_is_not_shared(tiny_net: ElasticUNet) -> None:
+def test_what_differs_is_not_shared(tiny_net: Elastic) -> None:
     net = tiny_net.initial(0)
     trajectories = Trajectories(net, DDIM())
     first = schedule_of(tiny_net, 1, 1, timesteps=(900, 500))
@@ -65,7 +65,7 @@ def test_what_differs_is_not_shared(tiny_net: ElasticUNet) -> None:
         assert torch.equal(images, sample(net, schedule, DDIM(), seed, start, stop))
 
 
-def test_changed_weights_are_not_mixed_with_kept_states(tiny_net: ElasticUNet) -> None:
+def test_changed_weights_are_not_mixed_with_kept_states(tiny_net: Elastic) -> None:
     net = tiny_net.initial(0)
     trajectories = Trajectories(net, DDIM())
     schedule = schedule_of(tiny_net, 1, 0.5)
@@ -77,7 +77,7 @@ def test_changed_weights_are_not_mixed_with_kept_states(tiny_net: ElasticUNet) -
 
 
 @pytest.mark.parametrize("states", [0, 1, 3])
-def test_memory_is_bounded_and_the_noisy_end_stays_longest(tiny_net: ElasticUNet, states: int) -> None:
+def test_memory_is_bounded_and_the_noisy_end_stays_longest(tiny_net: Elastic, states: int) -> None:
     net = tiny_net.initial(0)
     one = 4 * 8 * 8 * 4
     trajectories = Trajectories(net, DDIM(), cache_bytes=states * one)
@@ -100,7 +100,7 @@ def test_batches_cover_every_sample_once_and_extend(count: int, size: int, edges
             assert set(batches(edge, size, edges)) <= set(ranges)
 
 
-def test_a_larger_rung_runs_only_what_the_smaller_one_lacks(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+def test_a_larger_rung_runs_only_what_the_smaller_one_lacks(tiny_net: Elastic, tiny_run: Path) -> None:
     net = tiny_net.load(tiny_run / "supernet", "cpu")
     evaluate = Frechet(Digits(), rungs=(30, 80), batch=16).load(net, tiny_run)
     schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
@@ -112,7 +112,7 @@ def test_a_larger_rung_runs_only_what_the_smaller_one_lacks(tiny_net: ElasticUNe
     assert fresh(schedule, 80, 3).values == larger.values
 
 
-def test_scores_of_one_supernet_share_their_samples(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+def test_scores_of_one_supernet_share_their_samples(tiny_net: Elastic, tiny_run: Path) -> None:
     from evaluators.frechet import KernelDistance
 
     net = tiny_net.load(tiny_run / "supernet", "cpu")
@@ -124,7 +124,7 @@ def test_scores_of_one_supernet_share_their_samples(tiny_net: ElasticUNet, tiny_
     assert second.spent["cached_calls"] == 40 * 3
 
 
-def test_what_judges_otherwise_shares_nothing(tiny_net: ElasticUNet, tiny_run: Path, tmp_path: Path) -> None:
+def test_what_judges_otherwise_shares_nothing(tiny_net: Elastic, tiny_run: Path, tmp_path: Path) -> None:
     """The same extractor file under other settings, and other images, give other rows."""
     import numpy as np
 
@@ -150,7 +150,7 @@ def test_what_judges_otherwise_shares_nothing(tiny_net: ElasticUNet, tiny_run: P
 # --------------------------------------------------------------------------------------------------------------- device
 
 
-def test_the_fastest_setting_is_measured_once_and_kept(tiny_net: ElasticUNet, tmp_path: Path) -> None:
+def test_the_fastest_setting_is_measured_once_and_kept(tiny_net: Elastic, tmp_path: Path) -> None:
     net = tiny_net.initial(0)
     settings = [Execution(1), Execution(64), Execution(64, channels_last=True)]
     chosen = settle(net, tmp_path, "float32", settings)
@@ -165,7 +165,7 @@ def test_the_fastest_setting_is_measured_once_and_kept(tiny_net: ElasticUNet, tm
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("default")
 def test_no_form_changes_what_is_computed(
-    tiny_net: ElasticUNet, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_net: Elastic, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What torch keeps of earlier compilations may be of other instructions than this run is told to use, which gives no numbers or a crash.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
@@ -182,7 +182,7 @@ def test_no_form_changes_what_is_computed(
     assert torch.allclose(formed, plain, atol=1e-4)
 
 
-def test_lower_precision_is_a_score_of_its_own(tiny_net: ElasticUNet, tiny_run: Path) -> None:
+def test_lower_precision_is_a_score_of_its_own(tiny_net: Elastic, tiny_run: Path) -> None:
     net = tiny_net.load(tiny_run / "supernet", "cpu")
     schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
     recipes = [Frechet(Digits(), rungs=(40,), precision=precision) for precision in ("float32", "bfloat16")]  # type: ignore[arg-type]
@@ -195,7 +195,7 @@ def test_lower_precision_is_a_score_of_its_own(tiny_net: ElasticUNet, tiny_run: 
 
 
 def test_a_score_made_twice_is_charged_in_full_and_its_seconds_are_those_that_passed(
-    tiny_run: Path, tiny_net: ElasticUNet
+    tiny_run: Path, tiny_net: Elastic
 ) -> None:
     evaluator = Frechet(Digits(), rungs=(32, 64)).load(tiny_net.load(tiny_run / "supernet", "cpu"), tiny_run)
     schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
@@ -210,7 +210,7 @@ def test_a_score_made_twice_is_charged_in_full_and_its_seconds_are_those_that_pa
     assert 0 < first.spent["seconds"] + again.spent["seconds"] <= passed
 
 
-def test_of_a_long_trajectory_few_states_are_kept(tiny_net: ElasticUNet) -> None:
+def test_of_a_long_trajectory_few_states_are_kept(tiny_net: Elastic) -> None:
     """Where the subnet changes, and else at most 32 evenly, the last among them."""
     wide, narrow = tiny_net.uniform(1.0), tiny_net.uniform(0.5)
     same = Schedule(tuple(Step(t, wide) for t in range(99, -1, -1)))

@@ -20,12 +20,12 @@ from nas.handover.export import export
 from nas.study import Study
 from nas.testing import check_supernet
 from search_spaces.intervals import uniform
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.noise import NoiseSchedule
 from search_spaces.patterns import Every
 from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.stepwise import Stepwise
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training import FineTune, Sandwich
 from search_spaces.training.optimiser import Batches
 from tests.arithmetic import SAMPLES
@@ -41,12 +41,12 @@ PROCESSES = {
 }
 
 
-def loaded(noise: NoiseSchedule = NoiseSchedule(), **config: Any) -> LoadedElasticUNet:
-    made: LoadedElasticUNet = randomised(ElasticUNet({**CONFIG, **config}, (0.5, 1.0), noise=noise))
+def loaded(noise: NoiseSchedule = NoiseSchedule(), **config: Any) -> LoadedElastic:
+    made: LoadedElastic = randomised(Elastic({**CONFIG, **config}, (0.5, 1.0), noise=noise))
     return made
 
 
-def whole(net: LoadedElasticUNet, timesteps: tuple[int, ...], guidance: Guidance | None = None) -> Schedule:
+def whole(net: LoadedElastic, timesteps: tuple[int, ...], guidance: Guidance | None = None) -> Schedule:
     return Schedule(tuple(Step(t, net.full_arch, (), guidance) for t in timesteps))
 
 
@@ -76,7 +76,7 @@ def test_ancestral_sampling_with_a_learned_variance_equals_diffusers(
 
 def test_what_lies_behind_the_noise_changes_nothing_that_does_not_ask_for_it() -> None:
     net = loaded()
-    small = ElasticUNet(TINY, (0.5, 1.0)).initial(0)
+    small = Elastic(TINY, (0.5, 1.0)).initial(0)
     weights = {k: v[:1] if k.startswith("conv_out") else v for k, v in net.full.state_dict().items()}
     small.full.load_state_dict(weights)
     for sampler in (DDIM(), DDPM()):
@@ -139,7 +139,7 @@ def test_the_supernet_keeps_its_laws(tiny_study: Study) -> None:
     assert isinstance(tiny_study.space, Stepwise)
     check_supernet(net, replace(tiny_study.space, net=net.recipe), samples=3)
     with pytest.raises(UserError, match=r"out_channels=3 must equal in_channels=1.*or be twice as many"):
-        Sandwich(steps=2).check(ElasticUNet({**CONFIG, "out_channels": 3}, (1.0,)), Digits().load())
+        Sandwich(steps=2).check(Elastic({**CONFIG, "out_channels": 3}, (1.0,)), Digits().load())
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -162,7 +162,7 @@ def test_guidance_leaves_the_variance_as_the_condition_has_it(name: str) -> None
 def test_an_exported_folder_samples_with_the_learned_variance(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    net = ElasticUNet(CONFIG, (0.5, 1.0), noise=PROCESSES[name]).initial(0)
+    net = Elastic(CONFIG, (0.5, 1.0), noise=PROCESSES[name]).initial(0)
     half = net.recipe.uniform(0.5)
     held = tuple(net.blocks(net.full_arch))
     steps = (Step(49, half), Step(30, net.full_arch), Step(20, net.full_arch, held), Step(5, half))
@@ -175,7 +175,7 @@ def test_an_exported_folder_samples_with_the_learned_variance(
 
 
 def test_a_space_with_reuse_may_hold_predictions_of_both() -> None:
-    net = ElasticUNet(CONFIG, (0.5, 1.0))
+    net = Elastic(CONFIG, (0.5, 1.0))
     space = Stepwise(net, uniform(4), (2, 2), patterns=(Every(1), Every(2)), deterministic=False)
     one = randomised(net)
     genome = tuple(0 for _ in space.choices)

@@ -8,7 +8,6 @@ once for each depth and choice of attention, for each layer of the subnet's bran
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +15,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from search_spaces.networks.anatomy import Anatomy
 from search_spaces.networks.parts import Stretch, TensorAnatomy
 from search_spaces.networks.slices import Arch
-from search_spaces.networks.unet import Anatomy
-from search_spaces.shipped.reuse import Graph
+from search_spaces.shipped.graph import Graph
 
 Matrix = npt.NDArray[np.int64]
 
@@ -48,6 +47,12 @@ class CostModel:
     def __call__(self, arch: Arch) -> Cost:
         """`arch` is one that `Anatomy.subconfig` and `Anatomy.segments` accept."""
         return sum(self.layers(arch).values(), Cost(0, 0, 0))
+
+    def distinct_params(self, arch: Arch) -> int:
+        """Parameters as papers count them: one of each where the stock class keeps copies, and tables that nobody trains."""
+        lengths = self._vector(arch)
+        copies = int((self._weights(self._anatomy.copies(arch))[2] @ lengths) @ lengths)
+        return self(arch).params - copies + self._anatomy.tabled(arch)
 
     def graph(self, arch: Arch) -> Graph:
         """Of the subnet's blocks, branches and layers."""
@@ -114,15 +119,18 @@ class CostModel:
             for name, tensor in anatomy.tensors.items():
                 placed = anatomy.placed(name, tensor.unit, arch)
                 if placed is not None:
-                    members.setdefault(layer_of(placed, graph), []).append(tensor)
+                    members.setdefault(anatomy.layer_of(placed, graph), []).append(tensor)
             for name in synthetic:
-                members.setdefault(layer_of(name, graph), []).append(anatomy.identities[name])
+                members.setdefault(anatomy.layer_of(name, graph), []).append(anatomy.identities[name])
             forms = {name: self._weights(tensors) for name, tensors in members.items()}
+            forms[""][0] += self._weights(anatomy.again)[0]
             for block in anatomy.attentions:
-                placed = anatomy.placed(block.unit.name(block.unit.index), block.unit, arch)
+                placed = anatomy.placed(f"{block.module}.", block.unit, arch)
                 if placed is not None:
                     for stretch in block.axis:
-                        forms[layer_of(placed, graph)][1, 0, self._index(stretch)] += 2 * block.queries * block.keys
+                        forms[anatomy.layer_of(placed, graph)][1, 0, self._index(stretch)] += (
+                            2 * block.queries * block.keys
+                        )
             self._known[key] = forms
         return self._known[key]
 
@@ -143,20 +151,3 @@ class CostModel:
 
     def _index(self, stretch: Stretch) -> int:
         return 0 if stretch.level is None else self._lengths.index((stretch.size, stretch.level))
-
-
-def layer_of(parameter: str, graph: Graph) -> str:
-    """The layer whose module a parameter of a UNet belongs to, "" for those of none."""
-    if parameter.startswith("mid_block."):
-        return "mid"
-    found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", parameter)
-    if found is None:
-        return ""
-    side, level, kind, index = found.group(1)[0], int(found.group(2)), found.group(3), found.group(4)
-    if kind == "downsamplers":
-        return f"d{level}.down"
-    if kind == "upsamplers":
-        return f"u{level}.{graph.depths[len(graph.depths) - 1 - level]}.up"
-    branch = f"{side}{level}.{index}"
-    part = {"resnets": "resnet", "attentions": "attention"}[kind]
-    return next(layer.name for layer in graph.layers if layer.name in (f"{branch}.{part}", branch))

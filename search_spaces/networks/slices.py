@@ -137,7 +137,9 @@ class Slices(ABC):
         for name, tensor in self.tensors.items():
             placed = self.placed(name, tensor.unit, arch)
             if placed is not None:
-                found[placed] = Source(name, tuple(self._axis_runs(axis, arch) for axis in tensor.axes))
+                found[placed] = Source(
+                    tensor.held_by or name, tuple(self._axis_runs(axis, arch) for axis in tensor.axes)
+                )
         for name, tensor in self.identities.items():
             if self.widened(name, arch):
                 found[name] = Source(None, tuple(self._axis_runs(axis, arch) for axis in tensor.axes))

@@ -14,9 +14,10 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from nas.contracts import UserError
+from search_spaces.networks.anatomy import StockNet
 from search_spaces.networks.parts import AttentionAnatomy, Axis, Stretch, Unit, fixed
 from search_spaces.networks.slices import Arch, Groups
-from search_spaces.networks.unet import Anatomy, ImageUNet, StockUNet
+from search_spaces.networks.unet import UNet
 
 Heads = Literal["whole", "slim"]
 """What a narrower attention has: fewer heads, each as it was, or as many, each thinner (which scales its products anew)."""
@@ -24,7 +25,7 @@ Heads = Literal["whole", "slim"]
 MIDDLE, PLAIN_MIDDLE = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
 
 
-class TextUNet(Anatomy):
+class TextUNet(UNet):
     """Of a `UNet2DConditionModel`. `tokens`: length of the text that it reads, which costs depend on."""
 
     stock = UNet2DConditionModel
@@ -62,7 +63,7 @@ class TextUNet(Anatomy):
         config, levels = self.config, len(self.config["block_out_channels"])
         self.head_counts = self._each("attention_head_dim", levels)
         self.full_layers = self._each("transformer_layers_per_block", levels)
-        self.text_channels = self._each("cross_attention_dim", levels)
+        self._text_channels = self._each("cross_attention_dim", levels)
         for level, channels in enumerate(config["block_out_channels"]):
             if self._level_attends(level) and channels % self.head_counts[level]:
                 raise UserError(
@@ -142,13 +143,13 @@ class TextUNet(Anatomy):
         for projection in ("to_k", "to_v"):
             self._weight(f"{name}.{projection}", (inner, source), keys, unit, bias=False)
         self._weight(f"{name}.to_out.0", (stream, inner), queries, unit)
-        self.attentions.append(AttentionAnatomy(inner, queries, keys, unit))
+        self.attentions.append(AttentionAnatomy(inner, queries, keys, unit, name))
 
     # ------------------------------------------------------------------------------------------------------- archs
 
     @property
-    def conditional(self) -> bool:
-        return True
+    def text_channels(self) -> tuple[int, ...]:
+        return self._text_channels
 
     def some_condition(self, count: int, device: str = "cpu") -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -221,8 +222,8 @@ class TextUNet(Anatomy):
             "mid_block_type": middle,
         }
 
-    def stock_class(self, arch: Arch) -> type[StockUNet]:
-        stock: type[StockUNet] = UNet2DConditionModel
+    def stock_class(self, arch: Arch) -> type[StockNet]:
+        stock: type[StockNet] = UNet2DConditionModel
         return stock
 
     def check_depths(self) -> None:
@@ -266,18 +267,3 @@ class TextUNet(Anatomy):
                 "heads='slim' keeps their number instead"
             )
         return width // size
-
-
-def anatomy_of(config: Mapping[str, Any], groups: Groups, heads: Heads, tokens: int) -> Anatomy:
-    """Of whichever stock UNet the config is. Raises UserError where no anatomy covers it."""
-    named = config.get("_class_name")
-    known: dict[str, type[Anatomy]] = {kind.stock.__name__: kind for kind in (ImageUNet, TextUNet)}
-    kind = named or (TextUNet if "cross_attention_dim" in config else ImageUNet).stock.__name__
-    if kind not in known:
-        raise UserError(f"a {kind} is not elastic; give the config of a {' or '.join(known)}")
-    settings = {name: value for name, value in config.items() if not name.startswith("_")}
-    if known[kind] is TextUNet:
-        return TextUNet(settings, groups, heads, tokens)
-    if heads != "whole":
-        raise UserError(f"heads={heads!r}: a UNet2DModel has heads of one size at every width; leave it out")
-    return ImageUNet(settings, groups)

@@ -10,39 +10,27 @@ unconditionally, and its middle is a single residual block.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
-from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from nas.contracts import Condition, UserError
-from search_spaces.networks.parts import AttentionAnatomy, Axis, Parts, Stretch, Unit
-from search_spaces.networks.slices import Arch, Groups, Slices
-from search_spaces.shipped.reuse import Graph, arguments
+from nas.contracts import UserError
+from search_spaces.networks.anatomy import Anatomy, StockNet, shrunk
+from search_spaces.networks.parts import AttentionAnatomy, Axis, Stretch, Unit
+from search_spaces.networks.slices import Arch, Groups
+from search_spaces.networks.unet_parts import UNetParts
+from search_spaces.shipped.graph import Graph, UNetGraph
 
-StockUNet: TypeAlias = UNet2DModel | UNet2DConditionModel
 
-
-class Anatomy(Parts, Slices):
-    """Which of a full UNet's parts a subnet takes, and what stock model it then is."""
+class UNet(UNetParts, Anatomy):
+    """Which of a full UNet's parts a subnet takes."""
 
     def __init__(self, config: Mapping[str, Any], groups: Groups) -> None:
-        super().__init__(config)
-        self.groups = groups
-        self.full = Arch((1.0,) * self.levels)
+        super().__init__(config, groups)
         self.frequency_shift = self.config["freq_shift"]
-        self.subconfig(self.full)
-        self.check_shapes()
-
-    @abstractmethod
-    def stock_class(self, arch: Arch) -> type[StockUNet]: ...
-
-    @abstractmethod
-    def subconfig(self, arch: Arch) -> dict[str, Any]:
-        """Arguments of the subnet's stock class, `stock_class(arch)`. Raises UserError where a stock model cannot be so."""
 
     @abstractmethod
     def attends(self, arch: Arch, level: int | None) -> bool:
@@ -52,42 +40,24 @@ class Anatomy(Parts, Slices):
     def middle_blocks(self, arch: Arch) -> int:
         """Residual blocks of the subnet's middle."""
 
-    @abstractmethod
-    def check_depths(self) -> None:
-        """Raises UserError where the levels of a subnet cannot differ in depth, whichever attention it leaves out."""
-
-    @abstractmethod
-    def layers(self, arch: Arch) -> tuple[int, ...]:
-        """Transformer layers of each attention, by level; 0 where attention is no such thing."""
-
-    @abstractmethod
-    def check_layers(self, layers: tuple[int, ...], middle: bool) -> None:
-        """Raises UserError where subnets cannot have these numbers of transformer layers, or go without a middle."""
-
-    @property
-    def conditional(self) -> bool:
-        """Whether samples have conditions."""
-        return self.null_label is not None
-
     @property
     def null_label(self) -> int | None:
-        """The label of no class, the last one; None where there are no labels."""
         labelled = self.config["num_class_embeds"] or self.config["class_embed_type"]
         return (self.config["num_class_embeds"] or 1) - 1 if labelled else None
 
-    def some_condition(self, count: int, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """Any condition of so many rows, all different, by the names of the stock model's arguments; the same ones at every call."""
-        if self.null_label is None:
-            return {}
-        return {"class_labels": torch.arange(count, device=device) % max(self.null_label, 1)}
+    @property
+    def out_channels(self) -> int:
+        return int(self.config["out_channels"])
+
+    def check_trainable(self) -> None:
+        if self.config["class_embed_type"] is not None:
+            raise UserError(
+                f"class_embed_type={self.config['class_embed_type']!r} is not trained; leave it out, and give num_class_embeds for labels"
+            )
 
     # ------------------------------------------------------------------------------------------------------- archs
 
-    def depths(self, arch: Arch) -> tuple[int, ...]:
-        return arch.depths or self.full_depths
-
     def canonical(self, arch: Arch) -> Arch:
-        """The same subnet, with nothing said of what it does not have, and nothing of what is as in the full net."""
         depths = tuple(min(d, most) for d, most in zip(self.depths(arch), self.full_depths, strict=True))
         kept = list(arch.attention or (True,) * (self.levels + 1))
         for place in (*range(self.levels), None):
@@ -97,15 +67,30 @@ class Anatomy(Parts, Slices):
             depths=() if depths == self.full_depths else depths, attention=() if all(kept) else tuple(kept)
         )
 
-    def graph(self, arch: Arch) -> Graph:
-        """Of the subnet's blocks, branches and layers."""
+    def graph(self, arch: Arch) -> UNetGraph:
         levels = range(self.levels)
         down = tuple(self.has_attention(self.config["down_block_types"][i]) and self.attends(arch, i) for i in levels)
         up = tuple(
             self.has_attention(block) and self.attends(arch, self.levels - 1 - i)
             for i, block in enumerate(self.config["up_block_types"])
         )
-        return Graph(self.depths(arch), self.middle_blocks(arch) > 0, (down, up))
+        return UNetGraph(self.depths(arch), self.middle_blocks(arch) > 0, (down, up))
+
+    def layer_of(self, parameter: str, graph: Graph) -> str:
+        assert isinstance(graph, UNetGraph)
+        if parameter.startswith("mid_block."):
+            return "mid"
+        found = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", parameter)
+        if found is None:
+            return ""
+        side, level, kind, index = found.group(1)[0], int(found.group(2)), found.group(3), found.group(4)
+        if kind == "downsamplers":
+            return f"d{level}.down"
+        if kind == "upsamplers":
+            return f"u{level}.{graph.depths[len(graph.depths) - 1 - level]}.up"
+        branch = f"{side}{level}.{index}"
+        part = {"resnets": "resnet", "attentions": "attention"}[kind]
+        return next(layer.name for layer in graph.layers if layer.name in (f"{branch}.{part}", branch))
 
     @staticmethod
     def has_attention(block: str) -> bool:
@@ -129,7 +114,7 @@ class Anatomy(Parts, Slices):
         """The full net's arguments, with the subnet's channels and norm groups."""
         self._check_form(arch)
         channels = tuple(
-            _shrink(c, share, f"{c} channels of level {i}")
+            shrunk(c, share, f"{c} channels of level {i}")
             for i, (c, share) in enumerate(zip(self.channels, arch.widths, strict=True))
         )
         if channels[0] % 2:
@@ -139,7 +124,7 @@ class Anatomy(Parts, Slices):
         config = {
             **self.config,
             "block_out_channels": channels,
-            "time_embedding_dim": _shrink(self.time_embedding_dim, arch.widths[0], "the time embedding"),
+            "time_embedding_dim": shrunk(self.time_embedding_dim, arch.widths[0], "the time embedding"),
         }
         if self.groups == "size" and arch.widths != self.full.widths:
             if len(set(arch.widths)) > 1:
@@ -148,7 +133,7 @@ class Anatomy(Parts, Slices):
                 )
             for key in ("norm_num_groups", "attn_norm_num_groups"):
                 if config.get(key) is not None:
-                    config[key] = _shrink(config[key], arch.widths[0], f"{key}={config[key]}")
+                    config[key] = shrunk(config[key], arch.widths[0], f"{key}={config[key]}")
         for i, width in enumerate(channels):
             if width % config["norm_num_groups"]:
                 raise UserError(
@@ -157,7 +142,6 @@ class Anatomy(Parts, Slices):
         return config
 
     def check_shortcuts(self, arch: Arch) -> None:
-        """Raises UserError where the subnet's levels i - 1 and i are equally wide and the full net's are not."""
         for i in range(1, self.levels):
             if self.shortcut_vanishes(arch.widths, i):
                 raise UserError(
@@ -166,28 +150,20 @@ class Anatomy(Parts, Slices):
                 )
 
     def shortcut_vanishes(self, widths: tuple[float, ...], level: int) -> bool:
-        """Whether the level is as wide as the one before it, in the subnet alone."""
         before, here = self.channels[level - 1], self.channels[level]
         return before != here and before * widths[level - 1] == here * widths[level]
 
     def widened(self, name: str, arch: Arch) -> bool:
-        """Whether the levels on both sides of a synthetic shortcut, of its weight or bias, differ in the subnet."""
         level = int(name.split(".")[1])
         return arch.widths[level] != arch.widths[level - 1]
 
     def _check_form(self, arch: Arch) -> None:
-        if len(arch.widths) != self.levels or not all(0 < share <= 1 for share in arch.widths):
-            raise UserError(
-                f"widths {arch.widths} must be {self.levels} shares in (0, 1], one per level of the network"
-            )
-        most = zip(arch.depths, self.full_depths, strict=False)
-        if arch.depths and (len(arch.depths) != self.levels or not all(1 <= d <= full for d, full in most)):
-            raise UserError(f"depths {arch.depths} must be {self.levels} numbers from 1 to {self.depth}, one per level")
+        super()._check_form(arch)
         if arch.attention and len(arch.attention) != self.levels + 1:
             raise UserError(f"attention {arch.attention} must say yes or no for {self.levels} levels and the middle")
 
 
-class ImageUNet(Anatomy):
+class ImageUNet(UNet):
     """Of a `UNet2DModel`, whose attention is a single layer over the image's own positions."""
 
     stock = UNet2DModel
@@ -237,7 +213,7 @@ class ImageUNet(Anatomy):
         for projection in ("to_q", "to_k", "to_v"):
             self._weight(f"{name}.{projection}", (inner, axis), positions, unit)
         self._weight(f"{name}.to_out.0", (axis, inner), positions, unit)
-        self.attentions.append(AttentionAnatomy(inner, positions, positions, unit))
+        self.attentions.append(AttentionAnatomy(inner, positions, positions, unit, name))
 
     # ------------------------------------------------------------------------------------------------------- archs
 
@@ -300,8 +276,8 @@ class ImageUNet(Anatomy):
         by_resnet = self.config[f"{side.lower()}sample_type"] == "resnet"
         return f"Resnet{side}sampleBlock2D" if by_resnet else f"{side}Block2D"
 
-    def stock_class(self, arch: Arch) -> type[StockUNet]:
-        kinds: dict[bool, type[StockUNet]] = {False: UNet2DModel, True: UNet2DConditionModel}
+    def stock_class(self, arch: Arch) -> type[StockNet]:
+        kinds: dict[bool, type[StockNet]] = {False: UNet2DModel, True: UNet2DConditionModel}
         return kinds[self._single_middle(arch)]
 
     # ------------------------------------------------------------------------------------------------------ checks
@@ -343,22 +319,3 @@ class ImageUNet(Anatomy):
                 raise UserError(
                     f"width {arch.widths[level]} leaves {channels[level]} channels in level {level}, not a multiple of attention_head_dim={head}"
                 )
-
-
-def skeleton(anatomy: Anatomy, arch: Arch) -> StockUNet:
-    """The stock model of this size, on the meta device: shapes without weights."""
-    with torch.device("meta"):
-        net: StockUNet = anatomy.stock_class(arch)(**anatomy.subconfig(arch)).eval()
-    return net
-
-
-def predict(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None = None) -> torch.Tensor:
-    """A stock subnet's prediction, whichever class it is of (or a compiled form of it)."""
-    return net(*arguments(net, x, t, condition), return_dict=False)[0]  # type: ignore[no-any-return]
-
-
-def _shrink(size: int, share: float, what: str) -> int:
-    kept = size * Fraction(share).limit_denominator(4096)
-    if kept.denominator != 1 or kept < 1:
-        raise UserError(f"width {share} of {what} is {float(kept):g}, not a whole number; choose another share")
-    return int(kept)

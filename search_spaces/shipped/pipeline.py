@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
+from .graph import holds
 from .latents import decoded
-from .reuse import NEGATIVE, arguments, as_noise, first_rows, guided, holds, null_of, run
+from .reuse import NEGATIVE, as_noise, first_rows, guided, null_of, run
 from .texts import PARTS, encoded, nothing_said
+from .walks import arguments
 
 
 class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]

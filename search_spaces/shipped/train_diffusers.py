@@ -42,13 +42,14 @@ from nas.base.exported import (
     read_network,
 )
 from nas.base.pictures import PictureError
-from search_spaces.shipped.reuse import arguments
 from search_spaces.shipped.train_data import Data, conditions, folder_captions, folder_labels, prepared, read_images
+from search_spaces.shipped.walks import arguments
 
 TRAINED = "trained"
 OURS = (
     "README.md",
     "exported.py",
+    "graph.py",
     "latents.py",
     "model_index.json",
     "pictures.py",
@@ -67,6 +68,7 @@ OURS = (
     "train_data.py",
     "train_diffusers.py",
     "vae",
+    "walks.py",
 )
 """What an exported folder holds besides its networks, and a trained one too."""
 

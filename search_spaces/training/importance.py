@@ -18,10 +18,10 @@ from pydantic import Field
 
 from nas.contracts import ImageSet, Progress, UserError, derive_seed
 from nas.recipes import Batch, Count, recipe
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
+from search_spaces.networks.anatomy import Anatomy
 from search_spaces.networks.slices import Arch
-from search_spaces.networks.unet import Anatomy
-from search_spaces.supernet import ElasticUNet
+from search_spaces.supernet import Elastic
 from search_spaces.training.optimiser import Batches
 from search_spaces.training.stages import Checkpoints, OneStage
 
@@ -49,14 +49,14 @@ class Order(OneStage):
     def describe(self) -> dict[str, Any]:
         return {"class": "Order", **asdict(self)}
 
-    def macs(self, supernet: ElasticUNet) -> float:
+    def macs(self, supernet: Elastic) -> float:
         """At most: of the whole visit."""
         visited = -(-supernet.noise.timesteps // self.stride) if self.criterion == "gradient" else 0
         full = supernet.cost(supernet.anatomy.full).macs
         return 3.0 * visited * self.batch * full
 
     def fit(
-        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+        self, net: LoadedElastic, data: ImageSet, seed: int, files: Checkpoints | None = None
     ) -> Iterator[Progress]:
         """Short enough to start again after a stop, so that it keeps no checkpoint."""
         anatomy = net.recipe.anatomy
@@ -77,7 +77,7 @@ class Order(OneStage):
         permute(net, permutations(anatomy, scores))
         yield Progress("order", 1, 1)
 
-    def accumulate(self, net: LoadedElasticUNet, data: ImageSet, seed: int) -> Iterator[Progress]:
+    def accumulate(self, net: LoadedElastic, data: ImageSet, seed: int) -> Iterator[Progress]:
         """Sums the gradients of the prediction error of one batch with one noise over the timesteps, into `.grad`."""
         generator = torch.Generator().manual_seed(derive_seed(seed, "importance"))
         batches = Batches(net, data, self.batch, flip=False)
@@ -147,7 +147,7 @@ def _order(anatomy: Anatomy, name: str, values: torch.Tensor) -> torch.Tensor:
     )
 
 
-def permute(net: LoadedElasticUNet, order: Mapping[str, torch.Tensor]) -> None:
+def permute(net: LoadedElastic, order: Mapping[str, torch.Tensor]) -> None:
     """Reorders the full network's channels in place, those of every tensor alike."""
     with torch.no_grad():
         for name, parameter in net.full.named_parameters():

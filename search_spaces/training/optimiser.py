@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from nas.base.files import first_line, written
 from nas.contracts import Condition, ImageSet, UserError
-from search_spaces.loaded import LoadedElasticUNet
-from search_spaces.networks.unet import predict
+from search_spaces.loaded import LoadedElastic
+from search_spaces.networks.anatomy import predict
 
 
 class Settings(Protocol):
@@ -57,7 +57,7 @@ class Batches:
 
     def __init__(
         self,
-        net: LoadedElasticUNet,
+        net: LoadedElastic,
         data: ImageSet,
         size: int,
         flip: bool,
@@ -167,7 +167,7 @@ def _step_tables(abar: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64]
 class Teacher:
     """The full network as it was, frozen. Nothing where its share is 0."""
 
-    def __init__(self, net: LoadedElasticUNet, share: float) -> None:
+    def __init__(self, net: LoadedElastic, share: float) -> None:
         self._net = net
         self._share = share
         self._full = copy.deepcopy(net.full).requires_grad_(False).eval() if share else None
@@ -262,7 +262,7 @@ def warm_cosine(step: int, steps: int, warmup: int) -> float:
     return min(1.0, (step + 1) / max(warmup, 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def gather(net: LoadedElasticUNet) -> dict[str, torch.Tensor]:
+def gather(net: LoadedElastic) -> dict[str, torch.Tensor]:
     """All weights of a supernet, those of its experts among them, by the names that they have in a file."""
     return {
         _prefix(expert) + name: parameter.detach()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from nas.contracts import ImageSet, Progress, UserError, derive_seed
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.training.optimiser import Batches
 
 Array = npt.NDArray[np.float64]
@@ -32,7 +32,7 @@ class GradientSimilarity:
     """Affinity of a grid of training timesteps. `batch`: images of a half-batch to begin with; `dimensions` of the projection;
     `agreement`: cosine of the two halves at each timestep of the grid."""
 
-    net: LoadedElasticUNet
+    net: LoadedElastic
     data: ImageSet
     seed: int
     batch: int = 256

@@ -16,10 +16,9 @@ from pydantic import Field
 from nas.base.interrupts import whole
 from nas.contracts import Condition, Images, ImageSet, Progress, Schedule, UserError, derive_seed, digest_of
 from nas.recipes import Batch, Count, Few, Natural, Positive, Share, Weight, recipe
-from search_spaces.loaded import LoadedElasticUNet
+from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.slices import Arch
-from search_spaces.networks.text_unet import TextUNet
-from search_spaces.supernet import WEIGHTS, ElasticUNet
+from search_spaces.supernet import WEIGHTS, Elastic
 from search_spaces.training.optimiser import Batches, Optimiser, Teacher, check_recipe, gather, write_tensors
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -32,14 +31,14 @@ class Stage(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
     def fit(
-        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+        self, net: LoadedElastic, data: ImageSet, seed: int, files: Checkpoints | None = None
     ) -> Iterator[Progress]:
         """`files`: where to keep checkpoints and go on from; none for a training that is not interrupted."""
 
-    def parts(self, supernet: ElasticUNet) -> Sequence[Stage]:
+    def parts(self, supernet: Elastic) -> Sequence[Stage]:
         """What it consists of, itself where it is one piece."""
 
-    def macs(self, supernet: ElasticUNet) -> float:
+    def macs(self, supernet: Elastic) -> float:
         """What it takes in all, expected: forward and backward count thrice."""
 
 
@@ -76,17 +75,17 @@ class Stages:
     def describe(self) -> dict[str, Any]:
         return {"class": "Stages", "stages": [stage.describe() for stage in self.stages]}
 
-    def parts(self, supernet: ElasticUNet) -> list[Stage]:
+    def parts(self, supernet: Elastic) -> list[Stage]:
         return [part for stage in self.stages for part in stage.parts(supernet)]
 
     def fit(
-        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+        self, net: LoadedElastic, data: ImageSet, seed: int, files: Checkpoints | None = None
     ) -> Iterator[Progress]:
         """Trains a loaded supernet in place, without files; afterwards it holds the averaged weights."""
         for number, part in enumerate(self.parts(net.recipe)):
             yield from part.fit(net, data, _stage_seed(seed, number), files)
 
-    def run(self, supernet: ElasticUNet, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+    def run(self, supernet: Elastic, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         """Trains what is missing in `folder` and leaves `weights.safetensors` there, and in `training.json` what each stage took.
         Yields after every step.
 
@@ -132,7 +131,7 @@ class Stages:
         (folder / "training.json").write_text(json.dumps(spent, indent=1, default=list) + "\n")
         (folder / STAGE).replace(folder / WEIGHTS)
 
-    def check(self, supernet: ElasticUNet, data: ImageSet) -> None:
+    def check(self, supernet: Elastic, data: ImageSet) -> None:
         """Raises UserError where it cannot train this network on these images, of which a few will do; before anything is trained."""
         if self.parts(supernet):
             check_trainable(supernet, data)
@@ -141,7 +140,7 @@ class Stages:
         if supernet.text is not None:
             _check_text(supernet)
 
-    def macs(self, supernet: ElasticUNet) -> float:
+    def macs(self, supernet: Elastic) -> float:
         """Of all stages."""
         return sum(part.macs(supernet) for stage in self.stages for part in stage.parts(supernet))
 
@@ -151,14 +150,14 @@ class OneStage:
 
     checkpoint_every = 250
 
-    def parts(self, supernet: ElasticUNet) -> Sequence[Any]:
+    def parts(self, supernet: Elastic) -> Sequence[Any]:
         return (self,)
 
-    def run(self, supernet: ElasticUNet, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+    def run(self, supernet: Elastic, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         """As `Stages.run`, this stage alone."""
         return Stages((self,), self.checkpoint_every).run(supernet, images, folder, seed, device)  # type: ignore[arg-type]
 
-    def check(self, supernet: ElasticUNet, data: ImageSet) -> None:
+    def check(self, supernet: Elastic, data: ImageSet) -> None:
         """As `Stages.check`."""
         Stages((self,)).check(supernet, data)  # type: ignore[arg-type]
 
@@ -220,7 +219,7 @@ class Sandwich(OneStage):
             )
 
     def fit(
-        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+        self, net: LoadedElastic, data: ImageSet, seed: int, files: Checkpoints | None = None
     ) -> Iterator[Progress]:
         """Trains a loaded supernet in place; afterwards it holds the averaged weights."""
         if self.expert:
@@ -261,7 +260,7 @@ class Sandwich(OneStage):
             raise
         optimiser.adopt_average()
 
-    def macs(self, supernet: ElasticUNet) -> float:
+    def macs(self, supernet: Elastic) -> float:
         full = supernet.cost(supernet.anatomy.full).macs
         passes = 4.0 if self.checkpointing else 3.0
         each = passes * full
@@ -282,7 +281,7 @@ class Sandwich(OneStage):
             told = None if condition is None else {name: rows[places] for name, rows in condition.items()}
             yield len(places) / len(tensors[0]), tuple(tensor[places] for tensor in tensors), told
 
-    def _members(self, recipe: ElasticUNet, generator: torch.Generator) -> list[Arch]:
+    def _members(self, recipe: Elastic, generator: torch.Generator) -> list[Arch]:
         if self.full_only:
             return [recipe.anatomy.full]
         subnets = recipe.subnets(recipe.options)
@@ -301,17 +300,17 @@ class Experts(OneStage):
     def describe(self) -> dict[str, Any]:
         return {"class": "Experts", "each": self.each.describe()}
 
-    def parts(self, supernet: ElasticUNet) -> list[Sandwich]:
+    def parts(self, supernet: Elastic) -> list[Sandwich]:
         """One stage for each expert. Raises UserError where the supernet has none."""
         if not supernet.experts:
             raise UserError("a training of experts needs a supernet with experts=(timesteps where another takes over)")
         return [replace(self.each, expert=name) for name in supernet.expert_names]
 
-    def macs(self, supernet: ElasticUNet) -> float:
+    def macs(self, supernet: Elastic) -> float:
         return sum(part.macs(supernet) for part in self.parts(supernet))
 
     def fit(
-        self, net: LoadedElasticUNet, data: ImageSet, seed: int, files: Checkpoints | None = None
+        self, net: LoadedElastic, data: ImageSet, seed: int, files: Checkpoints | None = None
     ) -> Iterator[Progress]:
         return Stages((self,)).fit(net, data, seed, files)
 
@@ -334,7 +333,7 @@ class FineTune:
     distillation: Share = 0.0
     drop: Share = DROP
 
-    def fit(self, net: LoadedElasticUNet, schedule: Schedule, data: ImageSet, seed: int) -> Iterator[Progress]:
+    def fit(self, net: LoadedElastic, schedule: Schedule, data: ImageSet, seed: int) -> Iterator[Progress]:
         """Trains in place; afterwards the supernet holds the averaged weights, and its materialised subnets are new."""
         archs = [Arch(*arch) for arch in schedule.archs]
         teacher = Teacher(net, self.distillation)
@@ -376,24 +375,24 @@ def _stage_seed(seed: int, number: int) -> int:
     return derive_seed(seed, number, "stage") if number else seed
 
 
-def _check_text(supernet: ElasticUNet) -> None:
+def _check_text(supernet: Elastic) -> None:
     """Raises UserError where the texts are not what the network reads."""
     assert supernet.text is not None
     anatomy = supernet.anatomy
-    if not isinstance(anatomy, TextUNet):
+    if not anatomy.text_channels:
         raise UserError("the network reads no text; leave text= out")
     tokens, width = supernet.text.shape
     if tokens != anatomy.tokens:
         raise UserError(
-            f"texts have {tokens} tokens, costs are reckoned with {anatomy.tokens}; give ElasticUNet(..., tokens={tokens})"
+            f"texts have {tokens} tokens, costs are reckoned with {anatomy.tokens}; give Elastic(..., tokens={tokens})"
         )
     if {width} != set(anatomy.text_channels):
         raise UserError(
-            f"texts have {width} channels, the network reads cross_attention_dim={anatomy.config['cross_attention_dim']!r}; change one of them"
+            f"texts have {width} channels, the network reads {' or '.join(map(str, sorted(set(anatomy.text_channels))))}; change one of them"
         )
 
 
-def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
+def check_trainable(supernet: Elastic, data: ImageSet) -> None:
     """Raises UserError where this network cannot be trained on these images."""
     config = supernet.anatomy.config
     shape = supernet.image_shape
@@ -406,27 +405,25 @@ def check_trainable(supernet: ElasticUNet, data: ImageSet) -> None:
         raise UserError(
             "there are no images to train on; give the study some, or training=Stages(()) where the network is to stay as it is"
         )
-    if config["out_channels"] != config["in_channels"] and not supernet.learned_variance:
+    anatomy = supernet.anatomy
+    if anatomy.out_channels != config["in_channels"] and not supernet.learned_variance:
         raise UserError(
-            f"out_channels={config['out_channels']} must equal in_channels={config['in_channels']}: the network predicts noise; or be twice as "
+            f"out_channels={anatomy.out_channels} must equal in_channels={config['in_channels']}: the network predicts noise; or be twice as "
             "many, where it also learns the variance"
         )
-    if config["class_embed_type"] is not None:
-        raise UserError(
-            f"class_embed_type={config['class_embed_type']!r} is not trained; leave it out, and give num_class_embeds for labels"
-        )
-    if supernet.anatomy.null_label is not None:
+    anatomy.check_trainable()
+    if anatomy.null_label is not None:
         if data.labels is None:
             raise UserError(
-                f"num_class_embeds={config['num_class_embeds']} needs images with labels; use others, or leave it out"
+                f"the network takes labels of {anatomy.null_label} classes, and the images have none; use images with labels"
             )
         most = int(data.labels.max())
-        if most > config["num_class_embeds"] - 2:
+        if most >= anatomy.null_label:
             raise UserError(
-                f"labels go up to {most}, and the last class embedding is that of no class; set num_class_embeds to {most + 2} or more, "
-                f"not {config['num_class_embeds']}"
+                f"labels go up to {most}, and the network knows {anatomy.null_label} classes and one of none; set num_class_embeds to {most + 2} "
+                f"or more, of a transformer num_embeds_ada_norm to {most + 1}"
             )
-    if isinstance(supernet.anatomy, TextUNet):
+    if supernet.anatomy.text_channels:
         if supernet.text is None:
             raise UserError(
                 'the network reads texts, and nothing makes them of captions; give it text=TextEncoder("folder of a pipeline")'
