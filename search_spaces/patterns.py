@@ -82,6 +82,24 @@ class Subset:
         return tuple(ALL if count - 1 - place in places else None for place in range(count))
 
 
+@recipe
+class Listed:
+    """What each step computes by itself, noisy to clean, as a schedule says that was made elsewhere; of an interval of as many steps. `name`
+    labels it."""
+
+    name: str
+    computed: tuple[tuple[str, ...], ...]
+
+    @property
+    def label(self) -> str:
+        return self.name
+
+    def steps(self, count: int) -> tuple[Computed, ...]:
+        if count != len(self.computed):
+            raise UserError(f"{self.name} is a schedule of {len(self.computed)} steps, the interval has {count}")
+        return self.computed
+
+
 def legal(levels: int, finer: Graph | None = None) -> tuple[Only, ...]:
     """A pattern for each legal set of blocks of a UNet of so many levels; of branches of the graph, where one is given."""
     sets = UNetGraph((1,) * levels).legal_sets() if finer is None else finer.legal_sets(finer=True)

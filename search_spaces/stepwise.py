@@ -30,6 +30,7 @@ from search_spaces.intervals import Timesteps, free
 from search_spaces.networks.slices import Arch
 from search_spaces.options import Options, Subnets
 from search_spaces.patterns import ALL, Computed, Pattern
+from search_spaces.shipped.graph import AROUND
 from search_spaces.supernet import Elastic
 
 
@@ -59,6 +60,8 @@ class Stepwise:
     reused. `finer`: branches without a reader, or "layers", do not run either, where otherwise blocks run whole. `deterministic`: the sampler is DDIM
     without noise and without memory, where a step that computes nothing equals a longer step, and so leaves the schedule; otherwise it stays and holds
     the prediction.
+
+    A transformer's step may run what stands `AROUND` its blocks alone, `Every(2, (AROUND,))`: all that they add is that of the step before, gated anew.
 
     `guidance`: how the steps of an interval may be guided, as one more gene of each; None for not at all, a scale, or `Guidance(scale, arch)`
     where another subnet predicts without the condition. By default no step is guided.
@@ -250,6 +253,8 @@ class Stepwise:
         if not computed or computed == ALL:
             return
         graph = self.net.cost.graph(self.net.anatomy.full)
+        if graph.anew and computed == (AROUND,):
+            return
         unknown = [name for name in computed if not graph.expand([name])]
         if unknown:
             raise UserError(

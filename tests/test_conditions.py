@@ -526,7 +526,9 @@ def test_a_study_whose_parts_disagree_on_conditions_is_refused(
 
 def test_labels_that_the_network_has_no_room_for_are_refused() -> None:
     few = Elastic({**TINY, "num_class_embeds": CLASSES}, (0.5, 1.0))
-    with pytest.raises(UserError, match="and the network knows 9 classes and one of none; set num_class_embeds to 11 or more"):
+    with pytest.raises(
+        UserError, match="and the network knows 9 classes and one of none; set num_class_embeds to 11 or more"
+    ):
         Sandwich(steps=1).check(few, Digits().load())
     with pytest.raises(UserError, match="use images with labels"):
         Sandwich(steps=1).check(NET, replace(Digits().load(), labels=None))

@@ -5,7 +5,8 @@ What is learned are keep probabilities of blocks by step (`nas.searchers.pruner`
 ways, and proposed like anybody else's: only its score counts. "bisection" is the paper's: one threshold on all of them, the lowest that
 keeps the budget. "greedy" is the released code's: thresholds on the skip probability from 0.95 down, from the output's side block by
 block, the steps surest to be skipped first, until the budget is kept. "knapsack" is the exact answer to the question that both
-approximate: the least total of -log(skip probability) over the blocks that are skipped, by dynamic programming.
+approximate: the least total of -log(skip probability) over the blocks that are skipped, by dynamic programming. "threshold" is that of
+Learning-to-Cache: what is kept with more than a given probability, where that keeps the budget, or else as by bisection.
 """
 
 from __future__ import annotations
@@ -39,24 +40,26 @@ from nas.contracts import (
     Step,
     Trial,
     UserError,
-    conditions_of,
     derive_seed,
 )
 from nas.genomes.allocation import allocate
 from nas.genomes.genetics import IntervalCosts, Taken, budget_of, dearest, exact_cost, near, novel, random_genome
-from nas.recipes import recipe
-from nas.searchers.pruner import Pruner, arch_of, learn_gates
+from nas.recipes import Share, recipe
+from nas.searchers.pruner import Pruner, arch_of
+from nas.searchers.router import Router
 
-Choosing = Literal["bisection", "greedy", "knapsack"]
+Choosing = Literal["bisection", "greedy", "knapsack", "threshold"]
 Floats = npt.NDArray[np.float64]
 
 
 @recipe
 class Gates:
-    """`pruner`: how the gates are learned. `choosing`: ways to make a schedule of them, in turn."""
+    """`pruner`: how the gates are learned, by DiP-GO's `Pruner` or by Learning-to-Cache's `Router`. `choosing`: ways to make a schedule of them, in
+    turn. `threshold`: of the way of that name."""
 
-    pruner: Pruner = field(default_factory=Pruner)
+    pruner: Pruner | Router = field(default_factory=Pruner)
     choosing: Annotated[tuple[Choosing, ...], Field(min_length=1)] = ("bisection", "greedy", "knapsack")
+    threshold: Share = 0.1
     learns = True
 
     def learn(
@@ -71,9 +74,7 @@ class Gates:
         space that offers no reuse."""
         full = problem.space.decode(dearest(problem.space))
         meanings = _meanings(problem, supernet, full, self.pruner.finer)
-        conditions = conditions_of(supernet, images)
-        learning = learn_gates(self.pruner, supernet, full, seed, so_far, conditions, len(images.texts or images))
-        keep, spent = yield from learning
+        keep, spent = yield from self.pruner.learn(supernet, full, images, seed, so_far)
         return {"keep": keep, **meanings}, spent
 
     def start(self, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None) -> GatesSearch:
@@ -90,7 +91,7 @@ class GatesSearch:
         self._problem = problem
         self._seed = seed
         self._told: set[Genome] = set()
-        self._chooser = None if learned is None else Chooser(problem, learned)
+        self._chooser = None if learned is None else Chooser(problem, learned, settings.threshold)
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
@@ -121,8 +122,9 @@ class Chooser:
     their MACs then. `meanings["weight"]`: the share of a step's MACs that each block has by itself.
     """
 
-    def __init__(self, problem: Problem, learned: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, problem: Problem, learned: Mapping[str, torch.Tensor], threshold: float = 0.1) -> None:
         self._problem = problem
+        self._threshold = threshold
         self._costs = IntervalCosts(problem.space)
         self._keep = learned["keep"].double().numpy().clip(1e-6, 1 - 1e-6)
         self._asks: list[Floats] = []
@@ -148,6 +150,7 @@ class Chooser:
             "bisection": self._bisection,
             "greedy": self._greedy,
             "knapsack": self._knapsack,
+            "threshold": self._above,
         }
         found: list[int] = []
         for k, place in enumerate(ways[way](budget)):
@@ -165,6 +168,10 @@ class Chooser:
             low, high = (low, middle) if self._price(options) <= budget else (middle + 1, high)
         kept = self._keep >= thresholds[low] if low < len(thresholds) else np.zeros(self._keep.shape, dtype=bool)
         return self._nearest(kept)
+
+    def _above(self, budget: float) -> Sequence[int]:
+        options = self._nearest(self._keep > self._threshold)
+        return options if self._price(options) <= budget else self._bisection(budget)
 
     def _greedy(self, budget: float) -> Sequence[int]:
         kept: npt.NDArray[np.bool_] = np.ones_like(self._keep, dtype=bool)

@@ -26,12 +26,14 @@ from nas.contracts import (
     Condition,
     Finer,
     Gated,
+    ImageSet,
     LoadedSupernet,
     Progress,
     Schedule,
     Snapshot,
     Step,
     UserError,
+    conditions_of,
     derive_seed,
 )
 from nas.recipes import Batch, Count, Positive, Share, Weight, recipe
@@ -64,6 +66,18 @@ class Pruner:
     dimension: Annotated[int, Field(ge=4, le=4096, multiple_of=4)] = 64
     checkpointing: bool = True
     clip: bool = True
+
+    def learn(
+        self,
+        net: LoadedSupernet,
+        full: Schedule,
+        images: ImageSet,
+        seed: int,
+        so_far: Snapshot | None = None,
+    ) -> Generator[Progress | Snapshot, None, tuple[torch.Tensor, int]]:
+        """Keep probabilities, (steps - 1, blocks), and the MACs that took."""
+        conditions = conditions_of(net, images)
+        return learn_gates(self, net, full, seed, so_far, conditions, len(images.texts or images))
 
 
 class Scorer(torch.nn.Module):

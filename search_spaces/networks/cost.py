@@ -83,7 +83,7 @@ class CostModel:
         return self._counts[arch]
 
     def macs(self, arch: Arch, reuse: Collection[str] = ()) -> int:
-        """Of one call in which the outputs of these blocks or branches are those of the step before: none where nothing runs."""
+        """Of one call in which the outputs of these blocks or branches are those of the step before: none where no block of a UNet runs."""
         return sum(cost.macs for cost in self._running(arch, reuse))
 
     def attention_macs(self, arch: Arch, reuse: Collection[str] = ()) -> int:
@@ -93,7 +93,7 @@ class CostModel:
     def _running(self, arch: Arch, reuse: Collection[str]) -> Iterator[Cost]:
         graph = self.graph(arch)
         reused = graph.expand(reuse)
-        if len(reused) < len(graph.layers):
+        if graph.anew or len(reused) < len(graph.layers):
             yield from (cost for name, cost in self.layers(arch).items() if name not in reused)
 
     def _vector(self, arch: Arch) -> npt.NDArray[np.int64]:

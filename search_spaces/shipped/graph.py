@@ -15,10 +15,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, combinations
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Finer = bool | Literal["layers"]
 """How fine: blocks (False), their branches (True), or the layers of these."""
+
+AROUND = "around"
+"""What stands before, between and behind the layers, as a name among those that run: a transformer may run it alone."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class Layer:
 
 class Graph(ABC):
     """Layers in the order of the forward pass."""
+
+    anew: ClassVar[bool] = False
+    """Whether a call that reuses all layers predicts anew, by what stands around them; else its prediction is that of the step before."""
 
     @property
     @abstractmethod
@@ -176,6 +182,7 @@ class TransformerGraph(Graph):
     """`blocks_in_all`: of the transformer. `text`: whether each reads one. What a branch adds stands beside what the others add, so that every
     set of branches is legal and nothing that runs is run in vain."""
 
+    anew: ClassVar[bool] = True
     blocks_in_all: int
     text: bool = False
 
@@ -263,4 +270,4 @@ def graph_of(net: Any) -> Graph:
 def holds(net: Any, reuse: Collection[str]) -> bool:
     """Whether a call with these blocks reused runs nothing, and hands out the prediction of the step before."""
     graph = graph_of(net)
-    return len(graph.expand(reuse)) == len(graph.layers)
+    return not graph.anew and len(graph.expand(reuse)) == len(graph.layers)

@@ -1,8 +1,8 @@
 """Runs a stock diffusers network with some blocks' outputs taken from the step before (DeepCache, Ma et al. 2024; DiP-GO, Zhu et al.
 2024). Needs torch alone: an exported folder holds a copy of this file, of `graph`, which says what blocks are called, and of `walks`.
 
-What stands before, between and behind the blocks, such as input, output and the time embedding, always runs, unless nothing does: then the
-prediction itself is the one before.
+What stands before, between and behind the blocks, such as input, output and the time embedding, always runs, unless no block of a UNet does: then
+the prediction itself is the one before.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def run(
             raise ValueError(f"the output of {name} is to be reused, but none is kept from the step before")
         return kept[name]
 
-    if len(reused) == len(graph.layers):
+    if len(reused) == len(graph.layers) and not graph.anew:
         prediction = output(PREDICTION)
     else:
         walk, weights = walk_of(net, x, t, condition), gates or {}

@@ -1,0 +1,141 @@
+"""Which branches of a transformer run at which step, a bit for each: 2^(branches x steps) schedules, whose costs add up to the last multiply-add.
+
+Each branch adds to the hidden state by itself, so that every set of them may run, and what one saves does not depend on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from nas.contracts import WITHOUT_ATTENTION, Choice, Genome, Guidance, Price, Schedule, Step, UserError, frozen
+from nas.recipes import recipe
+from search_spaces.intervals import Timesteps, free
+from search_spaces.networks.slices import Arch
+from search_spaces.patterns import ALL, Computed
+from search_spaces.supernet import Elastic
+
+REUSED, RUNS = "reused", "runs"
+
+
+@recipe
+class Branches:
+    """The full network at each of the timesteps, the first one whole. `whole`: so many steps apart run whole, as each second one does in
+    Learning-to-Cache (Ma et al. 2024); 0 for the first alone. `guidance`: of every step, a scale, or a `Guidance` by another subnet, or none.
+
+    Raises UserError for a network whose branches read each other, as those of UNets do, and where no step is left to choose for.
+    """
+
+    net: Elastic
+    timesteps: Annotated[Timesteps, Field(min_length=1)]
+    guidance: Annotated[float, Field(gt=0, le=1000)] | Guidance | None = None
+    whole: Annotated[int, Field(ge=0, le=4096)] = 0
+
+    def __post_init__(self) -> None:
+        if not self.net.cost.graph(self.net.anatomy.full).anew:
+            raise UserError(
+                "the branches of a UNet read each other, so that not each set of them may run; use Stepwise(patterns=legal(levels))"
+            )
+        if self.net.experts:
+            raise UserError("experts do not reuse what another has computed; use Stepwise")
+        free(*self.timesteps)
+        if self.timesteps[0] >= self.net.noise.timesteps:
+            raise UserError(f"timestep {self.timesteps[0]} is past the supernet's last, {self.net.noise.timesteps - 1}")
+        if self._guide is not None and not self.net.conditional:
+            raise UserError("guidance needs a network that takes conditions; leave it out")
+        if not self._open:
+            raise UserError(
+                f"all of the {len(self.timesteps)} steps run whole; give more timesteps, or whole=0 for the first alone"
+            )
+
+    @cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        names = [f"step{place:03d}.{branch}" for place in self._open for branch in self._branches]
+        return tuple(Choice(name, (REUSED, RUNS), k) for k, name in enumerate(names))
+
+    def decode(self, genome: Genome) -> Schedule:
+        if len(genome) != len(self.choices) or not {*genome} <= {0, 1}:
+            raise ValueError(f"genome {genome} must hold {len(self.choices)} bits")
+        bits = iter(genome)
+        steps = []
+        for place, timestep in enumerate(self.timesteps):
+            off = [name for name in self._branches if not next(bits)] if place in self._open else []
+            steps.append(Step(timestep, self._arch, self._graph.collapse(off), self._guide))
+        return Schedule(tuple(steps))
+
+    def genome(self, computed: Sequence[Computed]) -> Genome:
+        """Of a schedule that says for each step, noisy to clean, what runs, as `Listed` does; of steps that run whole anyway it is not read.
+        Raises UserError for one of other steps."""
+        if len(computed) != len(self.timesteps):
+            raise UserError(f"a schedule of {len(computed)} steps; the space has {len(self.timesteps)}")
+        runs = [self._branches if one == ALL else self._graph.expand(one or ()) for one in computed]
+        return tuple(int(branch in runs[place]) for place in self._open for branch in self._branches)
+
+    def cost(self, genome: Genome) -> dict[str, float]:
+        steps = self.decode(genome).steps
+        macs = sum(map(self.net.macs, steps))
+        attention = sum(map(self.net.attention_macs, steps))
+        full = Step(0, self._arch, (), Guidance(1.0) if self._guide else None)
+        whole, whole_attention = (len(steps) * each(full) for each in (self.net.macs, self.net.attention_macs))
+        archs = {Arch(*arch) for step in steps for arch in step.archs}
+        return {
+            "macs": macs,
+            "macs_share": macs / whole,
+            "params": sum(self.net.cost(arch).params for arch in archs),
+            WITHOUT_ATTENTION: (macs - attention) / (whole - whole_attention),
+        }
+
+    def interval_costs(self, price: Price | None = None) -> tuple[npt.NDArray[np.int64], ...]:
+        if price is not None:
+            raise UserError(
+                "what a branch takes is known in multiply-adds alone: limit macs_share, or use Stepwise, whose patterns are timed whole"
+            )
+        return self._tables
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "class": "Branches",
+            "timesteps": self.timesteps,
+            "whole": self.whole,
+            "guidance": self._guide,
+        }
+
+    @cached_property
+    def _tables(self) -> tuple[npt.NDArray[np.int64], ...]:
+        least = sum(map(self.net.macs, self.decode((0,) * len(self.choices)).steps))
+        whole = self.net.macs(Step(0, self._arch, (), self._guide))
+        saved = [whole - self.net.macs(Step(0, self._arch, (branch,), self._guide)) for branch in self._branches]
+        tables = [np.array([0, macs], dtype=np.int64) for _ in self._open for macs in saved]
+        tables[0] += least  # what runs whatever is chosen
+        return tuple(tables)
+
+    @property
+    def _arch(self) -> Arch:
+        return self.net.anatomy.full
+
+    @property
+    def _graph(self) -> Any:
+        return self.net.cost.graph(self._arch)
+
+    @cached_property
+    def _branches(self) -> tuple[str, ...]:
+        found: tuple[str, ...] = self._graph.names(True)
+        return found
+
+    @cached_property
+    def _open(self) -> tuple[int, ...]:
+        """Places of the steps that there is something to choose for."""
+        every = self.whole or len(self.timesteps)
+        return tuple(place for place in range(len(self.timesteps)) if place % every)
+
+    @property
+    def _guide(self) -> Guidance | None:
+        if self.guidance is None or isinstance(self.guidance, Guidance):
+            given = self.guidance
+            return given and Guidance(float(given.scale), frozen(given.arch))
+        return Guidance(float(self.guidance))

@@ -1,0 +1,219 @@
+"""A bit for each branch and step of a transformer, and how others' schedules and routers become one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from evaluators.conditions import Labels
+from evaluators.images import Digits
+from nas.contracts import Guidance, Problem, Progress, Snapshot, Step, UserError
+from nas.searchers.gates import Chooser, Gates
+from nas.searchers.router import Router
+from nas.testing import check_searcher, check_space, check_supernet
+from search_spaces.branches import Branches
+from search_spaces.intervals import equal, uniform
+from search_spaces.layouts import learning_to_cache, smoothcache
+from search_spaces.options import Options
+from search_spaces.patterns import ALL, Every, Listed, Only
+from search_spaces.shipped.graph import AROUND
+from search_spaces.shipped.reuse import run
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import Elastic
+from tests.conftest import TINY
+from tests.test_transformer import DIT, drawn, elastic, inputs
+
+PIXEL_DIT = {**DIT, "num_layers": 3, "in_channels": 1, "out_channels": 1}
+
+
+def net() -> Elastic:
+    return Elastic(PIXEL_DIT, (0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    "settings_", [{}, {"whole": 2}, {"guidance": 1.5}, {"guidance": Guidance(2.0, (((0.5,), (), (), "")))}]
+)
+def test_the_space_keeps_its_laws(settings_: dict[str, Any]) -> None:
+    space = Branches(net(), uniform(4), **settings_)
+    check_space(space)
+    check_supernet(space.net.initial(0), space)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=30)
+def test_costs_of_bits_add_up(data: st.DataObject) -> None:
+    space = Branches(net(), uniform(4), guidance=1.5)
+    genome = tuple(data.draw(st.lists(st.integers(0, 1), min_size=18, max_size=18)))
+    tables = space.interval_costs()
+    assert space.cost(genome)["macs"] == sum(int(table[bit]) for table, bit in zip(tables, genome, strict=True))
+    assert space.cost(genome)["macs"] == sum(space.net.macs(step) for step in space.decode(genome).steps)
+
+
+def test_what_it_cannot_be_made_of_is_refused() -> None:
+    with pytest.raises(UserError, match="branches of a UNet read each other"):
+        Branches(Elastic(TINY, (0.5, 1.0)), uniform(4))
+    with pytest.raises(UserError, match="all of the 1 steps run whole"):
+        Branches(net(), uniform(1))
+    with pytest.raises(UserError, match="known in multiply-adds alone"):
+        Branches(net(), uniform(4)).interval_costs(lambda step: 1)
+
+
+def test_a_step_may_run_what_stands_around_the_blocks_alone() -> None:
+    """As FORA (Selvaraju et al. 2024) does: everything is reused and gated anew, which is not the prediction of the step before."""
+    space = Stepwise(net(), uniform(4), (4,), Options((1.0,)), patterns=(Every(2, (AROUND,)), Only(ALL)), finer=True)
+    check_space(space)
+    cheap, whole = space.decode((0,)), space.decode((1,))
+    assert len(cheap.steps) == len(whole.steps) == 4
+    full = space.net.anatomy.full
+    around = space.net.macs(Step(0, full, ("b0", "b1", "b2")))
+    assert 0 < around < 0.1 * space.net.macs(Step(0, full))
+    assert space.cost((0,))["macs"] == 2 * around + 2 * space.net.macs(Step(0, full))
+    stock = drawn(elastic(DIT)).extract(elastic(DIT).anatomy.full)
+    x, _, told = inputs(elastic(DIT))
+    with torch.inference_mode():
+        before, cache = run(stock, x, 500, keep=("b0", "b1", "b2", "b3", "b4"), condition=told)
+        anew, _ = run(stock, x + 0.1, 400, ("b0", "b1", "b2", "b3", "b4"), (), cache, told)
+    assert not torch.allclose(before, anew, atol=1e-3)
+    with pytest.raises(UserError, match="names around"):
+        check_space(Stepwise(Elastic(TINY, (0.5, 1.0)), uniform(4), (4,), patterns=(Every(2, (AROUND,)), Only(ALL))))
+
+
+def test_a_router_of_learning_to_cache_is_read_as_its_code_runs_it(tmp_path: Path) -> None:
+    """Scores above 0.1, from the cleanest step on; each second step runs whole, among them the first that is sampled."""
+    rng = np.random.default_rng(0)
+    logits = {f"{i}.prob": rng.normal(-2, 1, 6).astype(np.float32) for i in range(4)}
+    save_file(logits, tmp_path / "router.safetensors")
+    listed = learning_to_cache(tmp_path / "router.safetensors", 4)
+    space = Branches(net(), uniform(4), whole=2)
+    schedule = space.decode(space.genome(listed.computed))
+    for place, step in enumerate(schedule.steps):
+        index = 3 - place
+        runs = [
+            f"b{i // 2}.{('attn', 'mlp')[i % 2]}"
+            for i in range(6)
+            if 1 / (1 + np.exp(-float(logits[f"{index}.prob"][i]))) > 0.1
+        ]
+        graph = space.net.cost.graph(space.net.anatomy.full)
+        running = set(graph.names(True)) - graph.expand(step.reuse)
+        assert running == (set(graph.names(True)) if place % 2 == 0 else set(runs))
+    interval = Stepwise(net(), uniform(4), (4,), Options((1.0,)), patterns=(listed, Only(ALL)), finer=True)
+    assert schedule.digest in {interval.decode((option,)).digest for option in (0, 1)}
+    for wrong, steps in ((tmp_path / "none.safetensors", 4), (tmp_path / "router.safetensors", 5)):
+        with pytest.raises(UserError, match=str(wrong.name)):
+            learning_to_cache(wrong, steps)
+    (tmp_path / "pickled.pt").write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        learning_to_cache(tmp_path / "pickled.pt", 4)
+
+
+def test_a_schedule_of_smoothcache_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "fora.json"
+    path.write_text(json.dumps({"attn": [1, 0, 1, 0], "mlp": [1, 1, 0, 0]}))
+    listed = smoothcache(path, 3)
+    assert listed.computed == (ALL, ("b0.mlp", "b1.mlp", "b2.mlp"), ("b0.attn", "b1.attn", "b2.attn"), (AROUND,))
+    for wrong in (
+        "[]",
+        "{",
+        json.dumps({"attn": [1]}),
+        json.dumps({"attn": [1, 2], "mlp": [1, 0]}),
+        json.dumps({"attn": [1], "mlp": []}),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match=r"fora\.json"):
+            smoothcache(path, 3)
+    with pytest.raises(UserError, match="a schedule of 4 steps"):
+        Listed("four", listed.computed).steps(5)
+
+
+# ------------------------------------------------------------------------------------------------------------ router
+
+
+def problem(space: Branches, share: float) -> Problem:
+    return Problem(space, ("fd", "macs"), {"macs_share": share})
+
+
+def learned(settings_: Router, seed: int = 0, so_far: Snapshot | None = None) -> tuple[Any, list[Any]]:
+    space = Branches(net(), uniform(6), guidance=1.5)
+    data = Digits().load()
+    learning = Gates(settings_, ("threshold",)).learn(problem(space, 0.6), drawn(net()), data, seed, so_far)
+    ticks = []
+    while True:
+        try:
+            ticks.append(next(learning))
+        except StopIteration as end:
+            return end.value, ticks
+
+
+def test_the_router_learns_what_can_be_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pressure alone shuts all; without any, errors open them; at steps that run whole there is nothing to learn."""
+    (shut, spent), ticks = learned(Router(steps=60, batch=4, learning_rate=0.3, sparsity=100.0))
+    keep = shut["keep"]
+    assert keep.shape == (5, 6)
+    assert torch.equal(keep[1::2], torch.ones(2, 6))
+    assert keep[::2].mean() < 0.05
+    assert spent == 60 * 5 * 4 * net().macs(Step(0, net().anatomy.full))
+    assert isinstance(ticks[-1], Progress)
+    (opened, _), _ = learned(Router(steps=60, batch=4, learning_rate=0.3, sparsity=0.0))
+    assert opened["keep"][::2].mean() > 0.6
+
+
+def test_a_router_that_was_interrupted_goes_on_as_if_it_was_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.searchers.router.EVERY", 5)
+    settings_ = Router(steps=12, batch=2, learning_rate=0.1)
+    (whole, spent), ticks = learned(settings_)
+    snapshot = next(tick for tick in ticks if isinstance(tick, Snapshot))
+    (again, also), rest = learned(settings_, so_far=snapshot)
+    assert torch.equal(whole["keep"], again["keep"])
+    assert spent == also
+    assert len(rest) < len(ticks)
+
+
+def test_its_threshold_is_the_published_one_where_that_keeps_the_budget() -> None:
+    (tensors, _), _ = learned(Router(steps=2, batch=2))
+    space = Branches(net(), uniform(6), guidance=1.5)
+    keep = torch.ones(5, 6)
+    keep[0, :3], keep[2, 1:] = 0.05, 0.2
+    tensors["keep"] = keep
+    loose = Chooser(problem(space, 1.0), tensors).genome("threshold", 1e18)
+    runs = np.array(loose).reshape(5, 6).astype(bool)
+    assert (runs == (keep.numpy() > 0.1)).all()
+    tight = space.cost(loose)["macs_share"] - 0.05
+    chooser = Chooser(problem(space, tight), tensors)
+    found = chooser.genome("threshold", chooser.budgets[1])
+    assert space.cost(found)["macs_share"] <= tight
+    assert not np.array(found).reshape(5, 6)[2, 1:].any(), "the least threshold that keeps it is above 0.2"
+
+
+def test_learning_to_cache_as_a_searcher_keeps_its_laws() -> None:
+    check_searcher(Gates(Router(steps=2, batch=2), ("threshold",)))
+
+
+def test_it_says_that_it_needs_images() -> None:
+    space = Branches(net(), uniform(4), guidance=1.5)
+    empty = Digits().load()
+    empty = type(empty)(empty.pixels[:0], None, empty.digest)
+    with pytest.raises(UserError, match="learns from noised images"):
+        next(Gates(Router(), ("threshold",)).learn(problem(space, 0.6), drawn(net()), empty, 0))
+
+
+def test_patterns_may_still_say_it_for_intervals() -> None:
+    attention = tuple(f"b{i}.attn" for i in range(3))
+    space = Stepwise(
+        net(),
+        uniform(6),
+        equal(uniform(6), 3),
+        Options((1.0,)),
+        patterns=(Only(ALL), Every(2, attention)),
+        finer=True,
+        guidance=(None, 1.5),
+    )
+    check_space(space)
+    assert Labels(Digits(size=8)).describe()
