@@ -59,6 +59,7 @@ class LoadedElastic:
         self.state_shape, self.image_shape = recipe.state_shape, recipe.image_shape
         self.in_pixels = codec.in_pixels
         self.learned_variance = recipe.learned_variance
+        self.guided_channels = recipe.guided_channels
         self.full_arch = recipe.anatomy.full
         self.smallest_arch = recipe.subnets(recipe.options).flat(0)
         self.version = 0
@@ -147,7 +148,7 @@ class LoadedElastic:
                 raise ValueError("a guided step needs the samples' conditions")
             null = self.null_condition(condition)
             by = plain if other is not None else None
-            return guided(own, by, x, guidance.scale, cache, condition, null, self.recipe.guided_channels)
+            return guided(own, by, x, guidance.scale, cache, condition, null, self.guided_channels)
 
         return call
 
@@ -178,7 +179,7 @@ class LoadedElastic:
 
             null = self.null_condition(condition)
             by = None if other is None else plain
-            return guided(own, by, x, guidance.scale, cache, condition, null, self.recipe.guided_channels)
+            return guided(own, by, x, guidance.scale, cache, condition, null, self.guided_channels)
 
         return call
 

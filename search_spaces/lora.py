@@ -105,7 +105,7 @@ def _target(stem: str, weights: Mapping[str, torch.Tensor], flat: Mapping[str, s
     """The weight that a name of a factor means."""
     if stem.startswith("lora_unet_"):
         return flat.get(stem.removeprefix("lora_unet_"))
-    plain = re.sub(r"^(base_model\.model\.)?(unet\.)?", "", stem).replace(".processor.", ".")
+    plain = re.sub(r"^(base_model\.model\.)?(unet\.|transformer\.)?", "", stem).replace(".processor.", ".")
     for name in (f"{plain}.weight", f"{plain}.0.weight"):  # what projects out is the first of two modules
         if name in weights:
             return name

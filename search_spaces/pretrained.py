@@ -25,11 +25,13 @@ from search_spaces.noise import NoiseSchedule
 
 log = logging.getLogger("nas")
 
-NETWORKS = ("UNet2DModel", "UNet2DConditionModel")
+NETWORKS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel")
 REMEDY = f"give a folder of a {' or '.join(NETWORKS)}, or that of a pipeline with one"
 INDEX = "model_index.json"
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
-TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
+"""Tokens of a text, where a pipeline's class says so and its tokenizer does not."""
 REFUSED = {
     "LDMSuperResolutionPipeline": "whose network is given the small image too, beside the noisy one",
     "LDMTextToImagePipeline": "whose text encoder is a BERT of its own",
@@ -47,13 +49,14 @@ VARIANTS = ("", ".fp16", ".bf16")
 class Found(NamedTuple):
     """`folder`: of the network. `config`: arguments of its class. `noise`: None where nothing says which process it was trained on.
     `autoencoder`: the folder of the one whose latents it works on; None where it works on pixels. `text`: the folder of the pipeline whose text
-    encoders make what it reads; None where there are none."""
+    encoders make what it reads; None where there are none. `length`: tokens of a text, None where its tokenizer says so."""
 
     folder: Path
     config: dict[str, Any]
     noise: NoiseSchedule | None
     autoencoder: Path | None = None
     text: Path | None = None
+    length: int | None = None
 
 
 def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
@@ -88,14 +91,16 @@ def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
             NoiseSchedule().beta_end,
         )
     reads = pipeline is not None and any(kind in TEXT_ENCODERS for kind in _parts(pipeline).values())
-    return Found(folder, config, noise, autoencoder, pipeline if reads else None)
+    length = None if pipeline is None else LENGTHS.get(str(read_json(pipeline / INDEX, REMEDY).get("_class_name")))
+    return Found(folder, config, noise, autoencoder, pipeline if reads else None, length)
 
 
 def _parts(pipeline: Path) -> dict[str, Any]:
     """Classes of a pipeline's components by name. Raises UserError for a pipeline whose networks are given more than a noisy state."""
     index = read_json(pipeline / INDEX, REMEDY)
-    if index.get("_class_name") in REFUSED:
-        raise UserError(f"{pipeline} is a {index['_class_name']}, {REFUSED[index['_class_name']]}; {REMEDY}")
+    kind = str(index.get("_class_name"))  # of a pipeline with code of its own, as exported folders have, a list
+    if kind in REFUSED:
+        raise UserError(f"{pipeline} is a {kind}, {REFUSED[kind]}; {REMEDY}")
     parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
     known = (*NETWORKS, *AUTOENCODERS, *TEXT_ENCODERS)
     left = [name for name, kind in parts.items() if kind and kind not in known and not name.startswith(USED)]

@@ -114,8 +114,8 @@ class Elastic:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **settings: Any) -> Elastic:
-        """The elastic network of a trained diffusers model: the folder of a UNet2DModel or UNet2DConditionModel, or of a pipeline with one (DDPM,
-        DDIM, LDM, Stable Diffusion and XL), whose scheduler says which noise process it was trained on, and whose autoencoder and text encoders
+        """The elastic network of a trained diffusers model: the folder of a UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel or
+        PixArtTransformer2DModel, or of a pipeline with one (DDPM, DDIM, LDM, DiT, Stable Diffusion and XL, PixArt), whose scheduler says which noise process it was trained on, and whose autoencoder and text encoders
         are taken as they stand there. `settings` as for the class. Reads the folder alone, no hub.
 
         Raises UserError where the folder holds no such model, its weights are not that network's, or its process cannot be kept.
@@ -131,7 +131,7 @@ class Elastic:
                 )
             shape = (found.config["in_channels"], *((side, side) if isinstance(side, int) else side))
             height, width = settings.get("codec", Pixels()).image_shape(shape)[1:]
-            settings["text"] = TextEncoder(str(found.text), size=(height, width))
+            settings["text"] = TextEncoder(str(found.text), size=(height, width), length=found.length)
         if settings.get("text") is not None and "tokens" not in settings:
             settings["tokens"] = settings["text"].shape[0]
         return cls(found.config, pretrained=str(found.folder), noise=found.noise or NoiseSchedule(), **settings)

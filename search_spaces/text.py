@@ -1,7 +1,7 @@
 """What a network is told of a text: the hidden states that stock text encoders make of it. Of a set of texts each distinct one is encoded once,
 and kept.
 
-`TextEncoder` is Stable Diffusion's, one CLIP text model, or XL's two; `ClassTable` a learned embedding for each class, as of LDM's ImageNet
+`TextEncoder` is Stable Diffusion's, one CLIP text model, or XL's two, or PixArt's T5; `ClassTable` a learned embedding for each class, as of LDM's ImageNet
 network, whose captions are the classes' numbers. Needs transformers, the extra "text", where texts are encoded.
 """
 
@@ -70,11 +70,13 @@ class TextEncoder:
     """The text encoder, or the two, of a pipeline's local folder: `tokenizer`, `text_encoder`, and for Stable Diffusion XL `tokenizer_2`,
     `text_encoder_2`. A relative path is one in the study file's folder.
 
-    `size`: height and width in pixels that XL is told an image has, uncropped. Raises UserError where the folder lacks them.
+    `size`: height and width in pixels that XL and PixArt at 1024 are told an image has, uncropped. `length`: tokens of a text, by default as many as
+    the tokenizer says; PixArt-alpha reads 120 and PixArt-Sigma 300. Raises UserError where the folder lacks them.
     """
 
     path: str
     size: tuple[Count, Count] = (1024, 1024)
+    length: Count | None = None
     base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
 
     @property
@@ -83,7 +85,8 @@ class TextEncoder:
 
     def describe(self) -> dict[str, Any]:
         of_xl = {"size": self.size, "zeros": self.zeros} if len(self._pairs) > 1 else {}
-        return {"class": "TextEncoder", "weights": self._digest, **of_xl}
+        of_t5 = {"length": self.length, "size": self.size} if self.length else {}
+        return {"class": "TextEncoder", "weights": self._digest, **of_xl, **of_t5}
 
     @property
     def zeros(self) -> bool:
@@ -98,10 +101,10 @@ class TextEncoder:
         """Tokens of a text, and the channels of each. Raises UserError where the folder does not say."""
         self.check()
         remedy = "save the pipeline anew"
-        tokens: Any = read_json(self.folder / PARTS[0][0] / "tokenizer_config.json", remedy).get("model_max_length")
-        widths: list[Any] = [
-            read_json(self.folder / encoder / "config.json", remedy).get("hidden_size") for _, encoder in self._pairs
-        ]
+        said = read_json(self.folder / PARTS[0][0] / "tokenizer_config.json", remedy).get("model_max_length")
+        tokens: Any = self.length or said
+        configs = [read_json(self.folder / encoder / "config.json", remedy) for _, encoder in self._pairs]
+        widths: list[Any] = [config.get("hidden_size", config.get("d_model")) for config in configs]
         if not all(isinstance(number, int) and 0 < number < 10**6 for number in (tokens, *widths)):
             raise UserError(
                 f"{self.folder}: tokenizer and text encoder say neither length nor width of a text; {remedy}"
@@ -118,7 +121,8 @@ class TextEncoder:
 
     def load(self, folder: Path | None, device: str) -> LoadedTextEncoder:
         self.check()
-        return LoadedTextEncoder(self.folder, self._pairs, self.size, self._digest, folder, device, self.zeros)
+        identity = digest_of([self._digest, self.length]) if self.length else self._digest
+        return LoadedTextEncoder(self.folder, self._pairs, self.size, identity, folder, device, self.zeros, self.length)
 
     @property
     def _pairs(self) -> tuple[tuple[str, str], ...]:
@@ -178,8 +182,10 @@ class LoadedTextEncoder(_Tabled):
         folder: Path | None,
         device: str,
         zeros: bool = False,
+        length: int | None = None,
     ) -> None:
-        self._identity = digest_of([identity, size]) if len(pairs) > 1 else identity
+        self._identity = digest_of([identity, size]) if len(pairs) > 1 or length else identity
+        self._length = length
         self._folder = folder
         self._source = source
         self._pairs = pairs
@@ -234,9 +240,17 @@ class LoadedTextEncoder(_Tabled):
             return {name: part for pair in self._pairs for name, part in self._read(*pair).items()}
 
     def _read(self, tokenizer: str, encoder: str) -> dict[str, Any]:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+        from transformers import (
+            CLIPTextModel,
+            CLIPTextModelWithProjection,
+            CLIPTokenizer,
+            T5EncoderModel,
+            T5Tokenizer,
+        )
 
-        kinds = {kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection)}
+        kinds: dict[str, Any] = {
+            kind.__name__: kind for kind in (CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel)
+        }
         config = read_json(self._source / encoder / "config.json", "save the encoder anew")
         kind = kinds.get(str((config.get("architectures") or ["CLIPTextModel"])[0]))
         if kind is None:
@@ -251,14 +265,15 @@ class LoadedTextEncoder(_Tabled):
                 variant=variant,
                 dtype=torch.float32,
             )
-            words: Any = CLIPTokenizer.from_pretrained(self._source / tokenizer, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reader: Any = T5Tokenizer if kind is T5EncoderModel else CLIPTokenizer
+            words: Any = reader.from_pretrained(self._source / tokenizer, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"{self._source}: {encoder} cannot be read ({first_line(error)}); copy it anew") from error
         return {tokenizer: words, encoder: read.to(self._device).eval().requires_grad_(False)}
 
     def encode(self, texts: Sequence[str]) -> Condition:
         """A row for each text, as the stock pipelines make it."""
-        return encoded(self.components, texts, self._size, self._device)
+        return encoded(self.components, texts, self._size, self._device, self._length)
 
 
 @recipe

@@ -1,4 +1,4 @@
-"""Small stock pipelines that read a text, with random weights, as people have them in a folder."""
+"""Small stock pipelines that read a text or take labels, with random weights, as people have them in a folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 from benchmarks.small_text import text_config, tokenizer
 
@@ -93,6 +98,56 @@ def stable_diffusion_xl(folder: Path, seed: int = 0) -> StableDiffusionXLPipelin
         unet=UNet2DConditionModel(**XL_UNET),
         scheduler=DDIMScheduler(**SCHEDULER),
         add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+TRANSFORMER: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 8,
+    "patch_size": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "num_layers": 3,
+}
+LINEAR: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
+
+
+def dit(folder: Path, classes: int = 1000, seed: int = 0) -> DiTPipeline:
+    """Saved in the folder too. Its blocks have one embedder, as those of the published ones."""
+    torch.manual_seed(seed)
+    network = DiTTransformer2DModel(**TRANSFORMER, num_embeds_ada_norm=classes)
+    for block in network.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(network.transformer_blocks[0].norm1.emb.state_dict())
+    pipeline = DiTPipeline(
+        transformer=network,
+        vae=AutoencoderKL(**VAE),
+        scheduler=DDIMScheduler(**LINEAR, set_alpha_to_one=True),
+        id2label={0: "bag", 1: "boot"},
+    )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pixart(folder: Path, seed: int = 0) -> PixArtAlphaPipeline:
+    """Saved in the folder too."""
+    torch.manual_seed(seed)
+    words = T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"\u2581{w}", -1.0) for w in WORDS)])
+    text = T5Config(vocab_size=16, d_model=TEXT_WIDTH, d_kv=4, d_ff=32, num_layers=2, num_heads=2)
+    width = TRANSFORMER["num_attention_heads"] * TRANSFORMER["attention_head_dim"]
+    network = PixArtTransformer2DModel(**TRANSFORMER, caption_channels=TEXT_WIDTH, cross_attention_dim=width)
+    pipeline = PixArtAlphaPipeline(
+        tokenizer=words,
+        text_encoder=T5EncoderModel(text).eval(),
+        vae=AutoencoderKL(**VAE),
+        transformer=network,
+        scheduler=DPMSolverMultistepScheduler(
+            beta_start=0.0001, beta_end=0.02, beta_schedule="linear", final_sigmas_type="zero"
+        ),
     )
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)

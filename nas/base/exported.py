@@ -15,16 +15,16 @@ from typing import Any
 
 SCHEDULE, TRAINING, PROVENANCE, INDEX = "schedule.json", "train.json", "provenance.json", "model_index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CLASSES = ("UNet2DModel", "UNet2DConditionModel")
+CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel")
 """Of networks that are exported."""
 
 AUTOENCODER, AUTOENCODERS = "vae", ("AutoencoderKL", "VQModel")
 """The folder of the one whose latents the networks work on, if any, and its class."""
 
 TEXTS = {
-    "tokenizer": ("CLIPTokenizer",),
+    "tokenizer": ("CLIPTokenizer", "T5Tokenizer"),
     "tokenizer_2": ("CLIPTokenizer",),
-    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"),
     "text_encoder_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
 }
 """What makes of a text what the networks read, if they read any, and its classes, which are those of transformers."""
@@ -32,7 +32,7 @@ TEXT_WEIGHTS = "model.safetensors"
 
 SAMPLERS = ("DDIM", "DDPM", "DPMSolver")
 
-NAME = re.compile(r"unet_[0-9]{1,5}|teacher")
+NAME = re.compile(r"(unet|transformer)_[0-9]{1,5}|teacher")
 POSTERIORS = ("sample", "mean")
 REMEDY = "export the schedule again"
 
@@ -174,6 +174,8 @@ def _check_guidance(guidance: Mapping[str, Any], networks: dict[str, Any], folde
 
 
 def _check_classes(data: Mapping[str, Any], path: Path) -> None:
+    if "guided_channels" in data and not 1 <= _entry(data, "guided_channels", int, path) <= 2**16:
+        raise ExportError(f"{path}: guided_channels={data['guided_channels']} is out of range; {REMEDY}")
     if "null_label" in data and not 0 <= _entry(data, "null_label", int, path) <= 10**6:
         raise ExportError(f"{path}: null_label={data['null_label']} is out of range; {REMEDY}")
     if "text" in data:
@@ -240,7 +242,7 @@ def _name(name: str, folder: Path, path: Path) -> str:
     """A network's name, which is a folder of ours and no way out of it."""
     if not NAME.fullmatch(name):
         raise ExportError(
-            f"{path} names a network {name!r}; its networks are called unet_0, unet_1, ..., teacher; {REMEDY}"
+            f"{path} names a network {name!r}; its networks are called unet_0, unet_1, ..., or transformer_0, ..., and teacher; {REMEDY}"
         )
     if (folder / name).is_symlink() or not (folder / name).is_dir():
         raise ExportError(f"{path} names a network {name}, but {folder} has no such folder; {REMEDY}")

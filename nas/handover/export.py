@@ -1,6 +1,7 @@
 """From a chosen trial to a folder of stock diffusers models that needs nothing of this project.
 
-DIR/unet_0, unet_1, ...     one stock model folder per distinct arch; where asked for, with model.pt2, a torch.export program of it
+DIR/unet_0, unet_1, ...     one stock model folder per distinct arch, transformer_0, ... of transformers; where asked for, with model.pt2, a
+                            torch.export program of it
 DIR/schedule.json           which folder at which timestep with which blocks reused, and the scheduler's settings
 DIR/model_index.json        the same as a diffusers pipeline, with
 DIR/scheduler, pipeline.py  its scheduler and its code, and what that imports
@@ -65,9 +66,11 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        names = {arch: f"unet_{i}" for i, arch in enumerate(schedule.archs)}
-        for arch, name in names.items():
-            net.extract(arch).save_pretrained(partial / name)  # type: ignore[operator]
+        names: dict[Any, str] = {}
+        for number, arch in enumerate(schedule.archs):
+            model: Any = net.extract(arch)
+            names[arch] = f"{'transformer' if 'Transformer' in type(model).__name__ else 'unet'}_{number}"
+            model.save_pretrained(partial / names[arch])
         differences = {name: _difference(net, schedule, arch, partial / name) for arch, name in names.items()}
         wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
         if wrong:
@@ -81,6 +84,7 @@ def export(
             "scheduler": dict(net.scheduler),
             "shape": net.state_shape,
             **_classes(net),
+            **({"guided_channels": channels} if (channels := getattr(net, "guided_channels", None)) else {}),
             **_latents(net, partial),
             **_texts(net, partial),
         }
@@ -269,7 +273,7 @@ def _write_training(
 _README = """# A step-aware diffusion model
 
 Each sampling step runs the network that `schedule.json` names for it, or takes blocks' outputs from the step before. The networks
-are ordinary diffusers UNet folders; `provenance.json` says where they come from. To sample, with torch and diffusers alone:
+are ordinary diffusers model folders; `provenance.json` says where they come from. To sample, with torch and diffusers alone:
 
 ```
 python sample.py --count 16 --seed 0 --to samples.png

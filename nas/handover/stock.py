@@ -1,5 +1,5 @@
-"""One network for all steps as the plain pipeline that diffusers has for it: DDIMPipeline, DDPMPipeline, LDMPipeline, StableDiffusionPipeline
-or StableDiffusionXLPipeline."""
+"""One network for all steps as the plain pipeline that diffusers has for it: DDIMPipeline, DDPMPipeline, LDMPipeline, DiTPipeline,
+StableDiffusionPipeline, StableDiffusionXLPipeline or PixArtAlphaPipeline."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from nas.contracts import LoadedSupernet, Schedule, UserError, some_condition
 GRIDS = tuple((spacing, offset) for spacing in ("trailing", "leading", "linspace") for offset in (0, 1))
 """How diffusers spaces timesteps, and what it adds to them."""
 
+DIT, PIXART = "DiTTransformer2DModel", "PixArtTransformer2DModel"
+NULL = 1000
+"""The label of no class that DiTPipeline knows."""
+
 
 def export_stock(
     net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any], provenance: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Writes the folder, whole or not at all. Returned are the `pipeline`, its `steps`, whether they are the schedule's own `timesteps`, which
-    no setting of a stock scheduler may lead to, and where it reads a text the `guidance_scale` that it is to be called with.
+    no setting of a stock scheduler may lead to, and where it reads a text or takes labels the `guidance_scale` that it is to be called with.
 
     Raises UserError where no stock pipeline does what the schedule does, and where `folder` is not empty.
     """
@@ -38,9 +42,12 @@ def export_stock(
     network: Any = net.extract(schedule.archs[0])
     autoencoder = getattr(net, "autoencoder", None)
     texts = getattr(net, "text_components", {})
+    kind = type(network).__name__
     if texts:
         with quiet_transformers():
-            pipeline = _of_text(texts, autoencoder, network, scheduler)
+            pipeline = _of_text(kind, texts, autoencoder, network, scheduler)
+    elif kind == DIT:
+        pipeline = diffusers.DiTPipeline(transformer=network, vae=autoencoder, scheduler=scheduler)
     elif autoencoder is not None:
         pipeline = diffusers.LDMPipeline(vqvae=autoencoder, unet=network, scheduler=scheduler)
     else:
@@ -49,7 +56,8 @@ def export_stock(
         "pipeline": type(pipeline).__name__,
         "steps": count,
         "timesteps": _same_steps(scheduler, schedule.timesteps),
-        **({"guidance_scale": next(iter(_scales(schedule)))} if texts else {}),
+        **({"guidance_scale": next(iter(_scales(schedule)))} if texts or kind == DIT else {}),
+        **({"use_resolution_binning": False} if kind == PIXART else {}),
     }
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -75,7 +83,9 @@ def _scheduler(net: LoadedSupernet, sampler: Mapping[str, Any], spacing: str, of
     return DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero")
 
 
-def _of_text(texts: Mapping[str, Any], autoencoder: Any, network: Any, scheduler: Any) -> Any:
+def _of_text(kind: str, texts: Mapping[str, Any], autoencoder: Any, network: Any, scheduler: Any) -> Any:
+    if kind == PIXART:
+        return diffusers.PixArtAlphaPipeline(**texts, vae=autoencoder, transformer=network, scheduler=scheduler)
     parts = {"vae": autoencoder, "unet": network, "scheduler": scheduler, **texts}
     if "text_encoder_2" in texts:
         return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
@@ -92,36 +102,38 @@ def _scales(schedule: Schedule) -> set[float]:
 def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) -> None:
     latent = getattr(net, "autoencoder", None)
     texts, condition = getattr(net, "text_components", {}), some_condition(net, 1) or {}
-    known = ("DDIM", "DPMSolver") if texts else ("DDIM",) if latent is not None else ("DDIM", "DDPM")
+    kind = type(net.extract(schedule.archs[0])).__name__
+    labelled, reads = "class_labels" in condition, "encoder_hidden_states" in condition
+    dit = kind == DIT
+    several = reads or dit
+    known = ("DDIM", "DPMSolver") if several else ("DDIM",) if latent is not None else ("DDIM", "DDPM")
     config: Any = {} if latent is None else latent.config
     shifts = [name for name in ("shift_factor", "latents_mean", "latents_std") if config.get(name) and not texts]
-    reads = "encoder_hidden_states" in condition
+    null = int(net.null_condition(condition)["class_labels"][0]) if labelled else None
+    varies = getattr(net, "learned_variance", False) and sampler.get("variance") != "learned_range" and not several
     reasons = {
         f"it runs {len(schedule.archs)} networks": len(schedule.archs) > 1,
         "it reuses blocks": any(step.reuse for step in schedule.steps),
-        "its network takes labels": "class_labels" in condition,
+        "its network takes labels": labelled and not dit,
+        f"DiTPipeline knows {NULL} classes, its network {null}": dit and null != NULL,
         "its network reads a text, and its text encoder is not here": reads and not texts,
-        "its network reads a text, and works on pixels": reads and latent is None,
-        "its steps are not all guided alike": reads and len(_scales(schedule)) > 1,
+        "its network reads a text or takes labels, and works on pixels": several and latent is None,
+        "its steps are not all guided alike": several and len(_scales(schedule)) > 1,
+        f"it guides {getattr(net, 'guided_channels', None)} channels alone": bool(
+            getattr(net, "guided_channels", None)
+        ),
         f"{sampler['class']} is not {' or '.join(known)}": sampler["class"] not in known,
         f"DDIM with eta={sampler.get('eta')} adds noise": bool(sampler.get("eta")),
-        f"its network says where the variance lies, and {sampler['class']} does not ask": getattr(
-            net, "learned_variance", False
-        )
-        and sampler.get("variance") != "learned_range",
+        f"its network says where the variance lies, and {sampler['class']} does not ask": varies,
         f"{sampler['class']}'s last step arrives at the image, the network's at timestep 0": sampler["class"] != "DDIM"
         and getattr(net, "final_alpha", 1.0) != 1.0,
-        f"LDMPipeline knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
+        f"its pipeline knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
+        f"its network is a {kind}": kind not in ("UNet2DModel", DIT) and not texts,
     }
     wrong = [words for words, applies in reasons.items() if applies]
     if wrong:
         raise UserError(
             f"no pipeline of diffusers samples as this schedule does: {'; '.join(wrong)}; export it without --stock"
-        )
-    kind = type(net.extract(schedule.archs[0])).__name__
-    if kind != "UNet2DModel" and not texts:
-        raise UserError(
-            f"no pipeline of diffusers samples as this schedule does: its network is a {kind}; export it without --stock"
         )
 
 

@@ -141,9 +141,9 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         against = [negative or ""] * len(texts) if negative is None or isinstance(negative, str) else list(negative)
         if len(against) != len(texts):
             raise ValueError(f"{len(against)} negative prompts for {len(texts)} prompts; give one, or one for each")
-        size = plan["text"]["size"]
-        told = encoded(parts, texts, size, device)
-        null = encoded(parts, against, size, device)
+        size, length = plan["text"]["size"], plan["text"]["tokens"]
+        told = encoded(parts, texts, size, device, length)
+        null = encoded(parts, against, size, device, length)
         null = nothing_said(null) if negative is None and plan["text"].get("zeros") else null
         told |= {NEGATIVE + name: rows for name, rows in null.items()}
         return {name: rows.repeat_interleave(each, dim=0) for name, rows in told.items()}
@@ -169,7 +169,8 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         if guidance["model"] != step["model"]:
             other = partial(self._noise_in, guidance["model"], step["timestep"], alpha, (), ())
             by = lambda x, null: other(x, None, null)[0]  # noqa: E731
-        return guided(own, by, x, guidance["scale"], cache, told, null)
+        channels = self.config.schedule.get("guided_channels")
+        return guided(own, by, x, guidance["scale"], cache, told, null, channels)
 
     def _noise_in(
         self,

@@ -1,4 +1,4 @@
-"""What stock text encoders make of a text, as Stable Diffusion's pipelines ask them. Needs torch and the encoders alone: an exported folder
+"""What stock text encoders make of a text, as the pipelines of Stable Diffusion and PixArt ask them. Needs torch and the encoders alone: an exported folder
 holds a copy of this file.
 """
 
@@ -10,19 +10,22 @@ from typing import Any
 import torch
 
 PARTS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
-"""Components of a stock pipeline: Stable Diffusion has the first pair, XL both."""
+"""Components of a stock pipeline: Stable Diffusion and PixArt have the first pair, XL both."""
 
 
 @torch.no_grad()
 def encoded(
-    parts: Mapping[str, Any], texts: Sequence[str], size: Sequence[int], device: Any
+    parts: Mapping[str, Any], texts: Sequence[str], size: Sequence[int], device: Any, length: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """A row for each text, by the names of the network's arguments. Texts are padded to the tokenizer's length, and cut where longer.
+    """A row for each text, by the names of the network's arguments. Texts are padded to the `length`, or else to the tokenizer's, and cut where
+    longer. A T5 encoder's have a mask, 1 for tokens of the text, and the `size` as PixArt at 1024 pixels is told it.
 
     XL takes both encoders' last but one hidden states side by side, the second's pooled output, and the `size`, height and width in pixels, of an
     image that was not cropped.
     """
     pairs = [pair for pair in PARTS if pair[1] in parts]
+    if type(parts[pairs[0][1]]).__name__ == "T5EncoderModel":
+        return _by_t5(parts[pairs[0][0]], parts[pairs[0][1]], list(texts), size, device, length)
     states, pooled = [], torch.empty(0)
     for name, encoder in pairs:
         tokenizer = parts[name]
@@ -43,6 +46,23 @@ def encoded(
         "encoder_hidden_states": torch.cat(states, dim=-1),
         "text_embeds": pooled,
         "time_ids": sizes.expand(len(texts), -1),
+    }
+
+
+def _by_t5(
+    tokenizer: Any, encoder: Any, texts: list[str], size: Sequence[int], device: Any, length: int | None
+) -> dict[str, torch.Tensor]:
+    longest = length or tokenizer.model_max_length
+    # PixArt's pipelines write all in small letters.
+    plain = [text.lower().strip() for text in texts]
+    made = tokenizer(plain, padding="max_length", max_length=longest, truncation=True, return_tensors="pt")
+    mask = made.attention_mask.to(device)
+    height, width = size
+    return {
+        "encoder_hidden_states": encoder(made.input_ids.to(device), attention_mask=mask)[0],
+        "encoder_attention_mask": mask.float(),
+        "resolution": torch.tensor([height, width], dtype=torch.float32, device=device).expand(len(texts), -1),
+        "aspect_ratio": torch.tensor([height / width], dtype=torch.float32, device=device).expand(len(texts), -1),
     }
 
 

@@ -65,9 +65,9 @@ def conditions(export: Any, labels: Any, captions: Sequence[str] | None, count: 
         if not export.texts:
             raise ExportError(f"{export.folder} has no text encoder to read captions with; export it with one")
         parts = _text_parts(export.folder, export.texts, device)
-        distinct, size = sorted({*captions, ""}), plan["text"]["size"]
-        made = [encoded(parts, distinct[i : i + 64], size, device) for i in range(0, len(distinct), 64)]
-        null = encoded(parts, [""], size, device)
+        distinct, size, length = sorted({*captions, ""}), plan["text"]["size"], plan["text"]["tokens"]
+        made = [encoded(parts, distinct[i : i + 64], size, device, length) for i in range(0, len(distinct), 64)]
+        null = encoded(parts, [""], size, device, length)
         made.append(nothing_said(null) if plan["text"].get("zeros") else null)
         rows = {name: torch.cat([part[name].cpu() for part in made]) for name in made[0]}
         place = {text: number for number, text in enumerate(distinct)}

@@ -12,6 +12,7 @@ one. The same command goes on after a stop.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -193,7 +194,8 @@ def _train_one(
 ) -> Iterator[dict[str, Any]]:
     served = torch.cat([torch.arange(start, stop) for start, stop in ranges])
     total = max(1, round(settings.steps * len(served) / scheduler.config.num_train_timesteps))
-    net = read_network(folder / name).train()
+    # In evaluation mode: a stock transformer in training mode drops labels by itself, each of its blocks others.
+    net = tied(read_network(folder / name))
     optimiser = torch.optim.Adam(net.parameters(), settings.learning_rate)
     net, optimiser = accelerator.prepare(net, optimiser)
     bare = accelerator.unwrap_model(net)
@@ -222,8 +224,26 @@ def _train_one(
         bare.load_state_dict(average)
         partial = folder / TRAINED / f".{name}"
         shutil.rmtree(partial, ignore_errors=True)
-        bare.save_pretrained(partial)
+        untied(bare).save_pretrained(partial)
     accelerator.free_memory()
+
+
+def tied(net: Any) -> Any:
+    """With one embedding of timestep and label for all blocks, of which a stock DiT keeps a copy in each."""
+    for block in net.transformer_blocks[1:] if _copies(net) else []:
+        block.norm1.emb = net.transformer_blocks[0].norm1.emb
+    return net
+
+
+def untied(net: Any) -> Any:
+    """With a copy in each block again, as its file has them."""
+    for block in net.transformer_blocks[1:] if _copies(net) else []:
+        block.norm1.emb = copy.deepcopy(net.transformer_blocks[0].norm1.emb)
+    return net
+
+
+def _copies(net: Any) -> bool:
+    return hasattr(net, "transformer_blocks") and hasattr(net.transformer_blocks[0].norm1, "emb")
 
 
 def _step(
@@ -315,16 +335,19 @@ def _loss(
 
 
 class Maps:
-    """Spatial maps of a network's blocks, (batch, positions), as its next call has them."""
+    """Spatial maps of a UNet's blocks, or of a transformer's last one, (batch, positions), as its next call has them."""
 
     def __init__(self, net: Any, wanted: bool) -> None:
-        blocks = [*net.down_blocks, *net.up_blocks] if wanted else []
+        deep = hasattr(net, "transformer_blocks")
+        self._channels = -1 if deep else 1
+        every = [net.transformer_blocks[-1]] if deep else [*net.down_blocks, *net.up_blocks]
+        blocks = every if wanted else []
         self._found: list[torch.Tensor] = []
         self._hooks = [block.register_forward_hook(self._note) for block in blocks]
 
     def _note(self, block: Any, inputs: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        squares = hidden.float().square().mean(1).flatten(1)
+        squares = hidden.float().square().mean(self._channels).flatten(1)
         self._found.append(squares / squares.mean(1, keepdim=True).clamp_min(1e-12))
 
     def close(self) -> list[torch.Tensor]:
@@ -343,7 +366,8 @@ def _keep(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tensor]
         tensors[f"first:{names[id(parameter)]}"] = state["exp_avg"]
         tensors[f"second:{names[id(parameter)]}"] = state["exp_avg_sq"]
     partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial)
+    # Cloned, since copies of one tensor share their memory.
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, partial)
     os.replace(partial, path)
 
 

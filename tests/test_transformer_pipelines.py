@@ -1,0 +1,363 @@
+"""Diffusion transformers from a pipeline's folder, through training and export, to a pipeline again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from safetensors.torch import load_file
+
+from evaluators.conditions import Labels, Prompts
+from evaluators.images import Digits
+from evaluators.sampling import DDIM, DPMSolver, sample
+from nas.base.exported import read_export, read_network
+from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
+from nas.handover.export import export
+from nas.handover.stock import export_stock
+from search_spaces.intervals import free, leading
+from search_spaces.networks.anatomy import predict
+from search_spaces.noise import NoiseSchedule
+from search_spaces.shipped.train_diffusers import Settings, train
+from search_spaces.supernet import Elastic
+from search_spaces.training import Sandwich
+from search_spaces.training.optimiser import Optimiser
+from tests.pipelines import TEXT_WIDTH, dit, pixart
+from tests.test_transformer import DIT, PIXART
+
+KINDS = ["dit", "pixart"]
+TEXTS = ["a photo of a bag", "a small dress", "a boot"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("transformers")
+    dit(where / "dit")
+    pixart(where / "pixart")
+    return where
+
+
+def opened(folder: Path, kind: str, **settings: Any) -> Elastic:
+    return Elastic.from_pretrained(folder / kind, widths=(0.5, 1.0), depths=(2, 3), **settings)
+
+
+def conditions_of(kind: str, recipe: Elastic, where: Path) -> Any:
+    """Of samples, as an evaluator has them."""
+    if kind == "dit":
+        return Labels(Digits()).load(where)
+    (where / "prompts.txt").write_text("\n".join(TEXTS))
+    return Prompts(str(where / "prompts.txt"), recipe.text).load(where)  # type: ignore[arg-type]
+
+
+def noise(net: Any, count: int, seed: int = 0) -> torch.Tensor:
+    rows = [np.random.default_rng((seed, i, 0)).standard_normal(net.state_shape, np.float32) for i in range(count)]
+    return torch.from_numpy(np.stack(rows))
+
+
+def stock_images(
+    kind: str, stock: Any, told: Any, drawn: torch.Tensor, monkeypatch: pytest.MonkeyPatch, steps: int, scale: float
+) -> torch.Tensor:
+    """What the stock pipeline makes of this noise, in [0, 1]."""
+    stock.set_progress_bar_config(disable=True)
+    common = {"num_inference_steps": steps, "guidance_scale": scale, "output_type": "np"}
+    if kind == "dit":
+        monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda *_, **__: drawn)
+        labels = told.of(0, 0, len(drawn))["class_labels"].tolist()
+        images = stock(class_labels=labels, **common).images
+    else:
+        images = stock(told.texts(0, 0, len(drawn)), latents=drawn, use_resolution_binning=False, **common).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("sampler", [DDIM(), DPMSolver()], ids=["DDIM", "DPM-Solver++"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_are_those_of_the_stock_pipeline(
+    kind: str, sampler: Any, scale: float, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock: Any = DiffusionPipeline.from_pretrained(folder / kind)
+    if isinstance(sampler, DDIM):
+        config = stock.scheduler.config
+        stock.scheduler = DDIMScheduler.from_config(config, clip_sample=False, timestep_spacing="leading")
+    else:
+        stock.scheduler = DPMSolverMultistepScheduler.from_config(stock.scheduler.config, final_sigmas_type="zero")
+    stock.scheduler.set_timesteps(5)
+    timesteps = free(*stock.scheduler.timesteps.tolist())
+    recipe = opened(folder, kind, noise=NoiseSchedule(final_alpha="one"))
+    net = recipe.initial(0)
+    schedule = Schedule(tuple(Step(t, net.full_arch, (), Guidance(scale) if scale != 1 else None) for t in timesteps))
+    told = conditions_of(kind, recipe, tmp_path)
+    ours = sample(net, schedule, sampler, 0, 0, 3, told)
+    theirs = stock_images(kind, stock, told, noise(net, 3), monkeypatch, 5, scale)
+    assert torch.allclose((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1e-4)
+
+
+def test_a_folder_says_what_a_text_is(folder: Path) -> None:
+    recipe = opened(folder, "pixart")
+    assert recipe.anatomy.tokens == 120
+    assert recipe.anatomy.text_channels == (TEXT_WIDTH,)
+    assert recipe.condition_kind == "texts"
+    assert opened(folder, "dit").condition_kind == "labels"
+    assert opened(folder, "dit").anatomy.null_label == 1000
+
+
+def test_three_channels_are_guided_where_that_is_said(folder: Path) -> None:
+    """As DiT's own sampler does it; diffusers guides all."""
+    net = opened(folder, "dit", guided_channels=3).initial(0)
+    x, told = noise(net, 2), {"class_labels": torch.tensor([3, 7])}
+    with torch.inference_mode():
+        found, _ = net.denoiser(Step(500, net.full_arch, (), Guidance(4.0)))(x, 500, None, told)
+        own = net.noise_by(net.extract(net.full_arch), x, 500, told)
+        plain = net.noise_by(net.extract(net.full_arch), x, 500, {"class_labels": torch.full((2,), 1000)})
+    guided = plain + 4 * (own - plain)
+    assert torch.allclose(found[:, :3], guided[:, :3], atol=1e-5)
+    assert torch.allclose(found[:, 3:4], own[:, 3:4], atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------- handover
+
+
+def exported(folder: Path, to: Path, kind: str, **settings: Any) -> tuple[Any, Schedule]:
+    recipe = opened(folder, kind, **settings)
+    net = recipe.initial(0)
+    half = recipe.subnets(recipe.options).flat(0)
+    branches = ("b0.attn", "b1") if kind == "dit" else ("b0.text", "b1.mlp")
+    steps = (
+        Step(801, net.full_arch, (), Guidance(3.0)),
+        Step(601, net.full_arch, branches, Guidance(3.0)),
+        Step(501, net.full_arch, ("b0", "b1", "b2"), Guidance(3.0)),
+        Step(401, half, (), Guidance(2.0, net.full_arch)),
+        Step(201, half),
+    )
+    schedule = Schedule(steps)
+    export(net, schedule, DDIM(clip=False).describe(), {}, to)
+    return net, schedule
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("dit", {}), ("dit", {"guided_channels": 3}), ("pixart", {})])
+def test_an_exported_folder_samples_without_this_project(
+    kind: str, settings: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    """In a process that cannot import it."""
+    net, schedule = exported(folder, tmp_path / "model", kind, **settings)
+    assert {*read_export(tmp_path / "model").networks} == {"transformer_0", "transformer_1"}
+    told = conditions_of(kind, net.recipe, tmp_path)
+    ours = sample(net, schedule, DDIM(clip=False), 7, 0, 2, told)
+    asked = (
+        f"class_labels={told.of(7, 0, 2)['class_labels'].tolist()!r}" if kind == "dit" else repr(told.texts(7, 0, 2))
+    )
+    program = f"""
+import sys
+for name in ("nas", "search_spaces", "evaluators", "optuna", "pydantic"):
+    sys.modules[name] = None
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+pipeline = DiffusionPipeline.from_pretrained("model", custom_pipeline="model", trust_remote_code=True)
+made = pipeline({asked}, seed=7, output_type="pt")
+save_file({{"images": made.images.contiguous()}}, "images.safetensors")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.allclose(load_file(tmp_path / "images.safetensors")["images"], (ours / 2 + 0.5).clamp(0, 1), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("scale", [None, 5.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_network_for_all_steps_is_the_plain_pipeline(
+    kind: str, scale: float | None, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = opened(folder, kind, noise=NoiseSchedule(final_alpha="one"))
+    net, half = recipe.initial(0), recipe.subnets(recipe.options).flat(0)
+    guidance = None if scale is None else Guidance(scale)
+    schedule = Schedule(tuple(Step(t, half, (), guidance) for t in leading(4)))
+    facts = export_stock(net, schedule, DDIM(clip=False).describe(), {}, tmp_path / "stock")
+    assert facts["pipeline"] == {"dit": "DiTPipeline", "pixart": "PixArtAlphaPipeline"}[kind]
+    stock: Any = DiffusionPipeline.from_pretrained(tmp_path / "stock")
+    told = conditions_of(kind, recipe, tmp_path)
+    ours = sample(net, schedule, DDIM(clip=False), 0, 0, 2, told)
+    theirs = stock_images(kind, stock, told, noise(net, 2), monkeypatch, 4, facts["guidance_scale"])
+    assert torch.allclose((ours / 2 + 0.5).clamp(0, 1), theirs, atol=1e-4)
+
+
+def test_what_the_plain_pipeline_cannot_do_is_refused(folder: Path, tmp_path: Path) -> None:
+    dit(tmp_path / "ten", classes=10)
+    for where, settings, words in (
+        (tmp_path / "ten", {}, "DiTPipeline knows 1000 classes, its network 10"),
+        (folder / "dit", {"guided_channels": 3}, "it guides 3 channels alone"),
+    ):
+        net = Elastic.from_pretrained(where, widths=(1.0,), **settings).initial(0)
+        schedule = Schedule(tuple(Step(t, net.full_arch, (), Guidance(2.0)) for t in leading(4)))
+        with pytest.raises(UserError, match=words):
+            export_stock(net, schedule, DDIM(clip=False).describe(), {}, tmp_path / "stock")
+
+
+def test_an_exported_transformer_is_trained_with_one_embedder(folder: Path, tmp_path: Path) -> None:
+    """So that what was trained can be opened again; stopped and gone on with, it is what it would have been."""
+    exported(folder, tmp_path / "model", "dit")
+    data = Digits().load()
+    pixels = np.repeat(np.repeat(np.repeat(data.pixels[:24], 2, axis=2), 2, axis=3), 3, axis=1)
+    labels = data.labels[:24]  # type: ignore[index]
+    settings = Settings(steps=6, batch=4, warmup=0, features=0.1, checkpoint_every=2)
+    ticks = train(tmp_path / "model", pixels, settings, cpu=True, labels=labels)
+    for tick in ticks:
+        if tick["model"] == "transformer_0" and tick["step"] == 3:
+            break
+    ticks.close()
+    for _ in train(tmp_path / "model", pixels, settings, cpu=True, labels=labels):
+        pass
+    trained = read_network(tmp_path / "model" / "trained" / "transformer_0")
+    before = read_network(tmp_path / "model" / "transformer_0")
+    first, *others = trained.transformer_blocks
+    table = "class_embedder.embedding_table.weight"
+    assert not torch.equal(
+        first.norm1.emb.state_dict()[table], before.transformer_blocks[0].norm1.emb.state_dict()[table]
+    )
+    for other in others:
+        for name, tensor in other.norm1.emb.state_dict().items():
+            assert torch.equal(tensor, first.norm1.emb.state_dict()[name])
+    again = Elastic.from_pretrained(tmp_path / "model" / "trained" / "transformer_0", widths=(0.5, 1.0)).initial(0)
+    x = noise(again, 2)
+    told = {"class_labels": torch.tensor([1, 2])}
+    with torch.inference_mode():
+        assert torch.equal(predict(again.extract(again.full_arch), x, 500, told), predict(trained, x, 500, told))
+    exported(folder, tmp_path / "whole", "dit")
+    for _ in train(tmp_path / "whole", pixels, settings, cpu=True, labels=labels):
+        pass
+    whole = read_network(tmp_path / "whole" / "trained" / "transformer_0").state_dict()
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def garments() -> ImageSet:
+    data = Digits().load()
+    return replace(data, pixels=data.pixels[:64], labels=data.labels[:64])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("config", [DIT, PIXART], ids=KINDS)
+def test_fresh_weights_begin_at_nothing(config: dict[str, Any]) -> None:
+    """adaLN-Zero: the prediction is zero, and a DiT's blocks add nothing."""
+    net = Elastic(config, (0.5, 1.0)).initial(0)
+    x, told = noise(net, 2), net.recipe.anatomy.some_condition(2)
+    stock = net.extract(net.full_arch)
+    with torch.inference_mode():
+        assert torch.equal(predict(stock, x, 500, told), torch.zeros(2, 6, 8, 8))
+        if config is DIT:
+            hidden = torch.randn(2, 16, 32)
+            block = stock.transformer_blocks[1]
+            handed = block(hidden, timestep=torch.tensor([3, 4]), class_labels=torch.tensor([1, 2]))
+            assert torch.equal(handed, hidden)
+
+
+PIXELS = {**DIT, "in_channels": 1, "out_channels": 1}
+
+
+def test_labels_are_dropped_once_for_all_blocks(garments: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the step's own generator: the stock class in training mode would drop others in each block, from torch's global one."""
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    def noted(self: Optimiser) -> None:
+        gradients.append({name: p.grad.clone() for name, p in self._named.items() if p.grad is not None})
+
+    monkeypatch.setattr(Optimiser, "update", noted)
+    stage = Sandwich(steps=1, batch=8, full_only=True, drop=0.5)
+    for seed in (1, 2):
+        net = Elastic(PIXELS, (0.5, 1.0)).initial(0)
+        with torch.no_grad():
+            for number, parameter in enumerate(net.full.parameters()):
+                generator = torch.Generator().manual_seed(number)
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        torch.manual_seed(seed)
+        ticks = stage.fit(net, garments, 0)
+        next(ticks)
+        del ticks
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_a_training_that_was_interrupted_ends_as_one_that_was_not(garments: ImageSet, tmp_path: Path) -> None:
+    recipe = Elastic(PIXELS, (0.5, 1.0), depths=(2, 5))
+
+    class Source:
+        def load(self) -> ImageSet:
+            return garments
+
+    stage = Sandwich(steps=6, batch=4, warmup=0, checkpoint_every=2)
+    for _ in stage.run(recipe, Source(), tmp_path / "whole", 0, "cpu"):  # type: ignore[arg-type]
+        pass
+    ticks = stage.run(recipe, Source(), tmp_path / "stopped", 0, "cpu")  # type: ignore[arg-type]
+    for tick in ticks:
+        if tick.done == 3:
+            break
+    ticks.close()  # type: ignore[attr-defined]
+    for _ in stage.run(recipe, Source(), tmp_path / "stopped", 0, "cpu"):  # type: ignore[arg-type]
+        pass
+    one, other = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "stopped"))
+    assert one.keys() == other.keys()
+    assert not any("transformer_blocks.1.norm1.emb" in name for name in one), "copies are not kept"
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    loaded = recipe.load(tmp_path / "whole", "cpu")
+    assert loaded.recipe.digest(tmp_path / "whole") == recipe.digest(tmp_path / "stopped")
+
+
+def test_a_network_that_takes_labels_and_says_variance_is_trained(garments: ImageSet) -> None:
+    net = Elastic({**PIXELS, "out_channels": 2}, (0.5, 1.0)).initial(0)
+    losses = [tick.values["1"] for tick in Sandwich(steps=3, batch=4, warmup=0).fit(net, garments, 0)]
+    assert all(np.isfinite(losses))
+    with pytest.raises(UserError, match="knows 5 classes and one of none"):
+        Sandwich(steps=1).check(Elastic({**PIXELS, "num_embeds_ada_norm": 5}, (1.0,)), garments)
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        ({"mlp_ratio": 2}, {}, "unexpected keyword argument 'mlp_ratio'"),
+        ({}, {"attention": True}, "no stock transformer lacks the attention, or the feed-forward layers"),
+        ({}, {"middle": True}, "a transformer is made of blocks alone"),
+        ({}, {"widths": (0.3, 1.0)}, "legal for all levels: 0.25, 0.5, 0.75, 1"),
+        ({}, {"groups": "size"}, "has no norm groups"),
+        ({}, {"heads": "slim"}, "has heads of one size at every width"),
+        ({}, {"block_order": (0, 1)}, "must name each of the 5 blocks once"),
+        ({}, {"depths": (2, 9)}, "must include 5, the full network"),
+        ({"sample_size": 9}, {}, "must be a multiple of patch_size=2"),
+        ({"attention_head_dim": 7, "num_attention_heads": 4}, {"widths": (0.5, 1.0)}, "cannot carry positions"),
+        ({"norm_elementwise_affine": True}, {}, "norm_elementwise_affine=True is not elastic"),
+    ],
+)
+def test_what_no_stock_transformer_can_be_is_refused(
+    change: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        Elastic({**DIT, **change}, **{"widths": (0.5, 1.0), **options})
+
+
+def test_a_pixart_that_is_told_sizes_has_its_own_width(folder: Path) -> None:
+    sized = {**PIXART, "num_attention_heads": 6, "cross_attention_dim": 48, "use_additional_conditions": True}
+    with pytest.raises(UserError, match="let its depth alone differ"):
+        Elastic(sized, (0.5, 1.0))
+    assert Elastic(sized, (1.0,), depths=(2, 5)).initial(0).full_arch
+    with pytest.raises(UserError, match="so wide is the projected text"):
+        Elastic({**PIXART, "cross_attention_dim": 24}, (1.0,))
+
+
+def test_block_order_is_for_transformers() -> None:
+    from tests.conftest import TINY
+
+    with pytest.raises(UserError, match="block_order: a UNet2DModel is no transformer"):
+        Elastic(TINY, (1.0,), block_order=(1, 0))
