@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from pydantic import Field
 from evaluators.conditions import Conditions
 from evaluators.device import settle
 from evaluators.sampling import DDIM, Precision, Sampler
-from evaluators.trajectories import Trajectories
+from evaluators.trajectories import Reuse, Trajectories
 from nas.contracts import (
     Evaluator,
     Grounded,
@@ -43,7 +43,8 @@ class Sampled:
 
     `rungs`: sample counts, increasing; the last verifies. `batch`: samples per network call, a matter of speed alone (up
     to the rounding of floats); None leaves it to the device. `precision`: of the network's calls; "bfloat16" is faster on
-    some devices and gives other scores. `cache_bytes`: memory of each worker for states that schedules share. `conditions`: what
+    some devices and gives other scores. `cache_bytes`: memory of each worker for states that schedules share. `reuse_precision`: of what steps keep to be
+    reused, "float16" takes half the memory and gives other scores; `reuse_bytes`: how much of it one batch may have, which is smaller where it would be more. `conditions`: what
     samples are conditioned on, such as `Labels(images)` or `Captions(images, encoder)`, where the network takes conditions. `sampler`: several, where the space chooses
     among them.
     """
@@ -54,6 +55,8 @@ class Sampled:
     precision: Precision = "float32"
     cache_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**29
     conditions: Conditions | None = None
+    reuse_precision: Literal["float32", "float16"] = "float32"
+    reuse_bytes: Annotated[int, Field(ge=1, le=2**50)] = 2**32
 
     def __post_init__(self) -> None:
         if list(self.rungs) != sorted(set(self.rungs)):
@@ -65,7 +68,8 @@ class Sampled:
         sampler = (
             [one.describe() for one in self.sampler] if isinstance(self.sampler, tuple) else self.sampler.describe()
         )
-        return {"rungs": self.rungs, "sampler": sampler, "precision": self.precision, **given}
+        half = {} if self.reuse_precision == "float32" else {"reuse_precision": self.reuse_precision}
+        return {"rungs": self.rungs, "sampler": sampler, "precision": self.precision, **given, **half}
 
     def prepare_conditions(self, folder: Path, device: str) -> Iterator[Progress]:
         """What samples are told."""
@@ -78,7 +82,8 @@ class Sampled:
         net.run_as(execution.channels_last, execution.compiled)
         batch = execution.batch if self.batch is None else self.batch
         conditions = None if self.conditions is None else self.conditions.load(folder, str(net.device))
-        return Trajectories.shared(net, self.sampler, self.precision, batch, self.cache_bytes, conditions)
+        reuse = Reuse(self.reuse_precision, self.reuse_bytes)
+        return Trajectories.shared(net, self.sampler, self.precision, batch, self.cache_bytes, conditions, reuse)
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class LoadedScore:
         steps = self.rows.steps(schedule)
         macs = sum(self.supernet.macs(step) for step in steps)
         parts = []
-        for start, stop in self.trajectories.batches(count, self.recipe.rungs):
+        for start, stop in self.trajectories.batches(count, self.recipe.rungs, schedule):
             key = (self.rows.name, schedule.digest, seed, start, stop)
             made = lambda start=start, stop=stop: self.rows.make(schedule, seed, start, stop)  # noqa: E731
             parts.append(self.trajectories.kept(key, made, (stop - start) * len(steps), (stop - start) * macs))
@@ -145,7 +150,7 @@ class LoadedScore:
         return torch.cat(
             [
                 self.trajectories.images(schedule, seed, start, stop)
-                for start, stop in self.trajectories.batches(count, self.recipe.rungs)
+                for start, stop in self.trajectories.batches(count, self.recipe.rungs, schedule)
             ]
         )
 

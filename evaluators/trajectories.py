@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, pairwise, zip_longest
 from math import ceil
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -35,6 +35,36 @@ class Meter:
         return {name: value - before[name] for name, value in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class Reuse:
+    """What steps keep to be reused: in which `precision`, and how many bytes of a batch at `most`."""
+
+    precision: Literal["float32", "float16"] = "float32"
+    most: int = 2**32
+
+    def bytes_of(self, net: LoadedSupernet, schedule: Schedule) -> int:
+        """The most that a step of the schedule keeps of one sample; 0 for a network that does not say."""
+        size: Callable[[Any, Sequence[str]], int] | None = getattr(net, "kept_numbers", None)
+        if size is None:
+            return 0
+        each = 2 if self.precision == "float16" else 4
+        pairs = pairwise(schedule.steps)
+        return max(
+            (each * _rows(step) * size(step.arch, after.reuse) for step, after in pairs if after.reuse), default=0
+        )
+
+    def halved(self, cache: Any) -> Any:
+        if self.precision == "float32" or not isinstance(cache, Mapping):
+            return cache
+        # A prediction that is held is small, and all that there is of its step.
+        return {name: value if name == "prediction" else value.half() for name, value in cache.items()}
+
+
+def _rows(step: Step) -> int:
+    """Of what the step keeps, for one sample: who guides itself predicts twice."""
+    return 2 if step.guidance is not None and not step.guidance.arch else 1
+
+
 STATES_KEPT = 32
 """At most about so many states of one trajectory are kept, besides those where the subnet changes."""
 
@@ -57,8 +87,10 @@ class Trajectories:
         batch: int = 256,
         cache_bytes: int = 2**29,
         conditions: ConditionSet | None = None,
+        reuse: Reuse | None = None,
     ) -> None:
         self.net = net
+        self.reuse = reuse or Reuse()
         self.conditions = conditions
         several = samplers if isinstance(samplers, Sequence) else (samplers,)
         self.samplers = {name_of(one): in_space(one, getattr(net, "in_pixels", True)) for one in several}
@@ -78,14 +110,15 @@ class Trajectories:
         batch: int,
         cache_bytes: int,
         conditions: ConditionSet | None = None,
+        reuse: Reuse | None = None,
     ) -> Trajectories:
         given = None if conditions is None else conditions.digest
         several = samplers if isinstance(samplers, Sequence) else (samplers,)
         described = [in_space(one, getattr(net, "in_pixels", True)).describe() for one in several]
-        key = id(net), json.dumps(described), precision, batch, cache_bytes, given
+        key = id(net), json.dumps(described), precision, batch, cache_bytes, given, reuse
         found = cls._shared.get(key)
         if found is None:
-            cls._shared[key] = found = cls(net, several, precision, batch, cache_bytes, conditions)
+            cls._shared[key] = found = cls(net, several, precision, batch, cache_bytes, conditions, reuse)
         return found
 
     def sampler_of(self, schedule: Schedule) -> Sampler:
@@ -98,9 +131,11 @@ class Trajectories:
             )
         return self.samplers[schedule.sampler]
 
-    def batches(self, count: int, edges: Sequence[int] = ()) -> list[tuple[int, int]]:
-        """`batches` of this size."""
-        return batches(count, self.batch, edges)
+    def batches(self, count: int, edges: Sequence[int] = (), schedule: Schedule | None = None) -> list[tuple[int, int]]:
+        """`batches` of this size, or of a smaller one where a batch would keep more of the schedule's steps, to be reused, than is allowed."""
+        each = 0 if schedule is None else self.reuse.bytes_of(self.net, schedule)
+        most = max(1, self.reuse.most // each) if each else self.batch
+        return batches(count, min(self.batch, most), edges)
 
     @property
     def bytes_kept(self) -> int:
@@ -128,7 +163,8 @@ class Trajectories:
         self.meter.calls += len(state.x)
         self.meter.macs += len(state.x) * self._macs(schedule.steps[number : number + 1])
         sampler = self.sampler_of(schedule)
-        return advance(self.net, sampler, schedule, number, state, seed, start, self.precision, self.conditions)
+        after = advance(self.net, sampler, schedule, number, state, seed, start, self.precision, self.conditions)
+        return replace(after, cache=self.reuse.halved(after.cache))
 
     def kept(self, key: Hashable, make: Callable[[], Kept], calls: float, macs: float) -> Kept:
         """What an earlier call made under this key for the same weights, or made now. `calls`, `macs`: what it takes."""

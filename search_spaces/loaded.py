@@ -70,6 +70,7 @@ class LoadedElastic:
         self._adopted: dict[Arch, torch.nn.Module] = {}
         self._form = (False, False)
         self._skeletons: OrderedDict[Arch, Any] = OrderedDict()
+        self._kept: dict[Arch, dict[str, int]] = {}
 
     def forward(self, arch: Arch, x: torch.Tensor, t: torch.Tensor, condition: Condition | None = None) -> torch.Tensor:
         """The subnet's prediction, whatever it predicts, differentiable in the shared weights. x: (batch, channels, h, w); t: (batch,)."""
@@ -205,6 +206,14 @@ class LoadedElastic:
     def reused(self, arch: Arch, wanted: Sequence[str], finer: Finer = False) -> tuple[str, ...]:
         graph = self.recipe.cost.graph(Arch(*arch))
         return graph.collapse(graph.expand(graph.blocks) - graph.live(wanted, finer), finer)
+
+    def kept_numbers(self, arch: Arch, names: Sequence[str]) -> int:
+        """How many a call keeps of one sample where the next one reuses these blocks or branches."""
+        key = Arch(*arch).replace(expert="")
+        if key not in self._kept:
+            self._kept[key] = self.recipe.kept_numbers(key)
+        outputs = self.recipe.cost.graph(key).outputs(names)
+        return sum(self._kept[key][name] for name in outputs)
 
     @property
     def autoencoder(self) -> torch.nn.Module | None:

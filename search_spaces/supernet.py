@@ -33,6 +33,7 @@ from search_spaces.networks.transformer import Transformer
 from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options, PerLevel, Subnets
 from search_spaces.pretrained import find, read_weights, weights_digest
+from search_spaces.shipped.reuse import run
 from search_spaces.text import LoadedText, Text, TextEncoder
 
 WEIGHTS = "weights.safetensors"
@@ -270,6 +271,20 @@ class Elastic:
 
         return {block: share(block) for block in self.cost.graph(self.anatomy.full).blocks}
 
+    @property
+    def _branches(self) -> frozenset[str]:
+        """Outputs of all branches of the full network."""
+        graph = self.cost.graph(self.anatomy.full)
+        return graph.outputs(graph.blocks)
+
+    def kept_numbers(self, arch: Arch) -> dict[str, int]:
+        """Of each branch and layer, how many its output has for one sample."""
+        net, x = skeleton(self.anatomy, arch).to("meta"), torch.empty((1, *self.state_shape), device="meta")
+        t, told = torch.zeros(1, dtype=torch.long, device="meta"), self.anatomy.some_condition(1, "meta")
+        with torch.inference_mode():
+            _, kept = run(net, x, t, keep=self.cost.graph(arch).names("layers"), condition=told)
+        return {name: value.numel() for name, value in kept.items()}
+
     def outline(self) -> dict[str, float]:
         smallest = self.subnets(self.options).flat(0)
         activations = 0
@@ -294,6 +309,7 @@ class Elastic:
             "macs": cost.macs,
             "attention_macs": cost.attention_macs,
             "activations": activations,
+            "branches": sum(self.kept_numbers(self.anatomy.full)[name] for name in self._branches),
             **({"decoder_macs": decoder} if (decoder := self.codec.decoder_macs(self.state_shape)) else {}),
             **({"codec_training_macs": spent} if (spent := self.codec.training_macs(self.state_shape)) else {}),
         }

@@ -14,7 +14,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from evaluators.conditions import Labels
+from evaluators.features import SmallClassifier
+from evaluators.frechet import Frechet
 from evaluators.images import Digits
+from evaluators.sampling import DDIM, State, initial_noise
+from evaluators.trajectories import Reuse, Trajectories
 from nas.contracts import Guidance, Problem, Progress, Snapshot, Step, UserError
 from nas.searchers.gates import Chooser, Gates
 from nas.searchers.router import Router
@@ -29,7 +33,7 @@ from search_spaces.shipped.reuse import run
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from tests.conftest import TINY
-from tests.test_transformer import DIT, drawn, elastic, inputs
+from tests.test_transformer import DIT, drawn, elastic, inputs, xl
 
 PIXEL_DIT = {**DIT, "num_layers": 3, "in_channels": 1, "out_channels": 1}
 
@@ -217,3 +221,57 @@ def test_patterns_may_still_say_it_for_intervals() -> None:
     )
     check_space(space)
     assert Labels(Digits(size=8)).describe()
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def test_what_is_kept_to_be_reused_is_counted() -> None:
+    """56 branches of DiT-XL/2 are 63 MiB an image, 3.9 GiB of a batch of 64."""
+    large = Elastic(xl("dit"), (1.0,))
+    kept = large.kept_numbers(large.anatomy.full)
+    names = large.cost.graph(large.anatomy.full).names(True)
+    assert sum(kept[name] for name in names) == 56 * 256 * 1152
+    loaded = drawn(elastic(DIT))
+    x, _, told = inputs(elastic(DIT))
+    _, cache = loaded.denoiser(Step(500, loaded.full_arch), keep=("b1.attn", "b3"))(x, 500, None, told)
+    assert loaded.kept_numbers(loaded.full_arch, ("b1.attn", "b3")) == sum(
+        value[0].numel() for name, value in cache.items() if name != "prediction"
+    )
+
+
+def test_a_batch_keeps_no_more_than_it_may() -> None:
+    loaded = drawn(net())
+    space = Branches(net(), uniform(4), guidance=1.5)
+    schedule = space.decode((0,) * 18)
+    each = Reuse().bytes_of(loaded, schedule)
+    assert each == 2 * 4 * loaded.kept_numbers(loaded.full_arch, ("b0", "b1", "b2"))
+    assert Reuse("float16").bytes_of(loaded, schedule) == each // 2
+    assert Reuse().bytes_of(loaded, space.decode((1,) * 18)) == 0
+    labels = Labels(Digits())
+    told = labels.load(Path())
+    bounded = Trajectories(loaded, DDIM(), batch=8, conditions=told, reuse=Reuse(most=3 * each))
+    assert bounded.batches(8, (), schedule) == [(0, 3), (3, 6), (6, 8)]
+    assert bounded.batches(8, (), space.decode((1,) * 18)) == [(0, 8)]
+    free = Trajectories(loaded, DDIM(), batch=8, conditions=told)
+    whole = free.images(schedule, 0, 0, 8)
+    parts = torch.cat([bounded.images(schedule, 0, *ends) for ends in bounded.batches(8, (), schedule)])
+    assert torch.allclose(whole, parts, atol=1e-5)
+
+
+def test_what_is_kept_in_half_precision_differs_by_its_rounding() -> None:
+    loaded = drawn(net())
+    schedule = Branches(net(), uniform(4), guidance=1.5).decode((0,) * 18)
+    told = Labels(Digits()).load(Path())
+    images = {}
+    for precision in ("float32", "float16"):
+        walk = Trajectories(loaded, DDIM(), batch=4, conditions=told, reuse=Reuse(precision))  # type: ignore[arg-type]
+        first = walk.advance(schedule, 0, State(initial_noise(0, 0, 4, loaded.state_shape)), 0, 0)
+        kept = {value.dtype for name, value in first.cache.items() if name != "prediction"}
+        assert kept == {torch.float16 if precision == "float16" else torch.float32}
+        images[precision] = walk.images(schedule, 0, 0, 4)
+    difference = (images["float32"] - images["float16"]).abs().max()
+    assert 0 < difference < 0.02
+    common: dict[str, Any] = {"conditions": Labels(Digits()), "rungs": (32, 64)}
+    half = Frechet(Digits(), SmallClassifier(steps=10), reuse_precision="float16", **common)
+    assert half.describe() != Frechet(Digits(), SmallClassifier(steps=10), **common).describe()

@@ -170,6 +170,11 @@ def print_outline(facts: Mapping[str, Any]) -> None:
         "weights": f"{facts['bytes']['weights'] / 2**20:,.0f} MiB",
         "state of training": f"{facts['bytes']['training_state'] / 2**20:,.0f} MiB",
         "activations of one image": f"{facts['bytes']['activations_per_image'] / 2**20:,.1f} MiB",
+        **(
+            {"kept of one image to be reused": f"at most {facts['bytes']['reused_per_image'] / 2**20:,.1f} MiB"}
+            if "reused_per_image" in facts["bytes"]
+            else {}
+        ),
         "training": f"{_short(facts['training_macs'])} MACs, {hours['training']:,.1f} h",
         "search, each searcher": f"{_short(facts['search_macs_per_searcher'])} MACs, {hours['search_per_searcher']:,.1f} h",
     }

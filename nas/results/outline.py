@@ -31,6 +31,8 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
     first, last = study.evaluator.rungs[0], study.evaluator.rungs[-1]
     search = study.trials * first * typical + (study.verified * last * typical if last != first else 0.0)
     weights, activations = 4 * network["params"], 4 * network["activations"]
+    reuses = any(step.reuse for step in space.decode(cheapest(space)).steps)
+    kept = {"reused_per_image": 4 * network["branches"]} if reuses and "branches" in network else {}
     return {
         "study": study.name,
         "choices": len(sizes),
@@ -43,7 +45,7 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
             "most": most["macs_share"],
         },
         "network": network,
-        "bytes": {"weights": weights, "training_state": 5 * weights, "activations_per_image": activations},
+        "bytes": {"weights": weights, "training_state": 5 * weights, "activations_per_image": activations, **kept},
         "training_macs": training,
         "search_macs_per_searcher": search,
         "throughput": throughput,
@@ -59,6 +61,13 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
             "schedule and the budget"
             + (", and decoding" if "decoder_macs" in network else "")
             + "; shared beginnings save part of it",
+            *(
+                [
+                    "reused of one image: all branches' outputs of the full network, in float32; twice as much where a step guides itself"
+                ]
+                if kept
+                else []
+            ),
             "training state: weights, gradients, two moments and the average, in float32; activations of one image, all modules' outputs",
         ],
     }

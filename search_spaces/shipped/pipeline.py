@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from .graph import holds
 from .latents import decoded
-from .reuse import NEGATIVE, as_noise, first_rows, guided, null_of, run
+from .reuse import NEGATIVE, PREDICTION, as_noise, first_rows, guided, null_of, run
 from .texts import PARTS, encoded, nothing_said
 from .walks import arguments
 
@@ -65,6 +65,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         prompt_embeds: Mapping[str, torch.Tensor] | None = None,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        reuse_dtype: torch.dtype | None = None,
     ) -> Any:
         """`batch_size` images, or `num_images_per_prompt` for each `prompt`, or one for each of the `class_labels`, as `output_type` says: "pil",
         "np" in [0, 1], (batch, height, width, channels), or "pt", the same as a tensor (batch, channels, height, width). A number in the first place
@@ -75,7 +76,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         `num_inference_steps`: evenly so many of the schedule's steps; all by default. `guidance_scale`: in place of the schedule's own at the steps
         that it guides; 1 guides none. `negative_prompt`: what takes the prompt's place where a guided step predicts without it.
         `prompt_embeds`: a row for each image by the names of the networks' arguments, "negative_" before those of the negative prompt, instead
-        of prompts. `callback_on_step_end(pipeline, i, timestep, {"latents": ...})`: after each step; may return other latents.
+        of prompts. `reuse_dtype`: of what a step keeps to be reused, such as torch.float16 for half the memory; as computed by default. `callback_on_step_end(pipeline, i, timestep, {"latents": ...})`: after each step; may return other latents.
         Raises ValueError for more steps than the schedule has, for fewer where steps reuse blocks, and for labels or prompts that are missing,
         too many, or not taken.
         """
@@ -105,6 +106,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                 kept = following["reuse"]
                 a, b = alphas[step["timestep"]], alphas[following["timestep"]]
                 prediction, cache = self._denoise(step, a, kept, x, cache, told, null)
+                cache = _kept_as(cache, reuse_dtype)
                 drawn = next(noise).to(x)
                 fresh = drawn if number + 1 < len(steps) else None
                 after, memory = _update(
@@ -203,6 +205,13 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _kept_as(cache: Any, dtype: torch.dtype | None) -> Any:
+    """What is reused, in this precision; a prediction that is held stays as it is."""
+    if cache is None or dtype is None:
+        return cache
+    return {name: rows if name == PREDICTION else rows.to(dtype) for name, rows in cache.items()}
 
 
 def _guided_at(step: Mapping[str, Any], scale: float | None) -> Mapping[str, Any]:

@@ -77,7 +77,8 @@ def run(
             return outputs[name]
         if name not in kept:
             raise ValueError(f"the output of {name} is to be reused, but none is kept from the step before")
-        return kept[name]
+        # It may have been kept in half precision; a held prediction is in its own.
+        return kept[name] if name == PREDICTION else kept[name].to(x.dtype)
 
     if len(reused) == len(graph.layers) and not graph.anew:
         prediction = output(PREDICTION)
