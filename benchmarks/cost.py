@@ -10,12 +10,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import Benchmark, Target, needs
-from benchmarks.published import DECODERS, NETWORKS, Decoder, Published
+from benchmarks.published import DECODERS, NETWORKS, Decoder, Published, dit
 from search_spaces.codec import decoder_macs, empty_autoencoder
 from search_spaces.intervals import per_step, uniform
+from search_spaces.networks.anatomy import skeleton
 from search_spaces.networks.slices import Arch
+from search_spaces.shipped.reuse import run
 from search_spaces.shipped.walks import arguments
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
@@ -55,6 +58,15 @@ WITH_ATTENTION = {1.0: 6222.0, 0.75: 3533.0, 0.5: 1599.0, 0.25: 422.0}
 # The released CIFAR-10 schedule: how many of its 1,000 steps run at each width, and its published mean in MMACs.
 RELEASED_SCHEDULE = {1.0: 274, 0.75: 181, 0.5: 534, 0.25: 11}
 RELEASED_MEAN = 3098.1
+
+
+TRANSFORMERS = {
+    "DiT-S/2": dit(num_layers=12, num_attention_heads=6, attention_head_dim=64),
+    "DiT-B/2": dit(num_layers=12, num_attention_heads=12, attention_head_dim=64),
+    "DiT-L/2": dit(num_layers=24, num_attention_heads=16, attention_head_dim=64),
+    "DiT-XL/2": dit(),
+    "PixArt-alpha": NETWORKS["PixArt-alpha, 256 pixels"].config,
+}
 
 
 def count_with_fvcore(net: Elastic, arch: Arch) -> tuple[int, int, int]:
@@ -119,7 +131,7 @@ def main() -> None:
     bench = Benchmark(
         "cost",
         __doc__ or "",
-        ("search_spaces/networks/cost.py", "search_spaces/networks/parts.py", "search_spaces/networks/unet.py"),
+        tuple(f"search_spaces/networks/{name}.py" for name in ("cost", "parts", "unet_parts", "transformer")),
     )
     needs("fvcore", "dev")
     per_config, wanted = (2, 6) if bench.quick else (17, 50)
@@ -150,6 +162,7 @@ def main() -> None:
 
     published = {name: bench.row(name, partial(beside, network)) for name, network in NETWORKS.items()}
     published |= {name: bench.row(name, partial(beside_decoder, one)) for name, one in DECODERS.items()}
+    counted = {name: bench.row(name, partial(beside_counter, config)) for name, config in TRANSFORMERS.items()}
 
     timesteps = uniform(1000)
     space = Stepwise(ddpm, timesteps, per_step(timesteps))
@@ -191,6 +204,12 @@ def main() -> None:
                 0.001,
                 max(row["difference"] for row in published.values()),
             ),
+            Target(
+                "counter_difference",
+                f"largest difference from what torch counts on the meta device, MACs of {len(TRANSFORMERS)} transformers whole, and with every other branch reused",
+                0,
+                max(max(row["whole_off"], row["reused_off"]) for row in counted.values()),
+            ),
         ]
     )
 
@@ -217,8 +236,30 @@ def beside(network: Published) -> dict[str, Any]:
         "gmacs": cost.macs / 1e9,
         "gmacs_without_attention": (cost.macs - cost.attention_macs) / 1e9,
     }
-    theirs = (network.params, network.macs, network.without_attention)
+    theirs = [network.params, network.macs, network.without_attention]
+    if network.distinct is not None:
+        ours["distinct_params_millions"] = net.cost.distinct_params(net.uniform(1.0)) / 1e6
+        theirs.append(network.distinct)
     return {**ours, "difference": max(abs(mine / other - 1) for mine, other in zip(ours.values(), theirs, strict=True))}
+
+
+def beside_counter(config: dict[str, Any]) -> dict[str, Any]:
+    """Beside torch's own counter, on the meta device."""
+    net = Elastic(config, widths=(1.0,))
+    full = net.anatomy.full
+    stock = skeleton(net.anatomy, full).to("meta")
+    branches = net.cost.graph(full).names(True)[1::2]
+    x, t = torch.empty((1, *net.state_shape), device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    told = net.anatomy.some_condition(1, "meta")
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        _, cache = run(stock, x, t, keep=branches, condition=told)
+        for name, reuse in (("whole", ()), ("reused", branches)):
+            with FlopCounterMode(display=False) as counter:
+                run(stock, x, t, reuse, (), cache, told)
+            macs = net.cost.macs(full, reuse)
+            found |= {f"{name}_gmacs": macs / 1e9, f"{name}_off": abs(macs - counter.get_total_flops() // 2)}
+    return found
 
 
 def beside_decoder(one: Decoder) -> dict[str, Any]:

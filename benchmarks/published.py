@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from studies import ldm_imagenet256, sd15_dip_go
+from studies import dit_xl2_dip_go, ldm_imagenet256, pixart_ecad, sd15_dip_go
 
 DOWN, UP = "DownBlock2D", "UpBlock2D"
 ATTENTION_DOWN, ATTENTION_UP = "AttnDownBlock2D", "AttnUpBlock2D"
@@ -17,13 +17,15 @@ RESNET_DOWN, RESNET_UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
 
 class Published(NamedTuple):
     """`params` in millions, `macs` and `without_attention` in 1e9, pinned as they were counted apart from this project; papers print their first
-    two or three digits. `config`: the arguments of a UNet2DModel, or of a UNet2DConditionModel that reads a text of so many `tokens`."""
+    two or three digits. `config`: the arguments of a stock class, of one that reads a text of so many `tokens`. `distinct`: parameters as papers count
+    them, one embedder for all blocks of a DiT and its table of positions, printed to a tenth."""
 
     params: float
     macs: float
     without_attention: float
     config: dict[str, Any]
-    tokens: int = 77
+    tokens: int | None = None
+    distinct: float | None = None
 
 
 def unet(
@@ -64,6 +66,12 @@ STABLE_DIFFUSION_2: dict[str, Any] = {
     "attention_head_dim": (5, 10, 20, 20),
     "use_linear_projection": True,
 }
+
+
+def dit(**others: int) -> dict[str, Any]:
+    """DiT-XL/2 of 256 pixels (Peebles & Xie 2023), or another of its kind."""
+    return {**dit_xl2_dip_go.DIT, **others}
+
 
 NETWORKS = {
     "LDM-4 bedrooms, FFHQ, CelebA-HQ": Published(
@@ -143,6 +151,15 @@ NETWORKS = {
     "Stable Diffusion 2.1, 768 pixels": Published(
         865.91, 1074.553, 760.486, {**STABLE_DIFFUSION_2, "sample_size": 96, "upcast_attention": True}
     ),
+    "DiT-XL/2, 256 pixels": Published(749.83, 118.667, 114.439, dit(), distinct=675.1),
+    "DiT-XL/2, 512 pixels": Published(749.83, 524.584, 456.938, dit(sample_size=64)),
+    "DiT-XL/2 of 14 blocks": Published(376.27, 59.343, 57.229, dit(num_layers=14)),
+    "DiT-XL/2 of 7 blocks": Published(189.49, 29.681, 28.624, dit(num_layers=7)),
+    "DiT-B/2, 256 pixels": Published(
+        147.44, 23.015, 21.807, dit(num_layers=12, num_attention_heads=12, attention_head_dim=64), distinct=130.5
+    ),
+    "PixArt-alpha, 256 pixels": Published(610.86, 149.055, 142.845, pixart_ecad.PIXART),
+    "PixArt-alpha, 512 pixels": Published(610.86, 617.993, 542.420, {**pixart_ecad.PIXART, "sample_size": 64}),
 }
 
 

@@ -303,13 +303,15 @@ class Elastic:
             if handed[0] != 1 or handed[2:] != shape[2:]:
                 raise UserError(f"the subnet {arch} makes {tuple(handed)} of an input of {shape}; check sample_size")
             activations = sum(sizes)
+        numbers = self.kept_numbers(self.anatomy.full)
+        kept = sum(numbers[name] for name in self._branches)
         cost = self.cost(self.anatomy.full)
         return {
             "params": cost.params,
             "macs": cost.macs,
             "attention_macs": cost.attention_macs,
             "activations": activations,
-            "branches": sum(self.kept_numbers(self.anatomy.full)[name] for name in self._branches),
+            "branches": kept,
             **({"decoder_macs": decoder} if (decoder := self.codec.decoder_macs(self.state_shape)) else {}),
             **({"codec_training_macs": spent} if (spent := self.codec.training_macs(self.state_shape)) else {}),
         }

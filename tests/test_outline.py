@@ -40,7 +40,7 @@ def test_the_networks_are_the_published_ones() -> None:
     found = {
         path.stem: facts_of(path)["network"]
         for path in STUDIES
-        if any(part in path.stem for part in ("lsun", "ldm", "64", "sd15", "sdxl"))
+        if any(part in path.stem for part in ("lsun", "ldm", "64", "sd15", "sdxl", "dit_", "pixart"))
     }
     assert found["ddsm_celeba64"]["params"] == pytest.approx(78.7e6, rel=0.002)
     assert found["ddsm_celeba64"]["macs"] == pytest.approx(24.051e9, rel=1e-4)
@@ -54,6 +54,10 @@ def test_the_networks_are_the_published_ones() -> None:
         ("ldm_imagenet256", "LDM-4 ImageNet, by class"),
         ("sd15_dip_go", "Stable Diffusion 1.x, 512 pixels"),
         ("sd15_width", "Stable Diffusion 1.x, 512 pixels"),
+        ("dit_xl2_dip_go", "DiT-XL/2, 256 pixels"),
+        ("dit_xl2_reuse", "DiT-XL/2, 256 pixels"),
+        ("dit_width", "DiT-XL/2, 256 pixels"),
+        ("pixart_ecad", "PixArt-alpha, 256 pixels"),
     ):
         expected = published.NETWORKS[network]
         # One label more than IDDPM's, that of no class.
