@@ -72,7 +72,8 @@ def share(net: Elastic, whole: Schedule, other: Schedule) -> float:
 def seconds(net: LoadedElastic, schedule: Schedule, batch: int, dtype: torch.dtype, sync: Callable[[], None]) -> float:
     """For an image."""
     anatomy = net.recipe.anatomy
-    told = {name: rows.to(net.device, dtype) for name, rows in anatomy.some_condition(batch).items()}
+    given = anatomy.some_condition(batch).items()
+    told = {name: rows.to(net.device, dtype if rows.is_floating_point() else None) for name, rows in given}
     found = []
     for _ in range(4):  # the first warms up
         x, cache = torch.randn((batch, *net.state_shape), device=net.device, dtype=dtype), None
@@ -81,7 +82,7 @@ def seconds(net: LoadedElastic, schedule: Schedule, batch: int, dtype: torch.dty
         for step, following in zip(schedule.steps, (*schedule.steps[1:], None), strict=True):
             call = net.denoiser(step, following.reuse if following else ())
             x, cache = call(x, step.timestep, cache, told)
-            x = x.to(dtype)
+            x = x[:, : net.state_shape[0]].to(dtype)
         sync()
         found.append((time.perf_counter() - started) / batch)
     return min(found[1:])

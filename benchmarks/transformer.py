@@ -22,14 +22,17 @@ of FD at that scale over the three seeds, its interval from Student's t on them;
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 
 from benchmarks.common import Benchmark, Target, borrow
 from evaluators.agreement import Agreement
@@ -38,8 +41,9 @@ from evaluators.fashion import FashionMNIST
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet
 from evaluators.scoring import Scores
-from nas.contracts import Guidance, Schedule, Step, derive_seed
+from nas.contracts import Guidance, Schedule, Step, derive_seed, frozen
 from nas.engine.session import open_session
+from nas.handover.training import verification_seed
 from nas.searchers.evolution import Evolution
 from nas.searchers.gates import Gates
 from nas.searchers.pruner import Pruner
@@ -47,16 +51,18 @@ from nas.searchers.router import Router
 from nas.study import Study
 from search_spaces.branches import Branches
 from search_spaces.intervals import equal, uniform
+from search_spaces.networks.slices import Arch
 from search_spaces.options import Options
 from search_spaces.patterns import ALL, Every, Only
 from search_spaces.shipped.graph import AROUND
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
-from search_spaces.training import Sandwich, TrainAutoencoder
+from search_spaces.training import FineTune, Sandwich, TrainAutoencoder
 
 STEPS = 20
 SCALES = (1.0, 1.5, 2.5)
 SHARE = 0.5
+SEEDS = (0, 1, 2)
 DIT: dict[str, Any] = {
     "_class_name": "DiTTransformer2DModel",
     "sample_size": 8,  # latents of 32x32 pixels
@@ -182,7 +188,7 @@ def searched(setting: Setting, scale: float, kind: str) -> Schedule:
         return decoded
 
 
-def found(setting: Setting, scale: float, kind: str) -> Row:
+def of_search(setting: Setting, scale: float, kind: str) -> Row:
     return judge(setting, searched(setting, scale, kind), scale)
 
 
@@ -214,6 +220,98 @@ def judge(setting: Setting, schedule: Schedule, scale: float) -> Row:
     }
 
 
+# ------------------------------------------------------------------------------------------------- widths and depths
+
+
+def elastic(setting: Setting) -> tuple[Study, Path]:
+    """The study whose supernet begins as the trained network, and its run folder with that network's autoencoder."""
+    whole, run = setting.folder / "full", setting.folder / "elastic"
+    if not whole.exists():
+        trained = setting.net.load(setting.run / "supernet", "cpu")
+        trained.extract(trained.full_arch).save_pretrained(whole)
+    if not (run / "supernet").exists():
+        made = shutil.ignore_patterns("weights.*", "checkpoint.*", "stage.*", "training.json")
+        shutil.copytree(setting.run / "supernet", run / "supernet", ignore=made)
+        shutil.copytree(setting.run / "features", run / "features")
+    few = setting.quick
+    study = replace(
+        setting.study,
+        name="transformer-elastic",
+        supernet=replace(setting.net, pretrained=str(whole)),
+        training=Sandwich(steps=10 if few else 3000, learning_rate=5e-4, warmup=5 if few else 100),
+    )
+    return study, run
+
+
+def by_interval(setting: Setting, scale: float) -> Study:
+    study, _ = elastic(setting)
+    net: Any = study.supernet
+    guide, steps = None if scale == 1 else scale, uniform(STEPS)
+    return replace(study, space=Stepwise(net, steps, equal(steps, 5), guidance=(guide,)))
+
+
+def train_elastic(setting: Setting, scale: float) -> Row:
+    """The supernet, the search, and of the single subnets the best."""
+    torch.set_num_threads(1)
+    study, (_, run) = by_interval(setting, scale), elastic(setting)
+    net: Any = study.supernet
+    with open_session(study, run) as session:
+        for _ in session.prepare(threads=1):
+            pass
+        conductor = session.conductor("evolution")
+        session.run(conductor)
+        done = [t for t in conductor.ledger.trials if t.status == "complete" and t.score is not None]
+    best = min(done, key=lambda trial: trial.score.values["fd"])  # type: ignore[union-attr]
+    guidance = None if scale == 1 else Guidance(scale)
+    most = SHARE * net.cost(net.anatomy.full).macs
+    subnets = net.subnets(net.options)
+    loaded = net.load(run / "supernet", "cpu")
+    evaluator, last = study.evaluator.load(loaded, run), study.evaluator.rungs[-1]
+    singles = {}
+    for arch in (subnets.flat(i) for i in range(len(subnets))):
+        if net.cost(arch).macs <= most:
+            schedule = Schedule(tuple(Step(t, arch, (), guidance) for t in uniform(STEPS)))
+            singles[arch] = evaluator(schedule, last, verification_seed(study)).values["fd"]
+    static = min(singles, key=lambda arch: singles[arch])
+    return {
+        "genome": best.genome,
+        "genome_fd": best.score.values["fd"],  # type: ignore[union-attr]
+        "static": static,
+        "static_fd": singles[static],
+        "singles": len(singles),
+    }
+
+
+def fine_tuned(setting: Setting, scale: float, schedule: Schedule, seed: int) -> Row:
+    """Fine-tuned for this schedule, and then scored unguided and guided."""
+    torch.set_num_threads(1)
+    study, run = elastic(setting)
+    net: Any = study.supernet
+    loaded, count = net.load(run / "supernet", "cpu"), setting.samples(2048)
+    stage = FineTune(steps=10 if setting.quick else 2000, distillation=0.5)
+    for _ in stage.fit(loaded, schedule, setting.images.load(), derive_seed(seed, "transformer fine-tune")):
+        pass
+    evaluator = setting.evaluator(count).load(loaded, run)
+    row: Row = {}
+    for name, by in (("unguided", None), ("guided", None if scale == 1 else Guidance(scale))):
+        mine = Schedule(tuple(replace(step, guidance=by) for step in schedule.steps))
+        score = evaluator(mine, count, derive_seed(seed, "transformer benchmark, elastic"))
+        row |= {
+            f"{name}_fd": score.values["fd"],
+            f"{name}_fd_error": score.error("fd"),
+            f"{name}_accuracy": 1 - score.values["disagreement"],
+        }
+    full = STEPS * net.cost(net.anatomy.full).macs
+    return {**row, "macs_share": sum(net.cost(Arch(*step.arch)).macs for step in schedule.steps) / full}
+
+
+def compare(pairs: list[tuple[Row, Row]]) -> Row:
+    """Mean difference of guided FD, by interval less static, and its interval by Student's t over the seeds."""
+    differences = [one["guided_fd"] - other["guided_fd"] for one, other in pairs]
+    low, high = stats.t.interval(0.95, len(pairs) - 1, np.mean(differences), stats.sem(differences))
+    return {"difference": float(np.mean(differences)), "interval": (float(low), float(high))}
+
+
 def main() -> None:
     bench = Benchmark("transformer", __doc__ or "", ("search_spaces/networks/transformer.py",))
     setting = Setting(bench.folder, bench.quick)
@@ -225,14 +323,26 @@ def main() -> None:
     rows: Mapping[str, Row] = bench.rows(whole)
     best = max(rows, key=lambda name: float(rows[name]["accuracy"]))
     scale = SCALES[list(whole).index(best)]
-    frozen: dict[str, tuple[Any, ...]] = {
-        "searched reuse": (found, setting, scale, "evolution"),
-        "gates": (found, setting, scale, "gates"),
-        "Learning-to-Cache's router at 0.1": (found, setting, scale, "router"),
+    halves: dict[str, tuple[Any, ...]] = {
+        "searched reuse": (of_search, setting, scale, "evolution"),
+        "gates": (of_search, setting, scale, "gates"),
+        "Learning-to-Cache's router at 0.1": (of_search, setting, scale, "router"),
         "FORA": (judge, setting, fora(setting, scale), scale),
         "ten steps": (judge, setting, setting.everywhere(scale, STEPS // 2), scale),
     }
-    bench.rows(frozen)
+    bench.rows(halves)
+    if "elastic" not in bench.without:
+        found = bench.row("elastic", partial(train_elastic, setting, scale))
+        schedule = by_interval(setting, scale).space.decode(tuple(found["genome"]))
+        static = frozen(found["static"])
+        single = Schedule(tuple(replace(step, arch=static) for step in schedule.steps))
+        arms = {"by interval": schedule, "static": single}
+        jobs: dict[str, tuple[Any, ...]] = {
+            f"{arm}, seed {seed}": (fine_tuned, setting, scale, arms[arm], seed) for seed in SEEDS for arm in arms
+        }
+        tuned = bench.rows(jobs)
+        pairs = [(tuned[f"by interval, seed {seed}"], tuned[f"static, seed {seed}"]) for seed in SEEDS]
+        bench.reckon("by interval against static", compare(pairs))
     bench.finish(
         [
             Target(

@@ -22,12 +22,16 @@ from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
 from nas.handover.export import export
 from nas.handover.stock import export_stock
 from search_spaces.intervals import free, leading
+from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.anatomy import predict
+from search_spaces.networks.slices import Arch
 from search_spaces.noise import NoiseSchedule
 from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
+from search_spaces.training.importance import block_order
 from search_spaces.training.optimiser import Optimiser
+from tests.conftest import TINY
 from tests.pipelines import TEXT_WIDTH, dit, pixart
 from tests.test_transformer import DIT, PIXART
 
@@ -321,6 +325,39 @@ def test_a_network_that_takes_labels_and_says_variance_is_trained(garments: Imag
         Sandwich(steps=1).check(Elastic({**PIXELS, "num_embeds_ada_norm": 5}, (1.0,)), garments)
 
 
+def test_blocks_are_ordered_by_what_their_loss_costs(garments: ImageSet) -> None:
+    """One that adds nothing goes first, one that adds much last; its subnets then compute what the full network does."""
+    recipe = Elastic(PIXELS, (1.0,), depths=(4, 5))
+    net = recipe.initial(0)
+    for _ in Sandwich(steps=5, batch=16, warmup=0, learning_rate=1e-2, full_only=True).fit(net, garments, 0):
+        pass
+    with torch.no_grad():
+        for part in (
+            net.full.transformer_blocks[2].norm1.linear.weight,
+            net.full.transformer_blocks[2].norm1.linear.bias,
+        ):
+            part.zero_()
+    order = block_order(net, garments, 0)
+    assert sorted(order) == [0, 1, 2, 3, 4]
+    arch = Arch((1.0,), (4,))
+    x, t = noise(net, 2), torch.tensor([100, 900])
+    told = {"class_labels": torch.tensor([1, 2])}
+
+    def lacking(last: int) -> torch.Tensor:
+        """What the network predicts without this block."""
+        others = replace(recipe, block_order=(*(block for block in range(5) if block != last), last))
+        with torch.inference_mode():
+            return LoadedElastic(others, net.full, net.codec).forward(arch, x, t, told)
+
+    with torch.inference_mode():
+        whole = net.forward(net.full_arch, x, t, told)
+    assert torch.allclose(lacking(2), whole, atol=1e-5), "a block whose gates are shut adds nothing"
+    changes = {block: float((lacking(block) - whole).square().mean()) for block in range(5)}
+    assert changes[order[0]] > changes[order[-1]]
+    with pytest.raises(UserError, match="of a transformer alone"):
+        block_order(Elastic(TINY, (1.0,)).initial(0), garments, 0)
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -357,7 +394,5 @@ def test_a_pixart_that_is_told_sizes_has_its_own_width(folder: Path) -> None:
 
 
 def test_block_order_is_for_transformers() -> None:
-    from tests.conftest import TINY
-
     with pytest.raises(UserError, match="block_order: a UNet2DModel is no transformer"):
         Elastic(TINY, (1.0,), block_order=(1, 0))

@@ -9,7 +9,7 @@ full network's function as it is, and makes the leading share of each group the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from nas.recipes import Batch, Count, recipe
 from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.anatomy import Anatomy
 from search_spaces.networks.slices import Arch
+from search_spaces.networks.transformer import Transformer
 from search_spaces.supernet import Elastic
 from search_spaces.training.optimiser import Batches
 from search_spaces.training.stages import Checkpoints, OneStage
@@ -159,6 +160,28 @@ def permute(net: LoadedElastic, order: Mapping[str, torch.Tensor]) -> None:
                     start += stretch.size
                 parameter.copy_(parameter.index_select(dim, torch.cat(index).to(parameter.device)))
     net.forget()
+
+
+def block_order(net: LoadedElastic, data: ImageSet, seed: int, batch: int = 256) -> tuple[int, ...]:
+    """A transformer's blocks, the one to keep longest first, for `Elastic(..., block_order=)`: by the denoising loss of the full network without each,
+    on one batch of uniform timesteps. Depths are then the beginnings of this order. Raises UserError for a network that is no transformer."""
+    recipe = net.recipe
+    if not isinstance(recipe.anatomy, Transformer):
+        raise UserError("blocks are ordered of a transformer alone; a UNet's levels lose their last ones")
+    [count] = recipe.anatomy.full_depths
+    batches = Batches(net, data, batch, flip=False)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order of the blocks"))
+    x0, condition = batches.images(generator)
+    t, x, truth = batches.noised(x0, generator)
+    losses = []
+    for block in range(count):
+        others = tuple(other for other in range(count) if other != block)
+        without = replace(recipe, block_order=(*others, block), depths=())
+        lacking = LoadedElastic(without, net.full, net.codec, text=net.text)
+        arch = without.anatomy.canonical(Arch((1.0,), (max(count - 1, 1),)))
+        with torch.inference_mode():
+            losses.append(float(batches.loss(lacking.forward(arch, x, t, condition), truth, x0, x, t)))
+    return tuple(sorted(range(count), key=lambda block: -losses[block]))
 
 
 def pruned(anatomy: Anatomy, ratio: float) -> Arch:
