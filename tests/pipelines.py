@@ -116,10 +116,10 @@ TRANSFORMER: dict[str, Any] = {
 LINEAR: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "clip_sample": False}
 
 
-def dit(folder: Path, classes: int = 1000, seed: int = 0) -> DiTPipeline:
+def dit(folder: Path, classes: int = 1000, seed: int = 0, **transformer: Any) -> DiTPipeline:
     """Saved in the folder too. Its blocks have one embedder, as those of the published ones."""
     torch.manual_seed(seed)
-    network = DiTTransformer2DModel(**TRANSFORMER, num_embeds_ada_norm=classes)
+    network = DiTTransformer2DModel(**{**TRANSFORMER, **transformer}, num_embeds_ada_norm=classes)
     for block in network.transformer_blocks[1:]:
         block.norm1.emb.load_state_dict(network.transformer_blocks[0].norm1.emb.state_dict())
     pipeline = DiTPipeline(

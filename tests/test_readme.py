@@ -21,20 +21,27 @@ from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline
 from safetensors.torch import save_file
 
 from evaluators.clip import ClipScore
-from evaluators.conditions import Captions, Prompts
-from evaluators.images import ImageFolder
+from evaluators.conditions import Captions, Labels, Prompts
+from evaluators.frechet import Frechet
+from evaluators.images import Digits, ImageFolder
 from evaluators.latency import Latency, Timed
 from nas.contracts import Guidance
 from nas.searchers.evolution import Evolution
 from nas.searchers.gates import Gates
+from nas.searchers.pruner import Pruner
+from nas.searchers.router import Router
+from search_spaces.branches import Branches
 from search_spaces.codec import Autoencoder
-from search_spaces.intervals import leading, per_step
-from search_spaces.patterns import legal
+from search_spaces.intervals import equal, leading, per_step, uniform
+from search_spaces.layouts import learning_to_cache
+from search_spaces.options import Options
+from search_spaces.patterns import Every, legal
+from search_spaces.shipped.graph import AROUND
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich, TrainAutoencoder
 from studies import digits, digits_classes, digits_reuse, digits_wide, fashion_latent
-from tests.pipelines import stable_diffusion
+from tests.pipelines import dit, stable_diffusion
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -95,7 +102,9 @@ def test_the_spaces_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
         common |= vars(importlib.import_module(f"search_spaces.{module}"))
     digits_wide.net.initial(0).extract(digits_wide.net.uniform(1.0)).save_pretrained("model")
     shown = [
-        block for block in blocks("python") if ("Stepwise(" in block or "Timed(" in block) and "Prompts(" not in block
+        block
+        for block in blocks("python")
+        if ("Stepwise(" in block or "Timed(" in block) and "Prompts(" not in block and "Branches(" not in block
     ]
     for block, module in zip(shown, (digits, digits_wide, digits_reuse, digits_classes, digits), strict=True):  # type: ignore[assignment]
         exec(block.replace("    ...,\n", SAME), {**common, **vars(module)})
@@ -142,6 +151,28 @@ def test_what_is_shown_of_texts_can_be_made(tmp_path: Path, monkeypatch: pytest.
     assert len(made["space"].choices) > 100
     assert made["net"].text is not None
     made["net"].initial(0)
+
+
+def test_what_is_shown_of_transformers_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a small pipeline of the folder's name, of DiT-XL's blocks."""
+    monkeypatch.chdir(tmp_path)
+    dit(tmp_path / "dit", num_layers=28)
+    save_file({f"{number}.prob": torch.randn(56) for number in range(20)}, "router.safetensors")
+    [shown] = [block for block in blocks("python") if "Branches(" in block]
+    kinds = (Elastic, Branches, Stepwise, Options, Every, Gates, Router, Pruner, Frechet, Labels)
+    made: dict[str, Any] = {
+        **{kind.__name__: kind for kind in kinds},
+        "AROUND": AROUND,
+        "equal": equal,
+        "learning_to_cache": learning_to_cache,
+        "steps": uniform(20),
+        "images": Digits(),
+    }
+    exec(shown, made)
+    assert len(made["frozen"].choices) == 19 * 56
+    assert len(made["released"]) == 10 * 56
+    assert len(made["pairs"].choices) == 1
+    assert len(made["space"].choices) == 15
 
 
 SAME = "".join(
