@@ -21,14 +21,18 @@ from nas.base.exported import read_export, read_network
 from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
 from nas.handover.export import export
 from nas.handover.stock import export_stock
-from search_spaces.intervals import free, leading
+from nas.testing import check_space, check_supernet
+from search_spaces.intervals import free, leading, uniform
 from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.anatomy import predict
 from search_spaces.networks.slices import Arch
 from search_spaces.noise import NoiseSchedule
+from search_spaces.patterns import Every
+from search_spaces.shipped.graph import AROUND
 from search_spaces.shipped.train_diffusers import Settings, train
+from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
-from search_spaces.training import Sandwich
+from search_spaces.training import Experts, Order, Sandwich, Stages
 from search_spaces.training.importance import block_order
 from search_spaces.training.optimiser import Optimiser
 from tests.conftest import TINY
@@ -323,6 +327,84 @@ def test_a_network_that_takes_labels_and_says_variance_is_trained(garments: Imag
     assert all(np.isfinite(losses))
     with pytest.raises(UserError, match="knows 5 classes and one of none"):
         Sandwich(steps=1).check(Elastic({**PIXELS, "num_embeds_ada_norm": 5}, (1.0,)), garments)
+
+
+def test_each_interval_may_have_an_expert_of_its_own(garments: ImageSet, tmp_path: Path) -> None:
+    """Another copy of the weights, with one embedder too, kept and read back."""
+    recipe = Elastic(PIXELS, (0.5, 1.0), experts=(500,))
+    stages = Stages((Sandwich(steps=2, batch=4, warmup=0), Experts(Sandwich(steps=2, batch=4, warmup=0))))
+
+    class Source:
+        def load(self) -> ImageSet:
+            return garments
+
+    for _ in stages.run(recipe, Source(), tmp_path, 0, "cpu"):  # type: ignore[arg-type]
+        pass
+    loaded = recipe.load(tmp_path, "cpu")
+    assert [*loaded.experts] == ["0-499", "500-999"]
+    for net in (loaded.full, *loaded.experts.values()):
+        assert len({id(block.norm1.emb) for block in net.transformer_blocks}) == 1
+    x, told = noise(loaded, 2), {"class_labels": torch.tensor([1, 2])}
+    archs = [Arch((0.5,), expert=name) for name in ("", *loaded.experts)]
+    with torch.inference_mode():
+        made = [predict(loaded.extract(arch), x, 500, told) for arch in archs]
+    assert not torch.equal(made[0], made[1])
+    assert not torch.equal(made[1], made[2])
+    space = Stepwise(recipe, uniform(4), (2, 2), patterns=(Every(1), Every(2, (AROUND,))), finer=True)
+    check_space(space)
+    check_supernet(loaded, space)
+
+
+@pytest.mark.parametrize("criterion", ["gradient", "magnitude", "random"])
+def test_heads_and_hidden_channels_are_reordered_and_the_stream_is_not(criterion: Any, garments: ImageSet) -> None:
+    """Its channels carry positions; the full network computes what it did, and narrower ones something else."""
+    recipe = Elastic(PIXELS, (0.5, 1.0))
+    net = recipe.initial(0)
+    for _ in Sandwich(steps=3, batch=8, warmup=0, learning_rate=1e-2).fit(net, garments, 0):
+        pass
+    x, t, told = noise(net, 2), torch.tensor([100, 900]), {"class_labels": torch.tensor([1, 2])}
+    with torch.inference_mode():
+        before = [net.forward(Arch((share,)), x, t, told) for share in (1.0, 0.5)]
+    patches = net.full.pos_embed.proj.weight.clone()
+    for _ in Order(criterion, batch=8, stride=100).fit(net, garments, 0):
+        pass
+    with torch.inference_mode():
+        after = [net.forward(Arch((share,)), x, t, told) for share in (1.0, 0.5)]
+    assert torch.equal(net.full.pos_embed.proj.weight, patches)
+    assert torch.allclose(before[0], after[0], atol=1e-4)
+    assert not torch.allclose(before[1], after[1], atol=1e-4)
+
+
+def test_widths_may_be_numbers_of_channels() -> None:
+    net = Elastic(PIXELS, channels=((16, 32),), depths=(2, 5))
+    assert net.subnets(net.options).flat(0) == Arch((0.5,), (2,))
+    with pytest.raises(UserError, match=r"channels 12: .* legal: level 0: 8, 16, 24, 32"):
+        Elastic(PIXELS, channels=((12, 32),))
+
+
+def test_blocks_that_run_again_in_the_backward_pass_give_the_same_gradients(
+    garments: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, change in (("plain", {}), ("again", {"checkpointing": True, "accumulate": 2})):
+        gradients: dict[str, torch.Tensor] = {}
+
+        def noted(self: Optimiser, into: dict[str, torch.Tensor] = gradients) -> None:
+            into.update({name: p.grad.clone() for name, p in self._named.items() if p.grad is not None})
+
+        monkeypatch.setattr(Optimiser, "update", noted)
+        net = Elastic(PIXELS, (0.5, 1.0)).initial(0)
+        with torch.no_grad():
+            for number, parameter in enumerate(net.full.parameters()):
+                generator = torch.Generator().manual_seed(number)
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        next(Sandwich(steps=1, batch=8, **change).fit(net, garments, 0))  # type: ignore[arg-type]
+        found[name] = gradients
+    assert found["plain"].keys() == found["again"].keys()
+    # Of all: a bias of keys has none but rounding, since what it adds is the same for all of them.
+    scale = max(float(gradient.abs().max()) for gradient in found["plain"].values())
+    for name, gradient in found["plain"].items():
+        assert torch.allclose(gradient, found["again"][name], rtol=1e-4, atol=1e-5 * scale), name
 
 
 def test_blocks_are_ordered_by_what_their_loss_costs(garments: ImageSet) -> None:
