@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from pydantic import Field
 from evaluators.conditions import Conditions
 from evaluators.device import settle
 from evaluators.sampling import DDIM, Precision, Sampler
-from evaluators.trajectories import Reuse, Trajectories
+from evaluators.trajectories import Reuse, ReusePrecision, Trajectories
 from nas.contracts import (
     Evaluator,
     Grounded,
@@ -44,7 +44,7 @@ class Sampled:
     `rungs`: sample counts, increasing; the last verifies. `batch`: samples per network call, a matter of speed alone (up
     to the rounding of floats); None leaves it to the device. `precision`: of the network's calls; "bfloat16" is faster on
     some devices and gives other scores. `cache_bytes`: memory of each worker for states that schedules share. `reuse_precision`: of what steps keep to be
-    reused, "float16" takes half the memory and gives other scores; `reuse_bytes`: how much of it one batch may have, which is smaller where it would be more. `conditions`: what
+    reused, "bfloat16" and "float16" take half the memory and give other scores; `reuse_bytes`: how much of it one batch may have, which is smaller where it would be more. `conditions`: what
     samples are conditioned on, such as `Labels(images)` or `Captions(images, encoder)`, where the network takes conditions. `sampler`: several, where the space chooses
     among them.
     """
@@ -55,7 +55,7 @@ class Sampled:
     precision: Precision = "float32"
     cache_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**29
     conditions: Conditions | None = None
-    reuse_precision: Literal["float32", "float16"] = "float32"
+    reuse_precision: ReusePrecision = "float32"
     reuse_bytes: Annotated[int, Field(ge=1, le=2**50)] = 2**32
 
     def __post_init__(self) -> None:
@@ -133,7 +133,9 @@ class LoadedScore:
         return Score({self.name: value}, {self.name: replicates}, spent, {self.name: self.label(rung)})
 
     def sampler_of(self, schedule: Schedule) -> Mapping[str, Any]:
-        return self.trajectories.sampler_of(schedule).describe()
+        kept = self.trajectories.reuse.precision
+        half = {} if kept == "float32" else {"reuse_precision": kept}
+        return {**self.trajectories.sampler_of(schedule).describe(), **half}
 
     def rows_of(self, schedule: Schedule, count: int, seed: int) -> npt.NDArray[Any]:
         """Rows of samples 0..count-1, (count, d)."""
@@ -173,7 +175,7 @@ class Scores:
     def __post_init__(self) -> None:
         first, *others = self.parts
         for other in others:
-            for name in ("rungs", "sampler", "precision", "conditions"):
+            for name in ("rungs", "sampler", "precision", "conditions", "reuse_precision", "reuse_bytes"):
                 mine, theirs = (getattr(part, name, None) for part in (first, other))
                 if mine != theirs:
                     raise UserError(f"parts of Scores have the {name} {mine} and {theirs}; give them the same")
@@ -195,6 +197,10 @@ class Scores:
     @property
     def conditions(self) -> Any:
         return getattr(self.parts[0], "conditions", None)
+
+    @property
+    def reuse_precision(self) -> str:
+        return getattr(self.parts[0], "reuse_precision", "float32")
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Scores", "parts": [part.describe() for part in self.parts]}

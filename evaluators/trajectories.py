@@ -35,11 +35,14 @@ class Meter:
         return {name: value - before[name] for name, value in asdict(self).items()}
 
 
+ReusePrecision = Literal["float32", "bfloat16", "float16"]
+
+
 @dataclass(frozen=True)
 class Reuse:
     """What steps keep to be reused: in which `precision`, and how many bytes of a batch at `most`."""
 
-    precision: Literal["float32", "float16"] = "float32"
+    precision: ReusePrecision = "float32"
     most: int = 2**32
 
     def bytes_of(self, net: LoadedSupernet, schedule: Schedule) -> int:
@@ -47,7 +50,7 @@ class Reuse:
         size: Callable[[Any, Sequence[str]], int] | None = getattr(net, "kept_numbers", None)
         if size is None:
             return 0
-        each = 2 if self.precision == "float16" else 4
+        each = 4 if self.precision == "float32" else 2
         pairs = pairwise(schedule.steps)
         return max(
             (each * _rows(step) * size(step.arch, after.reuse) for step, after in pairs if after.reuse), default=0
@@ -56,8 +59,10 @@ class Reuse:
     def halved(self, cache: Any) -> Any:
         if self.precision == "float32" or not isinstance(cache, Mapping):
             return cache
+        dtype = getattr(torch, self.precision)
+        most = torch.finfo(dtype).max  # what is larger would be no number any more
         # A prediction that is held is small, and all that there is of its step.
-        return {name: value if name == "prediction" else value.half() for name, value in cache.items()}
+        return {n: value if n == "prediction" else value.clamp(-most, most).to(dtype) for n, value in cache.items()}
 
 
 def _rows(step: Step) -> int:
@@ -192,11 +197,13 @@ class Trajectories:
             self.meter.cached_calls += (stop - start) * done
             self.meter.cached_macs += (stop - start) * self._macs(schedule.steps[:done])
         passed: dict[int, State] = {}
-        splits = _splits(schedule)
+        splits, room = _splits(schedule), self._kept.maxsize
         for number in range(done, len(schedule.steps)):
             state = self.advance(schedule, number, state, seed, start)
-            if number + 1 in splits:
+            if number + 1 in splits and (size := _bytes(state)) <= room:
+                # No more of them at once than may be kept afterwards; the last one carries nothing to be reused.
                 passed[number + 1] = state
+                room -= size
         for number in range(len(schedule.steps), 0, -1):
             # The noisy end last, so that it stays longest: more schedules share it.
             if number in passed:

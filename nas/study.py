@@ -30,7 +30,7 @@ from nas.contracts import (
     digest_of,
 )
 from nas.genomes.genetics import LATENCY, check_limits, check_reachable, dearest
-from nas.genomes.timed import Timing, timed
+from nas.genomes.timed import Timing, calls, timed
 from nas.recipes import Positive, Seed, check_recipes, recipe
 from nas.searchers.uniform import Uniform
 
@@ -190,6 +190,8 @@ class Study:
             check_reachable(self.problem)
         elif not isinstance(self.evaluator, Timing):
             raise UserError(f"the limit on {LATENCY} needs measured times; use evaluator=Timed(..., Latency(batch=64))")
+        else:
+            calls(self.space)  # of a space whose calls cannot be timed it says so
 
     def _check_samplers(self, samplers: tuple[Any, ...]) -> None:
         """Raises UserError for one that the network's states or outputs are not made for."""

@@ -17,7 +17,8 @@ from nas.contracts import WITHOUT_ATTENTION, Choice, Genome, Guidance, Price, Sc
 from nas.recipes import recipe
 from search_spaces.intervals import Timesteps, free
 from search_spaces.networks.slices import Arch
-from search_spaces.patterns import ALL, Computed
+from search_spaces.patterns import ALL, Listed, check_listed
+from search_spaces.shipped.graph import AROUND, Graph
 from search_spaces.supernet import Elastic
 
 REUSED, RUNS = "reused", "runs"
@@ -37,7 +38,7 @@ class Branches:
     whole: Annotated[int, Field(ge=0, le=4096)] = 0
 
     def __post_init__(self) -> None:
-        if not self.net.cost.graph(self.net.anatomy.full).anew:
+        if not self.net.cost.graph(self.net.anatomy.full).predicts_anew:
             raise UserError(
                 "the branches of a UNet read each other, so that not each set of them may run; use Stepwise(patterns=legal(levels))"
             )
@@ -48,6 +49,7 @@ class Branches:
             raise UserError(f"timestep {self.timesteps[0]} is past the supernet's last, {self.net.noise.timesteps - 1}")
         if self._guide is not None and not self.net.conditional:
             raise UserError("guidance needs a network that takes conditions; leave it out")
+        self.net.check_guidance(self._guide)
         if not self._open:
             raise UserError(
                 f"all of the {len(self.timesteps)} steps run whole; give more timesteps, or whole=0 for the first alone"
@@ -68,13 +70,27 @@ class Branches:
             steps.append(Step(timestep, self._arch, self._graph.collapse(off), self._guide))
         return Schedule(tuple(steps))
 
-    def genome(self, computed: Sequence[Computed]) -> Genome:
-        """Of a schedule that says for each step, noisy to clean, what runs, as `Listed` does; of steps that run whole anyway it is not read.
-        Raises UserError for one of other steps."""
-        if len(computed) != len(self.timesteps):
-            raise UserError(f"a schedule of {len(computed)} steps; the space has {len(self.timesteps)}")
-        runs = [self._branches if one == ALL else self._graph.expand(one or ()) for one in computed]
+    def genome(self, listed: Listed) -> Genome:
+        """Of a schedule that was made elsewhere; of steps that run whole anyway it is not read. Raises UserError for one of other steps or of
+        another network."""
+        if len(listed.computed) != len(self.timesteps):
+            raise UserError(
+                f"{listed.label} is a schedule of {len(listed.computed)} steps, the space has {len(self.timesteps)}; give as many timesteps"
+            )
+        check_listed(listed, self._graph)
+        named = {name for one in listed.computed if one != ALL for name in one} - {AROUND}
+        unknown = sorted(name for name in named if not self._graph.expand([name]))
+        if unknown:
+            raise UserError(
+                f"{listed.label} names {', '.join(unknown)}; the network's branches are {', '.join(self._branches)}"
+            )
+        runs = [self._branches if one == ALL else self._graph.expand(one) for one in listed.computed]
         return tuple(int(branch in runs[place]) for place in self._open for branch in self._branches)
+
+    def gates(self, names: Sequence[str]) -> list[tuple[int, int]]:
+        """Of each choice, which step but the first and which of these branches it is a bit for."""
+        place = {name: number for number, name in enumerate(names)}
+        return [(step - 1, place[branch]) for step in self._open for branch in self._branches]
 
     def cost(self, genome: Genome) -> dict[str, float]:
         steps = self.decode(genome).steps
@@ -119,13 +135,12 @@ class Branches:
         return self.net.anatomy.full
 
     @property
-    def _graph(self) -> Any:
+    def _graph(self) -> Graph:
         return self.net.cost.graph(self._arch)
 
     @cached_property
     def _branches(self) -> tuple[str, ...]:
-        found: tuple[str, ...] = self._graph.names(True)
-        return found
+        return self._graph.names(True)
 
     @cached_property
     def _open(self) -> tuple[int, ...]:
@@ -135,7 +150,5 @@ class Branches:
 
     @property
     def _guide(self) -> Guidance | None:
-        if self.guidance is None or isinstance(self.guidance, Guidance):
-            given = self.guidance
-            return given and Guidance(float(given.scale), frozen(given.arch))
-        return Guidance(float(self.guidance))
+        given = Guidance(self.guidance) if isinstance(self.guidance, int | float) else self.guidance
+        return self.net.guided_by(given and Guidance(float(given.scale), frozen(given.arch)), self._arch)

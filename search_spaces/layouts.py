@@ -10,10 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from nas.base.files import first_line
 from nas.contracts import UserError
@@ -21,6 +19,7 @@ from search_spaces.patterns import ALL, Listed
 from search_spaces.shipped.graph import AROUND
 
 PARTS = ("attn", "mlp")
+"""Of a block of DiT."""
 
 
 def learning_to_cache(path: str | Path, steps: int, threshold: float = 0.1) -> Listed:
@@ -31,40 +30,45 @@ def learning_to_cache(path: str | Path, steps: int, threshold: float = 0.1) -> L
     """
     path = Path(path)
     try:
-        tensors: dict[str, npt.NDArray[np.float32]] = load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as safetensors ({first_line(error)}); save the router's tensors as such"
         ) from error
-    rows = [tensors.get(f"{number}.prob") for number in range(steps)]
-    sizes = {row.shape for row in rows if row is not None}
-    if any(row is None for row in rows) or len(tensors) != steps or len(sizes) != 1:
+    if {*tensors} != {f"{number}.prob" for number in range(steps)} or len({row.shape for row in tensors.values()}) != 1:
         raise UserError(
             f"{path} holds {len(tensors)} tensors, not 0.prob to {steps - 1}.prob of one size; give the steps that it was learned for"
         )
-    scores = [1 / (1 + np.exp(-row.astype(np.float64).ravel())) for row in rows if row is not None]
-    found = [ALL if number % 2 else _running(scores[number] > threshold) for number in range(steps)]
-    return Listed(f"Learning-to-Cache at {threshold:g}", tuple(found[::-1]))
+    rows = [tensors[f"{number}.prob"].double().ravel() for number in range(steps)]
+    if len(rows[0]) % 2 or not all(row.isfinite().all() for row in rows):
+        raise UserError(
+            f"{path}: {len(rows[0])} logits of a step must be finite numbers, two for each block; save the router anew"
+        )
+    found = [ALL if number % 2 else _running((row.sigmoid() > threshold).tolist()) for number, row in enumerate(rows)]
+    # The file begins at the cleanest step, a trajectory at the noisiest.
+    return Listed(f"Learning-to-Cache at {threshold:g}", tuple(found[::-1]), len(rows[0]))
 
 
-def smoothcache(path: str | Path, blocks: int) -> Listed:
-    """A schedule of SmoothCache: {"attn": [1, 0, ...], "mlp": [...]}, for each step, noisy to clean, whether these run in all of so many blocks.
-    Raises UserError where the file is not that."""
+def smoothcache(path: str | Path, blocks: int, parts: Sequence[str] = PARTS) -> Listed:
+    """A schedule of SmoothCache: {"attn": [1, 0, ...], "mlp": [...]}, for each step, noisy to clean, whether these run in all of so many blocks. `parts`: of
+    a block, in their order; ("attn", "text", "mlp") of a PixArt. Raises UserError where the file is not that."""
     path = Path(path)
     try:
         told = json.loads(path.read_text())
-        rows = [[int(value) for value in told[part]] for part in PARTS]
+        rows = [[int(value) for value in told[part]] for part in parts]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is no schedule with lists {' and '.join(PARTS)} ({first_line(error)}); check the file"
+            f"{path} is no schedule with lists {' and '.join(parts)} ({first_line(error)}); check the file"
         ) from error
-    if len({len(row) for row in rows}) != 1 or not rows[0] or any(value not in (0, 1) for row in rows for value in row):
-        raise UserError(f"{path}: the lists {' and '.join(PARTS)} must be of zeros and ones, one for each step")
-    each = [_running(np.array([*pair] * blocks, dtype=bool)) for pair in zip(*rows, strict=True)]
-    return Listed(f"SmoothCache {path.stem}", (ALL, *each[1:]))
+    if {*told} != {*parts} or len({len(row) for row in rows}) != 1 or not rows[0]:
+        raise UserError(f"{path} must hold the lists {' and '.join(parts)} alone, of one number for each step")
+    if any(value not in (0, 1) for row in rows for value in row) or not all(row[0] for row in rows):
+        raise UserError(f"{path}: the lists {' and '.join(parts)} must be of zeros and ones, and begin with ones")
+    each = [_running([*bits] * blocks, parts) for bits in zip(*rows, strict=True)]
+    return Listed(f"SmoothCache {path.stem}", tuple(each), blocks * len(parts))
 
 
-def _running(bits: Sequence[bool] | npt.NDArray[np.bool_]) -> tuple[str, ...]:
+def _running(bits: Sequence[int], parts: Sequence[str] = PARTS) -> tuple[str, ...]:
     """Branches of the blocks in turn that run."""
-    found = tuple(f"b{place // 2}.{PARTS[place % 2]}" for place, runs in enumerate(bits) if runs)
+    found = tuple(f"b{n // len(parts)}.{parts[n % len(parts)]}" for n, runs in enumerate(bits) if runs)
     return (ALL if len(found) == len(bits) else found) or (AROUND,)

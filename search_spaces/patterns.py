@@ -8,11 +8,14 @@ from typing import Literal, Protocol
 import numpy as np
 
 from nas.contracts import UserError
-from nas.recipes import Count, recipe
+from nas.recipes import Count, Natural, recipe
 from search_spaces.shipped.graph import Graph, UNetGraph
 
 ALL = ("all",)
 """A step that computes everything."""
+
+FEW = 12
+"""Branches of a transformer of which all sets are still listed."""
 
 Computed = tuple[str, ...] | None
 """What one step computes: `ALL`, blocks or branches by name while the others are reused, () for nothing, so that the prediction before
@@ -85,10 +88,11 @@ class Subset:
 @recipe
 class Listed:
     """What each step computes by itself, noisy to clean, as a schedule says that was made elsewhere; of an interval of as many steps. `name`
-    labels it."""
+    labels it. `branches`: how many the network has that it was made for, 0 where that is not known."""
 
     name: str
     computed: tuple[tuple[str, ...], ...]
+    branches: Natural = 0
 
     @property
     def label(self) -> str:
@@ -100,8 +104,22 @@ class Listed:
         return self.computed
 
 
+def check_listed(listed: Pattern, graph: Graph) -> None:
+    """Raises UserError for a schedule that was made for a network of other branches."""
+    wanted, count = getattr(listed, "branches", 0), len(graph.names(True))
+    if wanted and wanted != count:
+        raise UserError(
+            f"{listed.label} is a schedule for {wanted} branches, the network has {count}; give the one of this very network"
+        )
+
+
 def legal(levels: int, finer: Graph | None = None) -> tuple[Only, ...]:
-    """A pattern for each legal set of blocks of a UNet of so many levels; of branches of the graph, where one is given."""
+    """A pattern for each legal set of blocks of a UNet of so many levels; of branches of the graph, where one is given. Raises UserError for a
+    transformer of more branches than can be listed."""
+    if finer is not None and finer.predicts_anew and len(finer.names(True)) > FEW:
+        raise UserError(
+            f"{len(finer.names(True))} branches have 2^{len(finer.names(True))} legal sets, too many to list; use Branches, a bit for each"
+        )
     sets = UNetGraph((1,) * levels).legal_sets() if finer is None else finer.legal_sets(finer=True)
     return tuple(Only(tuple(computed)) for computed in sets)
 

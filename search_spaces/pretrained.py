@@ -26,6 +26,9 @@ from search_spaces.noise import NoiseSchedule
 log = logging.getLogger("nas")
 
 NETWORKS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel")
+FORMER = "Transformer2DModel"
+FORMERLY = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+"""What diffusers once called both transformers, and which is which by their `norm_type`: released folders say so."""
 REMEDY = f"give a folder of a {' or '.join(NETWORKS)}, or that of a pipeline with one"
 INDEX = "model_index.json"
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
@@ -102,7 +105,7 @@ def _parts(pipeline: Path) -> dict[str, Any]:
     if kind in REFUSED:
         raise UserError(f"{pipeline} is a {kind}, {REFUSED[kind]}; {REMEDY}")
     parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
-    known = (*NETWORKS, *AUTOENCODERS, *TEXT_ENCODERS)
+    known = (*NETWORKS, FORMER, *AUTOENCODERS, *TEXT_ENCODERS)
     left = [name for name, kind in parts.items() if kind and kind not in known and not name.startswith(USED)]
     if left:
         log.info("%s: %s is not needed, and is left out", pipeline, ", ".join(left))
@@ -118,7 +121,8 @@ def _autoencoder(pipeline: Path) -> Path | None:
 
 def _network(pipeline: Path) -> Path:
     known = _parts(pipeline)
-    networks = [name for name, kind in known.items() if kind in NETWORKS and re.fullmatch(r"\w+", name)]
+    kinds = (*NETWORKS, FORMER)
+    networks = [name for name, kind in known.items() if kind in kinds and re.fullmatch(r"\w+", name)]
     if len(networks) != 1:
         others = ", ".join(f"{name} ({kind})" for name, kind in known.items() if kind) or "nothing"
         raise UserError(f"{pipeline} is a pipeline of {others}; one with a single {' or '.join(NETWORKS)} is needed")
@@ -128,6 +132,7 @@ def _network(pipeline: Path) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json", REMEDY)
     name = config.get("_class_name")
+    name = FORMERLY.get(str(config.get("norm_type")), name) if name == FORMER else name
     if name not in NETWORKS:
         raise UserError(f"{folder} holds a {name}, not a {' or a '.join(NETWORKS)}; {REMEDY}")
     taken = set(inspect.signature(getattr(diffusers, name).__init__).parameters) - {"self"}

@@ -29,7 +29,7 @@ from nas.recipes import Count, recipe
 from search_spaces.intervals import Timesteps, free
 from search_spaces.networks.slices import Arch
 from search_spaces.options import Options, Subnets
-from search_spaces.patterns import ALL, Computed, Pattern
+from search_spaces.patterns import ALL, Computed, Pattern, check_listed
 from search_spaces.shipped.graph import AROUND
 from search_spaces.supernet import Elastic
 
@@ -59,7 +59,7 @@ class Stepwise:
     first step computes everything; so does a step whose subnet is another one than that of the step before, since nothing of that can be
     reused. `finer`: branches without a reader, or "layers", do not run either, where otherwise blocks run whole. `deterministic`: the sampler is DDIM
     without noise and without memory, where a step that computes nothing equals a longer step, and so leaves the schedule; otherwise it stays and holds
-    the prediction.
+    the prediction, which only UNets can.
 
     A transformer's step may run what stands `AROUND` its blocks alone, `Every(2, (AROUND,))`: all that they add is that of the step before, gated anew.
 
@@ -88,8 +88,7 @@ class Stepwise:
         if len(set(self._guides)) != len(self._guides):
             raise UserError(f"guidance {self.guidance} must be distinct")
         for guide in self._guides:
-            if guide is not None and guide.arch:
-                self.net.anatomy.segments(Arch(*guide.arch))
+            self.net.check_guidance(guide)
         if len({one.name for one in self.samplers}) != len(self.samplers):
             raise UserError(f"samplers {', '.join(one.name for one in self.samplers)} must be distinct")
         if self.needs_deterministic and any(one.stochastic or one.multistep for one in self.samplers):
@@ -211,10 +210,7 @@ class Stepwise:
 
     def _guided_by(self, guide: Guidance | None, arch: Arch) -> Guidance | None:
         """By the subnet's own weights where they are an expert's, and by itself where it is the subnet that guides."""
-        if guide is None or not guide.arch:
-            return guide
-        other = Arch(*guide.arch).replace(expert=arch.expert)
-        return Guidance(guide.scale) if other == arch else Guidance(guide.scale, other)
+        return self.net.guided_by(guide, arch)
 
     def _guidance_gene(self) -> list[tuple[str, tuple[str, ...]]]:
         if len(self._guides) < 2:
@@ -249,17 +245,25 @@ class Stepwise:
         return tuple(order)
 
     def _check_computed(self, pattern: Pattern, computed: Computed) -> None:
-        """Raises UserError for blocks that the network lacks, and for a set of which nothing would run."""
+        """Raises UserError for blocks that the network lacks, and for a set of which nothing would run, or not all."""
+        graph = self.net.cost.graph(self.net.anatomy.full)
+        check_listed(pattern, graph)
+        if computed == () and graph.predicts_anew and not self.deterministic:
+            raise UserError(
+                f"pattern {pattern.label!r} would hold a prediction, which a transformer does not: what stands around its blocks predicts anew; "
+                "say (AROUND,) instead of ()"
+            )
         if not computed or computed == ALL:
             return
-        graph = self.net.cost.graph(self.net.anatomy.full)
-        if graph.anew and computed == (AROUND,):
+        if graph.predicts_anew and computed == (AROUND,):
             return
         unknown = [name for name in computed if not graph.expand([name])]
         if unknown:
             raise UserError(
                 f"pattern {pattern.label!r} names {', '.join(unknown)}; the network's blocks are {', '.join(graph.blocks)}"
             )
+        if graph.predicts_anew and graph.live(computed, self.finer) != graph.expand(computed):
+            raise UserError(f"pattern {pattern.label!r} names branches, and blocks run whole here; give finer=True")
         if not graph.live(computed, self.finer):
             hint = "" if self.finer else ", whole blocks, or branches with finer=True"
             raise UserError(

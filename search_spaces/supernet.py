@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nas.base.files import file_digest, first_line, tensors_digest
-from nas.contracts import Step, UserError, digest_of
+from nas.contracts import Guidance, Step, UserError, digest_of
 from nas.recipes import Count, Natural, recipe
 from search_spaces.codec import Autoencoder, Codec, Pixels
 from search_spaces.loaded import LoadedElastic
@@ -89,6 +89,7 @@ class Elastic:
             raise UserError(f"widths {options.widths} must include 1.0, the full network")
         if options.depths and options.depths[-1] != self.anatomy.depth:
             raise UserError(f"depths {options.depths} must include {self.anatomy.depth}, the full network")
+        self.anatomy.check_layers(options.layers, options.middle)
         if options.layers and options.layers[-1] != max(self.anatomy.layers(self.anatomy.full)):
             most = max(self.anatomy.layers(self.anatomy.full))
             raise UserError(f"layers {options.layers} must include {most}, the full network")
@@ -101,6 +102,12 @@ class Elastic:
         object.__setattr__(self, "loras", tuple(str(Path(lora).expanduser().absolute()) for lora in self.loras))
         if self.loras and self.pretrained is None:
             raise UserError(f"loras {self.loras} change trained weights; give pretrained=, or leave them out")
+        channels = int(self.anatomy.config["in_channels"])
+        if self.guided_channels is not None and not (self.conditional and self.guided_channels <= channels):
+            raise UserError(
+                f"guided_channels={self.guided_channels} must be at most the {channels} of a state, of a network that takes conditions; leave it out "
+                "to guide all"
+            )
         self.subnets(options)
         self.codec.image_shape(self.state_shape)
 
@@ -147,12 +154,26 @@ class Elastic:
         return CostModel(self.anatomy)
 
     def macs(self, step: Step) -> int:
-        """Exact multiply-adds of a step on one sample. One that reuses everything holds a prediction and calls nothing, whoever guided it."""
+        """Exact multiply-adds of a step on one sample. One of a UNet that reuses everything holds a prediction and calls nothing, whoever guided it; a
+        transformer then runs what stands around its blocks."""
         return self._of_step(step, self.cost.macs)
 
     def attention_macs(self, step: Step) -> int:
         """Those among them of the products of attention, which some papers leave out."""
         return self._of_step(step, self.cost.attention_macs)
+
+    def check_guidance(self, guide: Guidance | None) -> None:
+        """Raises UserError where the subnet that is to guide is none of this network."""
+        if guide is not None and guide.arch:
+            self.anatomy.subconfig(Arch(*guide.arch))
+            self.anatomy.segments(Arch(*guide.arch))
+
+    def guided_by(self, guide: Guidance | None, arch: Arch) -> Guidance | None:
+        """By the subnet's own weights where they are an expert's, and by itself where it is the subnet that guides."""
+        if guide is None or not guide.arch:
+            return guide
+        other = Arch(*guide.arch).replace(expert=arch.expert)
+        return Guidance(guide.scale) if other == arch else Guidance(guide.scale, other)
 
     def _of_step(self, step: Step, each: Callable[[Arch, Collection[str]], int]) -> int:
         arch = Arch(*step.arch)
@@ -305,13 +326,14 @@ class Elastic:
             activations = sum(sizes)
         numbers = self.kept_numbers(self.anatomy.full)
         kept = sum(numbers[name] for name in self._branches)
-        cost = self.cost(self.anatomy.full)
+        cost, distinct = self.cost(self.anatomy.full), self.cost.distinct_params(self.anatomy.full)
         return {
             "params": cost.params,
             "macs": cost.macs,
             "attention_macs": cost.attention_macs,
             "activations": activations,
-            "branches": kept,
+            "kept_numbers": kept,
+            **({"distinct_params": distinct} if distinct != cost.params else {}),
             **({"decoder_macs": decoder} if (decoder := self.codec.decoder_macs(self.state_shape)) else {}),
             **({"codec_training_macs": spent} if (spent := self.codec.training_macs(self.state_shape)) else {}),
         }

@@ -116,7 +116,7 @@ class TextEncoder:
             for name in names:
                 if not (self.folder / name).is_dir():
                     raise UserError(
-                        f"{self.folder} has no {name}; give the folder of a pipeline with one, as StableDiffusionPipeline saves it"
+                        f"{self.folder} has no {name}; give the folder of a pipeline with one, as StableDiffusionPipeline and PixArtAlphaPipeline save it"
                     )
 
     def load(self, folder: Path | None, device: str) -> LoadedTextEncoder:
@@ -256,7 +256,9 @@ class LoadedTextEncoder(_Tabled):
         if kind is None:
             raise UserError(f"{self._source / encoder} holds a {config['architectures'][0]}; known: {', '.join(kinds)}")
         stored = {file.name for file in (self._source / encoder).iterdir()}
-        variant = next((v for v in VARIANTS if f"model{v}.safetensors" in stored), "").removeprefix(".") or None
+        whole = next((v for v in VARIANTS if f"model{v}.safetensors" in stored), None)
+        parts = next((v for v in VARIANTS if f"model.safetensors.index{v}.json" in stored), "")
+        variant = (parts if whole is None else whole).removeprefix(".") or None
         try:
             read: Any = kind.from_pretrained(
                 self._source / encoder,
@@ -265,10 +267,15 @@ class LoadedTextEncoder(_Tabled):
                 variant=variant,
                 dtype=torch.float32,
             )
-            reader: Any = T5Tokenizer if kind is T5EncoderModel else CLIPTokenizer
-            words: Any = reader.from_pretrained(self._source / tokenizer, local_files_only=True)
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{self._source}: {encoder} cannot be read ({first_line(error)}); copy it anew") from error
+        reader: Any = T5Tokenizer if kind is T5EncoderModel else CLIPTokenizer
+        try:
+            words: Any = reader.from_pretrained(self._source / tokenizer, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise UserError(
+                f"{self._source}: {tokenizer} cannot be read ({first_line(error)}); copy it anew, or save it with a tokenizer.json"
+            ) from error
         return {tokenizer: words, encoder: read.to(self._device).eval().requires_grad_(False)}
 
     def encode(self, texts: Sequence[str]) -> Condition:

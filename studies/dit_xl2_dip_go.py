@@ -67,7 +67,7 @@ study = Study(
         conditions=Labels(images),
         sampler=DDPM(variance="learned_range"),
         rungs=(2_048, 50_000),
-        reuse_precision="float16",
+        reuse_precision="bfloat16",
     ),
     searchers={
         "gates": Gates(Pruner(scope="step", finer=True, steps=1000, batch=1, learning_rate=10.0, clip=False)),

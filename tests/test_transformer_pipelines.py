@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from evaluators.conditions import Labels, Prompts
 from evaluators.images import Digits
 from evaluators.sampling import DDIM, DPMSolver, sample
+from evaluators.trajectories import Reuse, Trajectories
 from nas.base.exported import read_export, read_network
 from nas.contracts import Guidance, ImageSet, Schedule, Step, UserError
 from nas.handover.export import export
@@ -37,6 +40,7 @@ from search_spaces.training.importance import block_order
 from search_spaces.training.optimiser import Optimiser
 from tests.conftest import TINY
 from tests.pipelines import TEXT_WIDTH, dit, pixart
+from tests.pipelines import UNET as TEXT_UNET
 from tests.test_transformer import DIT, PIXART
 
 KINDS = ["dit", "pixart"]
@@ -188,6 +192,7 @@ def test_one_network_for_all_steps_is_the_plain_pipeline(
     schedule = Schedule(tuple(Step(t, half, (), guidance) for t in leading(4)))
     facts = export_stock(net, schedule, DDIM(clip=False).describe(), {}, tmp_path / "stock")
     assert facts["pipeline"] == {"dit": "DiTPipeline", "pixart": "PixArtAlphaPipeline"}[kind]
+    assert facts.get("max_sequence_length") == {"dit": None, "pixart": 120}[kind]
     stock: Any = DiffusionPipeline.from_pretrained(tmp_path / "stock")
     told = conditions_of(kind, recipe, tmp_path)
     ours = sample(net, schedule, DDIM(clip=False), 0, 0, 2, told)
@@ -197,12 +202,13 @@ def test_one_network_for_all_steps_is_the_plain_pipeline(
 
 def test_what_the_plain_pipeline_cannot_do_is_refused(folder: Path, tmp_path: Path) -> None:
     dit(tmp_path / "ten", classes=10)
-    for where, settings, words in (
-        (tmp_path / "ten", {}, "DiTPipeline knows 1000 classes, its network 10"),
-        (folder / "dit", {"guided_channels": 3}, "it guides 3 channels alone"),
+    for where, settings, scale, words in (
+        (tmp_path / "ten", {}, 2.0, "DiTPipeline knows 1000 classes, its network 10"),
+        (folder / "dit", {"guided_channels": 3}, 2.0, "it guides 3 channels alone"),
+        (folder / "dit", {}, 0.5, "it guides by 0.5, and pipelines guide by more than 1 alone"),
     ):
         net = Elastic.from_pretrained(where, widths=(1.0,), **settings).initial(0)
-        schedule = Schedule(tuple(Step(t, net.full_arch, (), Guidance(2.0)) for t in leading(4)))
+        schedule = Schedule(tuple(Step(t, net.full_arch, (), Guidance(scale)) for t in leading(4)))
         with pytest.raises(UserError, match=words):
             export_stock(net, schedule, DDIM(clip=False).describe(), {}, tmp_path / "stock")
 
@@ -456,6 +462,12 @@ def test_blocks_are_ordered_by_what_their_loss_costs(garments: ImageSet) -> None
         ({}, {"depths": (2, 9)}, "must include 5, the full network"),
         ({"sample_size": 9}, {}, "must be a multiple of patch_size=2"),
         ({"attention_head_dim": 7, "num_attention_heads": 4}, {"widths": (0.5, 1.0)}, "cannot carry positions"),
+        ({"sample_size": (8, 8)}, {}, "sample_size=.8, 8. must be a whole number"),
+        ({"patch_size": 0}, {}, "patch_size=0 must be a whole number"),
+        ({"num_attention_heads": 0}, {}, "num_attention_heads=0 must be a whole number"),
+        ({"num_embeds_ada_norm": 0}, {}, "num_embeds_ada_norm=0 must be a whole number"),
+        ({}, {"layers": (1, 2)}, "a transformer is made of blocks alone"),
+        ({}, {"tokens": 12}, "a DiTTransformer2DModel reads no text"),
         ({"norm_elementwise_affine": True}, {}, "norm_elementwise_affine=True is not elastic"),
     ],
 )
@@ -473,6 +485,85 @@ def test_a_pixart_that_is_told_sizes_has_its_own_width(folder: Path) -> None:
     assert Elastic(sized, (1.0,), depths=(2, 5)).initial(0).full_arch
     with pytest.raises(UserError, match="so wide is the projected text"):
         Elastic({**PIXART, "cross_attention_dim": 24}, (1.0,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bare", [False, True])
+def test_folders_of_the_transformers_former_name_are_opened(
+    bare: bool, kind: str, folder: Path, tmp_path: Path
+) -> None:
+    """As those that are released: diffusers tells the two by their norms."""
+    shutil.copytree(folder / kind, tmp_path / kind)
+    config = tmp_path / kind / "transformer" / "config.json"
+    told = json.loads(config.read_text())
+    config.write_text(json.dumps({**told, "_class_name": "Transformer2DModel", "num_vector_embeds": None}))
+    index = tmp_path / kind / "model_index.json"
+    parts = json.loads(index.read_text())
+    index.write_text(json.dumps({**parts, "transformer": ["diffusers", "Transformer2DModel"]}))
+    net = Elastic.from_pretrained(tmp_path / kind / ("transformer" if bare else ""), widths=(0.5, 1.0))
+    ours, theirs = net.initial(0).full.state_dict(), opened(folder, kind).initial(0).full.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_configs_of_all_families_are_told_apart(folder: Path) -> None:
+    """As the stock models have them, every setting named."""
+    text = Elastic({**TEXT_UNET, "sample_size": 8}, (1.0,))
+    nets = [text, Elastic(TINY, (1.0,)), Elastic(DIT, (1.0,)), Elastic(PIXART, (1.0,))]
+    for net in nets:
+        config = dict(net.initial(0).full.config)
+        again = Elastic({name: value for name, value in config.items() if not name.startswith("_")}, (1.0,))
+        assert type(again.anatomy) is type(net.anatomy)
+
+
+def test_a_tokenizer_that_is_a_sentencepiece_model_and_a_sharded_encoder_are_read(folder: Path, tmp_path: Path) -> None:
+    """As PixArt's folders have them."""
+    import sentencepiece
+    from transformers import T5EncoderModel
+
+    shutil.copytree(folder / "pixart", tmp_path / "pixart")
+    where = tmp_path / "pixart" / "tokenizer"
+    (where / "tokenizer.json").unlink()
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS * 50))
+    settings: dict[str, Any] = {"vocab_size": 20, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "texts.txt"), model_prefix=str(where / "spiece"), **settings
+    )
+    encoder = T5EncoderModel.from_pretrained(folder / "pixart" / "text_encoder")
+    encoder.resize_token_embeddings(20)
+    shutil.rmtree(tmp_path / "pixart" / "text_encoder")
+    encoder.save_pretrained(tmp_path / "pixart" / "text_encoder", max_shard_size="4KB", variant="fp16")
+    assert len(list((tmp_path / "pixart" / "text_encoder").glob("*.safetensors"))) > 1
+    net = opened(tmp_path, "pixart").initial(0)
+    rows = net.text.rows(TEXTS)(torch.arange(3))  # type: ignore[union-attr]
+    assert rows["encoder_hidden_states"].shape == (3, 120, TEXT_WIDTH)
+    assert 0 < int(rows["encoder_attention_mask"][0].sum()) < 120
+    (where / "spiece.model").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="tokenizer cannot be read"):
+        dict(opened(tmp_path, "pixart").initial(0).text.components)  # type: ignore[union-attr]
+
+
+def test_half_precision_of_what_is_reused_goes_along_with_the_schedule(folder: Path, tmp_path: Path) -> None:
+    recipe = opened(folder, "dit")
+    net = recipe.initial(0)
+    branches = ("b0", "b1.mlp")
+    steps = tuple(
+        Step(t, net.full_arch, branches if number % 2 else (), Guidance(3.0)) for number, t in enumerate(leading(4))
+    )
+    told = conditions_of("dit", recipe, tmp_path)
+    walk = Trajectories(net, DDIM(clip=False), conditions=told, reuse=Reuse("bfloat16"))
+    ours = walk.images(Schedule(steps), 7, 0, 2) / 2 + 0.5
+    export(net, Schedule(steps), {**DDIM(clip=False).describe(), "reuse_precision": "bfloat16"}, {}, tmp_path / "model")
+    read_export(tmp_path / "model")
+    pipeline: Any = DiffusionPipeline.from_pretrained(
+        tmp_path / "model", custom_pipeline=str(tmp_path / "model"), trust_remote_code=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    labels = told.of(7, 0, 2)["class_labels"].tolist()
+    half = pipeline(class_labels=labels, seed=7, output_type="pt").images
+    assert torch.allclose(half, ours.clamp(0, 1), atol=1e-5)
+    exact = pipeline(class_labels=labels, seed=7, output_type="pt", reuse_dtype=torch.float32).images
+    assert (exact - half).abs().max() > 1e-6
 
 
 def test_block_order_is_for_transformers() -> None:

@@ -160,6 +160,8 @@ def _check_schedule(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
         raise ExportError(f"{path}: timesteps must fall from at most {total - 1} to at least 0; {REMEDY}")
     if _entry(_entry(plan, "sampler", dict, path), "class", str, path) not in SAMPLERS:
         raise ExportError(f"{path}: sampler {plan['sampler']['class']!r} is none of {', '.join(SAMPLERS)}; {REMEDY}")
+    if (kept := plan["sampler"].get("reuse_precision", "float16")) not in ("bfloat16", "float16"):
+        raise ExportError(f"{path}: reuse_precision={kept!r} is neither bfloat16 nor float16; {REMEDY}")
     return networks
 
 

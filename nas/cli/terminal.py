@@ -169,6 +169,11 @@ def print_outline(facts: Mapping[str, Any]) -> None:
         "MACs of a trajectory: full": f"{_short(macs['most'])}  ({share['most']:.1%})",
         "weights": f"{facts['bytes']['weights'] / 2**20:,.0f} MiB",
         "state of training": f"{facts['bytes']['training_state'] / 2**20:,.0f} MiB",
+        **(
+            {"the same as papers count them": f"{facts['network']['distinct_params'] / 1e6:,.1f} M"}
+            if "distinct_params" in facts["network"]
+            else {}
+        ),
         "activations of one image": f"{facts['bytes']['activations_per_image'] / 2**20:,.1f} MiB",
         **(
             {"kept of one image to be reused": f"at most {facts['bytes']['reused_per_image'] / 2**20:,.1f} MiB"}

@@ -43,6 +43,7 @@ def export_stock(
     autoencoder = getattr(net, "autoencoder", None)
     texts = getattr(net, "text_components", {})
     kind = type(network).__name__
+    tokens = (getattr(net, "text_shape", None) or {}).get("tokens")
     if texts:
         with quiet_transformers():
             pipeline = _of_text(kind, texts, autoencoder, network, scheduler)
@@ -57,7 +58,7 @@ def export_stock(
         "steps": count,
         "timesteps": _same_steps(scheduler, schedule.timesteps),
         **({"guidance_scale": next(iter(_scales(schedule)))} if texts or kind == DIT else {}),
-        **({"use_resolution_binning": False} if kind == PIXART else {}),
+        **({"use_resolution_binning": False, "max_sequence_length": tokens} if kind == PIXART else {}),
     }
     partial = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -119,6 +120,10 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         "its network reads a text, and its text encoder is not here": reads and not texts,
         "its network reads a text or takes labels, and works on pixels": several and latent is None,
         "its steps are not all guided alike": several and len(_scales(schedule)) > 1,
+        f"it guides by {min(_scales(schedule))}, and pipelines guide by more than 1 alone": several
+        and min(_scales(schedule)) < 1,
+        "its network is told sizes that the pipeline tells at 1024 pixels alone": "resolution" in condition
+        and net.state_shape[-1] != 128,
         f"it guides {getattr(net, 'guided_channels', None)} channels alone": bool(
             getattr(net, "guided_channels", None)
         ),

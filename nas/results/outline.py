@@ -31,8 +31,12 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
     first, last = study.evaluator.rungs[0], study.evaluator.rungs[-1]
     search = study.trials * first * typical + (study.verified * last * typical if last != first else 0.0)
     weights, activations = 4 * network["params"], 4 * network["activations"]
-    reuses = any(step.reuse for step in space.decode(cheapest(space)).steps)
-    kept = {"reused_per_image": 4 * network["branches"]} if reuses and "branches" in network else {}
+    steps = space.decode(cheapest(space)).steps
+    kept = {}
+    if any(step.reuse for step in steps) and "kept_numbers" in network:
+        rows = 2 if any(step.guidance and not step.guidance.arch for step in steps) else 1
+        each = 4 if getattr(study.evaluator, "reuse_precision", "float32") == "float32" else 2
+        kept = {"reused_per_image": each * rows * network["kept_numbers"]}
     return {
         "study": study.name,
         "choices": len(sizes),
@@ -62,9 +66,7 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
             + (", and decoding" if "decoder_macs" in network else "")
             + "; shared beginnings save part of it",
             *(
-                [
-                    "reused of one image: all branches' outputs of the full network, in float32; twice as much where a step guides itself"
-                ]
+                ["reused of one image: all branches' outputs of the full network, twice where a step guides itself"]
                 if kept
                 else []
             ),

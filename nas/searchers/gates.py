@@ -73,7 +73,13 @@ class Gates:
         """Keep probabilities, (steps - 1, blocks), and what each option of the space means for the gates. Raises UserError for a
         space that offers no reuse."""
         full = problem.space.decode(dearest(problem.space))
-        meanings = _meanings(problem, supernet, full, self.pruner.finer)
+        if hasattr(problem.space, "gates"):  # a bit for each gate, of which nothing has to be found out
+            names = supernet.blocks(arch_of(full), True)
+            if not self.pruner.finer:
+                raise UserError("the space has a bit for each branch; give gates for them, Pruner(finer=True)")
+            meanings = {"bits": torch.tensor(problem.space.gates(names), dtype=torch.long)}
+        else:
+            meanings = _meanings(problem, supernet, full, self.pruner.finer)
         keep, spent = yield from self.pruner.learn(supernet, full, images, seed, so_far)
         return {"keep": keep, **meanings}, spent
 
@@ -91,7 +97,9 @@ class GatesSearch:
         self._problem = problem
         self._seed = seed
         self._told: set[Genome] = set()
-        self._chooser = None if learned is None else Chooser(problem, learned, settings.threshold)
+        self._chooser: Chooser | BitChooser | None = None
+        if learned is not None:
+            self._chooser = (BitChooser if "bits" in learned else Chooser)(problem, learned, settings.threshold)
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
@@ -212,6 +220,73 @@ class Chooser:
         return sum(int(prices[option]) for prices, option in zip(self._prices, options, strict=True))
 
 
+class BitChooser:
+    """As `Chooser`, of a space with a bit for each gate: `meanings["bits"]`, (choices, 2), says of which step but the first and of which block."""
+
+    def __init__(self, problem: Problem, learned: Mapping[str, torch.Tensor], threshold: float = 0.1) -> None:
+        tables = problem.space.interval_costs()
+        bits = learned["bits"].numpy()
+        self._problem = problem
+        self._threshold = threshold
+        self._place, self._block = bits[:, 0], bits[:, 1]
+        keep = learned["keep"].double().numpy().clip(1e-6, 1 - 1e-6)
+        self._keep: Floats = keep[self._place, self._block]
+        self._least = float(sum(int(table[0]) for table in tables))
+        self._prices = np.array([int(table[1]) - int(table[0]) for table in tables])
+
+    @cached_property
+    def budgets(self) -> tuple[float, float]:
+        """MACs of the cheapest and of the dearest schedule that it can make within the limit."""
+        return self._least, min(self._least + float(self._prices.sum()), budget_of(self._problem))
+
+    def genome(self, way: Choosing, budget: float) -> Genome:
+        """At most as dear as the budget; the cheapest where that is dearer still."""
+        ways: dict[Choosing, Callable[[float], npt.NDArray[np.bool_]]] = {
+            "bisection": self._bisection,
+            "greedy": self._greedy,
+            "knapsack": self._knapsack,
+            "threshold": self._above,
+        }
+        return tuple(int(bit) for bit in ways[way](budget - self._least))
+
+    def _above(self, room: float) -> npt.NDArray[np.bool_]:
+        kept: npt.NDArray[np.bool_] = self._keep > self._threshold
+        return kept if self._prices[kept].sum() <= room else self._bisection(room)
+
+    def _bisection(self, room: float) -> npt.NDArray[np.bool_]:
+        """All that is kept as surely as the last one that there is room for, and nothing where not all of these have room."""
+        values, places = np.unique(-self._keep, return_inverse=True)
+        totals = np.cumsum(np.bincount(places, self._prices))
+        fits = int(np.searchsorted(totals, room, side="right"))
+        return -self._keep <= values[fits - 1] if fits else np.zeros(len(self._keep), dtype=bool)
+
+    def _greedy(self, room: float) -> npt.NDArray[np.bool_]:
+        kept: npt.NDArray[np.bool_] = np.ones(len(self._keep), dtype=bool)
+        skip, total = 1 - self._keep, float(self._prices.sum())
+        for threshold in (*np.arange(0.95, 0.0, -0.05), -1.0):
+            for block in range(self._block.max(), -1, -1):
+                mine = np.flatnonzero(kept & (self._block == block) & (skip > threshold))
+                for bit in mine[np.argsort(-skip[mine], kind="stable")]:
+                    if total <= room:
+                        return kept
+                    kept[bit] = False
+                    total -= float(self._prices[bit])
+        return kept
+
+    def _knapsack(self, room: float) -> npt.NDArray[np.bool_]:
+        """Of gates of one price those are shut first that are surest to be skipped: what is chosen is how many of each price are open."""
+        regret = -np.log(1 - self._keep)
+        groups = [np.flatnonzero(self._prices == price) for price in np.unique(self._prices)]
+        groups = [group[np.argsort(-regret[group], kind="stable")] for group in groups]
+        prices = [[int(self._prices[group[0]]) * count for count in range(len(group) + 1)] for group in groups]
+        errors = [[float(regret[group[count:]].sum()) for count in range(len(group) + 1)] for group in groups]
+        [found] = allocate(prices, errors, [room])
+        kept: npt.NDArray[np.bool_] = np.zeros(len(self._keep), dtype=bool)
+        for group, count in zip(groups, found[0].options if found else [0] * len(groups), strict=True):
+            kept[group[:count]] = True
+        return kept
+
+
 def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: Finer) -> dict[str, torch.Tensor]:
     """What the options of the space mean for the gates, see `Chooser`."""
     space, costs = problem.space, IntervalCosts(problem.space)
@@ -220,6 +295,7 @@ def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: Fine
     names = net.blocks(arch, finer)
     whole = net.macs(Step(0, arch))
     found = {"weight": torch.tensor([1 - net.macs(Step(0, arch, (name,))) / whole for name in names])}
+    most = exact_cost(space, top)
     places = {step.timestep: number - 1 for number, step in enumerate(full.steps)}
     any_reuse = False
     for k, (genes, table) in enumerate(zip(costs.genes, costs.tables, strict=True)):
@@ -227,7 +303,7 @@ def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: Fine
             (*top[: genes.start], *option, *top[genes.stop :]) for option in product(*(range(n) for n in table.shape))
         ]
         schedules = [space.decode(genome) for genome in changed]
-        saved = [exact_cost(space, top) - exact_cost(space, genome) for genome in changed]
+        saved = [most - exact_cost(space, genome) for genome in changed]
         found[f"price.{k}"] = int(table[top[genes]]) - torch.tensor(saved)
         runs = [_running(schedule, places, names, net, finer) for schedule in schedules]
         pure = torch.tensor([_reuses_alone(schedule, arch, guided, net) for schedule in schedules])
@@ -239,7 +315,7 @@ def _meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: Fine
         any_reuse = any_reuse or bool(say.any())
     if not any_reuse:
         raise UserError(
-            "the space offers no blocks to reuse; give it patterns, such as Stepwise(patterns=legal(levels))"
+            "the space offers no blocks to reuse; give it patterns, such as Stepwise(patterns=legal(levels)), or of a transformer use Branches"
         )
     return found
 

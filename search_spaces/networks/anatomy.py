@@ -94,7 +94,7 @@ class Anatomy(Parts, Slices):
     """Length of that text."""
 
     def some_condition(self, count: int, device: str = "cpu") -> dict[str, torch.Tensor]:
-        """Any condition of so many rows, all different, by the names of the stock model's arguments; the same ones at every call."""
+        """Any condition of so many rows, labels and texts all different, by the names of the stock model's arguments; the same ones at every call."""
         if self.null_label is None:
             return {}
         return {"class_labels": torch.arange(count, device=device) % max(self.null_label, 1)}
@@ -123,7 +123,7 @@ class Anatomy(Parts, Slices):
         """Parameters of the subnet that stand there only because its stock class keeps several of one."""
         return []
 
-    def tabled(self, arch: Arch) -> int:
+    def computed_numbers(self, arch: Arch) -> int:
         """Numbers that the subnet reckons by itself, which papers count as parameters."""
         return 0
 

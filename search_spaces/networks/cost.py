@@ -52,7 +52,7 @@ class CostModel:
         """Parameters as papers count them: one of each where the stock class keeps copies, and tables that nobody trains."""
         lengths = self._vector(arch)
         copies = int((self._weights(self._anatomy.copies(arch))[2] @ lengths) @ lengths)
-        return self(arch).params - copies + self._anatomy.tabled(arch)
+        return self(arch).params - copies + self._anatomy.computed_numbers(arch)
 
     def graph(self, arch: Arch) -> Graph:
         """Of the subnet's blocks, branches and layers."""
@@ -93,7 +93,7 @@ class CostModel:
     def _running(self, arch: Arch, reuse: Collection[str]) -> Iterator[Cost]:
         graph = self.graph(arch)
         reused = graph.expand(reuse)
-        if graph.anew or len(reused) < len(graph.layers):
+        if graph.predicts_anew or len(reused) < len(graph.layers):
             yield from (cost for name, cost in self.layers(arch).items() if name not in reused)
 
     def _vector(self, arch: Arch) -> npt.NDArray[np.int64]:
@@ -123,7 +123,7 @@ class CostModel:
             for name in synthetic:
                 members.setdefault(anatomy.layer_of(name, graph), []).append(anatomy.identities[name])
             forms = {name: self._weights(tensors) for name, tensors in members.items()}
-            forms[""][0] += self._weights(anatomy.again)[0]
+            forms[""][0] += self._weights(anatomy.multiplied_again)[0]
             for block in anatomy.attentions:
                 placed = anatomy.placed(f"{block.module}.", block.unit, arch)
                 if placed is not None:

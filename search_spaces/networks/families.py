@@ -33,6 +33,7 @@ def anatomy_of(
         f"groups={groups!r}: a {name} has no norm groups": groups != "count" and kind in (DiT, PixArt),
         f"heads={heads!r}: a {name} has heads of one size at every width": heads != "whole" and kind is not TextUNet,
         f"block_order: a {name} is no transformer": bool(order) and kind not in (DiT, PixArt),
+        f"tokens={tokens!r}: a {name} reads no text": tokens is not None and kind in (DiT, ImageUNet),
     }
     for words, applies in foreign.items():
         if applies:
@@ -47,6 +48,6 @@ def anatomy_of(
 
 
 def _guessed(settings: Mapping[str, Any]) -> type[Anatomy]:
-    if {"num_layers", "num_attention_heads", "patch_size"} & settings.keys():
+    if "patch_size" in settings or ("num_layers" in settings and "block_out_channels" not in settings):
         return PixArt if {"caption_channels", "cross_attention_dim"} & settings.keys() else DiT
     return TextUNet if "cross_attention_dim" in settings else ImageUNet

@@ -54,13 +54,13 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class TensorAnatomy:
-    """Axes of one parameter, at how many output positions of one sample each of its weights is multiplied, and whose it is. `held_by`: the
+    """Axes of one parameter, at how many output positions of one sample each of its weights is multiplied, and whose it is. `copy_of`: the
     parameter of which it is a copy, where the stock model keeps several of one."""
 
     axes: tuple[Axis, ...]
     positions: int = 0
     unit: Unit | None = None
-    held_by: str | None = None
+    copy_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Parts(ABC):
 
     `cells[name]` are the first channels of the stretches that no GroupNorm splits, `head_sizes[name]` the channels of one head, for
     those inside an attention whose heads are kept or dropped as wholes; `divided[name]` the first ones of each head where each is made thinner. `identities`: shortcuts that stand nowhere, between levels of equal width, but would where a subnet makes
-    them different. `again`: weights that a call multiplies once more than there are of them.
+    them different. `multiplied_again`: weights that a call multiplies once more than there are of them.
     Raises UserError, naming the value, for a config that this elastic network does not cover.
     """
 
@@ -100,7 +100,7 @@ class Parts(ABC):
         self.tensors: dict[str, TensorAnatomy] = {}
         self.attentions: list[AttentionAnatomy] = []
         self.identities: dict[str, TensorAnatomy] = {}
-        self.again: list[TensorAnatomy] = []
+        self.multiplied_again: list[TensorAnatomy] = []
         self.head_sizes: dict[str, int] = {}
         self.divided: dict[str, tuple[int, ...]] = {}
         self._bounds: dict[str, set[int]] = {}

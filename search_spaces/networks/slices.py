@@ -138,7 +138,7 @@ class Slices(ABC):
             placed = self.placed(name, tensor.unit, arch)
             if placed is not None:
                 found[placed] = Source(
-                    tensor.held_by or name, tuple(self._axis_runs(axis, arch) for axis in tensor.axes)
+                    tensor.copy_of or name, tuple(self._axis_runs(axis, arch) for axis in tensor.axes)
                 )
         for name, tensor in self.identities.items():
             if self.widened(name, arch):

@@ -39,6 +39,19 @@ class Transformer(Anatomy):
     def __init__(self, config: Mapping[str, Any], order: tuple[int, ...] = ()) -> None:
         self._order = order
         self.frequency_shift = 0.0
+        # The stock class would stumble over these without a word for them.
+        numbers = (
+            "num_attention_heads",
+            "attention_head_dim",
+            "num_layers",
+            "patch_size",
+            "sample_size",
+            "in_channels",
+        )
+        for key in (*numbers, "num_embeds_ada_norm"):
+            value = config.get(key, 1)
+            if type(value) is not int or value < 1:
+                raise UserError(f"{key}={value!r} must be a whole number of at least 1; mend the config")
         super().__init__(config, "count")
 
     def _supported(self) -> dict[str, tuple[Any, ...]]:
@@ -50,7 +63,7 @@ class Transformer(Anatomy):
     def _measure(self) -> None:
         config = self.config
         side, patch = config["sample_size"], config["patch_size"]
-        if not isinstance(side, int) or side % patch:
+        if side % patch:
             raise UserError(f"sample_size={side!r} must be a multiple of patch_size={patch}; change one of them")
         self.sample_size = (side, side)
         self.positions = (side // patch) ** 2
@@ -59,8 +72,6 @@ class Transformer(Anatomy):
         self.full_depths = (config["num_layers"],)
         if self.channels[0] % 4:
             raise UserError(f"{self.channels[0]} channels cannot carry positions; use a multiple of 4")
-        if self.full_depths[0] < 1:
-            raise UserError(f"num_layers={self.full_depths[0]} must be at least 1")
         blocks = range(self.full_depths[0])
         if self._order and sorted(self._order) != [*blocks]:
             raise UserError(f"block_order {self._order} must name each of the {len(blocks)} blocks once, from 0")
@@ -156,7 +167,7 @@ class Transformer(Anatomy):
             )
         return {**self.config, "num_attention_heads": kept, "num_layers": self.depths(arch)[0]}
 
-    def tabled(self, arch: Arch) -> int:
+    def computed_numbers(self, arch: Arch) -> int:
         return int(self.positions) * shrunk(self.channels[0], arch.widths[0], "channels")
 
     @property
@@ -166,7 +177,7 @@ class Transformer(Anatomy):
     def check_attention(self) -> None:
         raise UserError(
             "attention=True: no stock transformer lacks the attention, or the feed-forward layers, of one block for good; leave it out, and let "
-            "steps reuse them: patterns=(Only(('b0.mlp', ...)), ...)"
+            "steps reuse them: Branches, or Stepwise(patterns=(Only(('b0.mlp', ...)), ...), finer=True)"
         )
 
     def check_depths(self) -> None:
@@ -236,7 +247,9 @@ class DiT(Transformer):
     def _behind(self, patch: Axis) -> None:
         first = Unit("down", 0, BLOCKS, 0).name(0)
         # The output asks the first block's embedder anew.
-        self.again = [t for name, t in self.tensors.items() if name.startswith(f"{first}norm1.emb.") and t.positions]
+        self.multiplied_again = [
+            t for name, t in self.tensors.items() if name.startswith(f"{first}norm1.emb.") and t.positions
+        ]
         self._weight("proj_out_1", (self._stream * 2, self._free("condition")), 1, None)
         self._weight("proj_out_2", (patch, self._stream), self.positions, None)
 

@@ -49,7 +49,7 @@ class Layer:
 class Graph(ABC):
     """Layers in the order of the forward pass."""
 
-    anew: ClassVar[bool] = False
+    predicts_anew: ClassVar[bool] = False
     """Whether a call that reuses all layers predicts anew, by what stands around them; else its prediction is that of the step before."""
 
     @property
@@ -182,7 +182,7 @@ class TransformerGraph(Graph):
     """`blocks_in_all`: of the transformer. `text`: whether each reads one. What a branch adds stands beside what the others add, so that every
     set of branches is legal and nothing that runs is run in vain."""
 
-    anew: ClassVar[bool] = True
+    predicts_anew: ClassVar[bool] = True
     blocks_in_all: int
     text: bool = False
 
@@ -270,4 +270,4 @@ def graph_of(net: Any) -> Graph:
 def holds(net: Any, reuse: Collection[str]) -> bool:
     """Whether a call with these blocks reused runs nothing, and hands out the prediction of the step before."""
     graph = graph_of(net)
-    return not graph.anew and len(graph.expand(reuse)) == len(graph.layers)
+    return not graph.predicts_anew and len(graph.expand(reuse)) == len(graph.layers)

@@ -76,7 +76,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         `num_inference_steps`: evenly so many of the schedule's steps; all by default. `guidance_scale`: in place of the schedule's own at the steps
         that it guides; 1 guides none. `negative_prompt`: what takes the prompt's place where a guided step predicts without it.
         `prompt_embeds`: a row for each image by the names of the networks' arguments, "negative_" before those of the negative prompt, instead
-        of prompts. `reuse_dtype`: of what a step keeps to be reused, such as torch.float16 for half the memory; as computed by default. `callback_on_step_end(pipeline, i, timestep, {"latents": ...})`: after each step; may return other latents.
+        of prompts. `reuse_dtype`: of what a step keeps to be reused, such as torch.bfloat16 for half the memory; by default as the schedule was scored. `callback_on_step_end(pipeline, i, timestep, {"latents": ...})`: after each step; may return other latents.
         Raises ValueError for more steps than the schedule has, for fewer where steps reuse blocks, and for labels or prompts that are missing,
         too many, or not taken.
         """
@@ -86,6 +86,8 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         steps = [_guided_at(step, guidance_scale) for step in _subset(plan["steps"], num_inference_steps)]
         device = self._execution_device
         guides = any(step.get("guidance") for step in steps)
+        if reuse_dtype is None and "reuse_precision" in plan["sampler"]:
+            reuse_dtype = getattr(torch, plan["sampler"]["reuse_precision"])
         told = self._told(plan, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, guides, device)
         told |= _labelled(plan.get("null_label"), class_labels, batch_size, device)
         count = len(next(iter(told.values()))) if told else batch_size or 1
@@ -211,7 +213,8 @@ def _kept_as(cache: Any, dtype: torch.dtype | None) -> Any:
     """What is reused, in this precision; a prediction that is held stays as it is."""
     if cache is None or dtype is None:
         return cache
-    return {name: rows if name == PREDICTION else rows.to(dtype) for name, rows in cache.items()}
+    most = torch.finfo(dtype).max
+    return {name: rows if name == PREDICTION else rows.clamp(-most, most).to(dtype) for name, rows in cache.items()}
 
 
 def _guided_at(step: Mapping[str, Any], scale: float | None) -> Mapping[str, Any]:

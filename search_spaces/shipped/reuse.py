@@ -80,7 +80,7 @@ def run(
         # It may have been kept in half precision; a held prediction is in its own.
         return kept[name] if name == PREDICTION else kept[name].to(x.dtype)
 
-    if len(reused) == len(graph.layers) and not graph.anew:
+    if len(reused) == len(graph.layers) and not graph.predicts_anew:
         prediction = output(PREDICTION)
     else:
         walk, weights = walk_of(net, x, t, condition), gates or {}

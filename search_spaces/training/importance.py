@@ -162,9 +162,10 @@ def permute(net: LoadedElastic, order: Mapping[str, torch.Tensor]) -> None:
     net.forget()
 
 
-def block_order(net: LoadedElastic, data: ImageSet, seed: int, batch: int = 256) -> tuple[int, ...]:
+def block_order(net: LoadedElastic, data: ImageSet, seed: int, batch: int = 64) -> tuple[int, ...]:
     """A transformer's blocks, the one to keep longest first, for `Elastic(..., block_order=)`: by the denoising loss of the full network without each,
-    on one batch of uniform timesteps. Depths are then the beginnings of this order. Raises UserError for a network that is no transformer."""
+    on one batch of uniform timesteps. Depths are then the beginnings of this order. `net` is a loaded network, `Elastic(...).load(run / "supernet", "cpu")`
+    or `.initial(0)` of a pretrained one. Raises UserError for a network that is no transformer."""
     recipe = net.recipe
     if not isinstance(recipe.anatomy, Transformer):
         raise UserError("blocks are ordered of a transformer alone; a UNet's levels lose their last ones")
