@@ -25,7 +25,8 @@ from evaluators.sampling import DDIM, State, initial_noise
 from evaluators.scoring import Scores
 from evaluators.trajectories import Reuse, Trajectories
 from nas.contracts import Guidance, Problem, Progress, Snapshot, Step, UserError
-from nas.searchers.gates import BitChooser, Chooser, Gates, _meanings
+from nas.searchers.choosers import BitChooser, Chooser, meanings
+from nas.searchers.gates import Gates
 from nas.searchers.pruner import Pruner
 from nas.searchers.random import Random
 from nas.searchers.router import Router
@@ -378,7 +379,7 @@ def test_gates_of_a_bit_each_are_chosen_as_of_options(way: Any) -> None:
         keep = torch.from_numpy(rng.uniform(0.02, 0.98, (3, len(names))).round(2))
         bits = {"keep": keep, "bits": torch.tensor(space.gates(names))}
         whole = space.decode((1,) * 18)
-        tables = {"keep": keep, **_meanings(limited, loaded, whole, True)}
+        tables = {"keep": keep, **meanings(limited, loaded, whole, True)}
         one, other = BitChooser(limited, bits, 0.3), Chooser(limited, tables, 0.3)
         assert one.budgets == other.budgets
         for share in (0.0, 0.3, 0.6, 1.0):

@@ -34,7 +34,8 @@ from nas.contracts import Guidance, ImageSet, Problem, Schedule, Step, UserError
 from nas.genomes.genetics import IntervalCosts, uniform_genomes
 from nas.handover.export import export
 from nas.results.plots import class_by_class
-from nas.searchers.gates import Chooser, Gates
+from nas.searchers.choosers import Chooser
+from nas.searchers.gates import Gates
 from nas.searchers.pruner import Pruner, learn_gates
 from nas.study import Study
 from nas.testing import check_evaluator, check_space, check_supernet

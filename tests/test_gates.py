@@ -25,7 +25,8 @@ from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from nas.genomes.genetics import dearest, exact_cost
 from nas.genomes.timed import TimedSpace, calls, key
-from nas.searchers.gates import Chooser, Gates
+from nas.searchers.choosers import Chooser
+from nas.searchers.gates import Gates
 from nas.searchers.pruner import Pruner, Scorer, dissimilarity, gammas, kept_share, learn_gates, straight_through
 from nas.study import Study
 from search_spaces.intervals import per_step, uniform
@@ -155,9 +156,9 @@ def chooser(seed: int, space: Stepwise = SPACE, limit: float = 1.0) -> tuple[Cho
     problem = Problem(space, ("fd", "macs"), {"macs_share": limit})
     keep = torch.rand((4, 9), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     loaded = DEEP_NET.initial(0)
-    from nas.searchers.gates import _meanings
+    from nas.searchers.choosers import meanings
 
-    meanings = _meanings(problem, loaded, space.decode(dearest(space)), False)
+    meanings = meanings(problem, loaded, space.decode(dearest(space)), False)
     return Chooser(problem, {"keep": keep, **meanings}), keep
 
 
@@ -198,9 +199,9 @@ def test_the_knapsack_is_exact() -> None:
     space = Stepwise(DEEP_NET, steps, per_step(steps), Options((1.0,)), patterns=legal(4))
     problem = Problem(space, ("fd", "macs"), {})
     loaded = DEEP_NET.initial(0)
-    from nas.searchers.gates import _meanings
+    from nas.searchers.choosers import meanings
 
-    meanings = _meanings(problem, loaded, space.decode(dearest(space)), False)
+    meanings = meanings(problem, loaded, space.decode(dearest(space)), False)
     keep = torch.rand((2, 9), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     made = Chooser(problem, {"keep": keep, **meanings})
     budget = 0.6 * space.cost(dearest(space))["macs"]
@@ -222,13 +223,13 @@ def test_the_knapsack_is_exact() -> None:
 
 
 def test_choosers_reckon_in_the_time_that_is_limited() -> None:
-    from nas.searchers.gates import _meanings
+    from nas.searchers.choosers import meanings
 
     rng = np.random.default_rng(0)
     timed = TimedSpace(SPACE, {key(step): 1.0 + float(rng.random()) for step in calls(SPACE)})
     full = exact_cost(timed, dearest(timed))
     problem = Problem(timed, ("fd",), {"latency_ms": 0.7 * full / 1e6})
-    meanings = _meanings(problem, DEEP_NET.initial(0), timed.decode(dearest(timed)), False)
+    meanings = meanings(problem, DEEP_NET.initial(0), timed.decode(dearest(timed)), False)
     made = Chooser(problem, {"keep": torch.rand((4, 9), dtype=torch.float64), **meanings})
     assert made.budgets[1] == pytest.approx(0.7 * full)
     for share in (0.4, 0.5, 0.6):
