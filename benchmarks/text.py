@@ -189,6 +189,8 @@ def searched(setting: Setting, scale: float, kind: str) -> Schedule:
     with open_session(study, run) as session:
         for _ in session.prepare(threads=1):
             pass
+        for _ in session.learn(kind):
+            pass
         conductor = session.conductor(kind)
         session.run(conductor)
         done = [t for t in conductor.ledger.trials if t.status == "complete" and t.score is not None]

@@ -213,11 +213,11 @@ def test_its_threshold_is_the_published_one_where_that_keeps_the_budget() -> Non
     keep = torch.ones(5, 6)
     keep[0, :3], keep[2, 1:] = 0.05, 0.2
     tensors["keep"] = keep
-    loose = BitChooser(problem(space, 1.0), tensors).genome("threshold", 1e18)
+    loose = BitChooser(problem(space, 1.0), tensors, 0.1).genome("threshold", 1e18)
     runs = np.array(loose).reshape(5, 6).astype(bool)
     assert (runs == (keep.numpy() > 0.1)).all()
     tight = space.cost(loose)["macs_share"] - 0.05
-    chooser = BitChooser(problem(space, tight), tensors)
+    chooser = BitChooser(problem(space, tight), tensors, 0.1)
     found = chooser.genome("threshold", chooser.budgets[1])
     assert space.cost(found)["macs_share"] <= tight
     assert not np.array(found).reshape(5, 6)[2, 1:].any(), "the least threshold that keeps it is above 0.2"

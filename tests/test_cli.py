@@ -252,6 +252,7 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     files = {
         "README.md",
         "exported.py",
+        "graph.py",
         "latents.py",
         "model_index.json",
         "pictures.py",
@@ -262,6 +263,7 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
         "schedule.json",
         "scheduler",
         "texts.py",
+        "walks.py",
     }
     names = {path.name for path in (tmp_path / "model").iterdir() if not path.name.startswith("unet_")}
     assert names - {"teacher"} == files | {"train.json", "train_data.py", "train_diffusers.py"}

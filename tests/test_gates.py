@@ -288,6 +288,8 @@ def test_a_run_learns_once_and_proposes_within_the_limit(
         file = learned_file(tmp_path, info)
         assert not file.exists()
         assert file.with_suffix(".snapshot").exists()
+        with pytest.raises(UserError, match="gates learns before it searches, and has not"):
+            session.conductor("gates")
         ticks = list(session.learn("gates", 0))
         assert [tick.done for tick in ticks] == [3, 4]  # goes on where the snapshot was taken
         assert not file.with_suffix(".snapshot").exists()

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.contracts import Genome, LearningSearcher, Progress, Score, Trial
+from nas.contracts import Genome, LearningSearcher, Progress, Score, Trial, UserError
 from nas.engine.facts import FILE, write_facts
 from nas.engine.ladder import Ladder
 from nas.engine.learning import Learner, learn_once, learned_tensors, wants_to_learn
@@ -93,7 +93,7 @@ class Session:
         """The searcher's ledger, opened and replayed, and held until the session ends. The baseline ignores the study's limits; where
         another run is scoring it, on the same database, it is waited for, and `wait` is told.
 
-        Raises UserError where another writer holds the ledger of any other searcher.
+        Raises UserError where another writer holds the ledger of any other searcher, and for one that has yet to learn.
         """
         study = self.study
         info = study.ledger_info(self.folder, searcher, seed)
@@ -108,6 +108,10 @@ class Session:
             ladder = replace(ladder, trials=len(uniform_genomes(study.space)), everything=True)
         recipe = study.searcher(searcher)
         if isinstance(recipe, LearningSearcher):
+            if wants_to_learn(study, self.folder, searcher, seed):
+                raise UserError(
+                    f"{searcher} learns before it searches, and has not; let it, session.learn({searcher!r}, {seed})"
+                )
             search = recipe.start(problem, seed, learned_tensors(self.folder, info))
         else:
             search = recipe.start(problem, seed)

@@ -132,7 +132,7 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         f"its network says where the variance lies, and {sampler['class']} does not ask": varies,
         f"{sampler['class']}'s last step arrives at the image, the network's at timestep 0": sampler["class"] != "DDIM"
         and getattr(net, "final_alpha", 1.0) != 1.0,
-        f"its pipeline knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
+        f"{'DiTPipeline' if dit else 'LDMPipeline'} knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
         f"its network is a {kind}": kind not in ("UNet2DModel", DIT) and not texts,
     }
     wrong = [words for words, applies in reasons.items() if applies]

@@ -28,7 +28,7 @@ class Chooser:
     their MACs then. `meanings["weight"]`: the share of a step's MACs that each block has by itself.
     """
 
-    def __init__(self, problem: Problem, learned: Mapping[str, torch.Tensor], threshold: float = 0.1) -> None:
+    def __init__(self, problem: Problem, learned: Mapping[str, torch.Tensor], threshold: float = 0.5) -> None:
         self._problem = problem
         self._threshold = threshold
         self._costs = IntervalCosts(problem.space)
@@ -121,7 +121,7 @@ class Chooser:
 class BitChooser:
     """As `Chooser`, of a space with a bit for each gate: `meanings["bits"]`, (choices, 2), says of which step but the first and of which block."""
 
-    def __init__(self, problem: Problem, learned: Mapping[str, torch.Tensor], threshold: float = 0.1) -> None:
+    def __init__(self, problem: Problem, learned: Mapping[str, torch.Tensor], threshold: float = 0.5) -> None:
         tables = problem.space.interval_costs()
         bits = learned["bits"].numpy()
         self._problem = problem

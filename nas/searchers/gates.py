@@ -35,7 +35,7 @@ from nas.contracts import (
     derive_seed,
 )
 from nas.genomes.genetics import Taken, dearest, near, novel, random_genome
-from nas.recipes import Share, recipe
+from nas.recipes import recipe
 from nas.searchers.choosers import BitChooser, Chooser, Choosing, meanings
 from nas.searchers.pruner import Pruner, arch_of
 from nas.searchers.router import Router
@@ -44,11 +44,10 @@ from nas.searchers.router import Router
 @recipe
 class Gates:
     """`pruner`: how the gates are learned, by DiP-GO's `Pruner` or by Learning-to-Cache's `Router`. `choosing`: ways to make a schedule of them, in
-    turn. `threshold`: of the way of that name."""
+    turn."""
 
     pruner: Pruner | Router = field(default_factory=Pruner)
     choosing: Annotated[tuple[Choosing, ...], Field(min_length=1)] = ("bisection", "greedy", "knapsack")
-    threshold: Share = 0.1
     learns = True
 
     def learn(
@@ -88,7 +87,7 @@ class GatesSearch:
         self._told: set[Genome] = set()
         self._chooser: Chooser | BitChooser | None = None
         if learned is not None:
-            self._chooser = (BitChooser if "bits" in learned else Chooser)(problem, learned, settings.threshold)
+            self._chooser = (BitChooser if "bits" in learned else Chooser)(problem, learned, settings.pruner.threshold)
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)

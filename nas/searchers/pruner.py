@@ -66,6 +66,7 @@ class Pruner:
     dimension: Annotated[int, Field(ge=4, le=4096, multiple_of=4)] = 64
     checkpointing: bool = True
     clip: bool = True
+    threshold = 0.5  # of keep probabilities: an open gate is one that is rather kept than skipped
 
     def learn(
         self,

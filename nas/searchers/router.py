@@ -40,7 +40,8 @@ MOST = 5.0
 @recipe
 class Router:
     """`sparsity` and `learning_rate`: lambda and AdamW's rate, as published for 20 steps of DiT-XL/2; of 50 steps lambda is 1e-6. `steps`: gradient
-    steps, each for one pair of steps, of `batch` images; the paper has up to 50,000 of 64. `drop`: share of conditions that say nothing. The first of
+    steps, each for one pair of steps, of `batch` images; the paper has up to 50,000 of 64. `drop`: share of conditions that say nothing. `threshold`: branches of a
+    higher score run. The first of
     each pair runs whole, so that a space that has nothing to choose there fits it, `Branches(whole=2)`."""
 
     steps: Count = 4000
@@ -48,6 +49,7 @@ class Router:
     learning_rate: Positive = 1e-3
     sparsity: Weight = 5e-6
     drop: Share = 0.1
+    threshold: Share = 0.1
     finer = True
 
     def learn(
