@@ -200,11 +200,11 @@ def test_a_subnet_is_the_full_network_with_the_rest_masked(kind: str) -> None:
         x = x.double()
         told = {name: rows.double() if rows.is_floating_point() else rows for name, rows in told.items()}
         with torch.inference_mode():
-            extracted = loaded.extract(arch).double()
+            extracted, slices = loaded.extract(arch).double(), loaded._slices(arch)
+            held, sources = dict(loaded.full.named_parameters()), net.anatomy.segments(arch)
             for name, parameter in extracted.named_parameters():
-                source = net.anatomy.segments(arch)[name]
-                parameter.copy_(dict(loaded._slices(arch))[name])
-                assert source.name in dict(loaded.full.named_parameters())
+                parameter.copy_(slices[name])
+                assert sources[name].name in held
             told_by = predict(extracted, x, t, told)
             functional = loaded.forward(arch, x, t, told)
             expected = predict(masked(loaded, arch), x, t, told)
