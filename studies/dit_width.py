@@ -51,6 +51,7 @@ images = ImageFolder("data/imagenet", size=(256, 256), resize="bicubic", labels=
 inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
 noise = NoiseSchedule(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
 codec = Autoencoder("dit/vae", scale=0.18215, config=KL_F8)
+# Blocks are left out evenly spread; `block_order` in search_spaces/training/importance.py measures another order, for `block_order=`.
 net = Elastic(
     DIT,
     widths=(0.5, 0.75, 1.0),

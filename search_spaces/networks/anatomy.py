@@ -112,6 +112,10 @@ class Anatomy(Parts, Slices):
     def check_copies(self, full: StockNet) -> None:
         """Raises UserError where copies of one parameter differ."""
 
+    def group_size(self, channels: str, total: int) -> int | None:
+        """Channels of a norm group, where all norms that these `total` channels meet divide them alike; else None."""
+        return None
+
     def depths(self, arch: Arch) -> tuple[int, ...]:
         return arch.depths or self.full_depths
 

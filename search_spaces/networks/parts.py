@@ -77,7 +77,7 @@ class AttentionAnatomy:
 class Parts(ABC):
     """Every tensor of a stock network's config, taken apart.
 
-    `cells[name]` are the first channels of the stretches that no GroupNorm splits, `head_sizes[name]` the channels of one head, for
+    `cells[name]` are the first channels of the stretches that no GroupNorm splits, where there are any, `head_sizes[name]` the channels of one head, for
     those inside an attention whose heads are kept or dropped as wholes; `divided[name]` the first ones of each head where each is made thinner. `identities`: shortcuts that stand nowhere, between levels of equal width, but would where a subnet makes
     them different. `multiplied_again`: weights that a call multiplies once more than there are of them.
     Raises UserError, naming the value, for a config that this elastic network does not cover.
@@ -103,11 +103,9 @@ class Parts(ABC):
         self.multiplied_again: list[TensorAnatomy] = []
         self.head_sizes: dict[str, int] = {}
         self.divided: dict[str, tuple[int, ...]] = {}
-        self._bounds: dict[str, set[int]] = {}
-        self._partitions: dict[str, set[tuple[int, ...]]] = {}
+        self.cells: dict[str, tuple[int, ...]] = {}
         self._measure()
         self._take_apart()
-        self.cells = {name: tuple(sorted(bounds)) for name, bounds in self._bounds.items()}
 
     channels: tuple[int, ...]
     """Of each level, outermost first."""
@@ -142,13 +140,6 @@ class Parts(ABC):
     @abstractmethod
     def _take_apart(self) -> None:
         """A walk in the order of the forward pass."""
-
-    def group_size(self, channels: str, total: int) -> int | None:
-        """Channels of a norm group, where all norms that these `total` channels meet divide them alike; else None."""
-        bounds = self.cells[channels]
-        size = total // len(bounds)
-        alike = bounds == tuple(range(0, total, size)) and len(self._partitions[channels]) == 1
-        return size if alike else None
 
     def check_shapes(self) -> None:
         """Raises UserError where the stock model's parameters are not these."""

@@ -35,6 +35,8 @@ class UNetParts(Parts):
         }
 
     def _measure(self) -> None:
+        self._bounds: dict[str, set[int]] = {}
+        self._partitions: dict[str, set[tuple[int, ...]]] = {}
         self.channels = tuple(self.config["block_out_channels"])
         depths = self.config["layers_per_block"]
         self.full_depths = (depths,) * self.levels if isinstance(depths, int) else tuple(depths)
@@ -61,6 +63,12 @@ class UNetParts(Parts):
             self._time_mlp("class_embedding", (half, half))
         elif self.config["num_class_embeds"] is not None:
             self.tensors["class_embedding.weight"] = TensorAnatomy((fixed(self.config["num_class_embeds"]), self._time))
+
+    def group_size(self, channels: str, total: int) -> int | None:
+        bounds = self.cells[channels]
+        size = total // len(bounds)
+        alike = bounds == tuple(range(0, total, size)) and len(self._partitions[channels]) == 1
+        return size if alike else None
 
     @property
     def attention_places(self) -> tuple[int | None, ...]:
@@ -115,6 +123,7 @@ class UNetParts(Parts):
                 )
 
         self._norm("conv_norm_out", trunk)
+        self.cells = {name: tuple(sorted(bounds)) for name, bounds in self._bounds.items()}
         kernel = config.get("conv_out_kernel", 3)
         self._conv("conv_out", trunk, fixed(config["out_channels"]), self._positions(0), kernel=kernel)
 
