@@ -192,7 +192,7 @@ def test_repair_of_a_lost_score_runs_that_trial_again(
     del lines[scores[-1]]
     (run / JOURNAL).write_bytes(b"".join(lines))
     done = repair(run / JOURNAL)
-    assert (done.multiplied_again, done.lost) == (1, 0)
+    assert (done.again, done.lost) == (1, 0)
     assert done.aside is not None
     assert search(run) == before
     genes = [place for place, line in enumerate(lines) if b'"nas:record"' in line]

@@ -293,7 +293,10 @@ def test_a_local_cluster_answers_on_loopback_alone(tmp_path: Path) -> None:
     assert found["opened"] == []
 
 
-@pytest.mark.parametrize("part", ["raylet", "gcs_server", "_Desk"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("part", ["raylet", pytest.param("gcs_server", marks=LONG), pytest.param("_Desk", marks=LONG)])
 def test_a_dead_part_of_the_cluster_ends_the_run_in_a_line(part: str, tmp_path: Path) -> None:
     psutil = pytest.importorskip("psutil")
     (tmp_path / "study.py").write_text(

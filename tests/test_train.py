@@ -164,6 +164,7 @@ def test_the_script_alone_trains_the_same(exported: Path) -> None:
     assert "holds no pictures" in wrong.stderr
 
 
+@pytest.mark.long
 def test_two_processes_train_one_network_on_noises_of_their_own(exported: Path) -> None:
     pictures = exported.parent / "pictures.npy"
     np.save(pictures, Digits().load().pixels[:40])
