@@ -127,7 +127,7 @@ def main() -> None:
         [
             Target(
                 "sd15_speedup_efficiency",
-                "least share of the ratio of multiply-adds that becomes time, Stable Diffusion 1.5's network on a GPU, reuse and width",
+                "least share of the ratio of multiply-adds that becomes time, Stable Diffusion 1.5's network, reuse and width; None where there is no GPU",
                 0.8,
                 measured,
                 at_most=False,

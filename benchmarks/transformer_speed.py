@@ -91,7 +91,7 @@ def main() -> None:
         [
             Target(
                 "dit_speedup_efficiency",
-                "least share of the ratio of multiply-adds that becomes time, DiT-XL/2 on a GPU, reuse, width and depth",
+                "least share of the ratio of multiply-adds that becomes time, DiT-XL/2, reuse, width and depth; None where there is no GPU",
                 0.85,
                 measured,
                 at_most=False,
