@@ -110,7 +110,8 @@ class Study:
 
     `trials`: proposals per searcher on the first rung. `verified`: how many of them reach the last one.
     `limits`: upper limits on costs, `macs`, `macs_share` or `latency_ms`. `seed`: of weights and noises; searches have `--seed`.
-    `proxies`: cheaper scores, each at its first rung, that `nas audit` compares with the evaluator.
+    `proxies`: cheaper scores, each at its first rung, that `nas audit` compares with the evaluator. `enqueue`: genomes that every searcher proposes first,
+    such as `space.genome(...)` of a schedule that was made elsewhere.
     Raises UserError where the parts do not fit together.
     """
 
@@ -127,6 +128,7 @@ class Study:
     verified: Annotated[int, Field(ge=1, le=10**7)] = 12
     seed: Seed = 0
     proxies: Mapping[str, Evaluator] = field(default_factory=dict)
+    enqueue: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -186,12 +188,31 @@ class Study:
                 f"the network takes {wanted}, the evaluator's conditions are {given}; give it Labels(images) for labels, Captions or Prompts for texts (nothing gives both)"
             )
         check_limits(self.limits)
+        self._check_enqueued()
         if not self.limits_time:
             check_reachable(self.problem)
         elif not isinstance(self.evaluator, Timing):
             raise UserError(f"the limit on {LATENCY} needs measured times; use evaluator=Timed(..., Latency(batch=64))")
         else:
             calls(self.space)  # of a space whose calls cannot be timed it says so
+
+    def _check_enqueued(self) -> None:
+        """Raises UserError for genomes that are none of the space, or dearer than the limits allow."""
+        for number, genome in enumerate(self.enqueue):
+            try:
+                self.space.decode(genome)
+                cost = self.space.cost(genome)
+            except (ValueError, IndexError) as error:
+                raise UserError(
+                    f"enqueued schedule {number} is none of this space ({first_line(error)}); leave it out"
+                ) from error
+            over = [
+                f"{name} {cost[name]:.4g} of {most:g}" for name, most in self.limits.items() if cost.get(name, 0) > most
+            ]
+            if over:
+                raise UserError(
+                    f"enqueued schedule {number} costs more than the limits allow: {', '.join(over)}; raise them, or leave it out"
+                )
 
     def _check_samplers(self, samplers: tuple[Any, ...]) -> None:
         """Raises UserError for one that the network's states or outputs are not made for."""

@@ -70,9 +70,11 @@ class Branches:
             steps.append(Step(timestep, self._arch, self._graph.collapse(off), self._guide))
         return Schedule(tuple(steps))
 
-    def genome(self, listed: Listed) -> Genome:
+    def genome(self, listed: Listed | Schedule) -> Genome:
         """Of a schedule that was made elsewhere; of steps that run whole anyway it is not read. Raises UserError for one of other steps or of
         another network."""
+        if isinstance(listed, Schedule):
+            return self._genome_of(listed)
         if len(listed.computed) != len(self.timesteps):
             raise UserError(
                 f"{listed.label} is a schedule of {len(listed.computed)} steps, the space has {len(self.timesteps)}; give as many timesteps"
@@ -86,6 +88,18 @@ class Branches:
             )
         runs = [self._branches if one == ALL else self._graph.expand(one) for one in listed.computed]
         return tuple(int(branch in runs[place]) for place in self._open for branch in self._branches)
+
+    def _genome_of(self, schedule: Schedule) -> Genome:
+        reused = {step.timestep: self._graph.expand(step.reuse) for step in schedule.steps}
+        if tuple(reused) == self.timesteps:
+            genome = tuple(
+                int(branch not in reused[self.timesteps[p]]) for p in self._open for branch in self._branches
+            )
+            if self.decode(genome) == schedule:
+                return genome
+        raise UserError(
+            f"the schedule {schedule.digest} is none of this space: it has other timesteps, subnets or guidance, or reuses where steps run whole"
+        )
 
     def gates(self, names: Sequence[str]) -> list[tuple[int, int]]:
         """Of each choice, which step but the first and which of these branches it is a bit for."""

@@ -156,6 +156,30 @@ class Stepwise:
             tuple(steps), self.samplers[genome[0] if len(self.samplers) > 1 else 0].name if self.samplers else ""
         )
 
+    def genome(self, schedule: Schedule) -> Genome:
+        """One that decodes to this schedule, such as another run found. Raises UserError where an interval has no options that do."""
+        found: list[int] = [0] * len(self.choices)
+        start = first = 0
+        for k, (shape, count) in enumerate(zip(self._shapes, self.intervals, strict=True)):
+            here = set(self.timesteps[first : first + count])
+            wanted = [step for step in schedule.steps if step.timestep in here]
+            for option in np.ndindex(*shape):
+                found[start : start + len(shape)] = [int(gene) for gene in option]
+                decoded = self.decode(tuple(found))
+                # What an interval runs does not depend on later ones, so that its options are found one interval after another.
+                if [s for s in decoded.steps if s.timestep in here] == wanted and decoded.sampler == schedule.sampler:
+                    break
+            else:
+                raise UserError(
+                    f"the schedule {schedule.digest} is none of this space: no options of interval {k} run what it runs there"
+                )
+            start, first = start + len(shape), first + count
+        if self.decode(tuple(found)) != schedule:
+            raise UserError(
+                f"the schedule {schedule.digest} has steps at other timesteps than this space; give it those"
+            )
+        return tuple(found)
+
     def cost(self, genome: Genome) -> dict[str, float]:
         """`params` counts a subnet again for each expert that runs it. A network with attention has its share as papers count it that
         leave out attention's products, too."""

@@ -413,3 +413,22 @@ def test_a_limit_on_time_is_refused_where_the_study_is_made() -> None:
             objectives=("fd", "latency_ms"),
             limits={"latency_ms": 5.0},
         )
+
+
+def test_a_schedule_has_its_genome_again() -> None:
+    """Of both kinds of space; one of another space is refused."""
+    rng = np.random.default_rng(0)
+    bits = Branches(net(), uniform(4), guidance=1.5)
+    attention = tuple(f"b{i}.attn" for i in range(3))
+    patterns = (Only(ALL), Every(2, (AROUND,)), Every(2, attention), Every(2))
+    several = Stepwise(net(), uniform(6), (2, 2, 2), patterns=patterns, guidance=(None, 1.5), finer=True)
+    spaces: tuple[Any, ...] = (bits, several)
+    for space in spaces:
+        for _ in range(10):
+            genome = tuple(int(rng.integers(len(choice.options))) for choice in space.choices)
+            schedule = space.decode(genome)
+            assert space.decode(space.genome(schedule)) == schedule
+    with pytest.raises(UserError, match="is none of this space"):
+        bits.genome(several.decode((0,) * len(several.choices)))
+    with pytest.raises(UserError, match="is none of this space: no options of interval"):
+        several.genome(bits.decode((1,) * 18))

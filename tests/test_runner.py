@@ -69,6 +69,37 @@ def test_the_same_command_again_does_nothing_and_more_trials_go_on(tmp_path: Pat
     assert [t.genome for t in more if t.rung == 64] == [t.genome for t in whole if t.rung == 64]
 
 
+@pytest.mark.parametrize("searcher", ["evolution", "random"])
+def test_ones_own_schedules_come_first_and_count(searcher: str, tmp_path: Path) -> None:
+    own = ((3, 3, 0, 0, 1, 1), (0, 0, 0, 0, 0, 0))
+    study = toy_study(enqueue=own)
+    trials = [t for t in run(study, tmp_path / "whole", searcher) if t.rung == 64]
+    assert [t.genome for t in trials[:2]] == [*own]
+    assert all(t.origin == {"operator": "enqueued"} for t in trials[:2])
+    assert len(trials) == study.trials
+    assert len({t.genome for t in trials}) == study.trials
+    run(study, tmp_path / "parts", searcher, trials=1)
+    again = [t for t in run(study, tmp_path / "parts", searcher) if t.rung == 64]
+    assert [t.genome for t in again] == [t.genome for t in trials]
+    # One that is thought of later is proposed next, in the same ledger.
+    later = toy_study(enqueue=(*own, (0, 0, 0, 0, 0, 1)))
+    more = [t for t in run(later, tmp_path / "whole", searcher, trials=study.trials + 1) if t.rung == 64]
+    assert more[-1].genome == (0, 0, 0, 0, 0, 1) or (0, 0, 0, 0, 0, 1) in {t.genome for t in trials}
+    assert len(more) == study.trials + 1
+
+
+@pytest.mark.parametrize(
+    ("genome", "words"),
+    [
+        ((3,) * 6, "enqueued schedule 0 costs more than the limits allow: macs_share 1 of 0.6"),
+        ((9,), "is none of this space"),
+    ],
+)
+def test_what_may_not_be_enqueued_is_refused(genome: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        toy_study(enqueue=(genome,))
+
+
 def test_a_failing_candidate_is_tried_twice_and_the_search_goes_on(tmp_path: Path) -> None:
     failing = (1, 1, 1, 1, 1, 1)
     trials = run(toy_study(evaluator__failing=(failing,)), tmp_path)

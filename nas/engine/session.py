@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.contracts import Genome, LearningSearcher, Progress, Score, Trial, UserError
+from nas.engine.enqueued import Enqueued
 from nas.engine.facts import FILE, write_facts
 from nas.engine.ladder import Ladder
 from nas.engine.learning import Learner, learn_once, learned_tensors, wants_to_learn
@@ -115,6 +116,8 @@ class Session:
             search = recipe.start(problem, seed, learned_tensors(self.folder, info))
         else:
             search = recipe.start(problem, seed)
+        if study.enqueue and searcher != BASELINE:
+            search = Enqueued(search, study.enqueue, problem)
         # Shared by all searchers of the session: what one has scored no other scores again.
         for key, score in known_scores(self.storage, info).items():
             self._known.setdefault(key, score)
