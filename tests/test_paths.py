@@ -1,76 +1,98 @@
-"""The exact answer to which steps compute and which reuse, against trying all."""
+"""The exact answer to what each step computes and what it reuses, against trying all."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.genomes.paths import Floats, ReusePath, paths, together
+from nas.genomes.paths import ReusePath, Steps, paths, together
 
 
-def tried(errors: Floats, whole: list[int], reused: list[int]) -> list[tuple[int, float]]:
-    """Cost and error of every choice of computed steps, those that no other beats."""
-    steps = len(whole)
-    every = []
-    for count in range(steps):
-        for others in itertools.combinations(range(1, steps), count):
-            computed, cost, error, last = {0, *others}, 0, 0.0, 0
-            for step in range(steps):
-                last = step if step in computed else last
-                cost += whole[step] if step in computed else reused[step]
-                error += 0.0 if step in computed else float(errors[last, step])
-            if math.isfinite(error):
-                every.append((cost, error))
+def priced(steps: Steps, ways: tuple[int, ...]) -> tuple[int, float]:
+    """Cost and error of what each step does; an infinite error where the first one reuses."""
+    computing = steps.computing.shape[1]
+    cost, error, last = 0, 0.0, -1
+    for step, way in enumerate(ways):
+        if way < computing:
+            cost, error, last = cost + int(steps.computing[step, way]), error + float(steps.loss[step, way]), step
+        elif last < 0:
+            error = math.inf
+        else:
+            cost += int(steps.reusing[step, way - computing])
+            error += float(steps.drift[last, step, way - computing])
+    return cost, error
+
+
+def tried(steps: Steps) -> list[tuple[int, float]]:
+    """Cost and error of all that there is, without what another beats."""
+    count, computing = steps.computing.shape
+    every = range(computing + steps.reusing.shape[1])
+    found = [priced(steps, ways) for ways in itertools.product(every, repeat=count)]
     front: list[tuple[int, float]] = []
-    for cost, error in sorted(every):
-        if not front or error < front[-1][1] - 1e-12:
+    for cost, error in sorted(one for one in found if math.isfinite(one[1])):
+        if not front or error < front[-1][1]:
             front.append((cost, error))
     return front
 
 
 @st.composite
-def instances(draw: st.DrawFn, most: int = 7) -> tuple[Floats, list[int], list[int]]:
+def instances(draw: st.DrawFn, most: int = 5) -> Steps:
     """Errors are multiples of a sixteenth, whose sums are exact."""
-    steps = draw(st.integers(1, most))
-    numbers = st.integers(0, 64).map(lambda n: n / 16)
-    rows = st.lists(st.one_of(numbers, st.just(math.inf)), min_size=steps, max_size=steps)
-    errors = np.array(draw(st.lists(rows, min_size=steps, max_size=steps)))
-    whole = draw(st.lists(st.integers(5, 30), min_size=steps, max_size=steps))
-    reused = [draw(st.integers(0, price)) for price in whole]
-    return errors, whole, reused
+    count, computing, reusing = draw(st.integers(1, most)), draw(st.integers(1, 2)), draw(st.integers(0, 2))
+    numbers = st.one_of(st.integers(-8, 64).map(lambda n: n / 16), st.just(math.inf))
+
+    def table(*shape: int, of: Any = numbers, dtype: Any = np.float64) -> Any:
+        size = math.prod(shape)
+        return np.array(draw(st.lists(of, min_size=size, max_size=size)), dtype=dtype).reshape(shape)
+
+    whole = st.integers(0, 30)
+    return Steps(
+        table(count, computing, of=whole, dtype=np.int64),
+        table(count, computing),
+        table(count, reusing, of=whole, dtype=np.int64),
+        table(count, count, reusing),
+    )
 
 
-@given(instances())
+@given(instances(), st.one_of(st.just(math.inf), st.integers(0, 100)))
 @settings(deadline=None, max_examples=500)
-def test_paths_are_those_that_trying_all_finds(instance: tuple[Floats, list[int], list[int]]) -> None:
-    errors, whole, reused = instance
-    found = paths(errors, whole, reused)
-    assert [(path.cost, path.error) for path in found] == tried(errors, whole, reused)
+def test_paths_are_those_that_trying_all_finds(steps: Steps, most: float) -> None:
+    found = paths(steps, most)
+    assert [(path.cost, path.error) for path in found] == [one for one in tried(steps) if one[0] <= most]
     for path in found:
-        assert path.computed[0] == 0
-        cost = sum(whole[s] if s in path.computed else reused[s] for s in range(len(whole)))
-        last = [max(c for c in path.computed if c <= s) for s in range(len(whole))]
-        assert cost == path.cost
-        assert path.error == sum(float(errors[j, s]) for s, j in enumerate(last) if j != s)
+        assert priced(steps, path.ways) == (path.cost, path.error)
 
 
-@given(st.lists(instances(4), min_size=1, max_size=3), st.floats(0, 1))
+@given(instances(6), st.integers(1, 4))
+@settings(deadline=None, max_examples=100)
+def test_with_few_cells_costs_stay_exact_and_errors_keep_their_bound(steps: Steps, cells: int) -> None:
+    most = int(steps.computing.max(1).sum() + steps.reusing.sum())
+    found = paths(steps, most, cells)
+    for path in found:
+        assert priced(steps, path.ways) == (path.cost, path.error)
+    slack = len(steps.computing) * (most + 1) / cells
+    for cost, error in tried(steps):
+        if cost + slack <= most:
+            assert min(path.error for path in found if path.cost <= cost + slack) <= error
+
+
+@given(st.lists(instances(3), min_size=1, max_size=3), st.floats(0, 1))
 @settings(deadline=None, max_examples=60)
-def test_blocks_together_share_a_budget_best(blocks: list[tuple[Floats, list[int], list[int]]], share: float) -> None:
-    fronts = [paths(*block) for block in blocks]
-    dearest = sum(front[-1].cost for front in fronts)
-    budget = share * dearest
-    [found] = together(fronts, [budget])
+def test_parts_together_share_a_budget_best(parts: list[Steps], share: float) -> None:
+    fronts = [paths(part) for part in parts]
+    budget = share * sum(front[-1].cost for front in fronts if front)
     fitting = [
         sum(path.error for path in chosen)
         for chosen in itertools.product(*fronts)
         if sum(path.cost for path in chosen) <= budget
     ]
+    [found] = together(fronts, [budget]) if all(fronts) else [None]
     if not fitting:
         assert found is None
         return
@@ -81,23 +103,26 @@ def test_blocks_together_share_a_budget_best(blocks: list[tuple[Floats, list[int
 
 def test_a_step_far_from_the_computed_one_costs_more() -> None:
     """Of ten steps whose error grows with the square of the distance, three computed ones are spread evenly."""
-    errors = np.array([[float((m - j) ** 2) for m in range(10)] for j in range(10)])
-    found = {len(path.computed): path for path in paths(errors, [10] * 10, [1] * 10)}
-    assert found[10] == ReusePath(tuple(range(10)), 100, 0.0)
-    assert found[1].computed == (0,)
-    assert [b - a for a, b in itertools.pairwise((*found[3].computed, 10))] in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
+    drift = np.array([[[float((m - j) ** 2)] for m in range(10)] for j in range(10)])
+    costs = np.full((10, 1), 10), np.zeros((10, 1)), np.full((10, 1), 1), drift
+    found = {path.ways.count(0): path for path in paths(Steps(*costs))}
+    assert found[10] == ReusePath((0,) * 10, 100, 0.0)
+    assert found[1].ways == (0, *[1] * 9)
+    computed = [step for step, way in enumerate(found[3].ways) if way == 0]
+    assert [b - a for a, b in itertools.pairwise((*computed, 10))] in ([4, 3, 3], [3, 4, 3], [3, 3, 4])
 
 
 @pytest.mark.parametrize(
-    ("errors", "whole", "reused"),
+    "changed",
     [
-        (np.zeros((2, 3)), [1, 1], [0, 0]),
-        (np.full((2, 2), np.nan), [1, 1], [0, 0]),
-        (np.full((2, 2), -1.0), [1, 1], [0, 0]),
-        (np.zeros((2, 2)), [1, 1], [0, 2]),
-        (np.zeros((0, 0)), [], []),
+        {"drift": np.zeros((2, 3, 1))},
+        {"drift": np.full((2, 2, 1), np.nan)},
+        {"loss": np.full((2, 1), -np.inf)},
+        {"reusing": np.zeros((3, 1), np.int64)},
+        {"computing": np.zeros((0, 1), np.int64)},
     ],
 )
-def test_what_makes_no_sense_is_refused(errors: Floats, whole: list[int], reused: list[int]) -> None:
-    with pytest.raises(ValueError, match="must"):
-        paths(errors, whole, reused)
+def test_what_makes_no_sense_is_refused(changed: dict[str, Any]) -> None:
+    one = Steps(np.ones((2, 1), np.int64), np.zeros((2, 1)), np.zeros((2, 1), np.int64), np.zeros((2, 2, 1)))
+    with pytest.raises(ValueError, match="must be"):
+        paths(one._replace(**changed))
