@@ -101,6 +101,12 @@ class Branches:
             f"the schedule {schedule.digest} is none of this space: it has other timesteps, subnets or guidance, or reuses where steps run whole"
         )
 
+    @property
+    def tracks(self) -> tuple[tuple[int, ...], ...]:
+        """Of each branch, its bits' places among the choices, noisy to clean."""
+        count = len(self._branches)
+        return tuple(tuple(range(branch, len(self.choices), count)) for branch in range(count))
+
     def gates(self, names: Sequence[str]) -> list[tuple[int, int]]:
         """Of each choice, which step but the first and which of these branches it is a bit for."""
         place = {name: number for number, name in enumerate(names)}

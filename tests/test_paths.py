@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas.contracts import Genome, Problem, Proposal, Schedule, Score, SearchSpace, Trial
 from nas.genomes.paths import ReusePath, Steps, paths, together
+from nas.searchers.path import Path
+from search_spaces.branches import Branches
+from search_spaces.intervals import per_step, uniform
+from search_spaces.options import Options
+from search_spaces.patterns import Every, Only
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import Elastic
 
 
 def priced(steps: Steps, ways: tuple[int, ...]) -> tuple[int, float]:
@@ -126,3 +135,123 @@ def test_what_makes_no_sense_is_refused(changed: dict[str, Any]) -> None:
     one = Steps(np.ones((2, 1), np.int64), np.zeros((2, 1)), np.zeros((2, 1), np.int64), np.zeros((2, 2, 1)))
     with pytest.raises(ValueError, match="must be"):
         paths(one._replace(**changed))
+
+
+NET = Elastic(
+    {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    },
+    widths=(1.0,),
+)
+DIT = Elastic(
+    {
+        "_class_name": "DiTTransformer2DModel",
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "patch_size": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 1,
+        "num_embeds_ada_norm": 3,
+    },
+    widths=(1.0,),
+)
+STEPS = uniform(6)
+
+
+def lost(schedule: Schedule, timesteps: tuple[int, ...]) -> float:
+    """Grows with the way back to the last step that computed, more where more is reused, and more at odd steps; by branch where there are any."""
+    steps = {step.timestep: step for step in schedule.steps}
+    last: dict[str, int] = {}
+    total = 0.0
+    for place, timestep in enumerate(timesteps):
+        reused = steps[timestep].reuse if timestep in steps else ("everything",)
+        parts = [f"b0.{part}" for part in ("attn", "mlp")] if any("b0" in name for name in reused) else list(reused)
+        names = {name for name in parts if name in reused or "b0" in reused}
+        for name in {*last, *names, "step"}:
+            drifts = name in names or (name == "step" and not any("b0" in one for one in reused) and bool(reused))
+            if not drifts:
+                last[name] = place
+                continue
+            weight = (1 + place % 2) * (2 if name == "everything" else 1)
+            total += weight * (place - last.get(name, 0)) ** 2 / (2 if name == "step" else 1)
+    return total
+
+
+def searched(space: SearchSpace, loss: Callable[[Genome], float], trials: int, factor: int = 1) -> list[Trial]:
+    """`factor`: by which what is no probe loses more."""
+    problem = Problem(space, ("loss", "macs"), {"macs_share": 0.6})
+    search = Path(budgets=1).start(problem, 0)
+    found: list[Trial] = []
+    for number in range(trials):
+        asked = search.ask([])
+        if not isinstance(asked, Proposal):
+            break
+        score = Score({"loss": loss(asked.genome) * (1 if "probe" in asked.origin else factor)})
+        found.append(
+            Trial(number, asked.genome, "", 0, "complete", score, space.cost(asked.genome), origin=asked.origin)
+        )
+        search.tell(found[-1])
+    return found
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        Stepwise(NET, STEPS, per_step(STEPS), Options((1.0,)), patterns=(Every(1), Only(("u1",)), Only(()))),
+        Branches(DIT, STEPS),
+    ],
+)
+def test_where_the_model_holds_the_first_solution_is_the_best_there_is(space: SearchSpace) -> None:
+    loss = lambda genome: lost(space.decode(genome), STEPS)  # noqa: E731
+    problem = Problem(space, ("loss", "macs"), {"macs_share": 0.6})
+    best = min(
+        loss(genome)
+        for genome in itertools.product(*(range(len(c.options)) for c in space.choices))
+        if problem.feasible(genome)
+    )
+    found = searched(space, loss, 200)
+    solved = [trial for trial in found if "probe" not in trial.origin]
+    assert solved[0].score is not None
+    assert solved[0].score.values["loss"] == pytest.approx(best)
+    assert solved[0].origin["predicted"] == pytest.approx(best)
+
+
+def test_what_was_scored_corrects_the_model() -> None:
+    """Where schedules lose thrice what probes say, predictions soon say so."""
+    steps = uniform(12)
+    space = Stepwise(NET, steps, per_step(steps), Options((1.0,)), patterns=(Every(1), Only(("u1",)), Only(())))
+    found = searched(space, lambda genome: lost(space.decode(genome), steps), 90, factor=3)
+    late = [trial for trial in found if "probe" not in trial.origin]
+    off = [t.origin["predicted"] / t.score.values["loss"] for t in late if t.score]
+    assert off[0] == pytest.approx(1 / 3)
+    assert all(abs(one - 1) < 0.1 for one in off[2:12])
+
+
+def test_few_probes_are_spread_over_all_steps() -> None:
+    steps = uniform(40)
+    space = Stepwise(NET, steps, per_step(steps), Options((1.0,)), patterns=(Every(1), Only(("u1",)), Only(())))
+    search = Path(probes=30).start(Problem(space, ("loss", "macs"), {"macs_share": 0.5}), 0)
+    asked = []
+    for number in range(40):
+        proposal = search.ask([])
+        assert isinstance(proposal, Proposal)
+        asked.append(proposal)
+        score = Score({"loss": lost(space.decode(proposal.genome), steps)})
+        search.tell(Trial(number, proposal.genome, "", 0, "complete", score, space.cost(proposal.genome)))
+    probes = [one.genome for one in asked if "probe" in one.origin]
+    assert len(probes) == 30
+    full = max(probes, key=sum)
+    changed = [
+        next(place for place in range(40) if genome[place] != full[place]) for genome in probes if genome != full
+    ]
+    assert min(changed) <= 4
+    assert max(changed) >= 30

@@ -74,7 +74,8 @@ def paths(steps: Steps, most: float = math.inf, cells: int = CELLS) -> list[Reus
     least = np.minimum(steps.computing.min(1), steps.reusing.min(1, initial=np.iinfo(np.int64).max))
     after = np.append(least[::-1].cumsum()[::-1][1:], 0)
     passed: list[dict[int, _Labels]] = []
-    start = _Labels(*(np.zeros(1, dtype) for dtype in (np.int64, np.float64, np.int64, np.int64, np.int64)))
+    nothing = np.zeros(1, np.int64)
+    start = _Labels(nothing, np.zeros(1), nothing, nothing, nothing)
     here = {-1: start}
     for step in range(count):
         room = most - after[step]
@@ -87,7 +88,9 @@ def paths(steps: Steps, most: float = math.inf, cells: int = CELLS) -> list[Reus
         joined = {last: _pruned(parts, room, cells) for last, parts in found.items()}
         here = {last: labels for last, labels in joined.items() if len(labels.cost)}
         passed.append(here)
-    ends = [(labels.cost[i], labels.error[i], last, i) for last, labels in here.items() for i in range(len(labels.cost))]
+    ends = [
+        (labels.cost[i], labels.error[i], last, i) for last, labels in here.items() for i in range(len(labels.cost))
+    ]
     best: list[ReusePath] = []
     for cost, error, last, place in sorted(ends):
         if not best or error < best[-1].error:
@@ -118,7 +121,13 @@ def _taken(labels: _Labels, last: int, costs: Integers, errors: Floats, offset: 
 
 
 def _pruned(parts: Sequence[_Labels], room: float, cells: int) -> _Labels:
-    joined = _Labels(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    joined = _Labels(
+        np.concatenate([part.cost for part in parts]),
+        np.concatenate([part.error for part in parts]),
+        np.concatenate([part.way for part in parts]),
+        np.concatenate([part.state for part in parts]),
+        np.concatenate([part.parent for part in parts]),
+    )
     order = np.lexsort((joined.error, joined.cost))
     error = joined.error[order]
     kept = order[error < np.minimum.accumulate(np.concatenate([[np.inf], error[:-1]]))] if len(order) else order
@@ -126,7 +135,7 @@ def _pruned(parts: Sequence[_Labels], room: float, cells: int) -> _Labels:
         top = room if math.isfinite(room) else float(joined.cost[kept[-1]])
         cell = (joined.cost[kept] * (cells / (top + 1))).astype(np.int64)
         kept = kept[np.append(np.diff(cell) > 0, True)]  # of each cell the last, which is the best
-    return _Labels(*(column[kept] for column in joined))
+    return _Labels(joined.cost[kept], joined.error[kept], joined.way[kept], joined.state[kept], joined.parent[kept])
 
 
 def _traced(passed: Sequence[dict[int, _Labels]], last: int, place: int) -> tuple[int, ...]:

@@ -1,0 +1,391 @@
+"""Exact search over reuse: what a step loses that reuses depends on how far back the last computed one lies (DPCache's idea).
+
+Probes let runs of one, two, four, eight steps reuse after each computed step of the full network, and make of that what each further step loses; single
+steps that compute something else are probed alone. A shortest path over (last computed step, step) is then the best for every budget under that model.
+What it leads to is scored like any other schedule, corrects the model, and its neighbours follow: only real scores count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from scipy.optimize import nnls
+
+from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
+from nas.genomes.genetics import IntervalCosts, Taken, budget_of, novel, random_genome
+from nas.genomes.paths import ReusePath, Steps, paths, together
+from nas.recipes import Few, recipe
+
+Option = tuple[int, ...]
+Floats = npt.NDArray[np.float64]
+
+BANDS = 4
+"""Parts of the trajectory whose losses are corrected by a factor each."""
+
+ALIKE, HELD = 0.3, 0.1
+"""How strongly neighbouring factors are held alike, and all of them to 1, beside one scored schedule."""
+
+POWERS = (1.0, 0.5)
+"""Losses of a run add up where they are unrelated; their roots do where all point one way."""
+
+
+@recipe
+class Path:
+    """`reach`: the longest run that is probed. `probes`: upper limit of their number; of more, computed steps are left out evenly, and what they would have
+    said is interpolated. `budgets`: how many are solved for, equally spaced from the cheapest to the limit. `options`: of an interval, how many are probed.
+
+    The space has an interval for each step, as `Stepwise(intervals=per_step(...))`, or one for each branch of each step, as `Branches`, whose branches have
+    a path each. Probes may exceed the limits; they are ordinary trials, charged and shown, but cannot win.
+    """
+
+    reach: Annotated[int, Field(ge=1, le=64)] = 8
+    probes: Annotated[int, Field(ge=1, le=10**6)] = 512
+    budgets: Few = 4
+    options: Annotated[int, Field(ge=2, le=64)] = 8
+
+    def start(self, problem: Problem, seed: int) -> PathSearch:
+        return PathSearch(self, problem, seed)
+
+
+@dataclass(frozen=True)
+class _Track:
+    """One part of the network through the trajectory. `intervals`: in order of the steps. `computing[i]`, `reusing[i]`: options of its i-th interval, the
+    full network's first among those that compute. `labels`: what the options that reuse are called, the same thing at all intervals."""
+
+    intervals: tuple[int, ...]
+    computing: tuple[tuple[Option, ...], ...]
+    reusing: tuple[dict[str, Option], ...]
+    labels: tuple[str, ...]
+
+
+class _Run(NamedTuple):
+    """A probe: in this track, `length` intervals from the place `start` on reuse, called `label`; or the one at `start` takes a computing `option`."""
+
+    track: int
+    start: int
+    length: int
+    label: str
+    option: int = 0
+
+
+class PathSearch:
+    def __init__(self, settings: Path, problem: Problem, seed: int) -> None:
+        self._settings = settings
+        self._problem = problem
+        self._seed = seed
+        self._costs = IntervalCosts(problem.space)
+        self._full = self._costs.dearest()
+        self._measured: dict[Genome, float] = {}
+        self._told: set[Genome] = set()
+        self._solved: tuple[int, list[tuple[Genome, float, str]]] | None = None
+        self._fitted: tuple[int, Floats] = (-1, np.ones(BANDS))
+        self._best: tuple[float, Genome] = (math.inf, self._full)
+
+    def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
+        taken = Taken(self._told, pending)
+        for genome, words in self._probes.items():
+            if genome not in taken:
+                return Proposal(genome, {"probe": words})
+        if any(genome in pending for genome in self._probes):
+            return WAIT
+        for genome, predicted, words in self._solutions():
+            if genome not in taken:
+                return Proposal(genome, {"operator": words, "predicted": predicted})
+        rng = np.random.default_rng(derive_seed(self._seed, len(taken), "path"))
+        drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
+        return DONE if drawn is None else Proposal(drawn, {"operator": "random"})
+
+    def tell(self, trial: Trial) -> None:
+        self._told.add(trial.genome)
+        [value] = trial.objectives(self._problem.objectives[:1])
+        if trial.scored and np.isfinite(value):
+            self._measured[trial.genome] = value
+            if value < self._best[0] and self._problem.feasible(trial.genome):
+                self._best = (value, trial.genome)
+
+    # ------------------------------------------------------------------------------------------------------ tracks
+
+    @cached_property
+    def _tracks(self) -> tuple[_Track, ...]:
+        tracks = getattr(self._problem.space, "tracks", None) or (tuple(range(len(self._costs.tables))),)
+        whole = {step.timestep: step for step in self._problem.space.decode(self._full).steps}
+        found = []
+        for intervals in tracks:
+            each = [self._sorted(k, whole) for k in intervals]
+            labels = dict.fromkeys(label for _, reusing in each for label in reusing)
+            found.append(_Track(tuple(intervals), tuple(c for c, _ in each), tuple(r for _, r in each), tuple(labels)))
+        return tuple(found)
+
+    def _sorted(self, k: int, whole: Mapping[int, object]) -> tuple[tuple[Option, ...], dict[str, Option]]:
+        """Options of interval k that compute, the full network's first, and those that reuse: the first step at which they differ from the full network
+        takes something from the step before, or is left out."""
+        table, own = self._costs.tables[k], self._full[self._costs.genes[k]]
+        every = sorted(np.ndindex(*table.shape), key=lambda option: (int(table[option]), option))
+        places = np.linspace(0, len(every) - 1, min(len(every), self._settings.options)).round().astype(int)
+        computing, reusing = [own], {}
+        for option in (every[place] for place in places):
+            if option == own:
+                continue
+            steps = {s.timestep: s for s in self._problem.space.decode(self._changed(self._full, {k: option})).steps}
+            first = next((t for t in whole if steps.get(t) != whole[t]), None)
+            if first is not None and (first not in steps or steps[first].reuse):
+                reusing["/".join(map(str, option))] = option
+            elif first is not None:
+                computing.append(option)
+        return tuple(computing), reusing
+
+    def _changed(self, genome: Genome, options: Mapping[int, Option]) -> Genome:
+        changed = list(genome)
+        for k, option in options.items():
+            changed[self._costs.genes[k]] = option
+        return tuple(changed)
+
+    # ------------------------------------------------------------------------------------------------------ probes
+
+    @cached_property
+    def _probes(self) -> dict[Genome, str]:
+        """What is scored before anything is solved, in order, and what it is."""
+        found = {self._full: "full"}
+        for run in self._runs:
+            found.setdefault(self._genome_of(run), self._words(run))
+        return found
+
+    @cached_property
+    def _runs(self) -> tuple[_Run, ...]:
+        """Those that are probed; of too many, every so many."""
+        every = [
+            _Run(number, place, 1, "", option)
+            for number, track in enumerate(self._tracks)
+            for place, options in enumerate(track.computing)
+            for option in range(1, len(options))
+        ]
+        for length in self._lengths:
+            for number, track in enumerate(self._tracks):
+                for label in track.labels:
+                    starts = [
+                        start for start in range(len(track.intervals)) if self._reusable(track, start, length, label)
+                    ]
+                    every += [_Run(number, start, length, label) for start in starts]
+        kept = min(len(every), max(1, self._settings.probes - 1))
+        return (
+            tuple(every[place] for place in np.linspace(0, len(every) - 1, kept).round().astype(int)) if every else ()
+        )
+
+    @cached_property
+    def _lengths(self) -> tuple[int, ...]:
+        return tuple(2**power for power in range(self._settings.reach.bit_length()))
+
+    def _reusable(self, track: _Track, start: int, length: int, label: str) -> bool:
+        return all(label in options for options in track.reusing[start : start + length]) and start + length <= len(
+            track.intervals
+        )
+
+    def _genome_of(self, run: _Run) -> Genome:
+        track = self._tracks[run.track]
+        places = range(run.start, run.start + run.length)
+        if run.option:
+            return self._changed(
+                self._full, {track.intervals[place]: track.computing[place][run.option] for place in places}
+            )
+        return self._changed(self._full, {track.intervals[place]: track.reusing[place][run.label] for place in places})
+
+    def _words(self, run: _Run) -> str:
+        track = self._tracks[run.track]
+        what = track.computing[run.start][run.option] if run.option else track.reusing[run.start][run.label]
+        choice = self._problem.space.choices[self._costs.genes[track.intervals[run.start]].start]
+        return f"{choice.name}: {run.length} of option {'/'.join(map(str, what))}"
+
+    # ------------------------------------------------------------------------------------------------------- model
+
+    def _lost(self, genome: Genome) -> float | None:
+        """What it loses against the full network; None where one of them has no score."""
+        if genome not in self._measured or self._full not in self._measured:
+            return None
+        return self._measured[genome] - self._measured[self._full]
+
+    @cached_property
+    def _losses(self) -> tuple[tuple[list[Floats], Floats], ...]:
+        """Of each track, once all probes are scored: of each place what each computing option loses, and of each label, by (computed place + 1, place),
+        what the whole run from the one behind the other loses, (places + 1, places, labels)."""
+        found = []
+        for number, track in enumerate(self._tracks):
+            runs = [run for run in self._runs if run.track == number]
+            computing = [np.full(len(options), np.inf) for options in track.computing]
+            for place in range(len(computing)):
+                computing[place][0] = 0.0
+            known: dict[str, dict[int, dict[int, float]]] = {label: {} for label in track.labels}
+            for run in runs:
+                lost = self._lost(self._genome_of(run))
+                if lost is not None and run.option:
+                    computing[run.start][run.option] = lost
+                elif lost is not None:
+                    known[run.label].setdefault(run.length, {})[run.start] = lost
+            count = len(track.intervals)
+            drift = np.stack(
+                [_interpolated(known[label], count) for label in track.labels] or [np.empty((count + 1, count))], -1
+            )
+            found.append((computing, drift if track.labels else drift[..., :0]))
+        return tuple(found)
+
+    def _steps(self, number: int, power: float) -> Steps:
+        """The track's ways and what they lose by the model, corrected. An interval before the first stands for what runs there anyway."""
+        track, (computing, drift) = self._tracks[number], self._losses[number]
+        count = len(track.intervals)
+        factors = self._factors[self._band(np.arange(count), count)]
+        most = max(map(len, track.computing))
+        cost, loss = np.zeros((count + 1, most), np.int64), np.full((count + 1, most), np.inf)
+        loss[0, 0] = 0.0
+        reusing = np.zeros((count + 1, len(track.labels)), np.int64)
+        between = np.full((count + 1, count + 1, len(track.labels)), np.inf)
+        between[:, 1:] = _increments(drift, power) * factors[:, None] ** power
+        for place, k in enumerate(track.intervals):
+            for way, option in enumerate(track.computing[place]):
+                cost[place + 1, way] = self._costs.of(k, option)
+                loss[place + 1, way] = (
+                    np.sign(computing[place][way]) * abs(computing[place][way] * factors[place]) ** power
+                )
+            for way, label in enumerate(track.labels):
+                if label in track.reusing[place]:
+                    reusing[place + 1, way] = self._costs.of(k, track.reusing[place][label])
+                else:
+                    between[:, place + 1, way] = np.inf
+        between[:, 0] = np.inf
+        return Steps(cost, loss, reusing, between)
+
+    def _band(self, places: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+        return places * BANDS // count
+
+    def _by_band(self, genome: Genome) -> Floats | None:
+        """What the model, not corrected, says that it loses in each band; None where it says nothing."""
+        found = np.zeros(BANDS)
+        for track, (computing, drift) in zip(self._tracks, self._losses, strict=True):
+            increments = _increments(drift, 1.0)
+            last = 0
+            for place, k in enumerate(track.intervals):
+                option = genome[self._costs.genes[k]]
+                band = int(self._band(np.array(place), len(track.intervals)))
+                if option in track.computing[place]:
+                    found[band] += computing[place][track.computing[place].index(option)]
+                    last = place + 1
+                else:
+                    label = "/".join(map(str, option))
+                    if label not in track.labels:
+                        return None
+                    found[band] += increments[last, place, track.labels.index(label)]
+        return found if np.isfinite(found).all() else None
+
+    @property
+    def _factors(self) -> Floats:
+        """By which each band's losses are corrected: least squares of what was scored beside what the model said, relatively."""
+        if self._fitted[0] != len(self._measured):
+            rows = []
+            for genome in self._measured:
+                lost = self._lost(genome)
+                if genome in self._probes or lost is None or lost <= 0 or (said := self._by_band(genome)) is None:
+                    continue
+                rows.append(said / lost)
+            said_in_all = np.array(rows).reshape(-1, BANDS)
+            scale = float(said_in_all.sum(1).mean()) if rows else 1.0
+            alike = ALIKE * scale * math.sqrt(max(1, len(rows))) * np.diff(np.eye(BANDS), axis=0)
+            held = HELD * scale * np.full((1, BANDS), 1 / BANDS)
+            wanted = np.array([*[1.0] * len(rows), *[0.0] * (BANDS - 1), HELD * scale])
+            self._fitted = (len(self._measured), nnls(np.vstack([said_in_all, alike, held]), wanted)[0])
+        return self._fitted[1]
+
+    # --------------------------------------------------------------------------------------------------- solutions
+
+    def _solutions(self) -> list[tuple[Genome, float, str]]:
+        """Genomes to be scored, best first, with what the model says of them, of which those that were scored already are left out by who asks."""
+        if self._solved is None or self._solved[0] != len(self._told):
+            self._solved = (len(self._told), list(self._solve()))
+        return self._solved[1]
+
+    def _solve(self) -> Iterator[tuple[Genome, float, str]]:
+        if self._full not in self._measured:
+            return
+        most = min(budget_of(self._problem), float(self._costs.total(self._full)))
+        least = float(self._costs.total(self._costs.cheapest()))
+        shares = [1 - number / self._settings.budgets for number in range(self._settings.budgets)]
+        budgets = [least + (most - least) * share for share in shares]
+        for power in POWERS:
+            for number, chosen in enumerate(self._shortest(power, budgets)):
+                if chosen is not None:
+                    genome = self._decoded(chosen)
+                    if self._problem.feasible(genome):
+                        yield genome, self._predicted(genome), f"shortest path at {shares[number]:.0%}, power {power:g}"
+        yield from self._neighbours()
+
+    def _shortest(self, power: float, budgets: Sequence[float]) -> list[tuple[ReusePath, ...] | None]:
+        fronts = [paths(self._steps(number, power), max(budgets)) for number in range(len(self._tracks))]
+        return together(fronts, budgets) if all(fronts) else [None] * len(budgets)
+
+    def _decoded(self, chosen: Sequence[ReusePath]) -> Genome:
+        options: dict[int, Option] = {}
+        for track, path in zip(self._tracks, chosen, strict=True):
+            most = max(map(len, track.computing))
+            for place, way in enumerate(path.ways[1:]):
+                own = track.computing[place][way] if way < most else track.reusing[place][track.labels[way - most]]
+                options[track.intervals[place]] = own
+        return self._changed(self._full, options)
+
+    def _predicted(self, genome: Genome) -> float:
+        said = self._by_band(genome)
+        return math.nan if said is None else float(self._measured[self._full] + said @ self._factors)
+
+    def _neighbours(self) -> Iterator[tuple[Genome, float, str]]:
+        """Of the best schedule within the limits: one interval changed, or two neighbours exchanged; those first of which the model expects most."""
+        lost, best = self._best
+        if math.isinf(lost):
+            return
+        found: dict[Genome, float] = {}
+        offset = lost - self._predicted(best)
+        for track in self._tracks:
+            options = [[*c, *r.values()] for c, r in zip(track.computing, track.reusing, strict=True)]
+            for place, k in enumerate(track.intervals):
+                moves = [{k: option} for option in options[place]]
+                for other in range(place + 1, min(place + 3, len(track.intervals))):
+                    mine, theirs = (best[self._costs.genes[i]] for i in (k, track.intervals[other]))
+                    if theirs in options[place] and mine in options[other]:
+                        moves.append({k: theirs, track.intervals[other]: mine})
+                for move in moves:
+                    genome = self._changed(best, move)
+                    if genome not in self._told and genome not in found and self._problem.feasible(genome):
+                        found[genome] = self._predicted(genome)
+        for genome in sorted(found, key=lambda one: (math.isnan(found[one]), found[one])):
+            yield genome, found[genome] + (0.0 if math.isnan(offset) else offset), "neighbour of the best"
+
+
+def _interpolated(known: Mapping[int, Mapping[int, float]], count: int) -> Floats:
+    """What a run loses that reuses from the place behind j up to m, (count + 1, count) by (j, m), j = 0 before the first place; infinite where nothing is
+    known. `known[length][start]`: as it was scored. Between lengths and starts it is linear; beyond the longest it goes on as between the last two."""
+    found = np.full((count + 1, count), np.inf)
+    lengths = sorted(length for length, starts in known.items() if starts)
+    if not lengths:
+        return found
+    for start in range(count):
+        anchors = [0, *lengths]
+        values = [0.0]
+        for length in lengths:
+            starts = sorted(known[length])
+            values.append(float(np.interp(start, starts, [known[length][one] for one in starts])))
+        slope = (values[-1] - values[-2]) / (anchors[-1] - anchors[-2])
+        for length in range(1, count - start + 1):
+            beyond = max(0, length - anchors[-1])
+            found[start, start + length - 1] = np.interp(length, anchors, values) + beyond * slope
+    return found
+
+
+def _increments(drift: Floats, power: float) -> Floats:
+    """What each further step of a run adds, to the sum of losses or of their powers."""
+    grown = np.sign(drift) * np.abs(drift) ** power
+    before = np.concatenate([np.zeros_like(grown[:, :1]), grown[:, :-1]], axis=1)
+    with np.errstate(invalid="ignore"):
+        first = ~np.isfinite(before)
+        return np.where(np.isfinite(grown), grown - np.where(first, 0.0, before), np.inf)
