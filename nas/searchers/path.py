@@ -32,6 +32,9 @@ BANDS = 4
 ALIKE, HELD = 0.3, 0.1
 """How strongly neighbouring factors are held alike, and all of them to 1, beside one scored schedule."""
 
+BEST = 5
+"""Schedules whose neighbours are tried, one after another."""
+
 POWERS = (1.0, 0.5)
 """Losses of a run add up where they are unrelated; their roots do where all point one way."""
 
@@ -86,7 +89,7 @@ class PathSearch:
         self._told: set[Genome] = set()
         self._solved: tuple[int, list[tuple[Genome, float, str]]] | None = None
         self._fitted: tuple[int, Floats] = (-1, np.ones(BANDS))
-        self._best: tuple[float, Genome] = (math.inf, self._full)
+        self._best: list[tuple[float, Genome]] = []
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
@@ -107,8 +110,8 @@ class PathSearch:
         [value] = trial.objectives(self._problem.objectives[:1])
         if trial.scored and np.isfinite(value):
             self._measured[trial.genome] = value
-            if value < self._best[0] and self._problem.feasible(trial.genome):
-                self._best = (value, trial.genome)
+            if self._problem.feasible(trial.genome):
+                self._best = sorted([*self._best, (value, trial.genome)])[:BEST]
 
     # ------------------------------------------------------------------------------------------------------ tracks
 
@@ -320,7 +323,8 @@ class PathSearch:
                     genome = self._decoded(chosen)
                     if self._problem.feasible(genome):
                         yield genome, self._predicted(genome), f"shortest path at {shares[number]:.0%}, power {power:g}"
-        yield from self._neighbours()
+        for lost, genome in self._best:
+            yield from self._neighbours(lost, genome)
 
     def _shortest(self, power: float, budgets: Sequence[float]) -> list[tuple[ReusePath, ...] | None]:
         fronts = [paths(self._steps(number, power), max(budgets)) for number in range(len(self._tracks))]
@@ -339,11 +343,8 @@ class PathSearch:
         said = self._by_band(genome)
         return math.nan if said is None else float(self._measured[self._full] + said @ self._factors)
 
-    def _neighbours(self) -> Iterator[tuple[Genome, float, str]]:
-        """Of the best schedule within the limits: one interval changed, or two neighbours exchanged; those first of which the model expects most."""
-        lost, best = self._best
-        if math.isinf(lost):
-            return
+    def _neighbours(self, lost: float, best: Genome) -> Iterator[tuple[Genome, float, str]]:
+        """Of a schedule within the limits: one interval changed, or two near ones exchanged; those first of which the model expects most."""
         found: dict[Genome, float] = {}
         offset = lost - self._predicted(best)
         for track in self._tracks:
@@ -359,7 +360,7 @@ class PathSearch:
                     if genome not in self._told and genome not in found and self._problem.feasible(genome):
                         found[genome] = self._predicted(genome)
         for genome in sorted(found, key=lambda one: (math.isnan(found[one]), found[one])):
-            yield genome, found[genome] + (0.0 if math.isnan(offset) else offset), "neighbour of the best"
+            yield genome, found[genome] + (0.0 if math.isnan(offset) else offset), "neighbour of one of the best"
 
 
 def _interpolated(known: Mapping[int, Mapping[int, float]], count: int) -> Floats:
