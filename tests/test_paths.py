@@ -186,10 +186,12 @@ def lost(schedule: Schedule, timesteps: tuple[int, ...]) -> float:
     return total
 
 
-def searched(space: SearchSpace, loss: Callable[[Genome], float], trials: int, factor: int = 1) -> list[Trial]:
+def searched(
+    space: SearchSpace, loss: Callable[[Genome], float], trials: int, budgets: int = 1, factor: int = 1
+) -> list[Trial]:
     """`factor`: by which what is no probe loses more."""
     problem = Problem(space, ("loss", "macs"), {"macs_share": 0.6})
-    search = Path(budgets=1).start(problem, 0)
+    search = Path(budgets=budgets).start(problem, 0)
     found: list[Trial] = []
     for number in range(trials):
         asked = search.ask([])
@@ -229,11 +231,13 @@ def test_what_was_scored_corrects_the_model() -> None:
     """Where schedules lose thrice what probes say, predictions soon say so."""
     steps = uniform(12)
     space = Stepwise(NET, steps, per_step(steps), Options((1.0,)), patterns=(Every(1), Only(("u1",)), Only(())))
-    found = searched(space, lambda genome: lost(space.decode(genome), steps), 90, factor=3)
-    late = [trial for trial in found if "probe" not in trial.origin]
-    off = [t.origin["predicted"] / t.score.values["loss"] for t in late if t.score]
+    found = searched(space, lambda genome: lost(space.decode(genome), steps), 90, budgets=8, factor=3)
+    solved = [trial for trial in found if "shortest" in trial.origin.get("operator", "")]
+    off = [trial.origin["predicted"] / trial.score.values["loss"] for trial in solved if trial.score]
     assert off[0] == pytest.approx(1 / 3)
-    assert all(abs(one - 1) < 0.1 for one in off[2:12])
+    # What runs longer than were probed is not known so well.
+    assert all(0.6 < one < 1.4 for one in off[1:])
+    assert len(off) > 6
 
 
 def test_few_probes_are_spread_over_all_steps() -> None:
