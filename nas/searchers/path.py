@@ -32,6 +32,9 @@ BANDS = 4
 ALIKE, HELD = 0.3, 0.1
 """How strongly neighbouring factors are held alike, and all of them to 1, beside one scored schedule."""
 
+LEAST = 1e-3
+"""A factor is no less, so that what must not be stays so."""
+
 BEST = 5
 """Schedules whose neighbours are tried, one after another."""
 
@@ -299,7 +302,10 @@ class PathSearch:
             alike = ALIKE * scale * math.sqrt(max(1, len(rows))) * np.diff(np.eye(BANDS), axis=0)
             held = HELD * scale * np.full((1, BANDS), 1 / BANDS)
             wanted = np.array([*[1.0] * len(rows), *[0.0] * (BANDS - 1), HELD * scale])
-            self._fitted = (len(self._measured), nnls(np.vstack([said_in_all, alike, held]), wanted)[0])
+            self._fitted = (
+                len(self._measured),
+                np.maximum(nnls(np.vstack([said_in_all, alike, held]), wanted)[0], LEAST),
+            )
         return self._fitted[1]
 
     # --------------------------------------------------------------------------------------------------- solutions
