@@ -18,8 +18,8 @@ import numpy.typing as npt
 from pydantic import Field
 from scipy.optimize import nnls
 
-from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genomes.genetics import IntervalCosts, Taken, budget_of, novel, random_genome
+from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Step, Trial, derive_seed
+from nas.genomes.genetics import IntervalCosts, Taken, budget_of, exact_cost, novel, random_genome
 from nas.genomes.paths import ReusePath, Steps, paths, together
 from nas.recipes import Few, recipe
 
@@ -37,6 +37,9 @@ LEAST = 1e-3
 
 BEST = 5
 """Schedules whose neighbours are tried, one after another."""
+
+WINDOWS = 4
+"""Parts of the trajectory at whose bounds guidance may begin or end."""
 
 POWERS = (1.0, 0.5)
 """Losses of a run add up where they are unrelated; their roots do where all point one way."""
@@ -63,12 +66,25 @@ class Path:
 @dataclass(frozen=True)
 class _Track:
     """One part of the network through the trajectory. `intervals`: in order of the steps. `computing[i]`, `reusing[i]`: options of its i-th interval, the
-    full network's first among those that compute. `labels`: what the options that reuse are called, the same thing at all intervals."""
+    full network's first among those that compute. `labels`: what the options that reuse are called, the same thing at all intervals. `unguided[i]`: options
+    of steps that are not guided where the full network is."""
 
     intervals: tuple[int, ...]
     computing: tuple[tuple[Option, ...], ...]
     reusing: tuple[dict[str, Option], ...]
     labels: tuple[str, ...]
+    unguided: tuple[frozenset[Option], ...]
+
+    @property
+    def windows(self) -> list[tuple[int, int]]:
+        """Places from which and up to which steps are guided: all, or a part without the noisiest, without the cleanest, or without both."""
+        count = len(self.intervals)
+        if not any(self.unguided):
+            return [(0, count)]
+        starts, stops = (
+            [round(share * count / WINDOWS) for share in shares] for shares in ((0, 1), range(WINDOWS, 0, -1))
+        )
+        return [(start, stop) for start in starts for stop in stops if start < stop]
 
 
 class _Run(NamedTuple):
@@ -125,27 +141,46 @@ class PathSearch:
         found = []
         for intervals in tracks:
             each = [self._sorted(k, whole) for k in intervals]
-            labels = dict.fromkeys(label for _, reusing in each for label in reusing)
-            found.append(_Track(tuple(intervals), tuple(c for c, _ in each), tuple(r for _, r in each), tuple(labels)))
+            labels = dict.fromkeys(label for _, reusing, _ in each for label in reusing)
+            computing, reusing, unguided = (tuple(column) for column in zip(*each, strict=True))
+            found.append(_Track(tuple(intervals), computing, reusing, tuple(labels), unguided))
         return tuple(found)
 
-    def _sorted(self, k: int, whole: Mapping[int, object]) -> tuple[tuple[Option, ...], dict[str, Option]]:
-        """Options of interval k that compute, the full network's first, and those that reuse: the first step at which they differ from the full network
-        takes something from the step before, or is left out."""
+    def _sorted(
+        self, k: int, whole: Mapping[int, Step]
+    ) -> tuple[tuple[Option, ...], dict[str, Option], frozenset[Option]]:
+        """Options of interval k that compute, the full network's first, those that reuse, because the first step at which they differ from the full network
+        takes something from the step before or is left out, and those among them whose step is not guided though the full network's is."""
         table, own = self._costs.tables[k], self._full[self._costs.genes[k]]
         every = sorted(np.ndindex(*table.shape), key=lambda option: (int(table[option]), option))
         places = np.linspace(0, len(every) - 1, min(len(every), self._settings.options)).round().astype(int)
-        computing, reusing = [own], {}
+        computing, reusing, unguided, known = [own], {}, [], set()
         for option in (every[place] for place in places):
-            if option == own:
-                continue
-            steps = {s.timestep: s for s in self._problem.space.decode(self._changed(self._full, {k: option})).steps}
+            schedule = self._problem.space.decode(self._changed(self._full, {k: option}))
+            steps = {step.timestep: step for step in schedule.steps}
             first = next((t for t in whole if steps.get(t) != whole[t]), None)
-            if first is not None and (first not in steps or steps[first].reuse):
+            if first is None or schedule in known:
+                continue
+            known.add(schedule)
+            if first not in steps or steps[first].reuse:
                 reusing["/".join(map(str, option))] = option
-            elif first is not None:
+            else:
                 computing.append(option)
-        return tuple(computing), reusing
+            if first in steps and steps[first].guidance is None and whole[first].guidance is not None:
+                unguided.append(option)
+        return tuple(computing), reusing, frozenset(unguided)
+
+    @cached_property
+    def _prices(self) -> tuple[dict[Option, int], ...]:
+        """Of each interval's options, what they cost in the full network's place, to the last unit: a step that reuses has all that it needs there."""
+        space, full = self._problem.space, exact_cost(self._problem.space, self._full)
+        found: list[dict[Option, int]] = [{} for _ in self._costs.tables]
+        for track in self._tracks:
+            for place, k in enumerate(track.intervals):
+                own = self._costs.of(k, self._full[self._costs.genes[k]])
+                for option in (*track.computing[place], *track.reusing[place].values()):
+                    found[k][option] = own + exact_cost(space, self._changed(self._full, {k: option})) - full
+        return tuple(found)
 
     def _changed(self, genome: Genome, options: Mapping[int, Option]) -> Genome:
         changed = list(genome)
@@ -240,10 +275,11 @@ class PathSearch:
             found.append((computing, drift if track.labels else drift[..., :0]))
         return tuple(found)
 
-    def _steps(self, number: int, power: float) -> Steps:
-        """The track's ways and what they lose by the model, corrected. An interval before the first stands for what runs there anyway."""
+    def _steps(self, number: int, power: float, window: tuple[int, int]) -> Steps:
+        """The track's ways and what they lose by the model, corrected; guided in the window of places alone. An interval before the first stands for what
+        runs there anyway."""
         track, (computing, drift) = self._tracks[number], self._losses[number]
-        count = len(track.intervals)
+        count, (start, stop) = len(track.intervals), window
         factors = self._factors[self._band(np.arange(count), count)]
         most = max(map(len, track.computing))
         cost, loss = np.zeros((count + 1, most), np.int64), np.full((count + 1, most), np.inf)
@@ -251,18 +287,23 @@ class PathSearch:
         reusing = np.zeros((count + 1, len(track.labels)), np.int64)
         between = np.full((count + 1, count + 1, len(track.labels)), np.inf)
         between[:, 1:] = _increments(drift, power) * factors[:, None] ** power
-        for place, k in enumerate(track.intervals):
-            for way, option in enumerate(track.computing[place]):
-                cost[place + 1, way] = self._costs.of(k, option)
-                loss[place + 1, way] = (
-                    np.sign(computing[place][way]) * abs(computing[place][way] * factors[place]) ** power
-                )
-            for way, label in enumerate(track.labels):
-                if label in track.reusing[place]:
-                    reusing[place + 1, way] = self._costs.of(k, track.reusing[place][label])
-                else:
-                    between[:, place + 1, way] = np.inf
         between[:, 0] = np.inf
+        for place, k in enumerate(track.intervals):
+            price, free = self._prices[k], track.unguided[place]
+            guided = not any(track.unguided) or start <= place < stop
+            for way, option in enumerate(track.computing[place]):
+                cost[place + 1, way] = price[option]
+                if guided == (option not in free):
+                    lost = computing[place][way] * factors[place]
+                    loss[place + 1, way] = np.sign(lost) * abs(lost) ** power
+            for way, label in enumerate(track.labels):
+                option = track.reusing[place].get(label, ())
+                reusing[place + 1, way] = price.get(option, 0)
+                left_out = option in price and price[option] == 0
+                if option not in price or not (left_out or guided == (option not in free)):
+                    between[:, place + 1, way] = np.inf
+                elif guided and start and not left_out:  # what unguided steps kept is not enough for a guided one
+                    between[: start + 1, place + 1, way] = np.inf
         return Steps(cost, loss, reusing, between)
 
     def _band(self, places: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
@@ -323,17 +364,25 @@ class PathSearch:
         least = float(self._costs.total(self._costs.cheapest()))
         shares = [1 - number / self._settings.budgets for number in range(self._settings.budgets)]
         budgets = [least + (most - least) * share for share in shares]
+        best: list[tuple[float, str, Genome]] = []
         for power in POWERS:
-            for number, chosen in enumerate(self._shortest(power, budgets)):
-                if chosen is not None:
-                    genome = self._decoded(chosen)
-                    if self._problem.feasible(genome):
-                        yield genome, self._predicted(genome), f"shortest path at {shares[number]:.0%}, power {power:g}"
+            for window in self._tracks[0].windows:
+                for number, chosen in enumerate(self._shortest(power, window, budgets)):
+                    genome = None if chosen is None else self._decoded(chosen)
+                    if genome is not None and self._problem.feasible(genome):
+                        words = f"shortest path at {shares[number]:.0%}, power {power:g}"
+                        best.append((self._predicted(genome), words, genome))
+        # Guided throughout or in part, the best for each budget and power; the others when these are known.
+        first = {words: min(one for one in best if one[1] == words) for _, words, _ in best}
+        for predicted, words, genome in dict.fromkeys([*first.values(), *sorted(best)[: len(first)]]):
+            yield genome, predicted, words
         for lost, genome in self._best:
             yield from self._neighbours(lost, genome)
 
-    def _shortest(self, power: float, budgets: Sequence[float]) -> list[tuple[ReusePath, ...] | None]:
-        fronts = [paths(self._steps(number, power), max(budgets)) for number in range(len(self._tracks))]
+    def _shortest(
+        self, power: float, window: tuple[int, int], budgets: Sequence[float]
+    ) -> list[tuple[ReusePath, ...] | None]:
+        fronts = [paths(self._steps(number, power, window), max(budgets)) for number in range(len(self._tracks))]
         return together(fronts, budgets) if all(fronts) else [None] * len(budgets)
 
     def _decoded(self, chosen: Sequence[ReusePath]) -> Genome:
