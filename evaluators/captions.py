@@ -15,7 +15,7 @@ from evaluators.conditions import lines_of
 from evaluators.images import load_once
 from evaluators.kept import captioned
 from nas.contracts import Images, ImageSet, Progress, UserError, digest_of
-from nas.recipes import Few, Seed, recipe
+from nas.recipes import Few, Natural, Seed, recipe
 
 Templates = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -70,6 +70,22 @@ class Captioned:
         labels = data.labels + len(self.names) * turned
         given = [data.digest, self.names, self.templates, self.inverted, self.seed, part]
         return captioned(ImageSet(pixels, labels, digest_of(given)), captions)
+
+
+@recipe
+class NoImages:
+    """No images, but what they would be of: for studies whose network is frozen (`training=Stages(())`) and whose scores need none. `size`: the side, or
+    (height, width), of what the network makes. `classes`: what it is asked for in turn, where it takes labels."""
+
+    size: Few | tuple[Few, Few]
+    channels: Literal[1, 3] = 3
+    classes: tuple[Natural, ...] = ()
+
+    def load(self) -> ImageSet:
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        nothing = np.empty((0, self.channels, height, width), np.float32)
+        labels = np.array(self.classes, np.int64) if self.classes else None
+        return ImageSet(nothing, labels, digest_of(["no images", list(nothing.shape), self.classes]))
 
 
 @recipe

@@ -1,8 +1,8 @@
 """Cheaper scores, to be audited before they are trusted: distances to the full model, denoising loss, additive tables.
 
-The full model is the supernet's whole network on `timesteps`, or on the schedule's own where that is None. With the same noise it
-gives every sample a counterpart, so these scores are paired by construction and need few samples; none of them can show that
-a schedule is better than the full model.
+The full model is the supernet's whole network on `timesteps`, guided at `guidance` throughout, or on the schedule's own and guided as that is where
+`timesteps` is None. With the same noise it gives every sample a counterpart, so these scores are paired by construction and need few samples; none of them
+can show that a schedule is better than the full model.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 
 from evaluators.frechet import OfFeatures, feature_rows, paired_frechet_with_replicates
 from evaluators.images import check_shape, load_once
@@ -40,17 +41,51 @@ from nas.recipes import Count, recipe
 Floats = npt.NDArray[np.floating[Any]]
 
 
-def whole(arch: Arch, schedule: Schedule, timesteps: tuple[int, ...] | None = None) -> Schedule:
-    """One arch on the given timesteps, or on the schedule's, where it guides itself as the schedule is guided; by the schedule's sampler."""
+Scale = Annotated[float, Field(gt=0, le=1000)]
+
+
+def whole(
+    arch: Arch, schedule: Schedule, timesteps: tuple[int, ...] | None = None, guidance: float | None = None
+) -> Schedule:
+    """One arch on the given timesteps, guiding itself by this scale; or on the schedule's, where it guides itself as the schedule is guided. By the
+    schedule's sampler."""
     if timesteps is not None:
-        return Schedule(tuple(Step(t, arch) for t in timesteps), schedule.sampler)
+        by = None if guidance is None else Guidance(guidance)
+        return Schedule(tuple(Step(t, arch, (), by) for t in timesteps), schedule.sampler)
     alone = [step.guidance and Guidance(step.guidance.scale) for step in schedule.steps]
     steps = tuple(Step(step.timestep, arch, (), by) for step, by in zip(schedule.steps, alone, strict=True))
     return Schedule(steps, schedule.sampler)
 
 
+class Taught:
+    """What the scores share that compare with the full model."""
+
+    timesteps: tuple[int, ...] | None
+    guidance: float | None
+
+    def check_teacher(self) -> None:
+        """Raises UserError for a guidance without timesteps."""
+        if self.guidance is not None and self.timesteps is None:
+            raise UserError(
+                f"guidance={self.guidance:g} is the full model's on timesteps of its own; give timesteps=, or leave it out to guide it as each schedule is"
+            )
+
+    def describe_teacher(self) -> dict[str, Any]:
+        """Guidance is left out where there is none, as before there was any."""
+        return {"timesteps": self.timesteps, **({} if self.guidance is None else {"guidance": self.guidance})}
+
+    def teacher(self, net: LoadedSupernet, schedule: Schedule) -> Schedule:
+        """What the full model runs, beside this schedule."""
+        return whole(net.full_arch, schedule, self.timesteps, self.guidance)
+
+    @property
+    def teacher_words(self) -> str:
+        """Names it, where rows are kept."""
+        return f"{self.timesteps}" + ("" if self.guidance is None else f" guided at {self.guidance:g}")
+
+
 @recipe
-class TeacherFrechet(OfFeatures):
+class TeacherFrechet(Taught, OfFeatures):
     """Frechet distance of a schedule's samples to the full model's with the same noise. Value: "fd_teacher".
 
     It estimates how much of the full model's distribution is lost, and needs no reference images (they only train the small
@@ -58,10 +93,15 @@ class TeacherFrechet(OfFeatures):
     """
 
     timesteps: tuple[int, ...] | None = None
+    guidance: Scale | None = None
     metrics = ("fd_teacher",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_teacher()
+
     def describe(self) -> Mapping[str, Any]:
-        return {**super().describe(), "timesteps": self.timesteps}
+        return {**super().describe(), **self.describe_teacher()}
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         features = self.load_features(supernet, folder)
@@ -69,7 +109,7 @@ class TeacherFrechet(OfFeatures):
         mine = feature_rows(trajectories, features, self.features_identity(folder))
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
-            teacher = whole(supernet.full_arch, schedule, self.timesteps)
+            teacher = self.teacher(supernet, schedule)
             key = (mine.name, teacher.digest, seed, start, stop)
             theirs = trajectories.kept(key, lambda: mine.make(teacher, seed, start, stop), 0, 0)
             return np.concatenate([mine.make(schedule, seed, start, stop), theirs], axis=1)
@@ -78,7 +118,7 @@ class TeacherFrechet(OfFeatures):
             self,
             trajectories,
             "fd_teacher",
-            Rows(f"{mine.name} beside the full model's on {self.timesteps}", make),
+            Rows(f"{mine.name} beside the full model's on {self.teacher_words}", make),
             lambda rows: paired_frechet_with_replicates(*np.split(rows, 2, axis=1)),
             lambda count: f"{features.distance} to the full model's samples@{count} ({features.label})",
         )
@@ -105,7 +145,7 @@ class OfImages(Sampled):
 
 
 @recipe
-class TeacherDistance(OfImages):
+class TeacherDistance(Taught, OfImages):
     """Mean squared distance, per pixel, of the final samples to the full model's with the same noise. Value: "teacher_mse".
 
     It estimates how far each single sample is moved. It misleads where samples change and stay as good: the distance between
@@ -113,11 +153,16 @@ class TeacherDistance(OfImages):
     """
 
     timesteps: tuple[int, ...] | None = None
+    guidance: Scale | None = None
     metrics: ClassVar[tuple[str, ...]] = ("teacher_mse",)
     what: ClassVar[str] = "squared distance to the full model's"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_teacher()
+
     def describe(self) -> Mapping[str, Any]:
-        return {**super().describe(), "timesteps": self.timesteps}
+        return {**super().describe(), **self.describe_teacher()}
 
     def between(self, mine: torch.Tensor, theirs: torch.Tensor) -> Floats:
         """One number for each pair of images."""
@@ -128,7 +173,7 @@ class TeacherDistance(OfImages):
         trajectories = self.trajectories(supernet, folder)
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
-            teacher = whole(supernet.full_arch, schedule, self.timesteps)
+            teacher = self.teacher(supernet, schedule)
             key = ("images", teacher.digest, seed, start, stop)
             theirs = trajectories.kept(key, lambda: trajectories.images(teacher, seed, start, stop), 0, 0)
             return self.between(trajectories.images(schedule, seed, start, stop), theirs)
@@ -137,7 +182,7 @@ class TeacherDistance(OfImages):
             self,
             trajectories,
             self.metrics[0],
-            Rows(f"{self.what} images on {self.timesteps}", make),
+            Rows(f"{self.what} images on {self.teacher_words}", make),
             mean_with_replicates,
             lambda count: f"{self.what} samples@{count}",
         )

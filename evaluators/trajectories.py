@@ -152,6 +152,10 @@ class Trajectories:
         with torch.inference_mode():
             return self.net.to_images(state.x).clamp(-1, 1)
 
+    def final(self, schedule: Schedule, seed: int, start: int, stop: int) -> torch.Tensor:
+        """Final states of samples start..stop-1, which images are made of."""
+        return self._final(schedule, seed, start, stop).x
+
     def states(self, schedule: Schedule, seed: int, start: int, stop: int) -> tuple[State, ...]:
         """The state before the first step and after each, kept together; charged to whoever asks first."""
 
