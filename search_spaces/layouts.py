@@ -1,4 +1,4 @@
-"""Schedules of reuse for diffusion transformers as other projects release them, as patterns of one interval that is the whole trajectory.
+"""Schedules of reuse as other projects release them, as patterns of one interval that is the whole trajectory, and written for them where they can say it.
 
 Pickled files are not read: `router.pt` of Learning-to-Cache becomes safetensors, once, where its code runs:
 `save_file({name: value for name, value in torch.load("router.pt")["routers"].items()}, "router.safetensors")`.
@@ -10,13 +10,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nas.base.files import first_line
-from nas.contracts import UserError
+from nas.contracts import Schedule, UserError
 from search_spaces.patterns import ALL, Listed
-from search_spaces.shipped.graph import AROUND
+from search_spaces.shipped.graph import AROUND, Graph
 
 PARTS = ("attn", "mlp")
 """Of a block of DiT."""
@@ -66,6 +67,107 @@ def smoothcache(path: str | Path, blocks: int, parts: Sequence[str] = PARTS) -> 
         raise UserError(f"{path}: the lists {' and '.join(parts)} must be of zeros and ones, and begin with ones")
     each = [_running([*bits] * blocks, parts) for bits in zip(*rows, strict=True)]
     return Listed(f"SmoothCache {path.stem}", tuple(each), blocks * len(parts))
+
+
+def cache_dit(path: str | Path, blocks: int, parts: Sequence[str] = PARTS) -> Listed:
+    """A configuration of cache-dit with a static `steps_computation_mask`: at steps of 1 all of so many blocks run, at the others the first
+    `Fn_compute_blocks` and the last `Bn_compute_blocks`. Raises UserError where the file is not that, or decides as it runs."""
+    path = Path(path)
+    try:
+        told = yaml.safe_load(path.read_text())
+        told = told.get("cache_config", told)
+        mask = [int(value) for value in told["steps_computation_mask"]]
+        first, last = int(told.get("Fn_compute_blocks", 8)), int(told.get("Bn_compute_blocks", 0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{path} is no configuration with a steps_computation_mask ({first_line(error)}); check the file"
+        ) from error
+    if told.get("steps_computation_policy", "dynamic") != "static":
+        raise UserError(
+            f"{path}: its policy is not static, so that what runs depends on the sample; say steps_computation_policy: static"
+        )
+    if not mask or any(value not in (0, 1) for value in mask) or not mask[0]:
+        raise UserError(f"{path}: steps_computation_mask must be of zeros and ones, and begin with 1")
+    outer = [int(block < first or block >= blocks - last) for block in range(blocks)]
+    between = _running([bit for bit in outer for _ in parts], parts)
+    return Listed(f"cache-dit {path.stem}", tuple(ALL if bit else between for bit in mask), blocks * len(parts))
+
+
+def gate_table(path: str | Path, graph: Graph) -> Listed:
+    """A table of gates, JSON [[1, 0, ...], ...]: for each step, noisy to clean, whether each of the network's blocks runs, in the order of the forward pass
+    (DiP-GO); or each of its branches, where there are as many columns. Raises UserError where the file is not that."""
+    path = Path(path)
+    try:
+        rows = [[int(value) for value in row] for row in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is no table of zeros and ones ({first_line(error)}); check the file") from error
+    columns = {len(row) for row in rows}
+    finer = columns == {len(graph.names(True))}
+    names = graph.names(finer)
+    if columns != {len(names)} or any(value not in (0, 1) for row in rows for value in row):
+        raise UserError(
+            f"{path}: each row must hold {len(graph.blocks)} zeros and ones, one for each of {', '.join(graph.blocks)}, or {len(graph.names(True))} for their branches"
+        )
+    nothing = (AROUND,) if graph.predicts_anew else ()
+    each = [tuple(name for name, bit in zip(names, row, strict=True) if bit) for row in rows]
+    return Listed(
+        f"gates {path.stem}", tuple(ALL if all(row) else one or nothing for row, one in zip(rows, each, strict=True))
+    )
+
+
+def cache_dit_yaml(schedule: Schedule, graph: Graph) -> str:
+    """The schedule as a configuration of cache-dit, `cache_dit.load_configs(file)`. It knows steps that compute everything and steps that compute the first
+    n blocks, at least one; where none run here, the first runs there. Raises UserError for a schedule of other steps, of guidance that comes and goes, or of
+    a UNet."""
+    _check_transformer(schedule, graph, "cache-dit's mask")
+    running = [graph.expand(graph.blocks) - graph.expand(step.reuse) for step in schedule.steps]
+    others = {one for one, step in zip(running, schedule.steps, strict=True) if step.reuse}
+    if len(others) > 1:
+        raise UserError(
+            f"cache-dit's mask says one kind of step that does not compute everything, the schedule has {len(others)}; use schedule.json"
+        )
+    runs = others.pop() if others else graph.expand(graph.blocks[:1])
+    first = next((n for n in range(len(graph.blocks)) if runs == graph.expand(graph.blocks[:n])), None)
+    if first is None:
+        raise UserError(
+            f"cache-dit's mask lets the first blocks run, the schedule {', '.join(graph.collapse(runs))} between whole steps; use schedule.json"
+        )
+    mask = [0 if step.reuse else 1 for step in schedule.steps]
+    told = {
+        "Fn_compute_blocks": max(1, first),
+        "Bn_compute_blocks": 0,
+        "num_inference_steps": len(mask),
+        "steps_computation_mask": mask,
+        "steps_computation_policy": "static",
+    }
+    note = "" if first else ", but for the first block, which cache-dit always computes"
+    head = f"# {sum(mask)} of {len(mask)} steps compute everything, the others the first {first} blocks{note}.\n"
+    return head + str(yaml.safe_dump({"cache_config": told}, default_flow_style=None, sort_keys=False))
+
+
+def smoothcache_json(schedule: Schedule, graph: Graph) -> str:
+    """The schedule as SmoothCache has it, a list for each part of a block, the same in all blocks. Raises UserError for a schedule that treats blocks
+    differently, of guidance that comes and goes, or of a UNet."""
+    _check_transformer(schedule, graph, "SmoothCache's lists")
+    parts = tuple(dict.fromkeys(name.partition(".")[2] for name in graph.names(True)))
+    lists: dict[str, list[int]] = {part: [] for part in parts}
+    for step in schedule.steps:
+        reused = graph.expand(step.reuse)
+        for part in parts:
+            bits = {f"{block}.{part}" in reused for block in graph.blocks}
+            if len(bits) > 1:
+                raise UserError(
+                    f"SmoothCache's lists mean all blocks alike, and at timestep {step.timestep} the schedule reuses {', '.join(step.reuse)}; use schedule.json"
+                )
+            lists[part].append(0 if bits.pop() else 1)
+    return json.dumps(lists) + "\n"
+
+
+def _check_transformer(schedule: Schedule, graph: Graph, what: str) -> None:
+    if not graph.predicts_anew:
+        raise UserError(f"{what} are of transformers, and the network is a UNet; use schedule.json")
+    if len({step.guidance for step in schedule.steps}) > 1:
+        raise UserError(f"{what} know no guidance that comes and goes, as the schedule's does; use schedule.json")
 
 
 def _running(bits: Sequence[int], parts: Sequence[str] = PARTS) -> tuple[str, ...]:

@@ -280,7 +280,17 @@ class LoadedElastic:
         here = Path(__file__).parent / "shipped"
         return tuple(
             here / f"{name}.py"
-            for name in ("pipeline", "reuse", "graph", "walks", "latents", "texts", "train_data", "train_diffusers")
+            for name in (
+                "pipeline",
+                "reuse",
+                "stepping",
+                "graph",
+                "walks",
+                "latents",
+                "texts",
+                "train_data",
+                "train_diffusers",
+            )
         )
 
     @property

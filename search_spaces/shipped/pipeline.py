@@ -9,7 +9,6 @@ argument of the class for each network:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from .graph import holds
 from .latents import decoded
 from .reuse import NEGATIVE, PREDICTION, as_noise, first_rows, guided, null_of, run
+from .stepping import update
 from .texts import PARTS, encoded, nothing_said
 from .walks import arguments
 
@@ -111,7 +111,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                 cache = _kept_as(cache, reuse_dtype)
                 drawn = next(noise).to(x)
                 fresh = drawn if number + 1 < len(steps) else None
-                after, memory = _update(
+                after, memory = update(
                     plan["sampler"], x, prediction[:, : x.shape[1]], a, b, fresh, memory, prediction[:, x.shape[1] :]
                 )
                 x = after.to(x.dtype)
@@ -240,45 +240,6 @@ def _labelled(null_label: int | None, labels: Any, count: int | None, device: An
     if rows.min() < 0 or rows.max() > null_label:
         raise ValueError(f"class_labels must be from 0 to {null_label - 1}, or {null_label} for no class")
     return {"class_labels": rows.to(device)}
-
-
-def _update(
-    sampler: Mapping[str, Any],
-    x: torch.Tensor,
-    prediction: torch.Tensor,
-    a: float,
-    b: float,
-    drawn: torch.Tensor | None,
-    memory: Any,
-    learned: torch.Tensor,
-) -> tuple[torch.Tensor, Any]:
-    """The state at abar = b after that at a, by the predicted noise, and what the next update needs to know of this one. `drawn`: fresh noise,
-    None in the last step. `learned`: what the network says of the variance, between -1 and 1; no channels where it says nothing."""
-    prediction = prediction.to(torch.promote_types(prediction.dtype, x.dtype))
-    image = (x - (1 - a) ** 0.5 * prediction) / a**0.5
-    image = image.clamp(-1, 1) if sampler["clip"] else image
-    if sampler["class"] == "DDIM":
-        variance = sampler.get("eta", 0.0) ** 2 * (1 - b) / (1 - a) * (1 - a / b) if drawn is not None else 0.0
-        after = b**0.5 * image + (1 - b - variance) ** 0.5 * prediction
-        return after + variance**0.5 * drawn if variance else after, None
-    if sampler["class"] == "DDPM":
-        beta = 1 - a / b
-        after = b**0.5 * beta / (1 - a) * image + (a / b) ** 0.5 * (1 - b) / (1 - a) * x
-        if drawn is None:
-            return after, None
-        small = (1 - b) / (1 - a) * beta
-        if sampler["variance"] == "learned_range":
-            share = (learned + 1) / 2
-            return after + torch.exp((share * math.log(beta) + (1 - share) * math.log(small)) / 2) * drawn, None
-        return after + (beta if sampler["variance"] == "fixed_large" else small) ** 0.5 * drawn, None
-    if b >= 1:
-        return image, None
-    here, there = (0.5 * (math.log(alpha) - math.log1p(-alpha)) for alpha in (a, b))
-    ahead = image
-    if memory is not None:
-        before, place = memory
-        ahead = image + (image - before) * (there - here) / (2 * (here - place))
-    return ((1 - b) / (1 - a)) ** 0.5 * x - b**0.5 * math.expm1(here - there) * ahead, (image, here)
 
 
 def _subset(steps: Sequence[dict[str, Any]], count: int | None) -> Sequence[dict[str, Any]]:

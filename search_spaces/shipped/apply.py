@@ -1,0 +1,312 @@
+"""Makes a stock diffusers pipeline run a schedule that was found for it: at each step the network takes some blocks' outputs from the step before, leaves
+guidance out, or does not run at all.
+
+    apply_schedule(pipeline, "schedule.json")  # and call it with num_inference_steps= and guidance_scale= as the file says
+    remove_schedule(pipeline)
+
+Needs torch alone. Networks: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, PixArtTransformer2DModel.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from .graph import graph_of, holds
+from .reuse import PREDICTION, as_noise, run
+from .stepping import update
+
+FORMAT, VERSION = "step-aware schedule", 1
+COMPONENTS = ("transformer", "unet")
+"""What a pipeline calls its network."""
+
+STATES, TIMES = ("sample", "hidden_states"), ("timestep",)
+"""What networks call the noisy state and the timestep."""
+
+CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask")
+EXTRA = "added_cond_kwargs"
+CLOSE = 1e-4
+"""By how much abar may differ, relatively, between the model that the schedule was found for and this one."""
+
+
+class ScheduleError(ValueError):
+    """A schedule that this pipeline cannot run, or a call that it was not made for; the message says what to do."""
+
+
+def apply_schedule(
+    pipeline: Any, schedule: str | Path | Mapping[str, Any], compiled: bool | str = False
+) -> Mapping[str, Any]:
+    """From now on the pipeline runs the schedule, a file or what it holds; returned is what it holds. One that was applied before is removed.
+
+    `compiled`: each distinct set of blocks that runs is compiled as a graph of its own, by torch's own backend or by the one of this name; the first call at
+    each takes long. Otherwise nothing is. LoRA layers stay in use, whether they were loaded before or are later.
+
+    Nothing is left over from one call to the next: each begins where the pipeline sets its timesteps.
+
+    Raises ScheduleError where the file is no schedule of this version, or was found for another kind of network, sampler or noise process.
+    """
+    remove_schedule(pipeline)
+    plan = _read(schedule)
+    component = next((name for name in COMPONENTS if getattr(pipeline, name, None) is not None), None)
+    if component is None:
+        raise ScheduleError(f"the pipeline has neither a {' nor a '.join(COMPONENTS)}; give one of diffusers' own")
+    net, scheduler = getattr(pipeline, component), pipeline.scheduler
+    if hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None) is not None:
+        raise ScheduleError(
+            f"pipeline.{component} is compiled as a whole, which knows no blocks that do not run; give the plain network back, and compiled=True here"
+        )
+    _check(plan, net, scheduler)
+    applied = _Applied(plan, pipeline, net, compiled)
+    applied.begin()
+    return plan
+
+
+def remove_schedule(pipeline: Any) -> None:
+    """The pipeline runs as it did before; nothing happens where no schedule is applied."""
+    for name in COMPONENTS:
+        applied = getattr(getattr(pipeline, name, None), "_step_aware", None)
+        if applied is not None:
+            applied.end()
+
+
+class _Applied:
+    """One schedule on one pipeline. The network's call and two methods of the scheduler are replaced on these very objects."""
+
+    def __init__(self, plan: Mapping[str, Any], pipeline: Any, net: Any, compiled: bool | str) -> None:
+        self.plan = plan
+        self.pipeline = pipeline
+        self.net = net
+        self.scheduler = pipeline.scheduler
+        self.steps: Sequence[Mapping[str, Any]] = plan["steps"]
+        self.number = 0
+        self.cache: Any = None
+        self.memory: Any = None
+        self.held: torch.Tensor | None = None
+        self.signature = inspect.signature(type(net).forward)
+        self.compiled = compiled
+        self.graphs: dict[Any, Callable[..., Any]] = {}
+        # Where a network is offloaded, its hook calls what it calls the old forward.
+        self.place = "_old_forward" if hasattr(net, "_hf_hook") else "forward"
+        self.before = net.__dict__.get(self.place)
+        self.call = getattr(net, self.place)
+
+    def begin(self) -> None:
+        self.net._step_aware = self
+        setattr(self.net, self.place, self.forward)
+        self.scheduler.set_timesteps = self.set_timesteps
+        self.scheduler.step = self.step
+        self.scheduler.scale_model_input = lambda sample, *_, **__: sample
+
+    def end(self) -> None:
+        if self.before is None:
+            delattr(self.net, self.place)
+        else:
+            setattr(self.net, self.place, self.before)
+        for name in ("set_timesteps", "step", "scale_model_input"):
+            self.scheduler.__dict__.pop(name, None)
+        del self.net._step_aware
+
+    # ---------------------------------------------------------------------------------- in place of the scheduler's
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **other: Any) -> None:
+        """Begins a trajectory."""
+        if num_inference_steps != len(self.steps) or other:
+            asked = f"{num_inference_steps} steps" if not other else ", ".join(other)
+            raise ScheduleError(
+                f"the schedule has {len(self.steps)} steps, the pipeline asks for {asked}; call it with num_inference_steps={len(self.steps)}, "
+                "or make a schedule of as many"
+            )
+        self.number, self.cache, self.memory, self.held = 0, None, None, None
+        self.scheduler.num_inference_steps = len(self.steps)
+        self.scheduler.timesteps = torch.tensor([step["timestep"] for step in self.steps], device=device)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Any = None,
+        variance_noise: Any = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The state at the schedule's next timestep."""
+        if eta:
+            raise ScheduleError(
+                f"the schedule was found without noise on the way, and eta={eta:g} adds some; leave it out"
+            )
+        here = self._here(timestep)
+        after: Mapping[str, Any] = (
+            self.steps[self.number + 1] if self.number + 1 < len(self.steps) else {"alpha": self.plan["final_alpha"]}
+        )
+        channels = sample.shape[1]
+        self.held = model_output
+        made, self.memory = update(
+            self.plan["sampler"],
+            sample,
+            model_output[:, :channels],
+            here["alpha"],
+            after["alpha"],
+            None,
+            self.memory,
+            model_output[:, channels:],
+        )
+        self.number += 1
+        previous = made.to(sample.dtype)
+        return SimpleNamespace(prev_sample=previous) if return_dict else (previous,)
+
+    # ----------------------------------------------------------------------------------- in place of the network's
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """The noise that the network sees, whatever it predicts, since the steps here are taken by it."""
+        told = dict(self.signature.bind(self.net, *given, **named).arguments)
+        told.pop("self", None)
+        as_dict = told.pop("return_dict", True)
+        x = told[next(name for name in STATES if name in told)]
+        step = self._here(told["timestep"])
+        rows = self._rows(x) if step["guided"] is False else None
+        noise = self._noise(step, x if rows is None else x[rows], self._condition(told, rows), told["timestep"])
+        if rows is not None:
+            noise = torch.cat([noise, noise])
+        return SimpleNamespace(sample=noise) if as_dict else (noise,)
+
+    def _here(self, timestep: Any) -> Mapping[str, Any]:
+        asked = int(torch.as_tensor(timestep).reshape(-1)[0])
+        if self.number >= len(self.steps) or self.steps[self.number]["timestep"] != asked:
+            expected = self.steps[self.number]["timestep"] if self.number < len(self.steps) else "no further one"
+            raise ScheduleError(
+                f"the pipeline is at timestep {asked}, the schedule at {expected}: it was made for whole trajectories from noise; "
+                "remove_schedule(pipeline) for others"
+            )
+        return self.steps[self.number]
+
+    def _rows(self, x: torch.Tensor) -> slice | None:
+        """The half that has the samples' own conditions, where a pipeline that guides asks for both."""
+        half = len(x) // 2
+        guides = getattr(self.pipeline, "do_classifier_free_guidance", None)
+        if guides is None:
+            guides = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
+        return (slice(0, half) if self._own_first else slice(half, None)) if guides else None
+
+    @property
+    def _own_first(self) -> bool:
+        return type(self.net).__name__ == "DiTTransformer2DModel"
+
+    def _condition(self, told: dict[str, Any], rows: slice | None) -> dict[str, torch.Tensor]:
+        found = {name: told[name] for name in CONDITIONS if told.get(name) is not None}
+        found |= {name: value for name, value in (told.get(EXTRA) or {}).items() if value is not None}
+        known = {*STATES, *TIMES, *CONDITIONS, EXTRA}
+        strange = [name for name, value in told.items() if name not in known and value is not None and value != {}]
+        if strange:
+            raise ScheduleError(
+                f"the network is given {', '.join(strange)}, which steps that take blocks from the step before cannot follow; leave that out, or "
+                "remove_schedule(pipeline)"
+            )
+        return found if rows is None else {name: value[rows] for name, value in found.items()}
+
+    def _noise(
+        self, step: Mapping[str, Any], x: torch.Tensor, condition: Mapping[str, torch.Tensor], t: Any
+    ) -> torch.Tensor:
+        if holds(self.net, step["reuse"]):
+            assert self.held is not None
+            return torch.cat([self.held] * (len(x) // len(self.held)))
+        following = self.steps[self.number + 1] if self.number + 1 < len(self.steps) else {"reuse": []}
+        t = torch.as_tensor(t)
+        t = t.reshape(-1)[: len(x)] if t.ndim else t
+        answer = partial(as_noise, x=x, alpha=step["alpha"], kind=self.plan["prediction"])
+        reuse, keep = tuple(step["reuse"]), tuple(following["reuse"])
+        cache = self.cache and {
+            name: rows if len(rows) == len(x) else rows[: len(x)] if self._own_first else rows[-len(x) :]
+            for name, rows in self.cache.items()
+        }
+        made, cache = self._graph(reuse, keep)(self.net, x, t, cache, condition)
+        self.cache = {name: rows for name, rows in cache.items() if name != PREDICTION} or None
+        return answer(made)
+
+    def _graph(self, reuse: tuple[str, ...], keep: tuple[str, ...]) -> Callable[..., Any]:
+        if (reuse, keep) not in self.graphs:
+            whole = self.call if not reuse and not keep else None
+            self.graphs[reuse, keep] = _call(whole, reuse, keep, self.compiled, len(self.graphs))
+        return self.graphs[reuse, keep]
+
+
+def _call(
+    whole: Callable[..., Any] | None,
+    reuse: tuple[str, ...],
+    keep: tuple[str, ...],
+    compiled: bool | str,
+    number: int,
+) -> Callable[..., Any]:
+    """What runs where these are reused and those kept. Compiled, each has code of its own: torch counts what it compiles by code, and gives up on what it
+    has compiled eight times."""
+
+    def some(net: Any, x: Any, t: Any, cache: Any, condition: Any) -> Any:
+        return run(net, x, t, reuse, keep, cache, condition)
+
+    def every(net: Any, x: Any, t: Any, cache: Any, condition: Any) -> Any:
+        return run(net, x, t, (), (), None, condition)
+
+    if not compiled:
+        return some
+    plain = some if whole is None else every
+    own = FunctionType(
+        plain.__code__.replace(co_name=f"step_{number}"), plain.__globals__, None, None, plain.__closure__
+    )
+    backend = {} if compiled is True else {"backend": compiled}
+    graph = torch.compile(own, **backend)  # type: ignore[call-overload]
+
+    def call(*given: Any) -> Any:
+        with warnings.catch_warnings():  # what is cached of a network's blocks depends on nothing that changes
+            warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+            return graph(*given)
+
+    return call
+
+
+def _read(schedule: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    where = "the schedule"
+    if isinstance(schedule, str | Path):
+        where = str(schedule)
+        try:
+            schedule = json.loads(Path(schedule).read_text())
+        except (OSError, ValueError) as error:
+            raise ScheduleError(f"{where} cannot be read ({error}); give a schedule.json") from error
+    if not isinstance(schedule, Mapping) or schedule.get("format") != FORMAT:
+        raise ScheduleError(f"{where} is no {FORMAT}; give one that `nas tune` wrote")
+    if schedule.get("version") != VERSION:
+        raise ScheduleError(
+            f"{where} is of version {schedule.get('version')}, this file reads {VERSION}; take the module that came with it"
+        )
+    return schedule
+
+
+def _check(plan: Mapping[str, Any], net: Any, scheduler: Any) -> None:
+    kind = type(net).__name__
+    if plan["network"]["class"] != kind:
+        raise ScheduleError(f"the schedule was found for a {plan['network']['class']}, the pipeline has a {kind}")
+    blocks = [*graph_of(net).names(True)]
+    if plan["network"]["branches"] != blocks:
+        raise ScheduleError(
+            f"the schedule was found for a network of {len(plan['network']['branches'])} branches, the pipeline's has {len(blocks)} others; "
+            "make one for this network"
+        )
+    if getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
+        raise ScheduleError(
+            f"{type(scheduler).__name__} scales its states; set pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config) first"
+        )
+    abar = getattr(scheduler, "alphas_cumprod", None)
+    for step in plan["steps"]:
+        here = None if abar is None or step["timestep"] >= len(abar) else float(abar[step["timestep"]])
+        if here is None or abs(here - step["alpha"]) > CLOSE * max(here, step["alpha"], CLOSE):
+            raise ScheduleError(
+                f"the schedule was found for another noise process: abar is {step['alpha']:.6g} at timestep {step['timestep']}, here it is {here}"
+            )

@@ -1,0 +1,446 @@
+"""A schedule as a file, applied to pipelines as people have them: the same images as the exported folder's, to the last bit."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evaluators.captions import NoImages
+from nas.contracts import Guidance, LoadedSupernet, Schedule, Step, UserError
+from nas.handover.export import export
+from nas.handover.portable import module, portable, read_portable, resampled, schedule_of, write_portable
+from search_spaces import layouts, shipped
+from search_spaces.patterns import ALL
+from search_spaces.shipped.graph import TransformerGraph, UNetGraph
+from search_spaces.supernet import Elastic
+from search_spaces.training import Stages
+from tests.pipelines import LINEAR, dit, pixart, stable_diffusion, stable_diffusion_xl
+
+SHIPPED = Path(shipped.__file__).parent
+FILES = [SHIPPED / f"{name}.py" for name in ("graph", "walks", "reuse", "stepping")]
+CODE = module(FILES, SHIPPED / "apply.py")
+DDIM = {"class": "DDIM", "eta": 0.0, "clip": False}
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def tool(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The module as people get it, in one file."""
+    path = tmp_path_factory.mktemp("module") / "apply_schedule.py"
+    path.write_text(CODE)
+    spec = importlib.util.spec_from_file_location("apply_schedule", path)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules["apply_schedule"] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+def pixels(folder: Path, seed: int = 0) -> DDIMPipeline:
+    torch.manual_seed(seed)
+    pipeline = DDIMPipeline(unet=UNet2DModel(**UNET), scheduler=DDIMScheduler(**LINEAR, set_alpha_to_one=True))
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+Make = Callable[[Path], Any]
+KINDS: dict[str, tuple[Make, dict[str, Any], float | None]] = {
+    "ddim": (pixels, {}, None),
+    "dit": (dit, {"class_labels": [0, 1, 1]}, 2.0),
+    "stable diffusion": (
+        stable_diffusion,
+        {"prompt": ["a bag", "a boot", "a small coat"], "negative_prompt": ["dress"] * 3},
+        3.0,
+    ),
+    "xl": (stable_diffusion_xl, {"prompt": ["a bag", "a boot", "a small coat"], "negative_prompt": ["dress"] * 3}, 3.0),
+    "pixart": (pixart, {"prompt": ["a bag", "a boot", "a small coat"], "use_resolution_binning": False}, 3.0),
+}
+"""How each is called by people who have it, and guided."""
+
+
+def loaded(folder: Path, kept: Path) -> Any:
+    net = Elastic.from_pretrained(folder, widths=(1.0,))
+    size = net.image_shape[1:]
+    for _ in Stages(()).run(net, NoImages(size, 3 if net.image_shape[0] == 3 else 1, (0, 1)), kept, 0, "cpu"):
+        pass
+    return net.load(kept, "cpu")
+
+
+def made(kind: str, folder: Path) -> tuple[Any, Any]:
+    """A stock pipeline, in evaluation mode as one that is read from a folder, and its network as this project has it."""
+    pipeline = KINDS[kind][0](folder / "stock")
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipeline, loaded(folder / "stock", folder / "kept")
+
+
+def schedule_for(net: LoadedSupernet, scale: float | None) -> Schedule:
+    """Some steps reuse, some further ones too, one is not guided, and one reuses all that a network may."""
+    blocks = net.blocks(net.full_arch)
+    by = None if scale is None else Guidance(scale)
+    if blocks[0] == "b0":
+        some, most = ("b0", "b1.attn"), ("b0", "b1", "b2")
+    else:
+        some, most = ("d1", "mid", "u0"), ("d0", "d1", "mid", "u0")
+    reuses = ((), some, most, (), some)
+    guides = (by, by, None, by, by)
+    timesteps = (999, 800, 500, 300, 100)
+    return Schedule(
+        tuple(Step(t, net.full_arch, reuse, guide) for t, reuse, guide in zip(timesteps, reuses, guides, strict=True))
+    )
+
+
+def called(pipeline: Any, kind: str, seed: int = 0, count: int | None = None, **more: Any) -> Any:
+    _, told, scale = KINDS[kind]
+    arguments = {name: value[:count] if isinstance(value, list) else value for name, value in told.items()}
+    if not told:
+        arguments["batch_size"] = count or 3
+    if scale is not None:
+        arguments["guidance_scale"] = scale
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(
+        **{**arguments, "generator": generator, "num_inference_steps": 5, "output_type": "np", **more}
+    ).images
+
+
+def exported(net: Any, schedule: Schedule, folder: Path) -> Any:
+    export(net, schedule, DDIM, {}, folder)
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stock_pipeline_makes_the_exported_ones_images_bit_for_bit(kind: str, tool: Any, tmp_path: Path) -> None:
+    pipeline, net = made(kind, tmp_path)
+    before = called(pipeline, kind)
+    schedule = schedule_for(net, KINDS[kind][2])
+    plan = portable(net, schedule, DDIM, {})
+    write_portable(plan, CODE, tmp_path / "told")
+    told = tool.apply_schedule(pipeline, tmp_path / "told" / "schedule.json")
+    assert told == json.loads(json.dumps(plan))
+    mine = called(pipeline, kind)
+    theirs = exported(net, schedule, tmp_path / "exported")
+    arguments = {name: value for name, value in KINDS[kind][1].items() if name != "use_resolution_binning"}
+    generator = torch.Generator().manual_seed(0)
+    images = theirs(**(arguments or {"batch_size": 3}), generator=generator, output_type="np").images
+    assert np.array_equal(mine, images)
+    assert not np.array_equal(mine, before)
+    tool.remove_schedule(pipeline)
+    assert np.array_equal(called(pipeline, kind), before)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "dit", "stable diffusion"])
+def test_nothing_is_left_over_from_a_call(kind: str, tool: Any, tmp_path: Path) -> None:
+    """Three samples, one, three, with an interruption in between, as in a fresh process."""
+    pipeline, net = made(kind, tmp_path)
+    plan = portable(net, schedule_for(net, KINDS[kind][2]), DDIM, {})
+    tool.apply_schedule(pipeline, plan)
+    fresh = {count: called(pipeline, kind, seed=count, count=count) for count in (1, 3)}
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    part = network.mid_block if hasattr(network, "mid_block") else network.transformer_blocks[-1].ff
+
+    def stop(*_: Any) -> None:
+        if scheduler_steps[-1] >= 2:
+            raise KeyboardInterrupt
+
+    scheduler_steps = [0]
+    own = pipeline.scheduler.step
+    pipeline.scheduler.step = lambda *given, **named: (
+        scheduler_steps.append(scheduler_steps[-1] + 1) or own(*given, **named)
+    )
+    for count in (3, 1, 3):
+        hook = part.register_forward_pre_hook(stop)
+        scheduler_steps[:] = [0]
+        with pytest.raises(KeyboardInterrupt):
+            called(pipeline, kind, seed=5, count=4 - count)
+        hook.remove()
+        assert np.array_equal(called(pipeline, kind, seed=count, count=count), fresh[count])
+
+
+def test_layers_of_low_rank_stay_in_use(tool: Any, tmp_path: Path) -> None:
+    """Loaded before or after; the images are those of the network with the change fused into its weights."""
+    from peft import LoraConfig
+
+    pipeline, net = made("stable diffusion", tmp_path)
+    plan = portable(net, schedule_for(net, 3.0), DDIM, {})
+    tool.apply_schedule(pipeline, plan)
+    without = called(pipeline, "stable diffusion")
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    after = called(pipeline, "stable diffusion")
+    assert np.abs(after - without).max() > 1e-3
+    tool.apply_schedule(pipeline, plan)
+    assert np.array_equal(called(pipeline, "stable diffusion"), after)
+    pipeline.unet.fuse_lora()
+    fused = called(pipeline, "stable diffusion")
+    assert np.abs(fused - after).max() < 1e-4
+
+
+NINE = 9
+
+
+@pytest.mark.slow
+def test_nine_sets_of_blocks_are_nine_compiled_graphs(tool: Any, tmp_path: Path) -> None:
+    """One more than torch compiles of one piece of code; none falls back."""
+    pipeline, net = made("dit", tmp_path)
+    full, by = net.full_arch, Guidance(2.0)
+    names = net.blocks(full, True)
+    reuses = [(), *(names[: n + 1] for n in range(5)), (), *((name,) for name in names[:3])]
+    schedule = Schedule(tuple(Step(999 - 90 * n, full, tuple(reuse), by) for n, reuse in enumerate(reuses)))
+    plan = portable(net, schedule, DDIM, {})
+    tool.apply_schedule(pipeline, plan)
+    plain = called(pipeline, "dit", num_inference_steps=len(reuses))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    tool.apply_schedule(pipeline, plan, compiled="aot_eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        images = called(pipeline, "dit", num_inference_steps=len(reuses))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert np.array_equal(called(pipeline, "dit", num_inference_steps=len(reuses)), images)
+    pairs = {(tuple(a), tuple(b)) for a, b in zip(reuses, [*reuses[1:], ()], strict=True)}
+    assert len(pairs) >= NINE
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs == len(pairs)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    # Each step's rounding, of float32 through ten of them.
+    assert np.abs(images - plain).max() < 1e-4
+
+
+def test_what_cannot_be_is_said(tool: Any, tmp_path: Path) -> None:
+    pipeline, net = made("stable diffusion", tmp_path)
+    schedule = schedule_for(net, 3.0)
+    plan = portable(net, schedule, DDIM, {})
+    refused = tool.ScheduleError
+    for wrong, words in (
+        ({**plan, "version": 2}, "version 2"),
+        ({**plan, "format": "other"}, "is no step-aware schedule"),
+        ({**plan, "network": {**plan["network"], "class": "UNet2DModel"}}, "found for a UNet2DModel"),
+        ({**plan, "network": {**plan["network"], "branches": ["mid"]}}, "network of 1 branches"),
+        (
+            {**plan, "steps": [{**step, "alpha": step["alpha"] * 1.01} for step in plan["steps"]]},
+            "another noise process",
+        ),
+        (tmp_path / "missing.json", "cannot be read"),
+    ):
+        with pytest.raises(refused, match=words):
+            tool.apply_schedule(pipeline, wrong)
+    assert "forward" not in pipeline.unet.__dict__
+    tool.apply_schedule(pipeline, plan)
+    for arguments, words in (
+        ({"num_inference_steps": 7}, "call it with num_inference_steps=5"),
+        ({"eta": 0.5}, "adds some"),
+        ({"cross_attention_kwargs": {"scale": 0.5}}, "cross_attention_kwargs"),
+    ):
+        with pytest.raises(refused, match=words):
+            called(pipeline, "stable diffusion", **arguments)
+    with pytest.raises(refused, match="the pipeline is at timestep 3, the schedule at 999"):
+        pipeline.unet(torch.zeros(1, 4, 8, 8), 3, torch.zeros(1, 12, 16))
+    tool.remove_schedule(pipeline)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(refused, match=r"DDIMScheduler\.from_config"):
+        tool.apply_schedule(pipeline, plan)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.unet = torch.compile(pipeline.unet)
+    with pytest.raises(refused, match="compiled as a whole"):
+        tool.apply_schedule(pipeline, plan)
+    other = Step(50, net.smallest_arch, (), Guidance(2.0))
+    for steps, sampler, words in (
+        ((*schedule.steps, other), DDIM, "different scales"),
+        (schedule.steps, {**DDIM, "eta": 1.0}, "adds noise"),
+        (schedule.steps, {"class": "DDPM"}, "adds noise"),
+    ):
+        with pytest.raises(UserError, match=words):
+            portable(net, Schedule(steps), sampler, {})
+
+
+def test_offloaded_networks_follow_it_too(tool: Any, tmp_path: Path) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    pipeline, net = made("ddim", tmp_path)
+    plan = portable(net, schedule_for(net, None), DDIM, {})
+    tool.apply_schedule(pipeline, plan)
+    images = called(pipeline, "ddim")
+    tool.remove_schedule(pipeline)
+    add_hook_to_module(pipeline.unet, ModelHook())
+    tool.apply_schedule(pipeline, plan)
+    assert np.array_equal(called(pipeline, "ddim"), images)
+    tool.remove_schedule(pipeline)
+    assert not np.array_equal(called(pipeline, "ddim"), images)
+
+
+def test_the_module_stands_alone() -> None:
+    """It knows no name of this project, defines each name once, and imports torch beside the standard library."""
+    tree = ast.parse(CODE)
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    names += [
+        t.id for node in tree.body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)
+    ]
+    assert len(names) == len(set(names))
+    imported = {
+        (node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name).partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert imported - set(sys.stdlib_module_names) == {"torch"}
+    said = subprocess.run(
+        [sys.executable, "-I", "-c", CODE + "\nprint(FORMAT, VERSION)"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == "step-aware schedule 1\n"
+
+
+def test_a_file_is_read_back(tmp_path: Path) -> None:
+    _, net = made("dit", tmp_path)
+    schedule = schedule_for(net, 2.0)
+    write_portable(portable(net, schedule, DDIM, {"loss": 0.5}), CODE, tmp_path / "told")
+    plan = read_portable(tmp_path / "told" / "schedule.json")
+    assert schedule_of(plan, net.full_arch) == schedule
+    assert plan["measured"] == {"loss": 0.5}
+    for wrong in ("{", "[]", "{}", json.dumps({**plan, "version": 3}), json.dumps({**plan, "steps": [{}]})):
+        (tmp_path / "wrong.json").write_text(wrong)
+        with pytest.raises(UserError, match=r"wrong\.json"):
+            read_portable(tmp_path / "wrong.json")
+
+
+# ------------------------------------------------------------------------------------------------------ other steps
+
+
+@given(st.integers(1, 30), st.integers(1, 60), st.data())
+@settings(deadline=None, max_examples=150)
+def test_other_numbers_of_steps_keep_the_shares(old: int, new: int, data: st.DataObject) -> None:
+    """On its own grid a schedule is itself; on another, as many of its steps run, and compute everything, in proportion."""
+    grid = [round(1000 * (old - n) / old) - 1 for n in range(old)]
+    kinds = data.draw(st.lists(st.sampled_from(["whole", "reused", "absent"]), min_size=old, max_size=old))
+    kinds[0] = "whole"
+    steps = [
+        Step(t, ("a",), ("b0",) if kind == "reused" else ())
+        for t, kind in zip(grid, kinds, strict=True)
+        if kind != "absent"
+    ]
+    schedule = Schedule(tuple(steps))
+    assert resampled(schedule, grid, grid) == schedule
+    other = [round(1000 * (new - n) / new) - 1 for n in range(new)]
+    found = resampled(schedule, grid, other)
+    assert set(found.timesteps) <= set(other)
+    assert not found.steps[0].reuse
+    for count, before in (
+        (len(found.steps), len(steps)),
+        (sum(not s.reuse for s in found.steps), kinds.count("whole")),
+    ):
+        assert abs(count - before * new / old) <= 1.5
+
+
+def test_a_step_does_what_was_done_near_it() -> None:
+    schedule = Schedule(
+        (
+            Step(999, ("a",), (), Guidance(2.0)),
+            Step(749, ("a",), ("b0",), Guidance(2.0)),
+            Step(499, ("a",)),
+            Step(249, ("a",), ("b1",)),
+        )
+    )
+    found = resampled(schedule, schedule.timesteps, [999, 874, 749, 624, 499, 374, 249, 124])
+    assert [step.reuse for step in found.steps] == [(), (), ("b0",), ("b0",), (), (), ("b1",), ("b1",)]
+    assert [step.guidance is None for step in found.steps] == [False, False, False, False, True, True, True, True]
+
+
+# ----------------------------------------------------------------------------------------------------------- formats
+
+GRAPH = TransformerGraph(3)
+
+
+def of_reuse(*reuses: tuple[str, ...]) -> Schedule:
+    return Schedule(tuple(Step(900 - 100 * place, ("a",), reuse) for place, reuse in enumerate(reuses)))
+
+
+REST = ("b1", "b2")
+
+
+@pytest.mark.parametrize(("between", "first"), [(("b0", "b1", "b2"), 1), (REST, 1), (("b2",), 2)])
+def test_cache_dit_reads_the_same_steps(between: tuple[str, ...], first: int, tmp_path: Path) -> None:
+    cache_dit = pytest.importorskip("cache_dit")
+    schedule = of_reuse((), between, between, (), between)
+    path = tmp_path / "cache_dit.yaml"
+    path.write_text(layouts.cache_dit_yaml(schedule, GRAPH))
+    config = cache_dit.load_configs(str(path))["cache_config"]
+    assert config.steps_computation_mask == [1, 0, 0, 1, 0]
+    assert config.steps_computation_policy == "static"
+    assert config.Fn_compute_blocks == first
+    listed = layouts.cache_dit(path, 3)
+    assert [one == ALL for one in listed.computed] == [True, False, False, True, False]
+    runs = GRAPH.expand(listed.computed[1])
+    assert runs == GRAPH.expand(("b0", "b1", "b2")[:first])
+
+
+def test_smoothcache_lists_go_back_and_forth(tmp_path: Path) -> None:
+    attention, everything = ("b0.attn", "b1.attn", "b2.attn"), ("b0", "b1", "b2")
+    path = tmp_path / "smoothcache.json"
+    path.write_text(layouts.smoothcache_json(of_reuse((), attention, everything, ()), GRAPH))
+    assert json.loads(path.read_text()) == {"attn": [1, 0, 0, 1], "mlp": [1, 1, 0, 1]}
+    listed = layouts.smoothcache(path, 3)
+    assert [GRAPH.expand(GRAPH.blocks) - GRAPH.expand(one) for one in listed.computed[1:3]] == [
+        GRAPH.expand(attention),
+        GRAPH.expand(everything),
+    ]
+
+
+def test_what_a_format_cannot_say_is_refused() -> None:
+    unet = UNetGraph((1, 1))
+    guided = Schedule((Step(900, ("a",), (), Guidance(2.0)), Step(800, ("a",), REST)))
+    for schedule, graph, words in (
+        (of_reuse((), REST, ("b2",)), GRAPH, "the schedule has 2"),
+        (of_reuse((), ("b0",)), GRAPH, "between whole steps"),
+        (of_reuse((), ("u0",)), unet, "the network is a UNet"),
+        (guided, GRAPH, "comes and goes"),
+    ):
+        with pytest.raises(UserError, match=words):
+            layouts.cache_dit_yaml(schedule, graph)
+    with pytest.raises(UserError, match="all blocks alike"):
+        layouts.smoothcache_json(of_reuse((), ("b0",)), GRAPH)
+
+
+def test_masks_and_tables_of_gates_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "mask.yaml"
+    for wrong in (
+        "[",
+        "cache_config: {}",
+        "steps_computation_mask: [1, 0]",
+        "{steps_computation_mask: [0, 1], steps_computation_policy: static}",
+    ):
+        path.write_text(wrong)
+        with pytest.raises(UserError, match=r"mask\.yaml"):
+            layouts.cache_dit(path, 3)
+    path = tmp_path / "gates.json"
+    path.write_text(json.dumps([[1, 1, 1], [0, 0, 1], [0, 0, 0]]))
+    assert layouts.gate_table(path, GRAPH).computed == (ALL, ("b2",), ("around",))
+    unet = UNetGraph((1, 1))
+    path.write_text(json.dumps([[1] * 5, [0, 0, 0, 0, 1], [0] * 5]))
+    assert layouts.gate_table(path, unet).computed == (ALL, ("u1",), ())
+    for rows in ([[1, 1]], [[2] * 5], "x", [[1] * 5, [1] * 4]):
+        path.write_text(json.dumps(rows))
+        with pytest.raises(UserError, match=r"gates\.json"):
+            layouts.gate_table(path, unet)
