@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import Field
 
 from evaluators.features import ExternalFeatures

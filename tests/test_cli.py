@@ -263,6 +263,7 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
         "schedule.json",
         "scheduler",
         "texts.py",
+        "stepping.py",
         "walks.py",
     }
     names = {path.name for path in (tmp_path / "model").iterdir() if not path.name.startswith("unet_")}
