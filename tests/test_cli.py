@@ -262,8 +262,8 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
         "sample.py",
         "schedule.json",
         "scheduler",
-        "texts.py",
         "stepping.py",
+        "texts.py",
         "walks.py",
     }
     names = {path.name for path in (tmp_path / "model").iterdir() if not path.name.startswith("unet_")}

@@ -38,13 +38,13 @@ def test_each_distinct_net_is_written_once(tiny_net: Elastic, tmp_path: Path) ->
         "sample.py",
         "schedule.json",
         "scheduler",
+        "stepping.py",
         "texts.py",
         "train.json",
         "train_data.py",
         "train_diffusers.py",
         "unet_0",
         "unet_1",
-        "stepping.py",
         "walks.py",
     ]
     files = sorted(path.name for path in (tmp_path / "model" / "unet_0").iterdir())
