@@ -32,6 +32,9 @@ BANDS = 4
 ALIKE, HELD = 0.3, 0.1
 """How strongly neighbouring factors are held alike, and all of them to 1, beside one scored schedule."""
 
+REFIT = 8
+"""Told trials after which the model is corrected."""
+
 LEAST = 1e-3
 """A factor is no less, so that what must not be stays so."""
 
@@ -105,8 +108,11 @@ class PathSearch:
         self._costs = IntervalCosts(problem.space)
         self._full = self._costs.dearest()
         self._measured: dict[Genome, float] = {}
+        self._left: set[Genome] | None = None
+        self._known: tuple[dict[Genome, float], list[tuple[float, Genome]]] = ({}, [])
         self._told: set[Genome] = set()
-        self._solved: tuple[int, list[tuple[Genome, float, str]]] | None = None
+        self._solved: list[tuple[Genome, float, str]] | None = None
+        self._current: tuple[int, list[tuple[Genome, float, str]]] = (-1, [])
         self._fitted: tuple[int, Floats] = (-1, np.ones(BANDS))
         self._best: list[tuple[float, Genome]] = []
 
@@ -117,9 +123,10 @@ class PathSearch:
                 return Proposal(genome, {"probe": words})
         if any(genome in pending for genome in self._probes):
             return WAIT
-        for genome, predicted, words in self._solutions():
-            if genome not in taken:
-                return Proposal(genome, {"operator": words, "predicted": predicted})
+        for current in (False, True):
+            for genome, predicted, words in self._solutions(current):
+                if genome not in taken:
+                    return Proposal(genome, {"operator": words, "predicted": predicted})
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "path"))
         drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
         return DONE if drawn is None else Proposal(drawn, {"operator": "random"})
@@ -131,6 +138,17 @@ class PathSearch:
             self._measured[trial.genome] = value
             if self._problem.feasible(trial.genome):
                 self._best = sorted([*self._best, (value, trial.genome)])[:BEST]
+        if self._left is None:
+            self._left = set(self._probes)
+        last = self._left == {trial.genome}
+        self._left.discard(trial.genome)
+        if last or (not self._left and len(self._told) % REFIT == 0):
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """From now on solutions follow from what was measured up to here."""
+        self._known = (dict(self._measured), list(self._best))
+        self._solved = None
 
     # ------------------------------------------------------------------------------------------------------ tracks
 
@@ -247,9 +265,10 @@ class PathSearch:
 
     def _lost(self, genome: Genome) -> float | None:
         """What it loses against the full network; None where one of them has no score."""
-        if genome not in self._measured or self._full not in self._measured:
+        measured = self._known[0]
+        if genome not in measured or self._full not in measured:
             return None
-        return self._measured[genome] - self._measured[self._full]
+        return measured[genome] - measured[self._full]
 
     @cached_property
     def _losses(self) -> tuple[tuple[list[Floats], Floats], ...]:
@@ -274,6 +293,11 @@ class PathSearch:
             )
             found.append((computing, drift if track.labels else drift[..., :0]))
         return tuple(found)
+
+    @cached_property
+    def _added(self) -> tuple[Floats, ...]:
+        """What each further step of a run adds, by the model."""
+        return tuple(_increments(drift, 1.0) for _, drift in self._losses)
 
     def _steps(self, number: int, power: float, window: tuple[int, int]) -> Steps:
         """The track's ways and what they lose by the model, corrected; guided in the window of places alone. An interval before the first stands for what
@@ -312,8 +336,7 @@ class PathSearch:
     def _by_band(self, genome: Genome) -> Floats | None:
         """What the model, not corrected, says that it loses in each band; None where it says nothing."""
         found = np.zeros(BANDS)
-        for track, (computing, drift) in zip(self._tracks, self._losses, strict=True):
-            increments = _increments(drift, 1.0)
+        for track, (computing, _), increments in zip(self._tracks, self._losses, self._added, strict=True):
             last = 0
             for place, k in enumerate(track.intervals):
                 option = genome[self._costs.genes[k]]
@@ -331,9 +354,10 @@ class PathSearch:
     @property
     def _factors(self) -> Floats:
         """By which each band's losses are corrected: least squares of what was scored beside what the model said, relatively."""
-        if self._fitted[0] != len(self._measured):
+        measured = self._known[0]
+        if self._fitted[0] != len(measured):
             rows = []
-            for genome in self._measured:
+            for genome in measured:
                 lost = self._lost(genome)
                 if genome in self._probes or lost is None or lost <= 0 or (said := self._by_band(genome)) is None:
                     continue
@@ -344,21 +368,28 @@ class PathSearch:
             held = HELD * scale * np.full((1, BANDS), 1 / BANDS)
             wanted = np.array([*[1.0] * len(rows), *[0.0] * (BANDS - 1), HELD * scale])
             self._fitted = (
-                len(self._measured),
+                len(measured),
                 np.maximum(nnls(np.vstack([said_in_all, alike, held]), wanted)[0], LEAST),
             )
         return self._fitted[1]
 
     # --------------------------------------------------------------------------------------------------- solutions
 
-    def _solutions(self) -> list[tuple[Genome, float, str]]:
-        """Genomes to be scored, best first, with what the model says of them, of which those that were scored already are left out by who asks."""
-        if self._solved is None or self._solved[0] != len(self._told):
-            self._solved = (len(self._told), list(self._solve()))
-        return self._solved[1]
+    def _solutions(self, current: bool) -> list[tuple[Genome, float, str]]:
+        """Genomes to be scored, best first, with what the model says of them, of which those that were scored already are left out by who asks. They
+        follow from what was measured when the model was last corrected, or from all where it is to be `current`."""
+        if self._solved is None:
+            self._solved = list(self._solve())
+        if not current:
+            return self._solved
+        if self._current[0] != len(self._told):
+            known, self._known = self._known, (self._measured, self._best)
+            self._current = (len(self._told), list(self._solve()))
+            self._known = known
+        return self._current[1]
 
     def _solve(self) -> Iterator[tuple[Genome, float, str]]:
-        if self._full not in self._measured:
+        if self._full not in self._known[0]:
             return
         most = min(budget_of(self._problem), float(self._costs.total(self._full)))
         least = float(self._costs.total(self._costs.cheapest()))
@@ -376,7 +407,7 @@ class PathSearch:
         first = {words: min(one for one in best if one[1] == words) for _, words, _ in best}
         for predicted, words, genome in dict.fromkeys([*first.values(), *sorted(best)[: len(first)]]):
             yield genome, predicted, words
-        for lost, genome in self._best:
+        for lost, genome in self._known[1]:
             yield from self._neighbours(lost, genome)
 
     def _shortest(
@@ -396,7 +427,7 @@ class PathSearch:
 
     def _predicted(self, genome: Genome) -> float:
         said = self._by_band(genome)
-        return math.nan if said is None else float(self._measured[self._full] + said @ self._factors)
+        return math.nan if said is None else float(self._known[0][self._full] + said @ self._factors)
 
     def _neighbours(self, lost: float, best: Genome) -> Iterator[tuple[Genome, float, str]]:
         """Of a schedule within the limits: one interval changed, or two near ones exchanged; those first of which the model expects most."""

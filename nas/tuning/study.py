@@ -1,0 +1,268 @@
+"""The study that `nas tune` runs: a pipeline folder's network with frozen weights, judged by the samples that it makes itself.
+
+Genes: at each step, which blocks run, or none, and where steps may be guided, whether they are. Loss: mean squared distance of a sample to the full
+pipeline's own of the same noise, condition and guidance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from diffusers import DDIMScheduler
+
+from evaluators.captions import NoImages, TextsAlone
+from evaluators.conditions import Conditions, Labels, Prompts
+from evaluators.features import ExternalFeatures
+from evaluators.latency import Latency, Timed
+from evaluators.proxies import TeacherDistance, TeacherSimilarity
+from evaluators.sampling import DDIM, DPMSolver
+from evaluators.scoring import Scores
+from evaluators.teacher import NetworkFrechet, TeacherPerceptual
+from nas.base.files import read_json
+from nas.contracts import Evaluator, Images, UserError
+from nas.searchers.evolution import Evolution
+from nas.searchers.path import Path as ShortestPath
+from nas.study import Study
+from search_spaces.intervals import Timesteps, per_step, uniform
+from search_spaces.options import Options
+from search_spaces.patterns import ALL, Every, Only, Pattern
+from search_spaces.pretrained import INDEX
+from search_spaces.shipped.graph import AROUND, Graph
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import Elastic
+from search_spaces.training import Stages
+
+USUAL = {
+    "StableDiffusionPipeline": 7.5,
+    "StableDiffusionXLPipeline": 5.0,
+    "DiTPipeline": 4.0,
+    "PixArtAlphaPipeline": 4.5,
+    "PixArtSigmaPipeline": 4.5,
+}
+"""By how much these pipelines guide where nobody says otherwise."""
+
+LOSS = "teacher_mse"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of a pipeline. `limit`: the share of the full pipeline's "time" or "macs" that a schedule may take. `steps`: of the grid that schedules
+    choose from. `full_steps`: of the full pipeline that they are compared with, as many by default. `guidance`: the full pipeline's, its usual one by
+    default, 1 for none. `prompts`: a file with one in each line. `classes`: asked for in turn, all by default. `extractor`: a file of features for a
+    perceptual distance. `samples`: that search and that verify. `batch`: images of a call whose time is measured."""
+
+    folder: Path
+    measure: Literal["time", "macs"]
+    limit: float
+    steps: int = 20
+    full_steps: int | None = None
+    guidance: float | None = None
+    prompts: Path | None = None
+    classes: tuple[int, ...] = ()
+    extractor: Path | None = None
+    samples: tuple[int, int] = (32, 256)
+    batch: int = 4
+    trials: int = 240
+    further: tuple[tuple[str, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.limit < 1:
+            raise UserError(
+                f"--within {self.measure}={self.limit:g} is no share of what the full pipeline takes; give one between 0 and 1"
+            )
+        if self.steps < 2:
+            raise UserError(f"--steps {self.steps} leaves nothing to choose; give at least 2")
+
+    @cached_property
+    def net(self) -> Elastic:
+        return Elastic.from_pretrained(self.folder, widths=(1.0,))
+
+    @property
+    def graph(self) -> Graph:
+        return self.net.cost.graph(self.net.anatomy.full)
+
+    @cached_property
+    def kind(self) -> str:
+        """Of the pipeline, as its class is called; empty for the folder of a bare network."""
+        if not (self.folder / INDEX).is_file():
+            return ""
+        name = read_json(self.folder / INDEX, "give the folder of a diffusers pipeline").get("_class_name")
+        return str(name[1] if isinstance(name, list) else name)
+
+    @cached_property
+    def scheduler(self) -> Mapping[str, Any]:
+        """Settings of the pipeline's own, none where it has none."""
+        file = self.folder / "scheduler" / "scheduler_config.json"
+        return read_json(file, "give the folder of a diffusers pipeline") if file.is_file() else {}
+
+    @cached_property
+    def sampler(self) -> DDIM | DPMSolver:
+        """DPM-Solver++ of second order where that is the pipeline's; DDIM for all others."""
+        config = self.scheduler
+        multistep = (
+            config.get("_class_name") == "DPMSolverMultistepScheduler"
+            and config.get("algorithm_type", "dpmsolver++") == "dpmsolver++"
+            and config.get("solver_order", 2) == 2
+        )
+        clip = bool(config.get("clip_sample", True)) if self.net.in_pixels else None
+        return DPMSolver(clip=clip) if multistep else DDIM(clip=clip)
+
+    def grid(self, steps: int) -> Timesteps:
+        """Timesteps of the full pipeline in so many steps, as its scheduler spaces them."""
+        if not self.scheduler or self.kind == "StepAwarePipeline":
+            return uniform(steps, self.net.noise.timesteps)
+        known = ("timestep_spacing", "steps_offset", "num_train_timesteps")
+        stock = DDIMScheduler(**{name: self.scheduler[name] for name in known if name in self.scheduler})
+        stock.set_timesteps(steps)
+        found = tuple(int(t) for t in stock.timesteps)
+        if len(found) != steps or any(a <= b for a, b in pairwise(found)) or found[0] >= self.net.noise.timesteps:
+            return uniform(steps, self.net.noise.timesteps)
+        return found
+
+    @cached_property
+    def scale(self) -> float | None:
+        """By which the full pipeline guides; None for not at all."""
+        given = self.guidance
+        if given is None and self.kind == "StepAwarePipeline":
+            plan = json.loads((self.folder / "schedule.json").read_text())
+            given = max((step["guidance"]["scale"] for step in plan["steps"] if step.get("guidance")), default=None)
+        elif given is None:
+            given = USUAL.get(self.kind)
+        return None if given is None or given == 1 or not self.net.conditional else float(given)
+
+    @property
+    def images(self) -> Images:
+        channels, height, width = self.net.image_shape
+        if self.net.condition_kind == "texts":
+            if self.prompts is None:
+                raise UserError("the network reads a text; give --prompts FILE, with a prompt in each line")
+            return TextsAlone(str(self.prompts.resolve()), (height, width), 1 if channels == 1 else 3)
+        if self.prompts is not None:
+            raise UserError(f"--prompts {self.prompts}: the network reads no text; leave that out")
+        classes: tuple[int, ...] = ()
+        if self.net.condition_kind == "labels":
+            null = self.net.anatomy.null_label
+            assert null is not None
+            classes = self.classes or tuple(range(null))
+            if max(classes) >= null:
+                raise UserError(
+                    f"--labels {max(classes)} is none of the network's {null} classes; give some from 0 to {null - 1}"
+                )
+        elif self.net.condition_kind:
+            raise UserError(f"the network takes {self.net.condition_kind}, of which one kind at a time is known here")
+        return NoImages((height, width), 1 if channels == 1 else 3, classes)
+
+    @property
+    def conditions(self) -> Conditions | None:
+        if self.net.condition_kind == "texts":
+            assert self.prompts is not None
+            assert self.net.text is not None
+            return Prompts(str(self.prompts.resolve()), self.net.text)
+        return Labels(self.images) if self.net.condition_kind else None
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """What a step may compute: all, or less and less, or nothing."""
+        return distinct((Every(1), *(Only(one) for one in (*sets(self.graph), *self.further)), *self.nothing))
+
+    @property
+    def nothing(self) -> tuple[Only, ...]:
+        """A step that is left out, which a sampler with a memory would notice."""
+        return (Only(()),) if isinstance(self.sampler, DDIM) else ()
+
+    def study(self, limits: Mapping[str, float], enqueue: tuple[tuple[int, ...], ...] = ()) -> Study:
+        """`limits`: on `macs_share` or `latency_ms`."""
+        steps, full = self.grid(self.steps), self.grid(self.full_steps or self.steps)
+        given: dict[str, Any] = {
+            "images": self.images,
+            "conditions": self.conditions,
+            "rungs": self.samples,
+            "sampler": self.sampler,
+            "timesteps": full,
+            "guidance": self.scale,
+        }
+        parts: list[Evaluator] = [TeacherDistance(**given)]
+        if min(self.net.image_shape[1:]) >= WINDOW:
+            parts.append(TeacherSimilarity(**given))
+        parts.append(NetworkFrechet(**given))
+        if self.extractor is not None:
+            features = ExternalFeatures(str(self.extractor.resolve()), self.extractor.stem)
+            parts.append(TeacherPerceptual(**given, features=features))
+        scores = Scores(tuple(parts))
+        guides = (None, self.scale) if self.scale is not None else ()
+        space = Stepwise(
+            self.net,
+            steps,
+            per_step(steps),
+            Options((1.0,)),
+            patterns=self.patterns,
+            finer=self.graph.predicts_anew,
+            deterministic=isinstance(self.sampler, DDIM),
+            guidance=guides,
+        )
+        probes = max(1, round(self.trials * PROBES))
+        path = ShortestPath(probes=probes, budgets=BUDGETS, options=min(64, len(self.patterns) * max(1, len(guides))))
+        return Study(
+            name=f"tune-{self.steps}",
+            space=space,
+            supernet=self.net,
+            images=self.images,
+            training=Stages(()),
+            evaluator=Timed(scores, Latency(self.batch, warmup=1, repeats=5)) if self.measure == "time" else scores,
+            searchers={"path": path, "evolution": Evolution()},
+            objectives=(LOSS,),
+            limits=limits,
+            trials=self.trials,
+            verified=VERIFIED,
+            enqueue=enqueue,
+        )
+
+
+WINDOW = 11
+"""Sides of the smallest image that SSIM is known of."""
+
+PROBES = 0.75
+"""Share of the trials that may be probes."""
+
+BUDGETS = 2
+VERIFIED = 5
+
+
+def sets(graph: Graph) -> tuple[tuple[str, ...], ...]:
+    """What runs at a step that reuses the rest, from the least to the most: of a UNet its outer blocks, as many levels as there are (DeepCache); of a
+    transformer what stands around its blocks (FORA), its first block, all feed-forward layers, or all attentions (SmoothCache)."""
+    if graph.predicts_anew:
+        parts = {part: tuple(name for name in graph.names(True) if name.endswith(part)) for part in ("mlp", "attn")}
+        first = (graph.blocks[0],) if len(graph.blocks) > 1 else ()
+        return tuple(one for one in ((AROUND,), first, *parts.values()) if one)
+    levels = sum(name.startswith("d") for name in graph.blocks)
+    outer = [
+        (*(f"d{i}" for i in range(n)), *(f"u{levels - 1 - i}" for i in reversed(range(n)))) for n in range(1, levels)
+    ]
+    wanted = ((f"u{levels - 1}",), *outer)
+    chosen = np.unique(np.linspace(0, len(wanted) - 1, min(len(wanted), MOST)).round().astype(int))
+    return tuple(wanted[i] for i in chosen)
+
+
+MOST = 3
+"""Sets of a UNet's blocks."""
+
+
+def distinct(patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
+    """Without those of a name that stands there already."""
+    return tuple({pattern.label: pattern for pattern in patterns}.values())
+
+
+def computed(graph: Graph, reuse: tuple[str, ...]) -> tuple[str, ...]:
+    """What runs at a step that reuses these."""
+    runs = graph.expand(graph.blocks) - graph.expand(reuse)
+    if len(runs) == len(graph.layers):
+        return ALL
+    return graph.collapse(runs, graph.predicts_anew) or ((AROUND,) if graph.predicts_anew else ())

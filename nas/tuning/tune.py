@@ -1,0 +1,376 @@
+"""Searches a faster schedule for a pipeline folder, verifies it on other noises, and says whether it is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluators.latency import Timed, Timer
+from nas.contracts import (
+    Genome,
+    Guidance,
+    LoadedEvaluator,
+    Progress,
+    Schedule,
+    Score,
+    Step,
+    Trial,
+    UserError,
+    derive_seed,
+)
+from nas.engine.session import Session, open_session
+from nas.genomes.genetics import LATENCY, dearest
+from nas.handover.portable import resampled, schedule_of
+from nas.study import Study
+from nas.tuning.study import LOSS, Wanted, computed
+from search_spaces.patterns import Every, Only, Pattern, Subset
+
+SEARCHER = "path"
+CONFIDENCE = 1.645
+"""Standard errors, of one side, beyond which a difference is said to be one."""
+
+FAR = 0.25
+"""A schedule whose samples are this share of the way to unrelated ones is none."""
+
+PICTURES = 8
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule with what is known of it on noises that nothing was chosen on. `share`: of the full pipeline's time, decoding included, or of its
+    multiply-adds."""
+
+    name: str
+    schedule: Schedule
+    share: float
+    score: Score
+
+    @property
+    def loss(self) -> float:
+        return self.score.values[LOSS]
+
+    @property
+    def error(self) -> float:
+        return self.score.error(LOSS)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What tuning came to. `apart`: mean squared distance of two unrelated samples of the full pipeline. `start`: of a schedule that was given. `spent`:
+    samples of the full pipeline that as many multiply-adds are, and seconds. `milliseconds`: an image of the full pipeline, where time is limited."""
+
+    wanted: Wanted
+    study: Study
+    best: Candidate
+    fewer: Candidate | None
+    start: Candidate | None
+    apart: float
+    trials: int
+    spent: Mapping[str, float]
+    milliseconds: float | None = None
+    searched: bool = True
+    images: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def chosen(self) -> Candidate:
+        """Fewer steps where reuse is not shown to lose less: they are simpler."""
+        return self.best if self.fewer is None or self.gains else self.fewer
+
+    @property
+    def gains(self) -> bool:
+        """Whether the best loses less than fewer whole steps, beyond the error of the paired difference."""
+        if self.fewer is None or self.fewer.schedule == self.best.schedule:
+            return self.fewer is None
+        difference, error = self.best.score.difference(self.fewer.score, LOSS)
+        return difference + CONFIDENCE * error < 0
+
+    @property
+    def verdict(self) -> list[str]:
+        """In words, the most important first."""
+        chosen, count = self.chosen, self.wanted.steps
+        share = f"{chosen.share:.0%} of the full pipeline's {self.wanted.measure}"
+        lost = chosen.loss / self.apart
+        near = f"its samples are {lost:.2%} (± {CONFIDENCE * chosen.error / self.apart:.2%}) of the way from the full pipeline's own to unrelated ones"
+        if lost > FAR:
+            words = [f"No gain: keep {count} steps. The best schedule within {share} is too far: {near}."]
+        elif self.gains or self.fewer is None:
+            words = [f"A schedule of {len(chosen.schedule.steps)} steps takes {share}; {near}."]
+        else:
+            kept = len(chosen.schedule.steps)
+            words = [
+                f"Reuse adds nothing here that is beyond the error: take {kept} of the {count} steps, whole. They take {share}; {near}."
+            ]
+        if self.fewer is not None and self.fewer.schedule != self.best.schedule:
+            difference, error = self.best.score.difference(self.fewer.score, LOSS)
+            words.append(
+                f"Beside {len(self.fewer.schedule.steps)} whole steps ({self.fewer.share:.0%}), the best of those within the limit, the best schedule found "
+                f"loses {self.best.loss / self.fewer.loss:.2f} times as much; the difference is {difference / self.apart:+.2%} ± {CONFIDENCE * error / self.apart:.2%}."
+            )
+        if self.start is not None:
+            words.append(
+                f"The schedule that was given takes {self.start.share:.0%} here, and its samples are {self.start.loss / self.apart:.2%} of the way; "
+                + ("nothing is lost, so nothing was searched." if not self.searched else "more was searched for.")
+            )
+        return words
+
+
+@dataclass
+class Show:
+    """How progress is shown: what follows ticks, what is told of each closed trial of a search that is about to run, and where searches run."""
+
+    follow: Callable[[Iterator[Progress]], Any] = lambda ticks: [*ticks]
+    search: Callable[[str, Any], AbstractContextManager[None]] = lambda name, conductor: nullcontext()
+    workers: Any = None
+    on_settled: Callable[[str], Callable[[Trial], None]] = lambda name: lambda trial: None
+
+
+def tune(
+    wanted: Wanted,
+    folder: Path,
+    show: Show | None = None,
+    device: str = "cpu",
+    start: Mapping[str, Any] | None = None,
+) -> Found:
+    """`folder`: the run folder; the same call goes on where it stopped. `start`: what a schedule file holds, which is tried first; where it loses here what it
+    lost where it was found, nothing is searched. Raises UserError where the folder is no pipeline that this can be done with, or nothing fits the limit."""
+    show = show or Show()
+    given = None if start is None else given_schedule(wanted, start)
+    if given is not None:
+        wanted = replace(
+            wanted, further=tuple(dict.fromkeys(computed(wanted.graph, s.reuse) for s in given.steps if s.reuse))
+        )
+    study, milliseconds = limited(wanted, folder, show, device)
+    with open_session(study, folder, None, device) as session:
+        show.follow(session.prepare())
+        own = [] if given is None else [study.space.genome(given)]  # type: ignore[attr-defined]
+        fixed = within(study, folder, baselines(wanted))
+        study = session.study = replace(study, enqueue=tuple(dict.fromkeys([*own, *fixed])))
+        first = _searched(session, show, device, len(own)) if own else []
+        known = _of_start(first, own, start)
+        searched = not (own and _nothing_lost(known, start))
+        trials = _searched(session, show, device, study.trials + len(study.enqueue)) if searched else first
+        chosen = _verified(study, trials) if searched else own[0]
+        space = session.study.problem_in(folder).space
+        few = (
+            _best_of(trials, [g for g in fixed if all(not s.reuse for s in space.decode(g).steps)])
+            if searched
+            else None
+        )
+        genomes = dict.fromkeys([chosen, *([few] if few else []), *own])
+        scores = _confirmed(session, show, device, [*genomes])
+        candidates = {
+            genome: Candidate(name, space.decode(genome), share_of(study, folder, genome), scores[genome])
+            for genome, name in (
+                (own[0], "the schedule given") if own else (chosen, ""),
+                (few, "fewer steps") if few else (chosen, ""),
+                (chosen, "found"),
+            )
+            if genome in scores
+        }
+        evaluator = study.load(folder, device)
+        apart, images = looked_at(evaluator, wanted, candidates)
+        spent = {
+            "samples": sum(t.score.spent.get("macs", 0.0) for t in trials if t.score) / full_macs(study),
+            "seconds": sum(t.score.spent.get("seconds", 0.0) for t in trials if t.score),
+        }
+        return Found(
+            wanted,
+            session.study,
+            candidates[chosen],
+            candidates.get(few) if few else None,
+            candidates.get(own[0]) if own else None,
+            apart,
+            len(trials),
+            spent,
+            milliseconds,
+            searched,
+            images,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- the limit
+
+
+def limited(wanted: Wanted, folder: Path, show: Show, device: str) -> tuple[Study, float | None]:
+    """The study with its limit, and milliseconds that an image of the full pipeline takes: a share of its time is known when all calls are measured."""
+    if wanted.measure == "macs":
+        return wanted.study({"macs_share": wanted.limit}), None
+    open_ended = wanted.study({LATENCY: 1e12})
+    with open_session(open_ended, folder, None, device) as session:
+        show.follow(session.prepare())
+        full, decoding = _full_time(open_ended, folder, device)
+    limit = wanted.limit * (full + decoding) - decoding
+    least = open_ended.problem_in(folder)
+    cheapest = min(least.space.cost(g)[LATENCY] for g in _ends(least.space))
+    if limit < cheapest:
+        raise UserError(
+            f"--within time={wanted.limit:g}: the cheapest schedule takes {(cheapest + decoding) / (full + decoding):.2f} of the full pipeline's "
+            f"{full + decoding:.3g} ms an image, {decoding / (full + decoding):.0%} of which is decoding; give more"
+        )
+    return wanted.study({LATENCY: limit}), full + decoding
+
+
+def _full_time(study: Study, folder: Path, device: str) -> tuple[float, float]:
+    """Milliseconds of the full pipeline's calls for an image, and of decoding it."""
+    assert isinstance(study.evaluator, Timed)
+    timer = Timer(study.evaluator.latency, study.supernet.load(folder / "supernet", device), folder)
+    space = study.problem_in(folder).space
+    return float(space.cost(dearest(study.space))[LATENCY]), timer.of_decoding()
+
+
+def _ends(space: Any) -> list[Genome]:
+    """Genomes among which the cheapest is: the first option throughout, which is the one of least cost."""
+    return [(0,) * len(space.choices), dearest(space)]
+
+
+def share_of(study: Study, folder: Path, genome: Genome) -> float:
+    """Of the full pipeline's time with decoding, or of its multiply-adds."""
+    cost = study.problem_in(folder).space.cost(genome)
+    if LATENCY not in cost:
+        return float(cost["macs_share"])
+    full, decoding = _full_time(study, folder, "cpu")
+    return (cost[LATENCY] + decoding) / (full + decoding)
+
+
+def full_macs(study: Study) -> float:
+    """Multiply-adds of a sample of the full pipeline."""
+    return float(study.full["macs"])
+
+
+# --------------------------------------------------------------------------------------------------------- first tries
+
+
+def baselines(wanted: Wanted) -> dict[str, list[tuple[Pattern, int]]]:
+    """Fixed rules by what they are called, each from the dearest on, with from which step on nothing is guided: fewer steps, whole, and every so many steps
+    whole with others between, guided throughout or not in the last third (as TGATE leaves it out)."""
+    count = wanted.steps
+    found: dict[str, list[tuple[Pattern, int]]] = {}
+    if wanted.nothing:
+        for spacing in ("uniform", "quadratic"):
+            found[f"{spacing} steps"] = [(Subset(n, spacing), count) for n in range(count - 1, 0, -1)]
+    for pattern in wanted.patterns:
+        between = pattern.steps(1)[0]
+        if isinstance(pattern, Only) and between:
+            found[f"every few whole, {pattern.label} between"] = [
+                (Every(n, between), count) for n in range(2, min(count, 10) + 1)
+            ]
+    if wanted.scale is not None:
+        found["guided at first"] = [(Every(1), stop) for stop in range(count - 1, 0, -1)]
+    return found
+
+
+def within(study: Study, folder: Path, rules: Mapping[str, list[tuple[Pattern, int]]]) -> list[Genome]:
+    """Of each rule the dearest schedule that keeps to the limit."""
+    problem = study.problem_in(folder)
+    space: Any = study.space
+    found = []
+    for schedules in rules.values():
+        for pattern, stop in schedules:
+            genome = space.genome(fixed(space, pattern, stop))
+            if problem.feasible(genome):
+                found.append(genome)
+                break
+    return found
+
+
+def fixed(space: Any, pattern: Pattern, stop: int) -> Schedule:
+    """The schedule of a pattern over the whole trajectory, guided up to step number `stop`."""
+    full = space.decode(dearest(space)).steps
+    graph = space.net.cost.graph(space.net.anatomy.full)
+    steps: list[Step] = []
+    for place, (one, runs) in enumerate(zip(full, pattern.steps(len(full)), strict=True)):
+        if not runs and steps:
+            continue
+        guide = one.guidance if place < stop else None
+        reused = (
+            ()
+            if not steps or runs == ("all",)
+            else graph.collapse(graph.expand(graph.blocks) - graph.live(runs or (), space.finer), space.finer)
+        )
+        steps.append(Step(one.timestep, one.arch, reused, guide))
+    return Schedule(tuple(steps))
+
+
+def given_schedule(wanted: Wanted, plan: Mapping[str, Any]) -> Schedule:
+    """A file's schedule on this grid of steps, and guided as this pipeline is. Raises UserError for one of another kind of network."""
+    net = wanted.net
+    if plan["network"]["branches"] != list(wanted.graph.names(True)):
+        raise UserError(
+            f"the schedule was found for a network of {len(plan['network']['branches'])} branches, this one has {len(wanted.graph.names(True))}; search anew"
+        )
+    own = schedule_of(plan, net.anatomy.full)
+    grid = plan["measured"].get("grid", [step["timestep"] for step in plan["steps"]])
+    moved = resampled(own, grid, wanted.grid(wanted.steps))
+    guide = None if wanted.scale is None else Guidance(wanted.scale)
+    return Schedule(tuple(step if step.guidance is None else replace_guidance(step, guide) for step in moved.steps))
+
+
+def replace_guidance(step: Step, guide: Guidance | None) -> Step:
+    return Step(step.timestep, step.arch, step.reuse, guide)
+
+
+# ----------------------------------------------------------------------------------------------------------- searching
+
+
+def _searched(session: Session, show: Show, device: str, count: int) -> list[Trial]:
+    conductor = session.conductor(SEARCHER, 0, count, show.on_settled(SEARCHER))
+    with show.search(SEARCHER, conductor):
+        session.run(conductor, workers=show.workers)
+    return [trial for trial in conductor.ledger.trials if trial.scored]
+
+
+def _verified(study: Study, trials: list[Trial]) -> Genome:
+    """The best of those that were scored on the last rung, within the limit."""
+    last = study.evaluator.rungs[-1]
+    done = [t for t in trials if t.rung == last and all(excess <= 0 for excess in t.violations.values())]
+    if not done:
+        raise UserError("no schedule within the limit was verified; give more --trials, or a wider limit")
+    return min(done, key=lambda trial: trial.objectives((LOSS,))).genome
+
+
+def _best_of(trials: list[Trial], genomes: list[Genome]) -> Genome | None:
+    scored = {t.genome: t.objectives((LOSS,))[0] for t in trials if t.genome in set(genomes)}
+    return min(scored, key=lambda genome: scored[genome], default=None)
+
+
+def _of_start(trials: list[Trial], own: list[Genome], start: Mapping[str, Any] | None) -> Score | None:
+    scored = [t.score for t in trials if own and t.genome == own[0] and t.score]
+    return scored[-1] if scored else None
+
+
+def _nothing_lost(score: Score | None, start: Mapping[str, Any] | None) -> bool:
+    """Whether a schedule that was given loses no more than where it was found, beyond two errors."""
+    before = None if start is None else start["measured"].get("loss")
+    if score is None or before is None:
+        return False
+    return score.values[LOSS] - 2 * score.error(LOSS) <= float(before)
+
+
+def _confirmed(session: Session, show: Show, device: str, genomes: list[Genome]) -> dict[Genome, Score]:
+    """On noises that nothing was chosen on."""
+    conductor = session.confirmation(genomes)
+    with show.search("confirming", conductor):
+        session.run(conductor, workers=show.workers)
+    return {t.genome: t.score for t in conductor.ledger.trials if t.score is not None and t.genome in genomes}
+
+
+def looked_at(
+    evaluator: LoadedEvaluator, wanted: Wanted, candidates: Mapping[Genome, Candidate]
+) -> tuple[float, dict[str, Any]]:
+    """How far two unrelated samples of the full pipeline are apart, mean squared; and a few samples of each schedule, of the same noises."""
+    seed = derive_seed(0, "pictures")
+    guide = None if wanted.scale is None else Guidance(wanted.scale)
+    full = Schedule(
+        tuple(Step(t, wanted.net.anatomy.full, (), guide) for t in wanted.grid(wanted.full_steps or wanted.steps))
+    )
+    rows = evaluator.sample(full, max(PICTURES, wanted.samples[0]), seed).double().cpu().numpy()
+    apart = 2 * float(rows.var(axis=0, ddof=1).mean())
+    images = {"full pipeline": rows[:PICTURES].astype(np.float32)}
+    for candidate in candidates.values():
+        images[candidate.name] = evaluator.sample(candidate.schedule, PICTURES, seed).cpu().numpy()
+    return apart, images
