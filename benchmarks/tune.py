@@ -347,9 +347,10 @@ def main() -> None:
         # On one thread, with nothing beside it that this benchmark starts.
         times = bench.row(f"{model}, {steps} steps: times", partial(timed, first))
         cells = [Cell(bench.folder, bench.quick, model, steps, b, s) for s, b in product(seeds, budgets)]
-        jobs: dict[str, tuple[Any, ...]] = {f"{cell.key}: rules": (ruled, cell, times) for cell in cells}
-        for cell, arm in product(cells, ARMS):
-            jobs[f"{cell.key}: {arm}"] = (searched, cell, arm, times)
+        jobs: dict[str, tuple[Any, ...]] = {}
+        for cell in cells:
+            jobs[f"{cell.key}: rules"] = (ruled, cell, times)
+            jobs |= {f"{cell.key}: {arm}": (searched, cell, arm, times) for arm in ARMS}
         bench.rows(jobs)
         for budget in budgets:
             group = [cell for cell in cells if cell.budget == budget]
