@@ -299,9 +299,9 @@ class PathSearch:
         """What each further step of a run adds, by the model."""
         return tuple(_increments(drift, 1.0) for _, drift in self._losses)
 
-    def _steps(self, number: int, power: float, window: tuple[int, int]) -> Steps:
-        """The track's ways and what they lose by the model, corrected; guided in the window of places alone. An interval before the first stands for what
-        runs there anyway."""
+    def _steps(self, number: int, power: float, window: tuple[int, int], whole: bool) -> Steps:
+        """The track's ways and what they lose by the model, corrected; guided in the window of places alone; `whole`: steps run whole or are left out. An
+        interval before the first stands for what runs there anyway."""
         track, (computing, drift) = self._tracks[number], self._losses[number]
         count, (start, stop) = len(track.intervals), window
         factors = self._factors[self._band(np.arange(count), count)]
@@ -324,7 +324,7 @@ class PathSearch:
                 option = track.reusing[place].get(label, ())
                 reusing[place + 1, way] = price.get(option, 0)
                 left_out = option in price and price[option] == 0
-                if option not in price or not (left_out or guided == (option not in free)):
+                if option not in price or not (left_out or (guided == (option not in free) and not whole)):
                     between[:, place + 1, way] = np.inf
                 elif guided and start and not left_out:  # what unguided steps kept is not enough for a guided one
                     between[: start + 1, place + 1, way] = np.inf
@@ -396,13 +396,18 @@ class PathSearch:
         shares = [1 - number / self._settings.budgets for number in range(self._settings.budgets)]
         budgets = [least + (most - least) * share for share in shares]
         best: list[tuple[float, str, Genome]] = []
-        for power in POWERS:
-            for window in self._tracks[0].windows:
-                for number, chosen in enumerate(self._shortest(power, window, budgets)):
-                    genome = None if chosen is None else self._decoded(chosen)
-                    if genome is not None and self._problem.feasible(genome):
-                        words = f"shortest path at {shares[number]:.0%}, power {power:g}"
-                        best.append((self._predicted(genome), words, genome))
+        count = len(self._tracks[0].intervals)
+        kinds = [(power, window, False) for power in POWERS for window in self._tracks[0].windows]
+        # Which steps run at all is a question of its own, whose answer the others are compared with.
+        kinds += [(1.0, (0, count), True)] if any(0 in prices.values() for prices in self._prices) else []
+        for power, window, whole in kinds:
+            for number, chosen in enumerate(self._shortest(power, window, whole, budgets)):
+                genome = None if chosen is None else self._decoded(chosen)
+                if genome is not None and self._problem.feasible(genome):
+                    words = (
+                        f"shortest path{' of whole steps' if whole else ''} at {shares[number]:.0%}, power {power:g}"
+                    )
+                    best.append((self._predicted(genome), words, genome))
         # Guided throughout or in part, the best for each budget and power; the others when these are known.
         first = {words: min(one for one in best if one[1] == words) for _, words, _ in best}
         for predicted, words, genome in dict.fromkeys([*first.values(), *sorted(best)[: len(first)]]):
@@ -411,9 +416,9 @@ class PathSearch:
             yield from self._neighbours(lost, genome)
 
     def _shortest(
-        self, power: float, window: tuple[int, int], budgets: Sequence[float]
+        self, power: float, window: tuple[int, int], whole: bool, budgets: Sequence[float]
     ) -> list[tuple[ReusePath, ...] | None]:
-        fronts = [paths(self._steps(number, power, window), max(budgets)) for number in range(len(self._tracks))]
+        fronts = [paths(self._steps(number, power, window, whole), max(budgets)) for number in range(len(self._tracks))]
         return together(fronts, budgets) if all(fronts) else [None] * len(budgets)
 
     def _decoded(self, chosen: Sequence[ReusePath]) -> Genome:

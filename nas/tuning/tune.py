@@ -95,7 +95,7 @@ class Found:
         chosen, count = self.chosen, self.wanted.steps
         share = f"{chosen.share:.0%} of the full pipeline's {self.wanted.measure}"
         lost = chosen.loss / self.apart
-        near = f"its samples are {lost:.2%} (± {CONFIDENCE * chosen.error / self.apart:.2%}) of the way from the full pipeline's own to unrelated ones"
+        near = f"its samples are {percent(lost)} (± {percent(CONFIDENCE * chosen.error / self.apart)}) of the way from the full pipeline's own to unrelated ones"
         if lost > FAR:
             words = [f"No gain: keep {count} steps. The best schedule within {share} is too far: {near}."]
         elif self.gains or self.fewer is None:
@@ -109,14 +109,19 @@ class Found:
             difference, error = self.best.score.difference(self.fewer.score, LOSS)
             words.append(
                 f"Beside {len(self.fewer.schedule.steps)} whole steps ({self.fewer.share:.0%}), the best of those within the limit, the best schedule found "
-                f"loses {self.best.loss / self.fewer.loss:.2f} times as much; the difference is {difference / self.apart:+.2%} ± {CONFIDENCE * error / self.apart:.2%}."
+                f"loses {self.best.loss / self.fewer.loss:.2g} times as much; the difference is {percent(difference / self.apart)} ± {percent(CONFIDENCE * error / self.apart)}."
             )
         if self.start is not None:
             words.append(
-                f"The schedule that was given takes {self.start.share:.0%} here, and its samples are {self.start.loss / self.apart:.2%} of the way; "
+                f"The schedule that was given takes {self.start.share:.0%} here, and its samples are {percent(self.start.loss / self.apart)} of the way; "
                 + ("nothing is lost, so nothing was searched." if not self.searched else "more was searched for.")
             )
         return words
+
+
+def percent(share: float) -> str:
+    """With three digits that say something."""
+    return f"{100 * share:.3g} %"
 
 
 @dataclass
@@ -156,11 +161,7 @@ def tune(
         trials = _searched(session, show, device, study.trials + len(study.enqueue)) if searched else first
         chosen = _verified(study, trials) if searched else own[0]
         space = session.study.problem_in(folder).space
-        few = (
-            _best_of(trials, [g for g in fixed if all(not s.reuse for s in space.decode(g).steps)])
-            if searched
-            else None
-        )
+        few = _fewer_steps(space, trials) if searched else None
         genomes = dict.fromkeys([chosen, *([few] if few else []), *own])
         scores = _confirmed(session, show, device, [*genomes])
         candidates = {
@@ -333,8 +334,16 @@ def _verified(study: Study, trials: list[Trial]) -> Genome:
     return min(done, key=lambda trial: trial.objectives((LOSS,))).genome
 
 
-def _best_of(trials: list[Trial], genomes: list[Genome]) -> Genome | None:
-    scored = {t.genome: t.objectives((LOSS,))[0] for t in trials if t.genome in set(genomes)}
+def _fewer_steps(space: Any, trials: list[Trial]) -> Genome | None:
+    """The best within the limit of those that were scored whose steps run whole, guided as the full pipeline; by the first rung, where all were."""
+    full = space.decode(dearest(space)).steps
+    whole = {step.timestep: step for step in full}
+    scored: dict[Genome, float] = {}
+    for trial in trials:
+        if all(excess <= 0 for excess in trial.violations.values()) and trial.genome not in scored:
+            steps = space.decode(trial.genome).steps
+            if all(whole.get(step.timestep) == step for step in steps):
+                scored[trial.genome] = trial.objectives((LOSS,))[0]
     return min(scored, key=lambda genome: scored[genome], default=None)
 
 

@@ -1,0 +1,208 @@
+"""The command that makes a faster schedule for a pipeline folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nas.cli.options import (
+    DeviceOption,
+    GpusOption,
+    JsonOption,
+    WorkersOption,
+    check_device,
+    on_workers,
+    print_json,
+    resumable,
+    worker_pool,
+)
+from nas.cli.terminal import SearchBar, follow, notes, out, progress_bars
+from nas.contracts import UserError
+
+
+def tune(
+    pipeline: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PIPELINE_FOLDER",
+            help="Local folder of a diffusers pipeline; nothing is downloaded.",
+            show_default=False,
+        ),
+    ],
+    within: Annotated[
+        str,
+        typer.Option(
+            metavar="MEASURE=SHARE",
+            help="What a schedule may take of the full pipeline's time or macs, such as time=0.5.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[
+        Path | None, typer.Option(help="Folder for schedule and report. Default: tuned/<pipeline>.", show_default=False)
+    ] = None,
+    steps: Annotated[
+        str,
+        typer.Option(
+            help="Steps of the full pipeline that schedules choose from; several with commas, each a schedule of its own."
+        ),
+    ] = "20",
+    full_steps: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help="Steps of the full pipeline that they are compared with. Default: as many.", show_default=False
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, help="The full pipeline's guidance, 1 for none. Default: its usual one.", show_default=False
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Text file with a prompt in each line, where the network reads texts.", show_default=False),
+    ] = None,
+    labels: Annotated[
+        str, typer.Option(help="Classes to ask for, with commas, or `all`, where the network takes labels.")
+    ] = "all",
+    extractor: Annotated[
+        Path | None,
+        typer.Option(
+            help="TorchScript or .pt2 file of features, for a perceptual distance too. It is run.", show_default=False
+        ),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="schedule.json of another model, resolution or number of steps: tried first, and searched from where it loses.",
+            show_default=False,
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option(min=10, help="Schedules to score.")] = 240,
+    samples: Annotated[str, typer.Option(help="Samples that search, and others that verify.")] = "32,256",
+    batch: Annotated[int, typer.Option(min=1, help="Images of a call whose time is measured.")] = 4,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Run folder. Default: runs/tune-<pipeline>.", show_default=False)
+    ] = None,
+    write_study: Annotated[
+        Path | None, typer.Option(help="Write the study here too, to go on by hand.", show_default=False)
+    ] = None,
+    device: DeviceOption = "cpu",
+    workers: WorkersOption = 0,
+    gpus_per_worker: GpusOption = 0.0,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Make a faster schedule for the pipeline in a folder, without training: which steps run, which blocks at each, and where guidance is on."""
+    from nas.handover.portable import read_portable
+    from nas.tuning.page import study_file, usage, write_found
+    from nas.tuning.study import Wanted
+    from nas.tuning.tune import Show
+    from nas.tuning.tune import tune as search
+
+    measure, _, share = within.partition("=")
+    if measure not in ("time", "macs") or _number(share) is None:
+        raise UserError(f"--within {within} is not time=SHARE or macs=SHARE, such as time=0.5")
+    counts = _numbers("--steps", steps)
+    few = _numbers("--samples", samples)
+    if len(few) != 2 or not 2 <= few[0] < few[1]:
+        raise UserError(f"--samples {samples} must be two numbers, the second larger, such as 32,256")
+    if not pipeline.is_dir():
+        raise UserError(f"{pipeline} is no folder; give that of a local diffusers pipeline")
+    check_device(device)
+    if measure == "time" and gpus_per_worker and not device.startswith("cuda"):
+        raise UserError(
+            f"calls are timed on --device {device}, but workers with GPUs compute on cuda; give --device cuda too"
+        )
+    pool = worker_pool(workers, gpus_per_worker, None, device)
+    name = pipeline.resolve().name
+    plan = None if start is None else read_portable(start)
+    told: list[dict[str, Any]] = []
+    for count in counts:
+        wanted = Wanted(
+            pipeline.resolve(),
+            measure,  # type: ignore[arg-type]
+            float(share),
+            count,
+            full_steps,
+            guidance,
+            prompts,
+            () if labels == "all" else tuple(_numbers("--labels", labels)),
+            extractor,
+            (few[0], few[1]),
+            batch,
+            trials,
+        )
+        folder = ((out_dir or Path("runs") / f"tune-{name}") / f"{count}-{measure}-{share}").resolve()
+        target = (to or Path("tuned") / name) / (f"{count}-steps" if len(counts) > 1 else "")
+        with resumable(folder), progress_bars(quiet or as_json) as bars, on_workers(pool):
+            bar: dict[str, SearchBar] = {}
+
+            def on_settled(what: str, bars: Any = bars, bar: Any = bar) -> Any:
+                bar[what] = SearchBar(bars, what, "teacher_mse")
+                return bar[what]
+
+            @contextmanager
+            def shown(what: str, conductor: Any, bars: Any = bars, bar: Any = bar) -> Iterator[None]:
+                one = bar.pop(what, None) or SearchBar(bars, what, "teacher_mse")
+                one.begin(conductor)
+                yield
+                one.end()
+
+            found = search(
+                wanted,
+                folder,
+                Show(partial(follow, bars), shown, pool, on_settled),
+                device,
+                plan,
+            )
+            evaluator = found.study.load(folder, device)
+            left_out = write_found(found, evaluator.supernet, evaluator.sampler_of(found.chosen.schedule), target)
+            plan = read_portable(target / "schedule.json")  # tried first at another number of steps
+        if write_study is not None:
+            where = write_study if len(counts) == 1 else write_study.with_stem(f"{write_study.stem}-{count}")
+            where.parent.mkdir(parents=True, exist_ok=True)
+            where.write_text(study_file(found))
+        told.append(
+            {
+                "steps": count,
+                "schedule": str(target / "schedule.json"),
+                "report": str(target / "report.html"),
+                "run": str(folder),
+                "verdict": found.verdict,
+                "share": found.chosen.share,
+                "loss": found.chosen.loss,
+                "apart": found.apart,
+                "spent_samples": found.spent["samples"],
+                "other_formats": left_out,
+            }
+        )
+        if not as_json:
+            for words in found.verdict:
+                out.print(words, highlight=False, soft_wrap=True)
+            for words in left_out:
+                notes.print(words, highlight=False, soft_wrap=True)
+            out.print(f"{target / 'schedule.json'}, {target / 'report.html'}", highlight=False, soft_wrap=True)
+            notes.print(usage(found), highlight=False, soft_wrap=True)
+    if as_json:
+        print_json({"schedules": told})
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text} must be whole numbers with commas between") from None
+    return found

@@ -1,0 +1,192 @@
+"""What tuning came to, as files: the schedule, the module that applies it, other projects' formats, the study, and a page."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from nas.base.files import written
+from nas.contracts import LoadedSupernet, Schedule, UserError
+from nas.handover.portable import module, portable, write_portable
+from nas.results.plots import INK, draw_profile, draw_samples
+from nas.tuning.study import LOSS, Wanted
+from nas.tuning.tune import CONFIDENCE, Candidate, Found, percent
+from search_spaces import shipped
+from search_spaces.layouts import cache_dit_yaml, smoothcache_json
+
+METRICS = {
+    LOSS: "loss",
+    "teacher_dissimilarity": "1 - SSIM",
+    "fd_network": "FD, network's features",
+    "teacher_perceptual": "perceptual",
+}
+"""What people call them."""
+
+
+def apply_module() -> str:
+    """The stand-alone module that runs a schedule file."""
+    here = Path(shipped.__file__).parent
+    return module([here / f"{name}.py" for name in ("graph", "walks", "reuse", "stepping")], here / "apply.py")
+
+
+def measured(found: Found) -> dict[str, Any]:
+    """What stands in the file of what is known of the schedule."""
+    wanted, chosen = found.wanted, found.chosen
+    return {
+        "share": chosen.share,
+        "of": wanted.measure,
+        "loss": chosen.loss,
+        "loss_error": chosen.error,
+        "apart": found.apart,
+        "samples": found.study.evaluator.rungs[-1],
+        "grid": list(wanted.grid(wanted.steps)),
+        "full_timesteps": list(wanted.grid(wanted.full_steps or wanted.steps)),
+        "full_guidance": wanted.scale,
+        "loss_is": "mean squared distance of a sample in [-1, 1] to the full pipeline's own of the same noise; two unrelated ones are `apart`",
+    }
+
+
+def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], folder: Path) -> list[str]:
+    """Writes schedule.json, apply_schedule.py, study.py, samples.png, report.html, and cache_dit.yaml and smoothcache.json where these can say it; returned
+    is why they cannot, where so."""
+    chosen, graph = found.chosen.schedule, found.wanted.graph
+    write_portable(portable(net, chosen, sampler, measured(found)), apply_module(), folder)
+    left_out = []
+    for name, write in (("cache_dit.yaml", cache_dit_yaml), ("smoothcache.json", smoothcache_json)):
+        try:
+            _write(folder / name, write(chosen, graph))
+        except UserError as error:
+            left_out.append(f"no {name}: {error}")
+            (folder / name).unlink(missing_ok=True)
+    _write(folder / "study.py", study_file(found))
+    _write(folder / "report.html", page(found, folder, left_out))
+    return left_out
+
+
+def _write(path: Path, text: str) -> None:
+    with written(path):
+        path.write_text(text)
+
+
+def study_file(found: Found) -> str:
+    """A study file that goes on by hand where `nas tune` stopped."""
+    wanted = found.wanted
+    given = ", ".join(f"{name}={value!r}" for name, value in _settings(wanted).items())
+    return f'''"""Faster schedules for {wanted.folder.name}, as `nas tune` searched them: `nas run`, `nas compare`, `nas export` and all others take this file.
+
+Change anything: `dataclasses.replace(study, trials=1000, searchers={{...}})`, or build another one of `wanted.net`.
+"""
+
+from pathlib import Path
+
+from nas.tuning.study import Wanted
+
+wanted = Wanted({given})
+study = wanted.study({dict(found.study.limits)!r}, enqueue={found.study.enqueue!r})
+'''
+
+
+class _Path:
+    """Prints as a path is written in a study file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.resolve()
+
+    def __repr__(self) -> str:
+        return f"Path({str(self._path)!r})"
+
+
+def _settings(wanted: Wanted) -> dict[str, Any]:
+    fields = {name: getattr(wanted, name) for name in wanted.__dataclass_fields__}
+    return {name: _Path(value) if isinstance(value, Path) else value for name, value in fields.items()}
+
+
+def page(found: Found, folder: Path, left_out: list[str]) -> str:
+    """One self-contained page."""
+    wanted = found.wanted
+    candidates = [c for c in (found.best, found.fewer, found.start) if c is not None]
+    shown: dict[Schedule, Candidate] = {}
+    for candidate in candidates:
+        shown.setdefault(candidate.schedule, candidate)
+    metrics = [name for name in METRICS if name in found.best.score.values]
+    grids = []
+    for name, images in found.images.items():
+        path = folder / f"{name.replace(' ', '_')}.png"
+        draw_samples(images, path, columns=len(images), scale=max(1, 96 // images.shape[-1]))
+        source = base64.b64encode(path.read_bytes()).decode()
+        grids.append({"name": name, "source": f"data:image/png;base64,{source}"})
+        path.unlink()
+    schedule = found.chosen.schedule
+    profile = folder / "profile.svg"
+    draw_profile(wanted.grid(wanted.steps), {s.timestep: wanted.net.profile(s) for s in schedule.steps}, profile)
+    svg = _inline(profile.read_text())
+    profile.unlink()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nas.tuning"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html").render(
+        title=f"{wanted.folder.name}: a faster schedule",
+        what=_what(found),
+        verdict=found.verdict,
+        measure=f"share of the {wanted.measure}",
+        metrics=[METRICS[name] for name in metrics],
+        rows=[_row(found, candidate, metrics) for candidate in shown.values()],
+        grounds=f"On {found.study.evaluator.rungs[-1]} samples of noises that nothing was chosen on. Loss: mean squared distance to the full pipeline's own sample of the "
+        f"same noise, as a share of that between two unrelated ones; ± {CONFIDENCE:g} standard errors.",
+        profile=svg,
+        grids=grids,
+        use=usage(found),
+        formats="; ".join(left_out) or "cache_dit.yaml and smoothcache.json say the same for these projects.",
+    )
+
+
+def usage(found: Found) -> str:
+    """Code that runs the chosen schedule."""
+    scale = next((s.guidance.scale for s in found.chosen.schedule.steps if s.guidance), None)
+    guided = "" if scale is None else f", guidance_scale={scale:g}"
+    return (
+        "from apply_schedule import apply_schedule, remove_schedule\n\n"
+        'apply_schedule(pipeline, "schedule.json")  # your own, as diffusers loads it\n'
+        f"pipeline(..., num_inference_steps={len(found.chosen.schedule.steps)}{guided})"
+    )
+
+
+def _what(found: Found) -> str:
+    wanted = found.wanted
+    full = len(wanted.grid(wanted.full_steps or wanted.steps))
+    time = "" if found.milliseconds is None else f", {found.milliseconds:.3g} ms an image"
+    guided = "" if wanted.scale is None else f", guided at {wanted.scale:g}"
+    return (
+        f"{wanted.kind or 'A network'} of {full} steps{guided}{time}; a schedule within {wanted.limit:.0%} of its {wanted.measure}. "
+        f"{found.trials} scores, {found.spent['samples']:,.0f} samples of the full pipeline's worth, {found.spent['seconds'] / 60:.1f} minutes."
+    )
+
+
+def _row(found: Found, candidate: Candidate, metrics: list[str]) -> dict[str, Any]:
+    steps = candidate.schedule.steps
+
+    def value(name: str) -> str:
+        by = found.apart if name == LOSS else 1.0
+        worth, error = candidate.score.values[name] / by, CONFIDENCE * candidate.score.error(name) / by
+        return f"{percent(worth)} ± {percent(error)}" if name == LOSS else f"{worth:.3g} ± {error:.1g}"
+
+    return {
+        "name": candidate.name + (" (chosen)" if candidate.schedule == found.chosen.schedule else ""),
+        "steps": len(steps),
+        "whole": sum(not step.reuse for step in steps),
+        "guided": sum(step.guidance is not None for step in steps) if found.wanted.scale is not None else "-",
+        "share": f"{candidate.share:.1%}",
+        "values": [value(name) for name in metrics],
+    }
+
+
+def _inline(svg: str) -> Markup:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
+    return Markup(svg.replace(INK, "currentColor"))
