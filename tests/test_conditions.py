@@ -345,6 +345,20 @@ def test_agreement_is_the_share_that_the_judge_puts_into_their_class(run_folder:
         Agreement(images)
 
 
+def test_the_full_model_may_have_timesteps_and_guidance_of_its_own(run_folder: Path) -> None:
+    """A schedule that is guided in part alone is compared with what is guided throughout."""
+    images, net = Digits(), NET.load(run_folder / "supernet", "cpu")
+    given: dict[str, Any] = {"images": images, "conditions": Labels(images), "rungs": (16, 32)}
+    own = TeacherDistance(**given, timesteps=uniform(6), guidance=2.5).load(net, run_folder)
+    guided = Schedule(tuple(Step(t, WHOLE, (), Guidance(2.5)) for t in uniform(6)))
+    plain = Schedule(tuple(Step(t, WHOLE) for t in uniform(6)))
+    assert own(guided, 16, 0).values["teacher_mse"] == 0
+    assert own(plain, 16, 0).values["teacher_mse"] > 0
+    assert TeacherDistance(**given).load(net, run_folder)(plain, 16, 0).values["teacher_mse"] == 0
+    with pytest.raises(UserError, match="give timesteps="):
+        TeacherDistance(**given, guidance=2.5)
+
+
 def test_several_scores_of_the_same_samples_cost_their_samples_once(run_folder: Path) -> None:
     images = Digits()
     labels = Labels(images)

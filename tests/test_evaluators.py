@@ -40,6 +40,7 @@ from evaluators.proxies import (
 )
 from evaluators.sampling import DDIM, DDPM, initial_noise, sample, step_noise, trajectory
 from evaluators.scoring import BLOCKS, mean_with_replicates
+from evaluators.teacher import NetworkFrechet, TeacherPerceptual
 from nas.contracts import Evaluator, Schedule, Step, UserError, jackknife_error
 from nas.testing import check_evaluator
 from search_spaces.intervals import leading, quadratic, uniform
@@ -262,6 +263,8 @@ EVALUATORS: list[Evaluator] = [
     TeacherFrechet(Digits(), **SMALL, timesteps=uniform(5)),
     TeacherDistance(Digits(), **SMALL),
     TeacherSimilarity(Digits(), **SMALL),
+    NetworkFrechet(images=Digits(), **SMALL),
+    NetworkFrechet(images=Digits(), **SMALL, timesteps=uniform(5), dimensions=4),
     TrajectoryDistance(Digits(), **SMALL),
     TrajectoryDistance(Digits(), **SMALL, sampler=DDPM()),
     DenoisingLoss(Digits(), **SMALL),
@@ -400,6 +403,32 @@ def test_teacher_distance_is_that_of_the_images(tiny_net: Elastic, tiny_run: Pat
     mine = sample(net, schedule, DDIM(), 5, 0, 40)
     theirs = sample(net, whole(net.full_arch, schedule, uniform(6)), DDIM(), 5, 0, 40)
     assert score.values["teacher_mse"] == pytest.approx(float(((mine - theirs) ** 2).mean()), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("default")
+def test_scores_by_features_are_zero_for_the_full_model_alone(
+    tiny_net: Elastic, tiny_run: Path, tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(Tiny(), torch.zeros(2, 3, 8, 8)), tmp_path / "mean.pt")
+    net = tiny_net.load(tiny_run / "supernet", "cpu")
+    full, other = (
+        Schedule(tuple(Step(t, tiny_net.uniform(width)) for t in uniform(steps)))
+        for width, steps in ((1.0, 6), (0.25, 3))
+    )
+    features = ExternalFeatures(str(tmp_path / "mean.pt"), "mean colour", value_range="unit")
+    perceptual = TeacherPerceptual(images=Digits(), features=features, **SMALL, timesteps=uniform(6))
+    for recipe in (perceptual, NetworkFrechet(images=Digits(), **SMALL, timesteps=uniform(6))):
+        score = recipe.load(net, tiny_run)
+        assert score(full, 40, 0).values[recipe.metrics[0]] == pytest.approx(0, abs=1e-6)
+        assert score(other, 40, 0).values[recipe.metrics[0]] > 1e-3
+    # Half the mean squared distance of features, over their variance.
+    mine, theirs = (sample(net, one, DDIM(), 0, 0, 40) for one in (other, full))
+    rows = [features.load(tmp_path, torch.device("cpu"))(images).double() for images in (mine, theirs)]
+    expected = ((rows[0] - rows[1]) ** 2).sum(1).mean() / (2 * rows[1].var(0).sum())
+    value = perceptual.load(net, tiny_run)(other, 40, 0).values["teacher_perceptual"]
+    assert value == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_the_additive_table_is_exact_where_one_interval_differs(tiny_net: Elastic, tiny_run: Path) -> None:

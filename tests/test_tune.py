@@ -1,0 +1,256 @@
+"""`nas tune`: from the folder of a stock pipeline to a schedule that it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from nas.contracts import Guidance, Schedule, Score, Step, UserError
+from nas.study import load_study
+from nas.tuning.study import Wanted, sets
+from nas.tuning.tune import Candidate, Found, given_schedule
+from search_spaces.shipped.graph import AROUND, TransformerGraph, UNetGraph
+from search_spaces.supernet import Elastic
+from tests.pipelines import LINEAR, dit, pixart, stable_diffusion
+from tests.test_cli import nas, refused
+from tests.test_portable import pixels
+
+QUICK = ("--steps", "6", "--trials", "40", "--samples", "8,16", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pipelines, and what was tuned of the first one."""
+    folder = tmp_path_factory.mktemp("tune")
+    dit(folder / "dit")
+    stable_diffusion(folder / "sd")
+    pixels(folder / "ddim")
+    (folder / "prompts.txt").write_text("a bag\na boot\na small coat\n")
+    result = nas(
+        "tune",
+        folder / "dit",
+        "--within",
+        "macs=0.6",
+        *QUICK,
+        "--to",
+        folder / "out",
+        "--out",
+        folder / "run",
+        "--json",
+    )
+    assert result.returncode == 0, result.stderr
+    (folder / "said.json").write_text(result.stdout)
+    return folder
+
+
+def said(place: Path) -> dict[str, Any]:
+    [found] = json.loads((place / "said.json").read_text())["schedules"]
+    return dict(found)
+
+
+def applied(folder: Path) -> Any:
+    """The module that lies beside the schedule."""
+    spec = importlib.util.spec_from_file_location("tuned_schedule", folder / "apply_schedule.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tuned_schedule"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_folder_becomes_a_schedule_that_its_own_pipeline_runs(place: Path) -> None:
+    found, plan = said(place), json.loads((place / "out" / "schedule.json").read_text())
+    assert found["share"] <= 0.6
+    assert plan["measured"]["loss"] == found["loss"]
+    page = (place / "out" / "report.html").read_text()
+    assert found["verdict"][0] in page.replace("&#39;", "'")
+    pipeline = dit(place / "again")
+    pipeline.transformer.eval()
+    applied(place / "out").apply_schedule(pipeline, place / "out" / "schedule.json")
+    images = pipeline(
+        class_labels=[1, 2],
+        num_inference_steps=plan["num_inference_steps"],
+        guidance_scale=plan["guidance_scale"],
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+    assert images.shape == (2, 16, 16, 3)
+    assert np.isfinite(images).all()
+
+
+def test_the_same_command_scores_nothing_again(place: Path) -> None:
+    journal = (place / "run" / "6-macs-0.6" / "journal.log").read_bytes()
+    command = ("tune", place / "dit", "--within", "macs=0.6", *QUICK, "--to", place / "out", "--out", place / "run")
+    result = nas(*command, "--json")
+    assert result.returncode == 0, result.stderr
+    assert (place / "run" / "6-macs-0.6" / "journal.log").read_bytes() == journal
+    again = json.loads(result.stdout)["schedules"][0]
+    assert again["verdict"] == said(place)["verdict"]
+
+
+def test_the_study_goes_on_by_hand(place: Path) -> None:
+    study = load_study(place / "out" / "study.py")
+    assert study.limits == {"macs_share": 0.6}
+    assert {"path", "evolution"} <= set(study.searchers)
+    result = nas(
+        "run", place / "out" / "study.py", "--searcher", "evolution", "--trials", "8", "--out", place / "by hand", "-q"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_where_nothing_is_lost_nothing_is_searched(place: Path) -> None:
+    """The schedule of a model, tried on itself, and on one whose weights differ, as a fine-tune's do."""
+    shutil.copytree(place / "dit", place / "same")
+    start = place / "out" / "schedule.json"
+    result = nas(
+        "tune",
+        place / "same",
+        "--within",
+        "macs=0.6",
+        *QUICK,
+        "--start",
+        start,
+        "--to",
+        place / "moved",
+        "--out",
+        place / "run2",
+        "--json",
+    )
+    assert result.returncode == 0, result.stderr
+    [found] = json.loads(result.stdout)["schedules"]
+    assert "nothing is lost, so nothing was searched" in found["verdict"][-1]
+    steps = json.loads(start.read_text())["steps"]
+    assert json.loads((place / "moved" / "schedule.json").read_text())["steps"] == steps
+    plan = json.loads(start.read_text())
+    plan["measured"]["loss"] = 0.0
+    (place / "better.json").write_text(json.dumps(plan))
+    result = nas(
+        "tune",
+        place / "same",
+        "--within",
+        "macs=0.6",
+        *QUICK,
+        "--start",
+        place / "better.json",
+        "--to",
+        place / "moved",
+        "--out",
+        place / "run3",
+        "--json",
+    )
+    assert "more was searched for" in json.loads(result.stdout)["schedules"][0]["verdict"][-1]
+
+
+@pytest.mark.slow
+def test_several_numbers_of_steps_time_and_texts(place: Path) -> None:
+    prompts = ("--prompts", place / "prompts.txt")
+    result = nas(
+        "tune", place / "sd", "--within", "time=0.95", "--steps", "4,6", "--trials", "30", "--samples", "4,8", "--batch", "1", *prompts,
+        "--to", place / "sd out", "--out", place / "sd run", "--write-study", place / "sd.py", "-q",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for count in (4, 6):
+        plan = json.loads((place / "sd out" / f"{count}-steps" / "schedule.json").read_text())
+        assert plan["measured"]["share"] <= 0.95
+        assert plan["guidance_scale"] == 7.5
+        assert len(plan["measured"]["grid"]) == count
+    assert load_study(place / "sd-6.py").limits["latency_ms"] > 0
+    assert "no cache_dit.yaml: cache-dit's mask are of transformers" in result.stderr
+
+
+def test_what_cannot_be_tuned_is_refused(place: Path) -> None:
+    for arguments, message in (
+        ((place / "none", "--within", "macs=0.5"), "is no folder"),
+        ((place / "dit", "--within", "speed=2"), "is not time=SHARE or macs=SHARE"),
+        ((place / "dit", "--within", "macs=1.5"), "no share of what the full pipeline takes"),
+        ((place / "dit", "--within", "macs=0.5", "--steps", "1"), "leaves nothing to choose"),
+        ((place / "dit", "--within", "macs=0.5", "--steps", "a"), "whole numbers with commas"),
+        ((place / "dit", "--within", "macs=0.5", "--samples", "9,3"), "the second larger"),
+        ((place / "dit", "--within", "macs=0.5", "--labels", "1000"), "none of the network's 1000 classes"),
+        ((place / "dit", "--within", "macs=0.5", "--prompts", place / "prompts.txt"), "reads no text"),
+        ((place / "sd", "--within", "macs=0.5"), "give --prompts FILE"),
+        ((place / "dit", "--within", "macs=0.001", *QUICK), "macs_share"),
+        ((place / "ddim", "--within", "macs=0.6", "--start", place / "out" / "schedule.json", *QUICK), "search anew"),
+        ((place / "dit", "--within", "macs=0.6", "--start", place / "prompts.txt"), "cannot be read"),
+    ):
+        refused(nas("tune", *arguments, "--out", place / "refused", "--to", place / "nothing"), message)
+
+
+# --------------------------------------------------------------------------------------------------------- the study
+
+
+def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> None:
+    wanted = Wanted(place / "dit", "macs", 0.5, steps=10)
+    stock = DDIMScheduler(**LINEAR)
+    stock.set_timesteps(10)
+    assert wanted.grid(10) == tuple(stock.timesteps.tolist())
+    assert wanted.scale == 4.0
+    assert replace(wanted, guidance=1.0).scale is None
+    assert replace(wanted, guidance=1.5).scale == 1.5
+    assert type(wanted.sampler).__name__ == "DDIM"
+    assert Wanted(place / "ddim", "macs", 0.5).scale is None
+    pixart(tmp_path / "pixart")
+    multistep = Wanted(tmp_path / "pixart", "macs", 0.5, prompts=place / "prompts.txt")
+    assert type(multistep.sampler).__name__ == "DPMSolver"
+    assert multistep.study({}).space.choices[0].options[-1] == "whole"
+    assert not any("nothing" in pattern.label for pattern in multistep.patterns)
+
+
+def test_sets_of_blocks_go_from_the_least_to_the_most() -> None:
+    assert sets(TransformerGraph(2)) == ((AROUND,), ("b0",), ("b0.mlp", "b1.mlp"), ("b0.attn", "b1.attn"))
+    assert sets(UNetGraph((1, 1))) == (("u1",), ("d0", "u1"))
+    four = sets(UNetGraph((2, 2, 2, 2)))
+    assert four[0] == ("u3",)
+    assert four[-1] == ("d0", "d1", "d2", "u1", "u2", "u3")
+    assert len(four) == 3
+
+
+def found_of(losses: tuple[float, float], apart: float = 1.0) -> Found:
+    """The best and fewer steps, of so much loss each."""
+
+    def candidate(loss: float, reuse: tuple[str, ...]) -> Candidate:
+        pairs = tuple(loss + 0.001 * ((n % 3) - 1) for n in range(20))
+        steps = (Step(9, ("a",)), Step(5, ("a",), reuse))
+        return Candidate("", Schedule(steps), 0.5, Score({"teacher_mse": loss}, {"teacher_mse": pairs}))
+
+    best, fewer = candidate(losses[0], ("b0",)), candidate(losses[1], ())
+    wanted = Wanted(Path("none"), "macs", 0.5, steps=4)
+    study: Any = None
+    return Found(wanted, study, best, fewer, None, apart, 10, {})
+
+
+def test_the_verdict_is_in_words() -> None:
+    assert found_of((0.01, 0.2)).verdict[0].startswith("A schedule of 2 steps takes 50% of the full pipeline's macs")
+    level = found_of((0.2, 0.2))
+    assert level.chosen == level.fewer
+    assert level.verdict[0].startswith("Reuse adds nothing here that is beyond the error: take 2 of the 4 steps")
+    assert found_of((0.5, 0.6)).verdict[0].startswith("No gain: keep 4 steps.")
+    assert "loses 0.05 times as much" in found_of((0.01, 0.2)).verdict[1]
+
+
+def test_a_schedule_moves_to_other_steps_and_guidance(place: Path) -> None:
+    plan = json.loads((place / "out" / "schedule.json").read_text())
+    same = given_schedule(Wanted(place / "dit", "macs", 0.6, steps=6), plan)
+    assert same.timesteps == tuple(step["timestep"] for step in plan["steps"])
+    wanted = Wanted(place / "dit", "macs", 0.6, steps=12, guidance=2.0)
+    moved = given_schedule(wanted, plan)
+    assert set(moved.timesteps) <= set(wanted.grid(12))
+    assert {step.guidance for step in moved.steps} <= {None, Guidance(2.0)}
+    with pytest.raises(UserError, match="search anew"):
+        given_schedule(Wanted(place / "ddim", "macs", 0.6), plan)
+
+
+def test_a_network_alone_can_be_tuned(place: Path) -> None:
+    assert Wanted(place / "ddim" / "unet", "macs", 0.5).kind == ""
+    assert isinstance(Wanted(place / "ddim" / "unet", "macs", 0.5).net, Elastic)
