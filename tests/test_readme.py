@@ -42,6 +42,7 @@ from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich, TrainAutoencoder
 from studies import digits, digits_classes, digits_reuse, digits_wide, fashion_latent
 from tests.pipelines import dit, stable_diffusion
+from tests.test_cli import nas
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -190,7 +191,8 @@ def test_the_commands_of_the_three_jobs_run_as_written(tmp_path: Path) -> None:
     (tmp_path / "studies" / "digits.py").write_text(study)
     bin_folder = str(Path(sys.executable).parent)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
-    commands = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    every = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    commands = [command for command in every if not command.startswith("nas tune")]  # of pipelines: below
     assert {
         "run",
         "status",
@@ -232,3 +234,29 @@ def test_the_commands_of_the_three_jobs_run_as_written(tmp_path: Path) -> None:
     [pipeline] = [block for block in blocks("python") if "DiffusionPipeline" in block]
     check = pipeline + "assert len(images) == 16\n"
     subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)
+
+
+@pytest.mark.slow
+def test_tuning_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small pipelines, whose decoding takes most of their time; then the module that lies there is applied as shown."""
+    pipeline = dit(tmp_path / "dit")
+    dit(tmp_path / "other", seed=1)
+    stable_diffusion(tmp_path / "sd15")
+    (tmp_path / "prompts.txt").write_text("a bag\na boot\n")
+    monkeypatch.chdir(tmp_path)
+    every = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+    commands = [command for command in every if command.startswith("nas tune")]
+    assert len(commands) == 3
+    for command in commands:
+        small = command.replace("time=0.5", "macs=0.5").replace("20,50", "4,6")
+        steps = () if "--steps" in small else ("--steps", "5")
+        done = nas(*shlex.split(small)[1:], *steps, "--trials", "12", "--samples", "4,8", "--quiet")
+        assert done.returncode == 0, done.stderr
+    for name in ("schedule.json", "apply_schedule.py", "report.html", "study.py"):
+        assert (tmp_path / "tuned" / "dit" / name).exists()
+    monkeypatch.chdir(tmp_path / "tuned" / "dit")
+    monkeypatch.syspath_prepend(str(tmp_path / "tuned" / "dit"))
+    [shown] = [block for block in blocks("python") if "apply_schedule(" in block]
+    made: dict[str, Any] = {"pipeline": pipeline}
+    exec(shown, made)
+    made["remove_schedule"](pipeline)

@@ -23,7 +23,7 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.engine.session import Session, open_session
+from nas.engine.session import Session, open_session, torch_threads
 from nas.genomes.genetics import LATENCY, dearest
 from nas.handover.portable import resampled, schedule_of
 from nas.study import Study
@@ -143,55 +143,52 @@ def tune(
 ) -> Found:
     """`folder`: the run folder; the same call goes on where it stopped. `start`: what a schedule file holds, which is tried first; where it loses here what it
     lost where it was found, nothing is searched. Raises UserError where the folder is no pipeline that this can be done with, or nothing fits the limit."""
-    show = show or Show()
+    with torch_threads(1):  # as calls are timed and samples scored
+        return _tune(wanted, folder, show or Show(), device, start)
+
+
+def _tune(wanted: Wanted, folder: Path, show: Show, device: str, start: Mapping[str, Any] | None) -> Found:
     given = None if start is None else given_schedule(wanted, start)
     if given is not None:
-        wanted = replace(
-            wanted, further=tuple(dict.fromkeys(computed(wanted.graph, s.reuse) for s in given.steps if s.reuse))
-        )
+        patterns = dict.fromkeys(computed(wanted.graph, step.reuse) for step in given.steps if step.reuse)
+        wanted = replace(wanted, further=tuple(patterns))
     study, milliseconds = limited(wanted, folder, show, device)
     with open_session(study, folder, None, device) as session:
         show.follow(session.prepare())
         own = [] if given is None else [study.space.genome(given)]  # type: ignore[attr-defined]
-        fixed = within(study, folder, baselines(wanted))
-        study = session.study = replace(study, enqueue=tuple(dict.fromkeys([*own, *fixed])))
-        first = _searched(session, show, device, len(own)) if own else []
-        known = _of_start(first, own, start)
-        searched = not (own and _nothing_lost(known, start))
-        trials = _searched(session, show, device, study.trials + len(study.enqueue)) if searched else first
+        first_tries = within(study, folder, baselines(wanted))
+        study = session.study = replace(study, enqueue=tuple(dict.fromkeys([*own, *first_tries])))
+        trials = _searched(session, show, len(own)) if own else []
+        searched = not (start is not None and _nothing_lost(trials, own, start))
+        if searched:
+            trials = _searched(session, show, study.trials + len(study.enqueue))
+        space = study.problem_in(folder).space
         chosen = _verified(study, trials) if searched else own[0]
-        space = session.study.problem_in(folder).space
         few = _fewer_steps(space, trials) if searched else None
-        genomes = dict.fromkeys([chosen, *([few] if few else []), *own])
-        scores = _confirmed(session, show, device, [*genomes])
-        candidates = {
-            genome: Candidate(name, space.decode(genome), share_of(study, folder, genome), scores[genome])
-            for genome, name in (
-                (own[0], "the schedule given") if own else (chosen, ""),
-                (few, "fewer steps") if few else (chosen, ""),
-                (chosen, "found"),
-            )
-            if genome in scores
-        }
-        evaluator = study.load(folder, device)
-        apart, images = looked_at(evaluator, wanted, candidates)
-        spent = {
-            "samples": sum(t.score.spent.get("macs", 0.0) for t in trials if t.score) / full_macs(study),
+        scores = _confirmed(session, show, list(dict.fromkeys([chosen, *([few] if few else []), *own])))
+    shares = shares_of(study, folder, device, list(scores))
+    candidates = {
+        genome: Candidate(name, space.decode(genome), shares[genome], scores[genome])
+        for genome, name in ((own[0] if own else chosen, "given"), (few or chosen, "fewer steps"), (chosen, "found"))
+        if genome in scores
+    }
+    apart, images = looked_at(study.load(folder, device), wanted, candidates)
+    return Found(
+        wanted,
+        study,
+        candidates[chosen],
+        candidates.get(few) if few else None,
+        candidates.get(own[0]) if own else None,
+        apart,
+        len(trials),
+        {
+            "samples": sum(t.score.spent.get("macs", 0.0) for t in trials if t.score) / study.full["macs"],
             "seconds": sum(t.score.spent.get("seconds", 0.0) for t in trials if t.score),
-        }
-        return Found(
-            wanted,
-            session.study,
-            candidates[chosen],
-            candidates.get(few) if few else None,
-            candidates.get(own[0]) if own else None,
-            apart,
-            len(trials),
-            spent,
-            milliseconds,
-            searched,
-            images,
-        )
+        },
+        milliseconds,
+        searched,
+        images,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- the limit
@@ -229,18 +226,13 @@ def _ends(space: Any) -> list[Genome]:
     return [(0,) * len(space.choices), dearest(space)]
 
 
-def share_of(study: Study, folder: Path, genome: Genome) -> float:
+def shares_of(study: Study, folder: Path, device: str, genomes: list[Genome]) -> dict[Genome, float]:
     """Of the full pipeline's time with decoding, or of its multiply-adds."""
-    cost = study.problem_in(folder).space.cost(genome)
-    if LATENCY not in cost:
-        return float(cost["macs_share"])
-    full, decoding = _full_time(study, folder, "cpu")
-    return (cost[LATENCY] + decoding) / (full + decoding)
-
-
-def full_macs(study: Study) -> float:
-    """Multiply-adds of a sample of the full pipeline."""
-    return float(study.full["macs"])
+    costs = {genome: study.problem_in(folder).space.cost(genome) for genome in genomes}
+    if not study.limits_time:
+        return {genome: float(cost["macs_share"]) for genome, cost in costs.items()}
+    full, decoding = _full_time(study, folder, device)
+    return {genome: (cost[LATENCY] + decoding) / (full + decoding) for genome, cost in costs.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- first tries
@@ -308,17 +300,13 @@ def given_schedule(wanted: Wanted, plan: Mapping[str, Any]) -> Schedule:
     grid = plan["measured"].get("grid", [step["timestep"] for step in plan["steps"]])
     moved = resampled(own, grid, wanted.grid(wanted.steps))
     guide = None if wanted.scale is None else Guidance(wanted.scale)
-    return Schedule(tuple(step if step.guidance is None else replace_guidance(step, guide) for step in moved.steps))
-
-
-def replace_guidance(step: Step, guide: Guidance | None) -> Step:
-    return Step(step.timestep, step.arch, step.reuse, guide)
+    return Schedule(tuple(step if step.guidance is None else replace(step, guidance=guide) for step in moved.steps))
 
 
 # ----------------------------------------------------------------------------------------------------------- searching
 
 
-def _searched(session: Session, show: Show, device: str, count: int) -> list[Trial]:
+def _searched(session: Session, show: Show, count: int) -> list[Trial]:
     conductor = session.conductor(SEARCHER, 0, count, show.on_settled(SEARCHER))
     with show.search(SEARCHER, conductor):
         session.run(conductor, workers=show.workers)
@@ -347,20 +335,14 @@ def _fewer_steps(space: Any, trials: list[Trial]) -> Genome | None:
     return min(scored, key=lambda genome: scored[genome], default=None)
 
 
-def _of_start(trials: list[Trial], own: list[Genome], start: Mapping[str, Any] | None) -> Score | None:
-    scored = [t.score for t in trials if own and t.genome == own[0] and t.score]
-    return scored[-1] if scored else None
+def _nothing_lost(trials: list[Trial], own: list[Genome], start: Mapping[str, Any]) -> bool:
+    """Whether a schedule that was given loses no more than where it was found, beyond two errors, at what samples verify it here."""
+    scores = [trial.score for trial in trials if trial.genome in own and trial.score]
+    before = start["measured"].get("loss")
+    return bool(scores) and before is not None and scores[-1].values[LOSS] - 2 * scores[-1].error(LOSS) <= float(before)
 
 
-def _nothing_lost(score: Score | None, start: Mapping[str, Any] | None) -> bool:
-    """Whether a schedule that was given loses no more than where it was found, beyond two errors."""
-    before = None if start is None else start["measured"].get("loss")
-    if score is None or before is None:
-        return False
-    return score.values[LOSS] - 2 * score.error(LOSS) <= float(before)
-
-
-def _confirmed(session: Session, show: Show, device: str, genomes: list[Genome]) -> dict[Genome, Score]:
+def _confirmed(session: Session, show: Show, genomes: list[Genome]) -> dict[Genome, Score]:
     """On noises that nothing was chosen on."""
     conductor = session.confirmation(genomes)
     with show.search("confirming", conductor):
