@@ -29,6 +29,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -50,6 +51,7 @@ from nas.contracts import Genome, Schedule, derive_seed
 from nas.engine.session import open_session
 from nas.engine.timing import measure
 from nas.genomes.genetics import LATENCY, dearest
+from nas.genomes.paths import Steps, paths, together
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.path import Path as ShortestPath
@@ -294,6 +296,27 @@ def compared(rows: list[tuple[Row, Row]]) -> tuple[float, float]:
     return float(np.mean(differences)), math.sqrt(sum(e**2 for e in errors)) / len(errors)
 
 
+def exact() -> Row:
+    """Seconds for the best paths of nine blocks over 50 steps, together, for 40 budgets; errors that grow with the way back, costs of nine digits."""
+    rng = np.random.default_rng(0)
+    count, blocks = 50, 9
+    way = np.maximum(0, np.arange(count)[None, :] - np.arange(count)[:, None]).astype(float)
+    problems = [
+        Steps(
+            rng.integers(10**8, 10**9, (count, 1)),
+            np.zeros((count, 1)),
+            rng.integers(10**6, 10**7, (count, 1)),
+            (way ** rng.uniform(1, 2) * rng.random((1, count)))[..., None],
+        )
+        for _ in range(blocks)
+    ]
+    started = time.perf_counter()
+    fronts = [paths(one) for one in problems]
+    most = sum(front[-1].cost for front in fronts)
+    found = together(fronts, [most * (place + 1) / 40 for place in range(40)])
+    return {"seconds": time.perf_counter() - started, "solved": sum(one is not None for one in found)}
+
+
 def mean(rows: list[Row]) -> float:
     """Loss over seeds."""
     return float(np.mean([row["loss"] for row in rows]))
@@ -335,6 +358,7 @@ def main() -> None:
         raise SystemExit(
             "error: no model is there; run one of " + ", ".join(f"`python -m benchmarks.{m}`" for m in MODELS)
         )
+    solved = bench.row("exact", exact)
     seeds = SEEDS[:1] if bench.quick else SEEDS
     grids = STEPS[:1] if bench.quick else STEPS
     budgets = BUDGETS[1:2] if bench.quick else BUDGETS
@@ -380,6 +404,7 @@ def main() -> None:
                 sum(row["won"] for row in verdicts) / len(verdicts),
                 at_most=False,
             ),
+            Target("path_seconds", "seconds for nine blocks of 50 steps, 40 budgets at once", 1, solved["seconds"]),
             Target(
                 "tune_cost_samples", "samples of the full pipeline that the dearest search took", 20_000, max(spent)
             ),

@@ -22,6 +22,10 @@ CELLS = 1024
 """Above so many labels of one last computed step, only the best of each of so many cells of the cost axis go on."""
 
 
+TOGETHER = 2048
+"""As many labels of several parts together."""
+
+
 class Steps(NamedTuple):
     """Ways to run each of some steps. `computing`: (steps, ways), what each way costs that computes; `loss`: (steps, ways), its error, whatever came
     before. `reusing`: (steps, ways), what each way costs that reuses; `drift`: (steps, steps, ways), `drift[j, m]` the error of step m > j where step j
@@ -99,11 +103,11 @@ def paths(steps: Steps, most: float = math.inf, cells: int = CELLS) -> list[Reus
 
 
 def together(fronts: Sequence[Sequence[ReusePath]], budgets: Sequence[float]) -> list[tuple[ReusePath, ...] | None]:
-    """For each budget a path of each part of the network, of the least total error that it allows; None where it allows none. `fronts`: of each part, as
-    `paths` gives them."""
+    """For each budget a path of each part of the network, of the least total error that it allows, as exactly as `allocate` is with `TOGETHER` cells; None
+    where it allows none. `fronts`: of each part, as `paths` gives them."""
     costs = [[path.cost for path in front] for front in fronts]
     errors = [[path.error for path in front] for front in fronts]
-    chosen = allocate(costs, errors, budgets)
+    chosen = allocate(costs, errors, budgets, cells=TOGETHER)
     return [
         tuple(front[option] for front, option in zip(fronts, best[0].options, strict=True)) if best else None
         for best in chosen
