@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 from scipy.optimize import nnls
 
-from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Step, Trial, derive_seed
-from nas.genomes.genetics import IntervalCosts, Taken, budget_of, exact_cost, novel, random_genome
+from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
+from nas.genomes.genetics import Taken, budget_of, novel, random_genome
 from nas.genomes.paths import ReusePath, Steps, paths, together
 from nas.recipes import Few, recipe
+from nas.searchers.tracks import Tracks
 
-Option = tuple[int, ...]
 Floats = npt.NDArray[np.float64]
 
 BANDS = 4
@@ -40,9 +39,6 @@ LEAST = 1e-3
 
 BEST = 5
 """Schedules whose neighbours are tried, one after another."""
-
-WINDOWS = 4
-"""Parts of the trajectory at whose bounds guidance may begin or end."""
 
 POWERS = (1.0, 0.5)
 """Losses of a run add up where they are unrelated; their roots do where all point one way."""
@@ -66,47 +62,14 @@ class Path:
         return PathSearch(self, problem, seed)
 
 
-@dataclass(frozen=True)
-class _Track:
-    """One part of the network through the trajectory. `intervals`: in order of the steps. `computing[i]`, `reusing[i]`: options of its i-th interval, the
-    full network's first among those that compute. `labels`: what the options that reuse are called, the same thing at all intervals. `unguided[i]`: options
-    of steps that are not guided where the full network is."""
-
-    intervals: tuple[int, ...]
-    computing: tuple[tuple[Option, ...], ...]
-    reusing: tuple[dict[str, Option], ...]
-    labels: tuple[str, ...]
-    unguided: tuple[frozenset[Option], ...]
-
-    @property
-    def windows(self) -> list[tuple[int, int]]:
-        """Places from which and up to which steps are guided: all, or a part without the noisiest, without the cleanest, or without both."""
-        count = len(self.intervals)
-        if not any(self.unguided):
-            return [(0, count)]
-        starts, stops = (
-            [round(share * count / WINDOWS) for share in shares] for shares in ((0, 1), range(WINDOWS, 0, -1))
-        )
-        return [(start, stop) for start in starts for stop in stops if start < stop]
-
-
-class _Run(NamedTuple):
-    """A probe: in this track, `length` intervals from the place `start` on reuse, called `label`; or the one at `start` takes a computing `option`."""
-
-    track: int
-    start: int
-    length: int
-    label: str
-    option: int = 0
-
-
 class PathSearch:
     def __init__(self, settings: Path, problem: Problem, seed: int) -> None:
         self._settings = settings
         self._problem = problem
         self._seed = seed
-        self._costs = IntervalCosts(problem.space)
-        self._full = self._costs.dearest()
+        self._tracks = Tracks(problem.space, settings.options, settings.reach, settings.probes)
+        self._costs = self._tracks.costs
+        self._full = self._tracks.full
         self._measured: dict[Genome, float] = {}
         self._left: set[Genome] | None = None
         self._known: tuple[dict[Genome, float], list[tuple[float, Genome]]] = ({}, [])
@@ -118,10 +81,10 @@ class PathSearch:
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
-        for genome, words in self._probes.items():
+        for genome, words in self._tracks.probes.items():
             if genome not in taken:
                 return Proposal(genome, {"probe": words})
-        if any(genome in pending for genome in self._probes):
+        if any(genome in pending for genome in self._tracks.probes):
             return WAIT
         for current in (False, True):
             for genome, predicted, words in self._solutions(current):
@@ -139,7 +102,7 @@ class PathSearch:
             if self._problem.feasible(trial.genome):
                 self._best = sorted([*self._best, (value, trial.genome)])[:BEST]
         if self._left is None:
-            self._left = set(self._probes)
+            self._left = set(self._tracks.probes)
         last = self._left == {trial.genome}
         self._left.discard(trial.genome)
         if last or (not self._left and len(self._told) % REFIT == 0):
@@ -149,117 +112,6 @@ class PathSearch:
         """From now on solutions follow from what was measured up to here."""
         self._known = (dict(self._measured), list(self._best))
         self._solved = None
-
-    # ------------------------------------------------------------------------------------------------------ tracks
-
-    @cached_property
-    def _tracks(self) -> tuple[_Track, ...]:
-        tracks = getattr(self._problem.space, "tracks", None) or (tuple(range(len(self._costs.tables))),)
-        whole = {step.timestep: step for step in self._problem.space.decode(self._full).steps}
-        found = []
-        for intervals in tracks:
-            each = [self._sorted(k, whole) for k in intervals]
-            labels = dict.fromkeys(label for _, reusing, _ in each for label in reusing)
-            computing, reusing, unguided = (tuple(column) for column in zip(*each, strict=True))
-            found.append(_Track(tuple(intervals), computing, reusing, tuple(labels), unguided))
-        return tuple(found)
-
-    def _sorted(
-        self, k: int, whole: Mapping[int, Step]
-    ) -> tuple[tuple[Option, ...], dict[str, Option], frozenset[Option]]:
-        """Options of interval k that compute, the full network's first, those that reuse, because the first step at which they differ from the full network
-        takes something from the step before or is left out, and those among them whose step is not guided though the full network's is."""
-        table, own = self._costs.tables[k], self._full[self._costs.genes[k]]
-        every = sorted(np.ndindex(*table.shape), key=lambda option: (int(table[option]), option))
-        places = np.linspace(0, len(every) - 1, min(len(every), self._settings.options)).round().astype(int)
-        computing, reusing, unguided, known = [own], {}, [], set()
-        for option in (every[place] for place in places):
-            schedule = self._problem.space.decode(self._changed(self._full, {k: option}))
-            steps = {step.timestep: step for step in schedule.steps}
-            first = next((t for t in whole if steps.get(t) != whole[t]), None)
-            if first is None or schedule in known:
-                continue
-            known.add(schedule)
-            if first not in steps or steps[first].reuse:
-                reusing["/".join(map(str, option))] = option
-            else:
-                computing.append(option)
-            if first in steps and steps[first].guidance is None and whole[first].guidance is not None:
-                unguided.append(option)
-        return tuple(computing), reusing, frozenset(unguided)
-
-    @cached_property
-    def _prices(self) -> tuple[dict[Option, int], ...]:
-        """Of each interval's options, what they cost in the full network's place, to the last unit: a step that reuses has all that it needs there."""
-        space, full = self._problem.space, exact_cost(self._problem.space, self._full)
-        found: list[dict[Option, int]] = [{} for _ in self._costs.tables]
-        for track in self._tracks:
-            for place, k in enumerate(track.intervals):
-                own = self._costs.of(k, self._full[self._costs.genes[k]])
-                for option in (*track.computing[place], *track.reusing[place].values()):
-                    found[k][option] = own + exact_cost(space, self._changed(self._full, {k: option})) - full
-        return tuple(found)
-
-    def _changed(self, genome: Genome, options: Mapping[int, Option]) -> Genome:
-        changed = list(genome)
-        for k, option in options.items():
-            changed[self._costs.genes[k]] = option
-        return tuple(changed)
-
-    # ------------------------------------------------------------------------------------------------------ probes
-
-    @cached_property
-    def _probes(self) -> dict[Genome, str]:
-        """What is scored before anything is solved, in order, and what it is."""
-        found = {self._full: "full"}
-        for run in self._runs:
-            found.setdefault(self._genome_of(run), self._words(run))
-        return found
-
-    @cached_property
-    def _runs(self) -> tuple[_Run, ...]:
-        """Those that are probed; of too many, every so many."""
-        every = [
-            _Run(number, place, 1, "", option)
-            for number, track in enumerate(self._tracks)
-            for place, options in enumerate(track.computing)
-            for option in range(1, len(options))
-        ]
-        for length in self._lengths:
-            for number, track in enumerate(self._tracks):
-                for label in track.labels:
-                    starts = [
-                        start for start in range(len(track.intervals)) if self._reusable(track, start, length, label)
-                    ]
-                    every += [_Run(number, start, length, label) for start in starts]
-        kept = min(len(every), max(1, self._settings.probes - 1))
-        return (
-            tuple(every[place] for place in np.linspace(0, len(every) - 1, kept).round().astype(int)) if every else ()
-        )
-
-    @cached_property
-    def _lengths(self) -> tuple[int, ...]:
-        return tuple(2**power for power in range(self._settings.reach.bit_length()))
-
-    def _reusable(self, track: _Track, start: int, length: int, label: str) -> bool:
-        return all(label in options for options in track.reusing[start : start + length]) and start + length <= len(
-            track.intervals
-        )
-
-    def _genome_of(self, run: _Run) -> Genome:
-        track = self._tracks[run.track]
-        places = range(run.start, run.start + run.length)
-        if run.option:
-            return self._changed(
-                self._full, {track.intervals[place]: track.computing[place][run.option] for place in places}
-            )
-        return self._changed(self._full, {track.intervals[place]: track.reusing[place][run.label] for place in places})
-
-    def _words(self, run: _Run) -> str:
-        track = self._tracks[run.track]
-        what = track.computing[run.start][run.option] if run.option else track.reusing[run.start][run.label]
-        choice = self._problem.space.choices[self._costs.genes[track.intervals[run.start]].start]
-        return f"{choice.name}: {run.length} of option {'/'.join(map(str, what))}"
 
     # ------------------------------------------------------------------------------------------------------- model
 
@@ -275,14 +127,14 @@ class PathSearch:
         """Of each track, once all probes are scored: of each place what each computing option loses, and of each label, by (computed place + 1, place),
         what the whole run from the one behind the other loses, (places + 1, places, labels)."""
         found = []
-        for number, track in enumerate(self._tracks):
-            runs = [run for run in self._runs if run.track == number]
+        for number, track in enumerate(self._tracks.each):
+            runs = [run for run in self._tracks.runs if run.track == number]
             computing = [np.full(len(options), np.inf) for options in track.computing]
             for place in range(len(computing)):
                 computing[place][0] = 0.0
             known: dict[str, dict[int, dict[int, float]]] = {label: {} for label in track.labels}
             for run in runs:
-                lost = self._lost(self._genome_of(run))
+                lost = self._lost(self._tracks.genome_of(run))
                 if lost is not None and run.option:
                     computing[run.start][run.option] = lost
                 elif lost is not None:
@@ -302,7 +154,7 @@ class PathSearch:
     def _steps(self, number: int, power: float, window: tuple[int, int], whole: bool) -> Steps:
         """The track's ways and what they lose by the model, corrected; guided in the window of places alone; `whole`: steps run whole or are left out. An
         interval before the first stands for what runs there anyway."""
-        track, (computing, drift) = self._tracks[number], self._losses[number]
+        track, (computing, drift) = self._tracks.each[number], self._losses[number]
         count, (start, stop) = len(track.intervals), window
         factors = self._factors[self._band(np.arange(count), count)]
         most = max(map(len, track.computing))
@@ -313,7 +165,7 @@ class PathSearch:
         between[:, 1:] = _increments(drift, power) * factors[:, None] ** power
         between[:, 0] = np.inf
         for place, k in enumerate(track.intervals):
-            price, free = self._prices[k], track.unguided[place]
+            price, free = self._tracks.prices[k], track.unguided[place]
             guided = not any(track.unguided) or start <= place < stop
             for way, option in enumerate(track.computing[place]):
                 cost[place + 1, way] = price[option]
@@ -336,7 +188,7 @@ class PathSearch:
     def _by_band(self, genome: Genome) -> Floats | None:
         """What the model, not corrected, says that it loses in each band; None where it says nothing."""
         found = np.zeros(BANDS)
-        for track, (computing, _), increments in zip(self._tracks, self._losses, self._added, strict=True):
+        for track, (computing, _), increments in zip(self._tracks.each, self._losses, self._added, strict=True):
             last = 0
             for place, k in enumerate(track.intervals):
                 option = genome[self._costs.genes[k]]
@@ -359,7 +211,12 @@ class PathSearch:
             rows = []
             for genome in measured:
                 lost = self._lost(genome)
-                if genome in self._probes or lost is None or lost <= 0 or (said := self._by_band(genome)) is None:
+                if (
+                    genome in self._tracks.probes
+                    or lost is None
+                    or lost <= 0
+                    or (said := self._by_band(genome)) is None
+                ):
                     continue
                 rows.append(said / lost)
             said_in_all = np.array(rows).reshape(-1, BANDS)
@@ -396,13 +253,13 @@ class PathSearch:
         shares = [1 - number / self._settings.budgets for number in range(self._settings.budgets)]
         budgets = [least + (most - least) * share for share in shares]
         best: list[tuple[float, str, Genome]] = []
-        count = len(self._tracks[0].intervals)
-        kinds = [(power, window, False) for power in POWERS for window in self._tracks[0].windows]
+        count = len(self._tracks.each[0].intervals)
+        kinds = [(power, window, False) for power in POWERS for window in self._tracks.each[0].windows]
         # Which steps run at all is a question of its own, whose answer the others are compared with.
-        kinds += [(1.0, (0, count), True)] if any(0 in prices.values() for prices in self._prices) else []
+        kinds += [(1.0, (0, count), True)] if any(0 in prices.values() for prices in self._tracks.prices) else []
         for power, window, whole in kinds:
             for number, chosen in enumerate(self._shortest(power, window, whole, budgets)):
-                genome = None if chosen is None else self._decoded(chosen)
+                genome = None if chosen is None else self._tracks.decoded(chosen)
                 if genome is not None and self._problem.feasible(genome):
                     words = (
                         f"shortest path{' of whole steps' if whole else ''} at {shares[number]:.0%}, power {power:g}"
@@ -418,17 +275,10 @@ class PathSearch:
     def _shortest(
         self, power: float, window: tuple[int, int], whole: bool, budgets: Sequence[float]
     ) -> list[tuple[ReusePath, ...] | None]:
-        fronts = [paths(self._steps(number, power, window, whole), max(budgets)) for number in range(len(self._tracks))]
+        fronts = [
+            paths(self._steps(number, power, window, whole), max(budgets)) for number in range(len(self._tracks.each))
+        ]
         return together(fronts, budgets) if all(fronts) else [None] * len(budgets)
-
-    def _decoded(self, chosen: Sequence[ReusePath]) -> Genome:
-        options: dict[int, Option] = {}
-        for track, path in zip(self._tracks, chosen, strict=True):
-            most = max(map(len, track.computing))
-            for place, way in enumerate(path.ways[1:]):
-                own = track.computing[place][way] if way < most else track.reusing[place][track.labels[way - most]]
-                options[track.intervals[place]] = own
-        return self._changed(self._full, options)
 
     def _predicted(self, genome: Genome) -> float:
         said = self._by_band(genome)
@@ -438,7 +288,7 @@ class PathSearch:
         """Of a schedule within the limits: one interval changed, or two near ones exchanged; those first of which the model expects most."""
         found: dict[Genome, float] = {}
         offset = lost - self._predicted(best)
-        for track in self._tracks:
+        for track in self._tracks.each:
             options = [[*c, *r.values()] for c, r in zip(track.computing, track.reusing, strict=True)]
             for place, k in enumerate(track.intervals):
                 moves = [{k: option} for option in options[place]]
@@ -447,7 +297,7 @@ class PathSearch:
                     if theirs in options[place] and mine in options[other]:
                         moves.append({k: theirs, track.intervals[other]: mine})
                 for move in moves:
-                    genome = self._changed(best, move)
+                    genome = self._tracks.changed(best, move)
                     if genome not in self._told and genome not in found and self._problem.feasible(genome):
                         found[genome] = self._predicted(genome)
         for genome in sorted(found, key=lambda one: (math.isnan(found[one]), found[one])):
