@@ -353,6 +353,8 @@ def verdict(cells: list[Cell], bench: Benchmark) -> Row:
 
 def main() -> None:
     bench = Benchmark("tune", __doc__ or "", ("nas/searchers/path.py", "nas/genomes/paths.py", "nas/tuning/tune.py"))
+    if bench.quick and not any(there(model, True) for model in MODELS):
+        transformer.prepare(trained("transformer", True)[0])
     models = [model for model in MODELS if there(model, bench.quick)]
     if not models:
         raise SystemExit(

@@ -57,6 +57,7 @@ OURS = (
     "pipeline.py",
     "reuse.py",
     "sample.py",
+    "stepping.py",
     "schedule.json",
     "scheduler",
     "teacher",
