@@ -124,7 +124,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Show:
     """How progress is shown: what follows ticks, what is told of each closed trial of a search that is about to run, and where searches run."""
 
