@@ -165,9 +165,9 @@ def smoothcache_json(schedule: Schedule, graph: Graph) -> str:
 
 def _check_transformer(schedule: Schedule, graph: Graph, what: str) -> None:
     if not graph.predicts_anew:
-        raise UserError(f"{what} are of transformers, and the network is a UNet; use schedule.json")
+        raise UserError(f"{what} can say a transformer's schedule, and the network is a UNet; use schedule.json")
     if len({step.guidance for step in schedule.steps}) > 1:
-        raise UserError(f"{what} know no guidance that comes and goes, as the schedule's does; use schedule.json")
+        raise UserError(f"{what} cannot say guidance that comes and goes, as the schedule's does; use schedule.json")
 
 
 def _running(bits: Sequence[int], parts: Sequence[str] = PARTS) -> tuple[str, ...]:

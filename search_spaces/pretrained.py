@@ -104,7 +104,11 @@ def _parts(pipeline: Path) -> dict[str, Any]:
     kind = str(index.get("_class_name"))  # of a pipeline with code of its own, as exported folders have, a list
     if kind in REFUSED:
         raise UserError(f"{pipeline} is a {kind}, {REFUSED[kind]}; {REMEDY}")
-    parts = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    parts = {
+        name: entry[1]
+        for name, entry in index.items()
+        if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_")
+    }
     known = (*NETWORKS, FORMER, *AUTOENCODERS, *TEXT_ENCODERS)
     left = [name for name, kind in parts.items() if kind and kind not in known and not name.startswith(USED)]
     if left:

@@ -166,7 +166,7 @@ def test_several_numbers_of_steps_time_and_texts(place: Path) -> None:
         assert plan["guidance_scale"] == 7.5
         assert len(plan["measured"]["grid"]) == count
     assert load_study(place / "sd-6.py").limits["latency_ms"] > 0
-    assert "no cache_dit.yaml: cache-dit's mask are of transformers" in result.stderr
+    assert "no cache_dit.yaml: cache-dit's mask can say a transformer's schedule" in result.stderr
 
 
 def test_what_cannot_be_tuned_is_refused(place: Path) -> None:
@@ -231,7 +231,7 @@ def found_of(losses: tuple[float, float], apart: float = 1.0) -> Found:
 
 
 def test_the_verdict_is_in_words() -> None:
-    assert found_of((0.01, 0.2)).verdict[0].startswith("A schedule of 2 steps takes 50% of the full pipeline's macs")
+    assert found_of((0.01, 0.2)).verdict[0].startswith("A schedule of 2 steps, 1 of which reuse blocks, takes 50%")
     level = found_of((0.2, 0.2))
     assert level.chosen == level.fewer
     assert level.verdict[0].startswith("Reuse adds nothing here that is beyond the error: take 2 of the 4 steps")

@@ -162,7 +162,9 @@ def tune(
                 plan,
             )
             evaluator = found.study.load(folder, device)
-            left_out = write_found(found, evaluator.supernet, evaluator.sampler_of(found.chosen.schedule), target)
+            left_out = write_found(
+                found, evaluator.supernet, evaluator.sampler_of(found.chosen.schedule), target, folder
+            )
             plan = read_portable(target / "schedule.json")  # tried first at another number of steps
         if write_study is not None:
             where = write_study if len(counts) == 1 else write_study.with_stem(f"{write_study.stem}-{count}")
@@ -188,7 +190,7 @@ def tune(
             for words in left_out:
                 notes.print(words, highlight=False, soft_wrap=True)
             out.print(f"{target / 'schedule.json'}, {target / 'report.html'}", highlight=False, soft_wrap=True)
-            notes.print(usage(found), highlight=False, soft_wrap=True)
+            notes.print(usage(found, target, folder), highlight=False, soft_wrap=True)
     if as_json:
         print_json({"schedules": told})
 

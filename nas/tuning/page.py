@@ -52,9 +52,9 @@ def measured(found: Found) -> dict[str, Any]:
     }
 
 
-def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], folder: Path) -> list[str]:
+def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], folder: Path, run: Path) -> list[str]:
     """Writes schedule.json, apply_schedule.py, study.py, samples.png, report.html, and cache_dit.yaml and smoothcache.json where these can say it; returned
-    is why they cannot, where so."""
+    is why they cannot, where so. `run`: the run folder."""
     chosen, graph = found.chosen.schedule, found.wanted.graph
     write_portable(portable(net, chosen, sampler, measured(found)), apply_module(), folder)
     left_out = []
@@ -65,7 +65,7 @@ def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], f
             left_out.append(f"no {name}: {error}")
             (folder / name).unlink(missing_ok=True)
     _write(folder / "study.py", study_file(found))
-    _write(folder / "report.html", page(found, folder, left_out))
+    _write(folder / "report.html", page(found, folder, run, left_out))
     return left_out
 
 
@@ -107,7 +107,7 @@ def _settings(wanted: Wanted) -> dict[str, Any]:
     return {name: _Path(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
-def page(found: Found, folder: Path, left_out: list[str]) -> str:
+def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
     """One self-contained page."""
     wanted = found.wanted
     candidates = [c for c in (found.best, found.fewer, found.start) if c is not None]
@@ -141,13 +141,16 @@ def page(found: Found, folder: Path, left_out: list[str]) -> str:
         f"same noise, as a share of that between two unrelated ones; ± {CONFIDENCE:g} standard errors.",
         profile=svg,
         grids=grids,
-        use=usage(found),
+        use=usage(found, folder, run),
         formats="; ".join(left_out) or "cache_dit.yaml and smoothcache.json say the same for these projects.",
     )
 
 
-def usage(found: Found) -> str:
-    """Code that runs the chosen schedule."""
+def usage(found: Found, folder: Path, run: Path) -> str:
+    """What runs the chosen schedule: code for a stock pipeline; a command for a network without one, or with a pipeline of this project's."""
+    if found.wanted.kind in ("", "StepAwarePipeline"):
+        [(cost, limit)] = found.study.limits.items()
+        return f"nas export {folder / 'study.py'} --within {cost}={limit!r} --to model --out {run}  # no stock pipeline of diffusers samples with it"
     scale = next((s.guidance.scale for s in found.chosen.schedule.steps if s.guidance), None)
     guided = "" if scale is None else f", guidance_scale={scale:g}"
     return (

@@ -89,6 +89,13 @@ class Found:
         difference, error = self.best.score.difference(self.fewer.score, LOSS)
         return difference + CONFIDENCE * error < 0
 
+    def _made_of(self, candidate: Candidate) -> str:
+        """What its steps save, in words."""
+        steps = candidate.schedule.steps
+        reusing, plain = sum(bool(step.reuse) for step in steps), sum(step.guidance is None for step in steps)
+        guided = f", {plain} not guided" if plain and self.wanted.scale is not None else ""
+        return (f"{reusing} of which reuse blocks" if reusing else "none of which reuses a block") + guided
+
     @property
     def verdict(self) -> list[str]:
         """In words, the most important first."""
@@ -99,7 +106,9 @@ class Found:
         if lost > FAR:
             words = [f"No gain: keep {count} steps. The best schedule within {share} is too far: {near}."]
         elif self.gains or self.fewer is None:
-            words = [f"A schedule of {len(chosen.schedule.steps)} steps takes {share}; {near}."]
+            words = [
+                f"A schedule of {len(chosen.schedule.steps)} steps, {self._made_of(chosen)}, takes {share}; {near}."
+            ]
         else:
             kept = len(chosen.schedule.steps)
             words = [
