@@ -19,6 +19,7 @@ from search_spaces.branches import Branches
 from search_spaces.intervals import per_step, uniform
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only
+from search_spaces.shipped.graph import AROUND
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 
@@ -259,3 +260,30 @@ def test_few_probes_are_spread_over_all_steps() -> None:
     ]
     assert min(changed) <= 4
     assert max(changed) >= 30
+
+
+def test_where_guidance_is_on_is_part_of_the_path() -> None:
+    """Where a step without it loses little at the clean end and much elsewhere, it is left out there, and every schedule keeps to the limit."""
+    space = Stepwise(
+        DIT,
+        STEPS,
+        per_step(STEPS),
+        Options((1.0,)),
+        patterns=(Every(1), Only((AROUND,))),
+        finer=True,
+        guidance=(None, 2.0),
+    )
+
+    def loss(genome: Genome) -> float:
+        steps = space.decode(genome).steps
+        unguided = sum((10.0 if place < 4 else 0.1) for place, step in enumerate(steps) if step.guidance is None)
+        return unguided + sum(3.0 for step in steps if step.reuse)
+
+    found = searched(space, loss, 120)
+    solved = [trial for trial in found if "shortest" in trial.origin.get("operator", "")]
+    assert solved
+    assert all(trial.cost["macs_share"] <= 0.6 for trial in found if "probe" not in trial.origin)
+    best = min(solved, key=lambda trial: trial.score.values["loss"] if trial.score else 0.0)
+    guides = [step.guidance is not None for step in space.decode(best.genome).steps]
+    assert all(guides[:4])
+    assert not all(guides)
