@@ -42,7 +42,7 @@ import torch
 from scipy.stats import norm
 
 from benchmarks import latent, text, transformer
-from benchmarks.common import RUNS, Benchmark, Target
+from benchmarks.common import RUNS, Benchmark, Target, borrow
 from evaluators.latency import Latency, Timed, Timer
 from evaluators.proxies import TeacherDistance
 from evaluators.sampling import DDIM
@@ -56,8 +56,8 @@ from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.path import Path as ShortestPath
 from nas.study import Study
-from nas.tuning.study import sets
-from nas.tuning.tune import within
+from nas.tuning.study import LOSS, sets
+from nas.tuning.tune import verified, within
 from search_spaces.intervals import per_step, uniform
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only, Pattern, Subset
@@ -73,7 +73,6 @@ ARMS = ("path", "evolution", "knapsack", "steps")
 SCALES = {"latent": 1.5, "text": 3.0, "transformer": 2.5}
 TRIALS = 8
 """For each step."""
-LOSS = "teacher_mse"
 LEVEL = 0.05
 Row = dict[str, Any]
 
@@ -165,10 +164,7 @@ def there(model: str, quick: bool) -> bool:
 
 def folder_of(cell: Cell, arm: str) -> Path:
     """A run folder of its own, with the weights and the times that all arms of this model and number of steps share."""
-    own = cell.run / f"{cell.budget:g}-{arm}-{cell.seed}"
-    own.mkdir(parents=True, exist_ok=True)
-    if not (own / "supernet").exists():
-        (own / "supernet").symlink_to(cell.trained[1] / "supernet")
+    own = borrow(cell.trained[1], cell.run / f"{cell.budget:g}-{arm}-{cell.seed}")
     for name in ("times.json", "latency.json"):
         if not (own / name).exists() and (cell.run / name).exists():
             shutil.copy(cell.run / name, own / name)
@@ -178,9 +174,7 @@ def folder_of(cell: Cell, arm: str) -> Path:
 def timed(cell: Cell) -> Row:
     """Times of all calls, of the largest space, once."""
     torch.set_num_threads(1)
-    cell.run.mkdir(parents=True, exist_ok=True)
-    if not (cell.run / "supernet").exists():
-        (cell.run / "supernet").symlink_to(cell.trained[1] / "supernet")
+    borrow(cell.trained[1], cell.run)
     study = cell.study(False, {LATENCY: 1e12})
     net = study.supernet.load(cell.run / "supernet", "cpu")
     for _ in measure(study.space, study.evaluator, net, cell.run):  # type: ignore[arg-type]
@@ -208,12 +202,9 @@ def searched(cell: Cell, arm: str, times: Row) -> Row:
         conductor = session.conductor(name, cell.seed)
         session.run(conductor)
         trials = [trial for trial in conductor.ledger.trials if trial.scored]
-    last = study.evaluator.rungs[-1]
-    fits = [t for t in trials if t.rung == last and all(excess <= 0 for excess in t.violations.values())]
-    best = min(fits, key=lambda trial: trial.objectives((LOSS,)))
-    space = study.problem_in(folder).space
+    best = study.space.decode(verified(study, trials))
     spent = sum(t.score.spent.get("macs", 0.0) for t in trials if t.score) / study.full["macs"]
-    return {**judged(cell, space.decode(best.genome), times), "spent_samples": spent, "trials": len(trials)}
+    return {**judged(cell, best, times), "spent_samples": spent, "trials": len(trials)}
 
 
 def rules(cell: Cell, times: Row) -> Iterator[tuple[str, Schedule]]:
@@ -334,8 +325,6 @@ def verdict(cells: list[Cell], bench: Benchmark) -> Row:
     for name in names:
         difference, error = compared(list(zip(mine, [one[name] for one in every], strict=True)))
         worse.append(float(norm.sf(difference / error)) if error > 0 else (0.0 if difference > 0 else 1.0))
-    ordered = sorted(worse)
-    lost = any(p <= LEVEL / (len(ordered) - place) for place, p in enumerate(ordered[:1]))
     tie = mean(of_best) <= 2 * math.sqrt(sum(row["loss_error"] ** 2 for row in of_best)) / len(of_best)
     others = {arm: mean([bench.kept(f"{cell.key}: {arm}") for cell in cells]) for arm in ARMS}
     return {
@@ -347,7 +336,8 @@ def verdict(cells: list[Cell], bench: Benchmark) -> Row:
         "difference_to_rule": compared(list(zip(mine, of_best, strict=True))),
         "difference_to_steps": compared(list(zip(mine, steps, strict=True))),
         "tie": tie,
-        "won": not lost,
+        # Holm's first step: if the smallest is none, no other is.
+        "won": min(worse) > LEVEL / len(worse),
     }
 
 

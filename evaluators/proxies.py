@@ -21,6 +21,7 @@ from evaluators.frechet import OfFeatures, feature_rows, paired_frechet_with_rep
 from evaluators.images import check_shape, load_once
 from evaluators.sampling import State, predict, step_noise
 from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
+from evaluators.trajectories import Trajectories
 from nas.contracts import (
     Arch,
     Evaluator,
@@ -84,6 +85,27 @@ class Taught:
         return f"{self.timesteps}" + ("" if self.guidance is None else f" guided at {self.guidance:g}")
 
 
+def beside_teacher(
+    recipe: Any, net: LoadedSupernet, trajectories: Trajectories, mine: Rows, statistic: Any, label: Any
+) -> LoadedScore:
+    """A score of the rows of a schedule's samples and of the full model's, both halves given to the statistic."""
+
+    def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
+        teacher = recipe.teacher(net, schedule)
+        key = (mine.name, teacher.digest, seed, start, stop)
+        theirs = trajectories.kept(key, lambda: mine.make(teacher, seed, start, stop), 0, 0)
+        return np.concatenate([mine.make(schedule, seed, start, stop), theirs], axis=1)
+
+    return LoadedScore(
+        recipe,
+        trajectories,
+        recipe.metrics[0],
+        Rows(f"{mine.name} beside the full model's on {recipe.teacher_words}", make),
+        lambda rows: statistic(*np.split(rows, 2, axis=1)),
+        label,
+    )
+
+
 @recipe
 class TeacherFrechet(Taught, OfFeatures):
     """Frechet distance of a schedule's samples to the full model's with the same noise. Value: "fd_teacher".
@@ -108,18 +130,12 @@ class TeacherFrechet(Taught, OfFeatures):
         trajectories = self.trajectories(supernet, folder)
         mine = feature_rows(trajectories, features, self.features_identity(folder))
 
-        def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
-            teacher = self.teacher(supernet, schedule)
-            key = (mine.name, teacher.digest, seed, start, stop)
-            theirs = trajectories.kept(key, lambda: mine.make(teacher, seed, start, stop), 0, 0)
-            return np.concatenate([mine.make(schedule, seed, start, stop), theirs], axis=1)
-
-        return LoadedScore(
+        return beside_teacher(
             self,
+            supernet,
             trajectories,
-            "fd_teacher",
-            Rows(f"{mine.name} beside the full model's on {self.teacher_words}", make),
-            lambda rows: paired_frechet_with_replicates(*np.split(rows, 2, axis=1)),
+            mine,
+            paired_frechet_with_replicates,
             lambda count: f"{features.distance} to the full model's samples@{count} ({features.label})",
         )
 

@@ -17,10 +17,9 @@ from pydantic import Field
 from evaluators.features import ExternalFeatures
 from evaluators.frechet import feature_rows, paired_frechet_with_replicates
 from evaluators.images import check_shape, load_once
-from evaluators.proxies import OfImages, Scale, Taught
+from evaluators.proxies import OfImages, Scale, Taught, beside_teacher
 from evaluators.sampling import predict, step_noise
 from evaluators.scoring import LoadedScore, Rows, mean_with_replicates
-from evaluators.trajectories import Trajectories
 from nas.contracts import LoadedSupernet, Schedule, Step, UserError, digest_of
 from nas.recipes import recipe
 
@@ -61,7 +60,7 @@ class TeacherPerceptual(Taught, OfImages):
         check_shape(load_once(self.images), supernet.image_shape)
         trajectories, features = self.trajectories(supernet, folder), self.features.load(folder, supernet.device)
         mine = feature_rows(trajectories, features, digest_of(self.features.describe()))
-        return _beside_teacher(
+        return beside_teacher(
             self,
             supernet,
             trajectories,
@@ -115,7 +114,7 @@ class NetworkFrechet(Taught, OfImages):
             return _projected(rows.cpu().numpy(), self.dimensions)
 
         mine = Rows(f"the network's {block} at {seen_at}, {self.dimensions}", seen)
-        return _beside_teacher(
+        return beside_teacher(
             self,
             supernet,
             trajectories,
@@ -123,27 +122,6 @@ class NetworkFrechet(Taught, OfImages):
             paired_frechet_with_replicates,
             lambda count: f"FD to the full model's samples@{count} (by the network's own {block})",
         )
-
-
-def _beside_teacher(
-    recipe: Any, net: LoadedSupernet, trajectories: Trajectories, mine: Rows, statistic: Any, label: Any
-) -> LoadedScore:
-    """A score of the rows of a schedule's samples and of the full model's, both halves given to the statistic."""
-
-    def make(schedule: Schedule, seed: int, start: int, stop: int) -> Rows32:
-        teacher = recipe.teacher(net, schedule)
-        key = (mine.name, teacher.digest, seed, start, stop)
-        theirs = trajectories.kept(key, lambda: mine.make(teacher, seed, start, stop), 0, 0)
-        return np.concatenate([mine.make(schedule, seed, start, stop), theirs], axis=1)
-
-    return LoadedScore(
-        recipe,
-        trajectories,
-        recipe.metrics[0],
-        Rows(f"{mine.name} beside the full model's on {recipe.teacher_words}", make),
-        lambda rows: statistic(*np.split(rows, 2, axis=1)),
-        label,
-    )
 
 
 def _middle(net: LoadedSupernet) -> tuple[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,7 +99,7 @@ def tune(
     """Make a faster schedule for the pipeline in a folder, without training: which steps run, which blocks at each, and where guidance is on."""
     from nas.handover.portable import read_portable
     from nas.tuning.page import study_file, usage, write_found
-    from nas.tuning.study import Wanted
+    from nas.tuning.study import LOSS, Wanted
     from nas.tuning.tune import Show
     from nas.tuning.tune import tune as search
 
@@ -123,74 +121,57 @@ def tune(
     name = pipeline.resolve().name
     plan = None if start is None else read_portable(start)
     told: list[dict[str, Any]] = []
-    for count in counts:
-        wanted = Wanted(
-            pipeline.resolve(),
-            measure,  # type: ignore[arg-type]
-            float(share),
-            count,
-            full_steps,
-            guidance,
-            prompts,
-            () if labels == "all" else tuple(_numbers("--labels", labels)),
-            extractor,
-            (few[0], few[1]),
-            batch,
-            trials,
-        )
-        folder = ((out_dir or Path("runs") / f"tune-{name}") / f"{count}-{measure}-{share}").resolve()
-        target = (to or Path("tuned") / name) / (f"{count}-steps" if len(counts) > 1 else "")
-        with resumable(folder), progress_bars(quiet or as_json) as bars, on_workers(pool):
-            bar: dict[str, SearchBar] = {}
-
-            def on_settled(what: str, bars: Any = bars, bar: Any = bar) -> Any:
-                bar[what] = SearchBar(bars, what, "teacher_mse")
-                return bar[what]
-
-            @contextmanager
-            def shown(what: str, conductor: Any, bars: Any = bars, bar: Any = bar) -> Iterator[None]:
-                one = bar.pop(what, None) or SearchBar(bars, what, "teacher_mse")
-                one.begin(conductor)
-                yield
-                one.end()
-
-            found = search(
-                wanted,
-                folder,
-                Show(partial(follow, bars), shown, pool, on_settled),
-                device,
-                plan,
+    with on_workers(pool):
+        for count in counts:
+            wanted = Wanted(
+                pipeline.resolve(),
+                measure,  # type: ignore[arg-type]
+                float(share),
+                count,
+                full_steps,
+                guidance,
+                prompts,
+                () if labels == "all" else tuple(_numbers("--labels", labels)),
+                extractor,
+                (few[0], few[1]),
+                batch,
+                trials,
             )
-            evaluator = found.study.load(folder, device)
-            left_out = write_found(
-                found, evaluator.supernet, evaluator.sampler_of(found.chosen.schedule), target, folder
+            folder = ((out_dir or Path("runs") / f"tune-{name}") / f"{count}-{measure}-{share}").resolve()
+            target = (to or Path("tuned") / name) / (f"{count}-steps" if len(counts) > 1 else "")
+            with resumable(folder), progress_bars(quiet or as_json) as bars:
+                show = Show(partial(follow, bars), partial(SearchBar, bars, objective=LOSS), pool)
+                found = search(wanted, folder, show, device, plan)
+                evaluator = found.study.load(folder, device)
+                left_out = write_found(
+                    found, evaluator.supernet, evaluator.sampler_of(found.chosen.schedule), target, folder
+                )
+                plan = read_portable(target / "schedule.json")  # tried first at another number of steps
+            if write_study is not None:
+                where = write_study if len(counts) == 1 else write_study.with_stem(f"{write_study.stem}-{count}")
+                where.parent.mkdir(parents=True, exist_ok=True)
+                where.write_text(study_file(found))
+            told.append(
+                {
+                    "steps": count,
+                    "schedule": str(target / "schedule.json"),
+                    "report": str(target / "report.html"),
+                    "run": str(folder),
+                    "verdict": found.verdict,
+                    "share": found.chosen.share,
+                    "loss": found.chosen.loss,
+                    "apart": found.apart,
+                    "spent_samples": found.spent["samples"],
+                    "other_formats": left_out,
+                }
             )
-            plan = read_portable(target / "schedule.json")  # tried first at another number of steps
-        if write_study is not None:
-            where = write_study if len(counts) == 1 else write_study.with_stem(f"{write_study.stem}-{count}")
-            where.parent.mkdir(parents=True, exist_ok=True)
-            where.write_text(study_file(found))
-        told.append(
-            {
-                "steps": count,
-                "schedule": str(target / "schedule.json"),
-                "report": str(target / "report.html"),
-                "run": str(folder),
-                "verdict": found.verdict,
-                "share": found.chosen.share,
-                "loss": found.chosen.loss,
-                "apart": found.apart,
-                "spent_samples": found.spent["samples"],
-                "other_formats": left_out,
-            }
-        )
-        if not as_json:
-            for words in found.verdict:
-                out.print(words, highlight=False, soft_wrap=True)
-            for words in left_out:
-                notes.print(words, highlight=False, soft_wrap=True)
-            out.print(f"{target / 'schedule.json'}, {target / 'report.html'}", highlight=False, soft_wrap=True)
-            notes.print(usage(found, target, folder), highlight=False, soft_wrap=True)
+            if not as_json:
+                for words in found.verdict:
+                    out.print(words, highlight=False, soft_wrap=True)
+                for words in left_out:
+                    notes.print(words, highlight=False, soft_wrap=True)
+                out.print(f"{target / 'schedule.json'}, {target / 'report.html'}", highlight=False, soft_wrap=True)
+                notes.print(usage(found, target, folder), highlight=False, soft_wrap=True)
     if as_json:
         print_json({"schedules": told})
 

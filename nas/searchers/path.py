@@ -19,11 +19,9 @@ from scipy.optimize import nnls
 
 from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
 from nas.genomes.genetics import Taken, budget_of, novel, random_genome
-from nas.genomes.paths import ReusePath, Steps, paths, together
+from nas.genomes.paths import Floats, ReusePath, Steps, paths, together
 from nas.recipes import Few, recipe
 from nas.searchers.tracks import Tracks
-
-Floats = npt.NDArray[np.float64]
 
 BANDS = 4
 """Parts of the trajectory whose losses are corrected by a factor each."""

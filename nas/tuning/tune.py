@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,12 +22,16 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
+from nas.engine.runner import Conductor
 from nas.engine.session import Session, open_session, torch_threads
-from nas.genomes.genetics import LATENCY, dearest
+from nas.genomes.genetics import LATENCY, cheapest, dearest
 from nas.handover.portable import resampled, schedule_of
 from nas.study import Study
 from nas.tuning.study import LOSS, Wanted, computed
-from search_spaces.patterns import Every, Only, Pattern, Subset
+from search_spaces.patterns import ALL, Every, Only, Pattern, Subset
+
+if TYPE_CHECKING:
+    from nas.engine.ray_runner import Workers
 
 SEARCHER = "path"
 CONFIDENCE = 1.645
@@ -133,14 +136,33 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
+class Bar(Protocol):
+    """Shows one search; told of each closed trial."""
+
+    def begin(self, conductor: Conductor) -> None: ...
+
+    def __call__(self, trial: Trial) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, conductor: Conductor) -> None: ...
+
+    def __call__(self, trial: Trial) -> None: ...
+
+    def end(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Show:
-    """How progress is shown: what follows ticks, what is told of each closed trial of a search that is about to run, and where searches run."""
+    """How progress is shown, ticks and searches by name, and on which workers searches run."""
 
-    follow: Callable[[Iterator[Progress]], Any] = lambda ticks: [*ticks]
-    search: Callable[[str, Any], AbstractContextManager[None]] = lambda name, conductor: nullcontext()
-    workers: Any = None
-    on_settled: Callable[[str], Callable[[Trial], None]] = lambda name: lambda trial: None
+    follow: Callable[[Iterator[Progress]], Any] = list
+    bar: Callable[[str], Bar] = lambda name: Silent()
+    workers: Workers | None = None
 
 
 def tune(
@@ -172,7 +194,7 @@ def _tune(wanted: Wanted, folder: Path, show: Show, device: str, start: Mapping[
         if searched:
             trials = _searched(session, show, study.trials + len(study.enqueue))
         space = study.problem_in(folder).space
-        chosen = _verified(study, trials) if searched else own[0]
+        chosen = verified(study, trials) if searched else own[0]
         few = _fewer_steps(space, trials) if searched else None
         scores = _confirmed(session, show, list(dict.fromkeys([chosen, *([few] if few else []), *own])))
     shares = shares_of(study, folder, device, list(scores))
@@ -212,11 +234,10 @@ def limited(wanted: Wanted, folder: Path, show: Show, device: str) -> tuple[Stud
         show.follow(session.prepare())
         full, decoding = _full_time(open_ended, folder, device)
     limit = wanted.limit * (full + decoding) - decoding
-    least = open_ended.problem_in(folder)
-    cheapest = min(least.space.cost(g)[LATENCY] for g in _ends(least.space))
-    if limit < cheapest:
+    least = open_ended.problem_in(folder).space.cost(cheapest(open_ended.space))[LATENCY]
+    if limit < least:
         raise UserError(
-            f"--within time={wanted.limit:g}: the cheapest schedule takes {(cheapest + decoding) / (full + decoding):.2f} of the full pipeline's "
+            f"--within time={wanted.limit:g}: the cheapest schedule takes {(least + decoding) / (full + decoding):.2f} of the full pipeline's "
             f"{full + decoding:.3g} ms an image, {decoding / (full + decoding):.0%} of which is decoding; give more"
         )
     return wanted.study({LATENCY: limit}), full + decoding
@@ -228,11 +249,6 @@ def _full_time(study: Study, folder: Path, device: str) -> tuple[float, float]:
     timer = Timer(study.evaluator.latency, study.supernet.load(folder / "supernet", device), folder)
     space = study.problem_in(folder).space
     return float(space.cost(dearest(study.space))[LATENCY]), timer.of_decoding()
-
-
-def _ends(space: Any) -> list[Genome]:
-    """Genomes among which the cheapest is: the first option throughout, which is the one of least cost."""
-    return [(0,) * len(space.choices), dearest(space)]
 
 
 def shares_of(study: Study, folder: Path, device: str, genomes: list[Genome]) -> dict[Genome, float]:
@@ -248,8 +264,8 @@ def shares_of(study: Study, folder: Path, device: str, genomes: list[Genome]) ->
 
 
 def baselines(wanted: Wanted) -> dict[str, list[tuple[Pattern, int]]]:
-    """Fixed rules by what they are called, each from the dearest on, with from which step on nothing is guided: fewer steps, whole, and every so many steps
-    whole with others between, guided throughout or not in the last third (as TGATE leaves it out)."""
+    """Fixed rules by what they are called, each from the dearest on, with from which step on nothing is guided: fewer steps, whole; every so many steps whole
+    with others between, guided throughout; and all steps whole, guided up to one of them (TGATE)."""
     count = wanted.steps
     found: dict[str, list[tuple[Pattern, int]]] = {}
     if wanted.nothing:
@@ -291,7 +307,7 @@ def fixed(space: Any, pattern: Pattern, stop: int) -> Schedule:
         guide = one.guidance if place < stop else None
         reused = (
             ()
-            if not steps or runs == ("all",)
+            if not steps or runs == ALL
             else graph.collapse(graph.expand(graph.blocks) - graph.live(runs or (), space.finer), space.finer)
         )
         steps.append(Step(one.timestep, one.arch, reused, guide))
@@ -316,13 +332,19 @@ def given_schedule(wanted: Wanted, plan: Mapping[str, Any]) -> Schedule:
 
 
 def _searched(session: Session, show: Show, count: int) -> list[Trial]:
-    conductor = session.conductor(SEARCHER, 0, count, show.on_settled(SEARCHER))
-    with show.search(SEARCHER, conductor):
-        session.run(conductor, workers=show.workers)
+    bar = show.bar(SEARCHER)
+    return _run(session, show, bar, session.conductor(SEARCHER, 0, count, bar))
+
+
+def _run(session: Session, show: Show, bar: Bar, conductor: Conductor) -> list[Trial]:
+    """The scored trials, those of before included."""
+    bar.begin(conductor)
+    session.run(conductor, workers=show.workers)
+    bar.end()
     return [trial for trial in conductor.ledger.trials if trial.scored]
 
 
-def _verified(study: Study, trials: list[Trial]) -> Genome:
+def verified(study: Study, trials: Sequence[Trial]) -> Genome:
     """The best of those that were scored on the last rung, within the limit."""
     last = study.evaluator.rungs[-1]
     done = [t for t in trials if t.rung == last and all(excess <= 0 for excess in t.violations.values())]
@@ -353,10 +375,8 @@ def _nothing_lost(trials: list[Trial], own: list[Genome], start: Mapping[str, An
 
 def _confirmed(session: Session, show: Show, genomes: list[Genome]) -> dict[Genome, Score]:
     """On noises that nothing was chosen on."""
-    conductor = session.confirmation(genomes)
-    with show.search("confirming", conductor):
-        session.run(conductor, workers=show.workers)
-    return {t.genome: t.score for t in conductor.ledger.trials if t.score is not None and t.genome in genomes}
+    trials = _run(session, show, show.bar("confirming"), session.confirmation(genomes))
+    return {t.genome: t.score for t in trials if t.score is not None and t.genome in genomes}
 
 
 def looked_at(
