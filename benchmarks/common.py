@@ -18,8 +18,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks.protocol import order
 from nas.engine.facts import package_versions
 from nas.engine.session import open_session
+from nas.evidence.protocol import Protocol
 from nas.study import Study
 from search_spaces.training import Sandwich
 
@@ -49,10 +51,13 @@ class Benchmark:
     """Parses the command line and keeps rows in runs/benchmarks/NAME[-quick]/rows.json as they finish.
 
     The same command goes on after a stop; `--fresh` starts again. `files`: those of the project on which the result depends most, besides
-    the benchmark's own; a result that is older than they are is told by `benchmarks.table --check`.
+    the benchmark's own; a result that is older than they are is told by `benchmarks.table --check`. `protocol`: what was written down before any row; rows
+    of another one are not gone on with.
     """
 
-    def __init__(self, name: str, description: str, files: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, description: str, files: Sequence[str] = (), protocol: Protocol | None = None
+    ) -> None:
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
         parser.add_argument(
             "--quick", action="store_true", help="small sizes, to see that it runs; nothing is kept as a result"
@@ -80,6 +85,12 @@ class Benchmark:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / "rows.json"
         self._rows: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._protocol = protocol
+        others = {row.get("protocol") for row in self._rows.values()} - {protocol and protocol.digest}
+        if protocol and others:
+            raise SystemExit(
+                f"error: {self._path} holds rows of another protocol than {protocol.name}; keep them elsewhere, or begin with --fresh"
+            )
 
     def row(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The row of this key: kept from an earlier run, or measured now and kept."""
@@ -87,7 +98,8 @@ class Benchmark:
 
     def reckon(self, key: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """The row of this key, in place of an earlier run's: for what follows from other rows and costs nothing."""
-        self._rows[key] = {"row": key, "commit": commit(), **values}
+        under = {} if self._protocol is None else {"protocol": self._protocol.digest}
+        self._rows[key] = {"row": key, "commit": commit(), **under, **values}
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(self._rows, indent=1))
         os.replace(partial, self._path)
@@ -128,6 +140,7 @@ class Benchmark:
             "files": self._files,
             "device": device(),
             "versions": package_versions(),
+            **self._told_before(),
             "rows": shown,
             "targets": [target.to_json() for target in targets],
         }
@@ -135,6 +148,14 @@ class Benchmark:
         if not self.quick:
             (RESULTS / f"{self.name}.json").write_text(text + "\n")
         print(text)
+
+    def _told_before(self) -> dict[str, Any]:
+        """The protocol, and whether its rows' commits held it."""
+        protocol = self._protocol
+        if protocol is None:
+            return {}
+        held = order(protocol.name, protocol.digest, [row["commit"] for row in self._rows.values()])
+        return {"protocol": {"name": protocol.name, "digest": protocol.digest, "order": held}}
 
 
 def digits_run(study: Study, quick: bool) -> tuple[Study, Path]:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.protocol import BEFORE, order
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- results: python -m benchmarks.table -->", "<!-- /results -->"
@@ -27,7 +29,7 @@ def table() -> str:
 
 
 def stale() -> list[str]:
-    """Results whose commit is older than the last change of the files that their benchmark names, in words."""
+    """Results whose commit is older than the last change of the files that their benchmark names, or does not hold their protocol, in words."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
@@ -37,6 +39,11 @@ def stale() -> list[str]:
         if not commits:
             found.append(f"{path.name} does not say which commit made it")
         changed = _git("log", "-1", "--format=%H", "--", *result.get("files", ()))
+        protocol = result.get("protocol")
+        if protocol and order(protocol["name"], protocol["digest"], told) != BEFORE:
+            found.append(
+                f"{path.name}: that protocol {protocol['name']} was written before its rows cannot be verified here"
+            )
         for made in commits:
             if _git("cat-file", "-t", made) != "commit":
                 found.append(f"{path.name} was made by {made[:9]}, which cannot be found here")

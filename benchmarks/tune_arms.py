@@ -1,0 +1,351 @@
+"""What `benchmarks.tune` compares: searches in one space of reuse, rules, and what is learned first, each within one budget of measured time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import latent, text, transformer
+from benchmarks.common import RUNS, borrow
+from evaluators.latency import Latency, Timed, Timer
+from evaluators.proxies import TeacherDistance
+from evaluators.sampling import DDIM
+from evaluators.scoring import Scores
+from nas.contracts import Genome, Guidance, Schedule, Step, derive_seed
+from nas.engine.learning import learned_macs, learned_tensors
+from nas.engine.session import open_session
+from nas.engine.timing import measure
+from nas.genomes.genetics import LATENCY, dearest
+from nas.searchers.evolution import Evolution
+from nas.searchers.gates import Gates
+from nas.searchers.knapsack import Knapsack
+from nas.searchers.path import Path as ShortestPath
+from nas.searchers.pruner import Pruner
+from nas.searchers.router import Router
+from nas.study import Study
+from nas.tuning.study import LOSS, sets
+from nas.tuning.tune import verified, within
+from search_spaces.branches import Branches
+from search_spaces.intervals import per_step, uniform
+from search_spaces.options import Options
+from search_spaces.patterns import Every, Only, Pattern, Subset
+from search_spaces.stepwise import Stepwise
+from search_spaces.training import Stages
+from studies import fashion_latent as garments
+
+SEARCHED = ("path", "evolution", "knapsack", "gates", "steps")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model with so many steps and one seed, within each of the budgets. `folder`: the benchmark's; `settings`: its protocol's."""
+
+    folder: Path
+    settings: Mapping[str, Any]
+    quick: bool
+    model: str
+    steps: int
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}, {self.steps} steps, seed {self.seed}"
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        return tuple(self.settings["budgets"][1:2] if self.quick else self.settings["budgets"])
+
+    @property
+    def scale(self) -> float:
+        return float(self.settings["guidance"][self.model])
+
+    @cached_property
+    def trained(self) -> tuple[Any, Path]:
+        """The setting of the benchmark that trained the model, and its run folder."""
+        return trained(self.model, self.quick)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / f"{self.model}-{self.steps}"
+
+    @property
+    def loss(self) -> TeacherDistance:
+        setting, _ = self.trained
+        return TeacherDistance(
+            images=setting.images if self.model != "latent" else setting.study.images,
+            conditions=conditions_of(setting),
+            rungs=(8, 16) if self.quick else tuple(self.settings["samples"]),
+            sampler=DDIM(),
+            timesteps=uniform(self.steps),
+            guidance=self.scale,
+        )
+
+    def study(self, limits: Mapping[str, float], arm: str = "path") -> Study:
+        """Of what this arm chooses from."""
+        setting, _ = self.trained
+        net, grid, loss = setting.net, uniform(self.steps), self.loss
+        graph = net.cost.graph(net.anatomy.full)
+        patterns: tuple[Pattern, ...] = (Every(1), Only(()))
+        if arm != "steps":
+            patterns = (Every(1), *(Only(one) for one in sets(graph)), Only(()))
+        space = Stepwise(
+            net,
+            grid,
+            per_step(grid),
+            Options((1.0,)),
+            patterns=patterns,
+            finer=graph.predicts_anew,
+            guidance=(self.scale,),
+        )
+        trials = (5 if self.quick else int(self.settings["schedules_for_each_step"])) * self.steps
+        learning = 2 if self.quick else 8 * self.steps
+        pruner = Pruner(steps=learning, batch=2, clip=False, finer=graph.predicts_anew)
+        return Study(
+            name=f"tune-{self.model}-{self.steps}-{arm}",
+            space=space,
+            supernet=net,
+            images=loss.images,
+            training=Stages(()),
+            evaluator=Timed(Scores((loss,)), Latency(16, warmup=1, repeats=5)),
+            searchers={
+                "path": ShortestPath(probes=round(0.75 * trials), budgets=2),
+                "evolution": Evolution(),
+                "knapsack": Knapsack(around="full", probes=round(0.75 * trials)),
+                "gates": Gates(pruner),
+                "steps": Evolution(),
+            },
+            objectives=(LOSS,),
+            limits=dict(limits),
+            trials=trials // 2 if arm == "gates" else trials,
+            verified=2 if self.quick else int(self.settings["verified"]),
+            seed=self.seed,
+        )
+
+
+def conditions_of(setting: Any) -> Any:
+    """What the model's samples are asked to be."""
+    if isinstance(setting, text.Setting):
+        return setting.captions
+    return garments.labels if isinstance(setting, latent.Setting) else setting.labels
+
+
+def trained(model: str, quick: bool) -> tuple[Any, Path]:
+    ending = "-quick" if quick else ""
+    folder = (RUNS / f"{model}{ending}").resolve()
+    if model == "latent":
+        return latent.Setting(folder, quick), folder / "latent"
+    if model == "text":
+        return text.Setting(folder, quick), folder / "run"
+    return transformer.Setting(folder, quick), folder / "run"
+
+
+def there(model: str, quick: bool) -> bool:
+    return (trained(model, quick)[1] / "supernet" / "weights.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------- time
+
+
+def timed(cell: Cell) -> Row:
+    """Times of all calls of the space, once."""
+    torch.set_num_threads(1)
+    borrow(cell.trained[1], cell.run)
+    study = cell.study({LATENCY: 1e12})
+    net = study.supernet.load(cell.run / "supernet", "cpu")
+    for _ in measure(study.space, study.evaluator, net, cell.run):  # type: ignore[arg-type]
+        pass
+    full = study.problem_in(cell.run).space.cost(dearest(study.space))[LATENCY]
+    own = timer(cell)
+    own.of_step(Step(0, net.full_arch))  # not guided, which the space never is, but a rule is
+    return {"full_ms": full, "decoding_ms": own.of_decoding()}
+
+
+def timer(cell: Cell) -> Timer:
+    study = cell.study({LATENCY: 1e12})
+    assert isinstance(study.evaluator, Timed)
+    return Timer(study.evaluator.latency, study.supernet.load(cell.trained[1] / "supernet", "cpu"), cell.run)
+
+
+def limit(budget: float, times: Row) -> dict[str, float]:
+    """Of the calls' time: decoding is in the budget."""
+    whole = times["full_ms"] + times["decoding_ms"]
+    return {LATENCY: budget * whole - times["decoding_ms"]}
+
+
+def folder_of(cell: Cell, name: str) -> Path:
+    """A run folder of its own, with the weights and the times that all arms of this model and number of steps share."""
+    own = borrow(cell.trained[1], cell.run / f"{name}-{cell.seed}")
+    for file in ("times.json", "latency.json"):
+        if not (own / file).exists() and (cell.run / file).exists():
+            shutil.copy(cell.run / file, own / file)
+    return own
+
+
+# ----------------------------------------------------------------------------------------------------------------- arms
+
+
+def searched(cell: Cell, arm: str, times: Row) -> Row:
+    """The schedules that an arm ends with, and what its searches took."""
+    torch.set_num_threads(1)
+    judge = Judge(cell, times)
+    return {"of": {f"{budget:g}": _searched(cell, arm, budget, times, judge) for budget in cell.budgets}}
+
+
+def _searched(cell: Cell, arm: str, budget: float, times: Row, judge: Judge) -> Row:
+    study = cell.study(limit(budget, times), arm)
+    folder = folder_of(cell, f"{budget:g}-{arm}")
+    for _ in study.evaluator.prepare(folder, cell.seed, "cpu"):
+        pass
+    with open_session(study, folder) as session:
+        for _ in session.learn(arm, cell.seed):
+            pass
+        conductor = session.conductor(arm, cell.seed)
+        session.run(conductor)
+        trials = [trial for trial in conductor.ledger.trials if trial.scored]
+    best = study.space.decode(verified(study, trials))
+    learned = learned_macs(folder, study.ledger_info(folder, arm, cell.seed))
+    spent = (learned + sum(t.score.spent.get("macs", 0.0) for t in trials if t.score)) / study.full["macs"]
+    return {**judge(best), "spent_samples": spent, "trials": len(trials)}
+
+
+def ruled(cell: Cell, times: Row) -> Row:
+    """All rules within each budget, and the full pipeline."""
+    torch.set_num_threads(1)
+    judge = Judge(cell, times)
+    return {
+        "full": judge(full_pipeline(cell)),
+        "of": {
+            f"{budget:g}": {name: judge(schedule) for name, schedule in rules(cell, budget, times)}
+            for budget in cell.budgets
+        },
+    }
+
+
+def rules(cell: Cell, budget: float, times: Row) -> Iterator[tuple[str, Schedule]]:
+    """Published rules, of each the dearest schedule within the budget."""
+    study = cell.study(limit(budget, times))
+    count = cell.steps
+    named: dict[str, list[tuple[Pattern, int]]] = {
+        f"{spacing} steps": [(Subset(n, spacing), count) for n in range(count - 1, 0, -1)]
+        for spacing in ("uniform", "quadratic")
+    }
+    for pattern in study.space.patterns:  # type: ignore[attr-defined]
+        if isinstance(pattern, Only) and pattern.computed:
+            named[f"{pattern.label} between"] = [(Every(n, pattern.computed), count) for n in range(2, count + 1)]
+    folder = folder_of(cell, "rules")
+    for name, schedules in named.items():
+        found: list[Genome] = within(study, folder, {name: schedules})
+        for genome in found:
+            yield name, study.space.decode(genome)
+    cut = unguided(cell, study, limit(budget, times)[LATENCY])
+    if cut is not None:
+        yield "guided at first", cut
+
+
+def unguided(cell: Cell, study: Study, most: float) -> Schedule | None:
+    """The latest end of guidance that keeps to so many milliseconds, at every step whole. None where nothing does."""
+    full = study.space.decode(dearest(study.space)).steps
+    own = timer(cell)
+    for stop in range(len(full) - 1, 0, -1):
+        schedule = Schedule(tuple(s if place < stop else replace(s, guidance=None) for place, s in enumerate(full)))
+        if own.of_schedule(schedule)[0] <= most:
+            return schedule
+    return None
+
+
+def learned_routes(cell: Cell) -> Row:
+    """Learning-to-Cache's scores of branches, kept in the cell's folder."""
+    torch.set_num_threads(1)
+    study, folder = _routed(cell)
+    with open_session(study, folder) as session:
+        for _ in session.learn("router", cell.seed):
+            pass
+    return {"spent_samples": learned_macs(folder, study.ledger_info(folder, "router", cell.seed)) / study.full["macs"]}
+
+
+def routed(cell: Cell, times: Row) -> Row:
+    """Of the branches with the highest scores as many as keep to each budget, by the time of the calls that this makes."""
+    torch.set_num_threads(1)
+    judge = Judge(cell, times)
+    found = {budget: _within(cell, limit(budget, times)[LATENCY]) for budget in cell.budgets}
+    return {"of": {f"{budget:g}": judge(schedule) for budget, schedule in found.items() if schedule is not None}}
+
+
+def _within(cell: Cell, most: float) -> Schedule | None:
+    study, folder = _routed(cell)
+    assert isinstance(study.space, Branches)
+    told = learned_tensors(folder, study.ledger_info(folder, "router", cell.seed))
+    assert told is not None
+    places, blocks = told["bits"].numpy().T
+    scores = told["keep"].double().numpy()[places, blocks]
+    order = (-scores).argsort(kind="stable")
+    own = timer(cell)
+
+    def of(count: int) -> Schedule:
+        kept = set(order[:count].tolist())
+        return study.space.decode(tuple(int(place in kept) for place in range(len(scores))))
+
+    fits, fails = -1, len(scores) + 1
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if own.of_schedule(of(middle))[0] <= most else (fits, middle)
+    return None if fits < 0 else of(fits)
+
+
+def _routed(cell: Cell) -> tuple[Study, Path]:
+    study = cell.study({})
+    gradients = 2 if cell.quick else 64 * cell.steps
+    searcher = Gates(Router(steps=gradients, batch=16, learning_rate=0.01), ("threshold",))
+    space = Branches(cell.trained[0].net, uniform(cell.steps), guidance=cell.scale, whole=2)
+    study = replace(study, name=f"tune-router-{cell.steps}", space=space, searchers={"router": searcher})
+    return replace(study, evaluator=Scores((cell.loss,))), folder_of(cell, "router")
+
+
+# -------------------------------------------------------------------------------------------------------------- judging
+
+
+class Judge:
+    """Scores schedules on noises and conditions that nothing was chosen on."""
+
+    def __init__(self, cell: Cell, times: Row) -> None:
+        setting, run = cell.trained
+        self._count = 32 if cell.quick else int(cell.settings["judged"])
+        self._seed = derive_seed(cell.seed, "tune benchmark")
+        self._timer = timer(cell)
+        self._times = times
+        of_latents = isinstance(setting, latent.Setting)
+        looks = setting.scores(self._count) if of_latents else setting.evaluator(self._count)
+        # One sampling for all: FD and agreement look at the samples whose distance is the loss.
+        parts = (replace(cell.loss, rungs=(self._count,), batch=256), *(replace(one, batch=256) for one in looks.parts))
+        net = setting.net.load(run / "supernet", "cpu")
+        self._score = Scores(parts).load(net, setting.judged if of_latents else run)
+
+    def __call__(self, schedule: Schedule) -> Row:
+        score = self._score(schedule, self._count, self._seed)
+        ms = self._timer.of_schedule(schedule)[0]
+        whole = self._times["full_ms"] + self._times["decoding_ms"]
+        return {
+            "loss": score.values[LOSS],
+            "loss_error": score.error(LOSS),
+            "fd": score.values["fd"],
+            "fd_error": score.error("fd"),
+            "agreement": 1 - score.values["disagreement"],
+            "time_share": (ms + self._times["decoding_ms"]) / whole,
+            "steps": len(schedule.steps),
+            "reusing": sum(bool(step.reuse) for step in schedule.steps),
+            "schedule": json.loads(schedule.to_json()),
+            "replicates": list(score.replicates[LOSS]),
+        }
+
+
+def full_pipeline(cell: Cell) -> Schedule:
+    guide = Guidance(cell.scale)
+    return Schedule(tuple(Step(t, cell.trained[0].net.anatomy.full, (), guide) for t in uniform(cell.steps)))
