@@ -30,9 +30,9 @@ from benchmarks.common import Benchmark, Target
 from benchmarks.digits import digits, images
 from evaluators.frechet import Frechet
 from evaluators.sampling import DDIM
-from nas.base.exported import read_export
 from nas.contracts import LoadedSupernet, Schedule, Score, Step, derive_seed, jackknife_error
 from nas.engine.session import open_session
+from nas.evidence.confirm import equal_steps, gradient_macs
 from nas.handover.export import export
 from nas.handover.training import adopt
 from nas.searchers.knapsack import Knapsack
@@ -123,20 +123,11 @@ def fine_tune(setting: Setting, schedule: Schedule) -> Row:
     if not folder.exists():
         folder.parent.mkdir(exist_ok=True)
         export(loaded, schedule, DDIM().describe(), {}, folder)
-    plan = json.loads((folder / "train.json").read_text())
-    archs = read_export(folder).networks
-    teacher = loaded.macs(Step(0, loaded.full_arch)) if setting.tune.distillation else 0
-    mean = sum(  # of one gradient step: forward and backward count thrice
-        sum(stop - start for start, stop in ranges)
-        / len(loaded.alphas_cumprod)
-        * (3 * loaded.macs(Step(0, archs[name])) + teacher)
-        for name, ranges in plan["timesteps"].items()
-    )
-    whole = 3 * loaded.macs(Step(0, loaded.full_arch)) + teacher
-    settings = replace(setting.tune, steps=round(setting.tune.steps * whole / mean))
+    settings = replace(setting.tune, steps=equal_steps(loaded, schedule, setting.tune))
     for _ in train(folder, images.load().pixels, settings, cpu=True):
         pass
-    return {"gradient_steps": settings.steps, "training_macs": settings.steps * settings.batch * mean}
+    whole = setting.tune.steps * setting.tune.batch * gradient_macs(loaded, loaded.full_arch, setting.tune)
+    return {"gradient_steps": settings.steps, "training_macs": whole}
 
 
 def judge(setting: Setting, schedule: Schedule, seeds: Sequence[int], trained: bool) -> Row:

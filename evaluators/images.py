@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -239,7 +239,27 @@ class ImageArray:
         return split(pixels, labels, str(path), self.holdout)
 
 
-@lru_cache(maxsize=2)
+@recipe
+class HeldOutHalf:
+    """The images with one half of those that are held out, every second one: the first for a search to be scored against, the second for `nas confirm`, which
+    then judges by images on which nothing was chosen. Evaluators of a study take `HeldOutHalf(images, "first")`."""
+
+    images: Images
+    half: Literal["first", "second"]
+
+    def load(self) -> ImageSet:
+        whole = self.images.load()
+        if whole.held_out is None:
+            raise UserError("HeldOutHalf needs images of which some are held out; give them a holdout, such as 0.2")
+        theirs = slice(0 if self.half == "first" else 1, None, 2)
+        pixels = whole.held_out.pixels[theirs]
+        labels = None if whole.held_out.labels is None else whole.held_out.labels[theirs]
+        captions = None if whole.held_out.captions is None else whole.held_out.captions[theirs]
+        part = replace(checked(pixels, labels, f"the {self.half} half of the held-out images"), captions=captions)
+        return replace(with_held_out(replace(whole, held_out=None), part), captions=whole.captions)
+
+
+@lru_cache(maxsize=3)
 def load_once(images: Images) -> ImageSet:
     """`images.load()`, kept: reading and hashing a large folder takes a while, and several parts ask for it."""
     return images.load()

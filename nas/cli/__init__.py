@@ -11,7 +11,7 @@ from rich.markup import escape
 from nas.base.failures import explained
 from nas.base.files import first_line
 from nas.base.interrupts import Answered, answer_sigterm, exit_code, terminated
-from nas.cli import measure, models, search, tune
+from nas.cli import confirm, measure, models, search, tune
 from nas.cli.terminal import notes, say_in_words
 
 # Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
@@ -37,6 +37,7 @@ for command in (
     models.export,
     models.sample,
     models.train,
+    confirm.confirm,
 ):
     app.command()(command)
 

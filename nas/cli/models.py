@@ -72,6 +72,7 @@ def export(
     """Write a trial's networks as stock diffusers folders, with the schedule, provenance and a proof of equality."""
     from nas.handover.export import export as write
     from nas.handover.stock import export_stock as write_stock
+    from nas.results.report import verdicts
     from nas.study import load_study
 
     study = load_study(study_file)
@@ -93,6 +94,8 @@ def export(
         "images": study.images.load().digest,
     }
     schedule = study.space.decode(chosen.genome)
+    tested = [found["words"] for found in verdicts(folder) if found["schedule"] == schedule.digest]
+    provenance |= {"tested": tested} if tested else {}
     sampler = evaluator.sampler_of(schedule)
     if stock:
         if programs:

@@ -96,7 +96,7 @@ def export(
         files = hashes_of(partial, dict.fromkeys([*names.values(), teacher, *vae, *texts]))
         _write(partial / "provenance.json", {**provenance, **facts, "files": files})
         _write_pipeline(net, plan, [*names.values(), *vae], texts, partial)
-        (partial / "README.md").write_text(_README)
+        (partial / "README.md").write_text(_README + _tested(provenance))
         (partial / "sample.py").write_text(_SAMPLE)
         if folder.exists():
             folder.rmdir()
@@ -303,6 +303,14 @@ With `seed`, the images are those that `nas sample` makes of it; without, `gener
 take class labels are told them by `class_labels=[3, 1, 4]`, one for each image, those that read a text by `prompt=`, `negative_prompt=` and
 `guidance_scale=`, as in Stable Diffusion's pipeline; how the schedule guides them is in it.
 """
+
+
+def _tested(provenance: Mapping[str, Any]) -> str:
+    """For README.md, what `nas confirm` found of this schedule's networks, trained; nothing where it was not asked."""
+    found = "".join(f"\n- {words}" for words in provenance.get("tested", ()))
+    head = "\n## What was shown\n\nOf this schedule, its networks fine-tuned after they were exported, on the study's images:\n"
+    return f"{head}{found}\n" if found else ""
+
 
 _SAMPLE = '''"""Samples from the folder that this file lies in, into one picture."""
 

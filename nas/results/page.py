@@ -17,7 +17,7 @@ from markupsafe import Markup
 from nas.contracts import WITHOUT_ATTENTION, Genome, Grounded, Trial
 from nas.genomes.genetics import LATENCY, dearest
 from nas.results.plots import INK, class_by_class, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
-from nas.results.report import Run, Scale, against, cost_in_words, verified_front
+from nas.results.report import Run, Scale, against, cost_in_words, full_network, verdicts, verified_front
 from nas.study import BASELINE, Study
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -39,7 +39,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
     draw_scores(ledgers, run.facts, run.scale, facts["label"], folder / "fronts.svg")
     draw_curves(facts["searchers"], facts["area_until_macs"], folder / "compute.svg")
     best = _best_searcher(facts)
-    full = _full(ledgers.get(BASELINE, ()), quality)
+    full = full_network(ledgers.get(BASELINE, ()), quality)
     winner = _winner(ledgers, run.facts["limits"], quality)
     page = _template().render(
         study=study.name,
@@ -55,6 +55,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         grounds=_grounds(study, loaded, winner[1]) if winner else [],
         audit=_audit(run.folder, folder),
         trained=_trained(facts["trained"], quality),
+        verdicts=[_verdict(found) for found in verdicts(run.folder)],
         spent=_spent(study, run, facts),
         candidates=_candidates(study, study_file, run, ledgers, quality),
         provenance=_provenance(run, study),
@@ -85,12 +86,6 @@ def _inline(picture: Path) -> Markup:
 def _best_searcher(facts: Mapping[str, Any]) -> str:
     rows = [row for row in facts["searchers"] if not row["baseline"] and row["front"]]
     return str(max(rows, key=lambda row: row["hypervolume"])["searcher"]) if rows else BASELINE
-
-
-def _full(uniform: Sequence[Trial], quality: str) -> Trial | None:
-    """The full network at every step, guided as does it best where steps may be guided."""
-    done = [trial for trial in uniform if trial.status == "complete" and trial.cost["macs_share"] == 1]
-    return min(done, key=lambda trial: trial.objectives((quality,)), default=None)
 
 
 def _full_in_words(run: Run) -> str:
@@ -195,7 +190,7 @@ def _grids(
     quality: str,
 ) -> list[dict[str, str]]:
     """The full network, the winner, and one option at every step that costs no more."""
-    full = _full(uniform, quality)
+    full = full_network(uniform, quality)
     same = [trial for trial in uniform if trial.scored and scale.share(trial) <= scale.share(winner)]
     shown = [("best within the limits", winner)]
     if full is not None:
@@ -289,6 +284,24 @@ def _trained(found: Mapping[str, Any] | None, quality: str) -> dict[str, Any] | 
         "rows": rows,
         "words": words,
     }
+
+
+def _verdict(found: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [
+        (
+            judge["judge"] + ("" if judge["decides"] else ", beside them"),
+            f"{judge['value']:.4g}",
+            f"{judge['reference']:.4g}",
+            f"{judge['floor']:.4g}",
+            f"{judge['interval'][0]:+.3g} to {judge['interval'][1]:+.3g}",
+            f"{judge['margin']:.3g}",
+            judge["words"].rpartition(": ")[2],
+        )
+        for judge in found["judges"]
+    ]
+    columns = ("judge", "schedule", "full network", "real images", "difference, 95 % interval", "margin", "")
+    words = f"{found['words']} {found['advice']} Protocol {found['protocol']}, {found['digest']}, schedule {found['schedule']}."
+    return {"columns": columns, "rows": rows, "words": " ".join(words.split())}
 
 
 def _spent(study: Study, run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:

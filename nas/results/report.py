@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from optuna.storages import BaseStorage
 
+from nas.base.files import read_json
 from nas.contracts import WITHOUT_ATTENTION, Score, Trial, UserError
 from nas.engine.facts import read_facts
 from nas.engine.ladder import CONFIDENCE
@@ -26,6 +27,9 @@ from nas.study import CONFIRMED, TRAINED, LedgerInfo
 
 SHARES = (0.25, 0.4, 0.5, 0.6)
 """Budgets, as shares of what the full net takes, at which searchers are compared."""
+
+CONFIRMATIONS, VERDICT = "confirm", "verdict.json"
+"""In the run folder, where `nas confirm` writes."""
 
 
 def best_within(trials: Sequence[Trial], name: str, limit: float, objective: str) -> Trial:
@@ -61,6 +65,18 @@ def verified_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[T
     done = [trial for trial in trials if trial.status == "complete"]
     excess = [sum(max(0.0, v) for v in trial.violations.values()) for trial in done]
     return [done[i] for i in front([trial.objectives(objectives) for trial in done], excess)]
+
+
+def full_network(uniform: Sequence[Trial], quality: str) -> Trial | None:
+    """The full network at every step, guided as does it best where steps may be guided."""
+    done = [trial for trial in uniform if trial.status == "complete" and trial.cost["macs_share"] == 1]
+    return min(done, key=lambda trial: trial.objectives((quality,)), default=None)
+
+
+def verdicts(folder: Path) -> list[dict[str, Any]]:
+    """What `nas confirm` has found of schedules of this run: `words` in a line, `judges` with theirs, the `schedule`'s digest, the `protocol`'s name."""
+    found = sorted((folder / CONFIRMATIONS).glob(f"*/{VERDICT}"))
+    return [read_json(path, "delete it; `nas confirm` writes it again") for path in found]
 
 
 @dataclass(frozen=True)

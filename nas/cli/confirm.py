@@ -1,0 +1,117 @@
+"""The command that puts one schedule to the test: trained beside the full network, by a protocol written down before."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from nas.cli.options import (
+    DeviceOption,
+    JsonOption,
+    OutOption,
+    SearcherOption,
+    SeedOption,
+    StorageOption,
+    StudyFile,
+    TrialOption,
+    WithinOption,
+    check_device,
+    choose,
+    print_json,
+    resumable,
+    run_folder,
+)
+from nas.cli.terminal import follow, notes, out, progress_bars
+from nas.contracts import UserError
+
+
+def confirm(
+    study_file: StudyFile,
+    within: WithinOption = None,
+    trial: TrialOption = None,
+    searcher: SearcherOption = None,
+    seed: SeedOption = 0,
+    seeds: Annotated[
+        int, typer.Option(min=2, max=1000, help="Trainings of the schedule, and of the full network.")
+    ] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Gradient steps of the full network.")] = 1000,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images of a step.", show_default=False)] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak of a cosine.", show_default=False)] = None,
+    distillation: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the full network's prediction in the target; none of it, so that neither is taught by the other.",
+        ),
+    ] = 0.0,
+    margin: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            max=1,
+            help="What still counts as no loss: a share of what the full network's distance is above that of equally many real images.",
+        ),
+    ] = 0.05,
+    name: Annotated[
+        str | None, typer.Option(help="Of the claim. Default: the budget, or the trial.", show_default=False)
+    ] = None,
+    protocol_only: Annotated[
+        bool, typer.Option("--protocol-only", help="Write the protocol, for a commit of yours, and train nothing yet.")
+    ] = False,
+    out_dir: OutOption = None,
+    storage: StorageOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
+) -> None:
+    """Train one schedule and the full network equally, with several seeds, and say whether anything is lost: named before, judged on images and noises that
+    nothing was chosen on. The same command goes on after a stop."""
+    from nas.engine.session import open_session
+    from nas.evidence.confirm import PROTOCOL, Confirmation, protocol_of
+    from nas.evidence.protocol import Protocol
+    from nas.study import load_study
+
+    study = load_study(study_file)
+    folder = run_folder(study, out_dir)
+    check_device(device)
+    called = name or (within or f"trial-{trial}").replace("=", "-")
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", called):
+        raise UserError(f"--name {called} is no plain name; use letters, digits, dots, dashes and underscores")
+    given = {"batch": batch, "learning_rate": learning_rate}
+    training: dict[str, Any] = {
+        "steps": steps,
+        "distillation": distillation,
+        **{key: value for key, value in given.items() if value is not None},
+    }
+    bars = progress_bars(quiet or as_json)
+    with resumable(folder), open_session(study, folder, storage, device), bars:
+        chosen, ledger = choose(study, folder, storage, searcher, seed, trial, within)
+        protocol = protocol_of(study, folder, chosen, ledger, called, seeds, margin, training, storage)
+        made = Confirmation(study, folder, protocol, device)
+        if protocol_only:
+            made.write_down()
+        else:
+            follow(bars, made.run())
+    path = made.place / PROTOCOL
+    if protocol_only:
+        if as_json:
+            print_json({"protocol": str(path), "digest": Protocol.read(path).digest})
+        else:
+            out.print(f"{path}: {protocol.question} Nothing is trained yet.", highlight=False, soft_wrap=True)
+        return
+    verdict = made.verdict()
+    if as_json:
+        print_json({**verdict.to_json(), "folder": str(made.place)})
+        return
+    out.print(verdict.words, highlight=False, soft_wrap=True)
+    for judge in verdict.judges:
+        out.print(f"  {judge.words}", highlight=False, soft_wrap=True)
+    if verdict.advice:
+        out.print(verdict.advice, highlight=False, soft_wrap=True)
+    if not quiet:
+        notes.print(
+            f"protocol {protocol.digest}, scores and trained networks: {made.place}", highlight=False, soft_wrap=True
+        )

@@ -1,0 +1,234 @@
+"""Is one schedule, named before it is trained, as good as the full network once both are trained equally?
+
+RUN/confirm/NAME/protocol.json      the question, the schedule, seeds, judges and margin, before anything is trained
+RUN/confirm/NAME/schedule-0, ...    the schedule's networks as exported, and trained with each seed; full-0, ... the full network's
+RUN/confirm/NAME/scores.json        what the judges say of each
+RUN/confirm/NAME/verdict.json       no loss, a loss, or not decided
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nas.base.exported import read_export, read_network
+from nas.base.files import read_json, write_json
+from nas.base.interrupts import whole
+from nas.contracts import Arch, LoadedSupernet, Progress, Schedule, Score, Step, Trial, UserError, derive_seed, frozen
+from nas.engine.session import torch_threads
+from nas.evidence.judges import judges_of
+from nas.evidence.protocol import Protocol
+from nas.evidence.verdict import Verdict, judged
+from nas.genomes.genetics import dearest
+from nas.handover.export import export
+from nas.handover.training import fine_tune, keep_settings
+from nas.results.report import CONFIRMATIONS, VERDICT, Run, full_network
+from nas.study import BASELINE, Study
+from search_spaces.shipped.train_diffusers import TRAINED, Settings, settings_of, train
+
+SCHEDULE, FULL = "schedule", "full"
+PROTOCOL, SCORES = "protocol.json", "scores.json"
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """One claim of one study. `folder`: the run's."""
+
+    study: Study
+    folder: Path
+    protocol: Protocol
+    device: str = "cpu"
+
+    @property
+    def place(self) -> Path:
+        return self.folder / CONFIRMATIONS / self.protocol.name
+
+    def schedule(self, arm: str) -> Schedule:
+        told = frozen(self.protocol.settings["genomes"][arm])
+        return self.study.space.decode(tuple(int(gene) for gene in told))
+
+    def run(self) -> Iterator[Progress]:
+        """Trains and scores what is missing, and writes the verdict. Goes on where it stopped."""
+        self.write_down()
+        judges, _ = judges_of(self.study)
+        for judge in judges:
+            yield from judge.prepare(self.folder, self.study.seed, self.device)
+        for seed in self.protocol.seeds:
+            for arm in (FULL, SCHEDULE):
+                yield from self._trained(arm, seed)
+        done = self._scores()
+        total = 2 * len(self.protocol.seeds)
+        for number, (seed, arm) in enumerate((s, a) for s in self.protocol.seeds for a in (FULL, SCHEDULE)):
+            yield Progress("judging", number, total)
+            if f"{arm}-{seed}" not in done:
+                done[f"{arm}-{seed}"] = {name: score.to_json() for name, score in self._judged(arm, seed).items()}
+                write_json(self.place / SCORES, done)
+        yield Progress("judging", total, total)
+        write_json(self.place / VERDICT, self.verdict().to_json())
+
+    def verdict(self) -> Verdict:
+        """From the kept scores."""
+        judges, seen = judges_of(self.study)
+        kept = self._scores()
+        net = self._net()
+        said = []
+        for judge in judges:
+            mine, full = (
+                [Score.from_json(kept[f"{arm}-{seed}"][judge.name]) for seed in self.protocol.seeds]
+                for arm in (SCHEDULE, FULL)
+            )
+            floor = judge.floor(net, self.folder, self.study.seed)
+            said.append(judged(judge.name, mine, full, judge.metric, floor, self.protocol.margin, judge.decides))
+        costs = [self.study.space.cost(frozen(self.protocol.settings["genomes"][a]))["macs"] for a in (SCHEDULE, FULL)]
+        digest = self.schedule(SCHEDULE).digest
+        return Verdict(self.protocol.name, self.protocol.digest, 1 - costs[0] / costs[1], tuple(said), seen, digest)
+
+    def write_down(self) -> None:
+        """Keeps the protocol. Raises UserError where another one of this name was kept before."""
+        path = self.place / PROTOCOL
+        if path.exists():
+            kept = Protocol.read(path)
+            if kept.digest != self.protocol.digest:
+                changed = [
+                    name
+                    for name in (
+                        "question",
+                        "arms",
+                        "reference",
+                        "seeds",
+                        "outcome",
+                        "margin",
+                        "test",
+                        "stopping",
+                        "settings",
+                    )
+                    if getattr(kept, name) != getattr(self.protocol, name)
+                ]
+                raise UserError(
+                    f"{path} says otherwise ({', '.join(changed)}): a protocol is not changed once it is written; ask as it does, or make a second try under another --name"
+                )
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.protocol.write(path)
+
+    def _net(self) -> LoadedSupernet:
+        return self.study.supernet.load(self.folder / "supernet", self.device)
+
+    def _trained(self, arm: str, seed: int) -> Iterator[Progress]:
+        """Exports the arm's networks and trains them with this seed."""
+        folder = self.place / f"{arm}-{seed}"
+        if not (folder / "provenance.json").exists():
+            net = self._net()
+            schedule = self.schedule(arm)
+            with torch_threads(1):
+                sampler = self.study.evaluator.load(net, self.folder).sampler_of(schedule)
+                export(net, schedule, sampler, {"study": self.study.name, "protocol": self.protocol.digest}, folder)
+        settings = self.settings(arm, seed)
+        exported = read_export(folder)
+        data = self.study.images.load()
+        classes = data.labels if "null_label" in exported.training else None
+        texts = data.texts if "text" in exported.training else None
+        keep_settings(folder, settings.__dict__)
+        ticks = train(folder, data.pixels, settings, self.device == "cpu", False, whole, classes, texts)
+        for tick in fine_tune(ticks, folder):
+            yield replace(tick, what=f"{arm}, seed {seed}: {tick.what}")
+
+    def settings(self, arm: str, seed: int) -> Settings:
+        """As the protocol has them; the schedule's networks get as many multiply-adds of training as the full network."""
+        given = settings_of(self.protocol.settings["training"])
+        steps = self.protocol.settings["gradient_steps"][arm]
+        return replace(given, steps=steps, seed=derive_seed(self.study.seed, seed, "confirmation's training") % 2**31)
+
+    def _judged(self, arm: str, seed: int) -> dict[str, Score]:
+        """On noises of this seed, on which nothing was chosen; the same for both arms."""
+        net = self._net()
+        judges, _ = judges_of(self.study)
+        trained = self.place / f"{arm}-{seed}" / TRAINED
+        with torch_threads(1):
+            loaded = {judge.name: judge.load(net, self.folder) for judge in judges}
+            adopted = read_export(trained)
+            for name, arch in adopted.networks.items():
+                net.adopt(arch, read_network(trained / name))
+            noise = derive_seed(self.study.seed, seed, "confirmation's noise")
+            schedule = self.schedule(arm)
+            return {judge.name: loaded[judge.name](schedule, judge.samples, noise) for judge in judges}
+
+    def _scores(self) -> dict[str, Any]:
+        path = self.place / SCORES
+        return read_json(path, "delete it, and the trained networks are scored again") if path.exists() else {}
+
+
+def protocol_of(
+    study: Study,
+    folder: Path,
+    trial: Trial,
+    ledger: str,
+    name: str,
+    seeds: int,
+    margin: float,
+    training: Mapping[str, Any],
+    storage: str | None = None,
+) -> Protocol:
+    """What `nas confirm` will do, in full. `training`: settings of `nas train` that differ from its own; `margin`: share of the full network's distance above
+    the floor. Raises UserError for fewer than two seeds."""
+    if seeds < 2:
+        raise UserError(f"--seeds {seeds}: one training says nothing about the next; give 2 or more")
+    judges, seen = judges_of(study)
+    full = _full(study, folder, storage)
+    net = study.supernet.load(folder / "supernet", "cpu")
+    settings = settings_of({**dict(net.training_settings), **training})
+    schedule = study.space.decode(trial.genome)
+    steps = {FULL: settings.steps, SCHEDULE: equal_steps(net, schedule, settings)}
+    deciding, others = ([j.name for j in judges if j.decides is decides] for decides in (True, False))
+    return Protocol(
+        name=name,
+        question=f"Is the schedule of {ledger} trial {trial.number}, {trial.cost['macs_share']:.1%} of the MACs, trained, as good as the full network equally trained?",
+        arms={
+            SCHEDULE: f"the networks of schedule {schedule.digest}, each fine-tuned on its timesteps, {steps[SCHEDULE]} gradient steps together",
+            FULL: f"the full network, fine-tuned for as many multiply-adds, {steps[FULL]} gradient steps",
+        },
+        reference=FULL,
+        seeds=tuple(range(seeds)),
+        outcome=f"distance to {'the held-out images, which the search was scored against too' if seen else 'held-out images that nothing was chosen on'}, of "
+        f"{judges[0].samples} samples of noises of each seed alone, under {' and '.join(deciding)}; reported beside it: {' and '.join(others)}",
+        margin=margin,
+        test="paired by noise, over training seeds of one supernet: the upper end of the 95 % interval (Student's t over the seeds, at least 1.96 errors of sampling) is "
+        "at most the margin, a share of what the full network's distance is above that of equally many real images, under both judges",
+        stopping="when every seed is trained and judged; no seed is added",
+        settings={
+            "study": study.name,
+            "supernet": study.supernet.digest(folder / "supernet"),
+            "trial": {"ledger": ledger, "number": trial.number, "schedule": schedule.digest},
+            "genomes": {SCHEDULE: trial.genome, FULL: full},
+            "training": {name: value for name, value in settings.__dict__.items() if name not in ("seed", "steps")},
+            "gradient_steps": steps,
+            "judges": {judge.name: dict(judge.evaluator.describe()) for judge in judges},
+        },
+    )
+
+
+def _full(study: Study, folder: Path, storage: str | None) -> tuple[int, ...]:
+    """The full network at every step, guided as does it best."""
+    uniform = [t for info, trials in Run.open(folder, storage).ledgers if info.searcher == BASELINE for t in trials]
+    found = full_network(uniform, study.objectives[0])
+    return dearest(study.space) if found is None else found.genome
+
+
+def equal_steps(net: LoadedSupernet, schedule: Schedule, settings: Settings) -> int:
+    """Gradient steps in which the schedule's networks take as many multiply-adds of training as the full network in `settings.steps`; every network has the
+    share of the steps that its timesteps have."""
+    bounds = [len(net.alphas_cumprod), *(t + 1 for t in schedule.timesteps[1:]), 0]
+    mean = sum(
+        (stop - start) / bounds[0] * gradient_macs(net, arch, settings)
+        for step, start, stop in zip(schedule.steps, bounds[1:], bounds, strict=False)
+        for arch in step.archs
+    )
+    return max(1, round(settings.steps * gradient_macs(net, net.full_arch, settings) / mean))
+
+
+def gradient_macs(net: LoadedSupernet, arch: Arch, settings: Settings) -> int:
+    """Multiply-adds of one image of a gradient step of this subnet: forward and backward count thrice, the teacher once."""
+    teacher = net.macs(Step(0, net.full_arch)) if settings.distillation or settings.features else 0
+    return 3 * net.macs(Step(0, arch)) + teacher

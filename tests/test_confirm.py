@@ -1,0 +1,301 @@
+"""One schedule put to the test: verdicts from paired differences, judges of different kinds, and the whole command on a small study."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import t as student
+from sklearn.decomposition import PCA
+from typer.testing import CliRunner
+
+from evaluators.features import SmallClassifier
+from evaluators.frechet import Frechet
+from evaluators.images import Digits, HeldOutHalf
+from evaluators.label_free import PixelComponents, RandomFeatures
+from evaluators.scoring import Scores
+from nas.cli import app
+from nas.contracts import Score, UserError
+from nas.evidence.judges import judges_of
+from nas.evidence.verdict import Judged, Verdict, judged, seeds_needed
+from nas.study import Study
+from search_spaces.shipped.train_diffusers import Settings
+from search_spaces.supernet import Elastic
+
+IMAGES = Digits(holdout=0.3)
+
+
+def score(value: float, replicates: tuple[float, ...] = (0.0, 0.0)) -> Score:
+    return Score({"fd": value}, {"fd": replicates})
+
+
+def of(differences: list[float], margin: float, error: float = 0.0, decides: bool = True) -> Judged:
+    return Judged("a judge", 1.0, 1.0, 0.0, tuple(differences), error, margin, decides)
+
+
+# -------------------------------------------------------------------------------------------------------------- verdicts
+
+
+def test_the_interval_is_students_over_the_seeds() -> None:
+    differences = [0.01, -0.02, 0.03, 0.0, 0.015]
+    found = of(differences, 0.05)
+    spread = np.std(differences, ddof=1) / math.sqrt(5)
+    assert found.interval == pytest.approx(student.interval(0.95, 4, np.mean(differences), spread))
+
+
+def test_seeds_that_happen_to_agree_do_not_hide_the_error_of_sampling() -> None:
+    least, most = of([0.01, 0.01, 0.01], 0.05, error=0.02).interval
+    assert (least, most) == pytest.approx((0.01 - 1.96 * 0.02, 0.01 + 1.96 * 0.02))
+
+
+def test_the_margin_is_a_share_of_what_is_above_the_floor() -> None:
+    mine, full = [score(2.1), score(2.3)], [score(2.0), score(2.0)]
+    found = judged("a judge", mine, full, "fd", 1.5, 0.1, True)
+    assert found.margin == pytest.approx(0.05)
+    assert found.differences == pytest.approx((0.1, 0.3))
+    # A reference as good as real images leaves no room: nothing but an improvement is no loss.
+    assert judged("a judge", mine, full, "fd", 2.5, 0.1, True).margin == 0
+    with pytest.raises(ValueError, match="two seeds"):
+        judged("a judge", mine[:1], full[:1], "fd", 1.5, 0.1, True)
+
+
+def test_a_verdict_needs_both_judges_and_says_who_contradicts() -> None:
+    fine, bad = of([0.0, 0.001, -0.001], 0.05), of([0.2, 0.21, 0.19], 0.05)
+    unsure = of([0.2, -0.2, 0.1], 0.05)
+
+    def verdict(*judges: Judged) -> Verdict:
+        return Verdict("name", "digest", 0.6, judges, False, "schedule")
+
+    assert verdict(fine, fine).confirmed
+    assert verdict(fine, fine).words.startswith("No loss: the schedule, 60% of the MACs saved")
+    beside = replace(bad, judge="another", decides=False)
+    assert verdict(fine, fine, beside).confirmed
+    assert "though a loss under another" in verdict(fine, fine, beside).words
+    assert verdict(fine, bad).words.startswith("A loss")
+    assert verdict(fine, unsure).words.startswith("Not confirmed")
+    assert "seeds would show" in verdict(fine, unsure).advice
+    for lost in (verdict(fine, bad), verdict(fine, unsure)):
+        assert not lost.confirmed
+    assert verdict(fine, bad).advice == verdict(fine, fine).advice == ""
+
+
+@pytest.mark.parametrize("deviation", [0.05, 0.12])
+def test_so_many_seeds_have_the_power_that_they_are_said_to_have(deviation: float) -> None:
+    margin, tries = 0.1, 4000
+    rng = np.random.default_rng(0)
+
+    def confirmed(count: int, truth: float) -> float:
+        draws = rng.normal(truth, deviation, (tries, count))
+        ends = draws.mean(1) + student.ppf(0.975, count - 1) * draws.std(1, ddof=1) / math.sqrt(count)
+        return float((ends <= margin).mean())
+
+    needed = seeds_needed(deviation, margin)
+    noise = 3 * math.sqrt(0.25 / tries)  # of a share of so many tries
+    assert confirmed(needed, 0.0) >= 0.8 - noise
+    assert needed == 2 or confirmed(needed - 1, 0.0) <= 0.8 + noise
+    # A schedule that loses all of the margin is confirmed in one try of forty.
+    assert confirmed(needed, margin) == pytest.approx(0.025, abs=noise)
+    assert seeds_needed(deviation, 0.0) == seeds_needed(100.0, margin) == 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------- judges
+
+
+def test_components_are_those_of_a_principal_component_analysis(tmp_path: Path) -> None:
+    images = IMAGES.load()
+    recipe = PixelComponents(10)
+    assert [tick.done for tick in recipe.prepare(images, tmp_path, 0, "cpu")] == [0, 1]
+    found = recipe.load(tmp_path, torch.device("cpu"))(torch.from_numpy(images.pixels)).numpy()
+    theirs = PCA(10).fit_transform(images.pixels.reshape(len(images), -1).astype(np.float64))
+    # Each up to its sign, in float32 sums of 64 pixels.
+    assert np.abs(np.abs(found) - np.abs(theirs)).max() < 1e-4
+    assert list(recipe.prepare(images, tmp_path, 0, "cpu")) == []
+    with pytest.raises(UserError, match="other images"):
+        list(recipe.prepare(Digits().load(), tmp_path, 0, "cpu"))
+
+
+def test_large_images_are_averaged_down_before_their_components(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).uniform(-1, 1, (80, 3, 64, 48)).astype(np.float32)
+    images = replace(IMAGES.load(), pixels=pixels, labels=None)
+    recipe = PixelComponents(4)
+    list(recipe.prepare(images, tmp_path, 0, "cpu"))
+    assert recipe.load(tmp_path, torch.device("cpu"))(torch.from_numpy(pixels)).shape == (80, 4)
+
+
+def test_random_features_are_the_same_everywhere_and_need_nothing(tmp_path: Path) -> None:
+    grey = torch.from_numpy(IMAGES.load().pixels[:50])
+    first, again = (RandomFeatures(33).load(tmp_path, torch.device("cpu"))(grey) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == (50, 33)
+    in_colour = RandomFeatures(33).load(tmp_path, torch.device("cpu"))(grey.expand(-1, 3, -1, -1))
+    assert torch.allclose(first, in_colour, atol=1e-5)
+    assert not torch.allclose(first, RandomFeatures(33, seed=1).load(tmp_path, torch.device("cpu"))(grey))
+    assert RandomFeatures(33).digest(tmp_path) != RandomFeatures(33, seed=1).digest(tmp_path)
+
+
+def test_the_halves_of_what_is_held_out_are_all_of_it_and_have_nothing_in_common() -> None:
+    whole, first, second = (one.load() for one in (IMAGES, HeldOutHalf(IMAGES, "first"), HeldOutHalf(IMAGES, "second")))
+    parts = [{image.tobytes() for image in part.reference.pixels} for part in (whole, first, second)]
+    assert parts[1] | parts[2] == parts[0]
+    assert not parts[1] & parts[2]
+    assert np.array_equal(first.pixels, whole.pixels)
+    assert len({part.digest for part in (whole, first, second)}) == 3
+    with pytest.raises(UserError, match="holdout"):
+        HeldOutHalf(Digits(), "first").load()
+
+
+def test_judges_look_at_images_that_the_search_did_not_see(tiny_study: Study) -> None:
+    first = replace(tiny_study, images=IMAGES, evaluator=Frechet(HeldOutHalf(IMAGES, "first"), rungs=(32, 64)))
+    judges, seen = judges_of(first)
+    assert not seen
+    assert all(judge.evaluator.images == HeldOutHalf(IMAGES, "second") for judge in judges)
+    assert [judge.decides for judge in judges] == [True, True, False, False]
+    judges, seen = judges_of(replace(first, evaluator=Scores((Frechet(IMAGES, rungs=(32, 64)),))))
+    assert seen
+    assert judges[0].evaluator.features == SmallClassifier()
+    with pytest.raises(UserError, match="holds no images out"):
+        judges_of(tiny_study)
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+STUDY = """
+from evaluators.frechet import Frechet
+from evaluators.images import Digits, HeldOutHalf
+from nas.searchers.random import Random
+from nas.study import Study
+from search_spaces.intervals import per_step, uniform
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import Elastic
+from search_spaces.training import Sandwich
+from tests.conftest import TINY
+
+net, images, steps = Elastic(TINY, widths=(0.25, 0.5, 1.0), groups="count"), Digits(holdout=0.3), uniform(4)
+study = Study(
+    name="confirmed",
+    space=Stepwise(net, steps, per_step(steps)),
+    supernet=net,
+    images=images,
+    training=Sandwich(steps=10, batch=8, warmup=2),
+    evaluator=Frechet(HeldOutHalf(images, "first"), rungs=(16, 32)),
+    searchers={"random": Random()},
+    trials=4,
+    verified=2,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study file beside its run."""
+    from nas.engine.session import open_session
+    from nas.study import load_study
+
+    folder = tmp_path_factory.mktemp("confirm")
+    (folder / "study.py").write_text(STUDY)
+    study = load_study(folder / "study.py")
+    with open_session(study, folder / "run") as session:
+        for _ in session.prepare(threads=1):
+            pass
+        for name in ("uniform", "random"):
+            session.run(session.conductor(name))
+    return folder
+
+
+def confirm(folder: Path, *options: str) -> Any:
+    given = [str(folder / "study.py"), "--out", str(folder / "run"), "--seeds", "2", "--steps", "6", "--batch", "8"]
+    return CliRunner().invoke(app, ["confirm", *given, *options])
+
+
+def test_a_claim_is_written_down_trained_equally_judged_and_shown(searched: Path) -> None:
+    name = ("--within", "macs_share=0.6", "--name", "whole")
+    place = searched / "run" / "confirm" / "whole"
+    assert confirm(searched, *name, "--protocol-only").exit_code == 0
+    protocol = json.loads((place / "protocol.json").read_text())
+    assert [path.name for path in place.iterdir()] == ["protocol.json"]
+    assert protocol["seeds"] == [0, 1]
+    done = confirm(searched, *name, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert found["digest"] == _digest(protocol)
+    assert len(found["judges"]) == 4
+    assert {len(judge["differences"]) for judge in found["judges"]} == {2}
+    assert found["saved"] == pytest.approx(1 - _share(searched, protocol))
+    assert not found["seen"]
+    for arm, steps in protocol["settings"]["gradient_steps"].items():
+        kept = json.loads((place / f"{arm}-1" / "trained" / "settings.json").read_text())
+        assert kept["steps"] == steps
+    # Two seeds are two trainings, and the two arms of a seed are judged on the same noises.
+    kept = json.loads((place / "scores.json").read_text())
+    assert len({json.dumps(score["the study's FD"]["values"]) for score in kept.values()}) == 4
+
+    trained = place / "schedule-0" / "trained" / "losses.jsonl"
+    before = trained.stat().st_mtime_ns
+    again = confirm(searched, *name, "--json")
+    assert json.loads(again.stdout[again.stdout.index("{\n") :])["judges"] == found["judges"]
+    assert trained.stat().st_mtime_ns == before
+
+    changed = confirm(searched, *name, "--margin", "0.2")
+    assert changed.exit_code == 1
+    assert "a protocol is not changed once it is written" in " ".join(str(changed.exception).split())
+
+    to = searched / "model"
+    study, run = str(searched / "study.py"), str(searched / "run")
+    told = CliRunner().invoke(app, ["export", study, "--out", run, "--within", "macs_share=0.6", "--to", str(to)])
+    assert told.exit_code == 0, told.output
+    assert found["words"] in (to / "README.md").read_text()
+    assert CliRunner().invoke(app, ["report", study, "--out", run]).exit_code == 0
+    assert "Put to the test" in (searched / "run" / "report" / "index.html").read_text()
+
+
+def _digest(protocol: dict[str, Any]) -> str:
+    from nas.evidence.protocol import Protocol
+
+    return Protocol.from_json(protocol, "the test's").digest
+
+
+def _share(searched: Path, protocol: dict[str, Any]) -> float:
+    from nas.study import load_study
+
+    genome = tuple(protocol["settings"]["genomes"]["schedule"])
+    return load_study(searched / "study.py").space.cost(genome)["macs_share"]
+
+
+def test_both_are_trained_for_as_many_multiply_adds(tiny_net: Elastic, tiny_study: Study) -> None:
+    from nas.evidence.confirm import equal_steps
+
+    net = tiny_net.initial(0)
+    schedule = tiny_study.space.decode((0, 1, 2, 0))
+    for distillation in (0.0, 0.5):
+        settings = Settings(steps=600, distillation=distillation)
+        steps = equal_steps(net, schedule, settings)
+        # Of `train`: every network has the share of the steps that its timesteps have of all 1,000.
+        bounds = [1000, *(step.timestep + 1 for step in schedule.steps[1:]), 0]
+        teacher = tiny_net.cost(tiny_net.anatomy.full).macs if distillation else 0
+        spent = sum(
+            steps * (start - stop) / 1000 * (3 * tiny_net.cost(step.arch).macs + teacher)
+            for step, start, stop in zip(schedule.steps, bounds, bounds[1:], strict=False)
+        )
+        whole = 600 * (3 * tiny_net.cost(tiny_net.anatomy.full).macs + teacher)
+        assert spent == pytest.approx(whole, rel=0.5 / steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--within", "macs_share=0.6", "--name", "../x"), "no plain name"),
+        ((), "say which trial"),
+        (("--within", "macs_share=0.000001"), "macs_share"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_words(searched: Path, options: tuple[str, ...], words: str) -> None:
+    done = confirm(searched, *options)
+    assert done.exit_code == 1
+    assert isinstance(done.exception, UserError)
+    assert words in str(done.exception)
