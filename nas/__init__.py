@@ -1,1 +1,33 @@
-"""Step-aware neural architecture search for diffusion models: the engine. It knows no UNet and no FID."""
+"""Step-aware neural architecture search for diffusion models: the engine. It knows no UNet and no FID.
+
+From Python, `nas.open_run(study)` is what the commands are a skin of; `nas.load_study`, `nas.Study`, `nas.UserError` go with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nas.contracts import UserError
+    from nas.library import Chosen, StudyRun, open_run
+    from nas.study import Study, load_study
+
+__all__ = ["Chosen", "Study", "StudyRun", "UserError", "load_study", "open_run"]
+
+_ROOMS = {
+    "Chosen": "nas.library",
+    "Study": "nas.study",
+    "StudyRun": "nas.library",
+    "UserError": "nas.contracts",
+    "load_study": "nas.study",
+    "open_run": "nas.library",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when it is asked for, so that `nas --help` starts in a moment and workers load no more than they need."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'nas' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_ROOMS[name]), name)

@@ -22,9 +22,9 @@ import pytest
 from PIL import Image
 
 from nas import cli
-from nas.cli.options import choose
 from nas.engine.ledger import read_ledgers
 from nas.engine.storage import lock_run, open_storage
+from nas.library import open_run
 from nas.results.report import Run
 from nas.study import load_study
 from nas.testing import check_space
@@ -285,9 +285,9 @@ def test_within_a_budget_all_searchers_compete_unless_one_is_named(workplace: Pa
     study = load_study(str(workplace / "study.py"))
     for names in [tuple(ledgers), *((name,) for name in ledgers)]:
         named = names[0] if len(names) == 1 else None
-        found, ledger = choose(study, workplace / "run", None, named, 0, None, "macs_share=0.6")
-        assert found.objectives(("fd",))[0] == best(*names)
-        assert found in ledgers[ledger.rpartition(".")[2]]
+        found = open_run(study, workplace / "run").best(named, again=False, macs_share=0.6)
+        assert found.trial.objectives(("fd",))[0] == best(*names)
+        assert found.trial in ledgers[found.ledger.rpartition(".")[2]]
 
 
 def test_bad_choices_of_a_trial_are_refused(workplace: Path, tmp_path: Path) -> None:

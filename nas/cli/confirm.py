@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,7 @@ from nas.cli.options import (
     TrialOption,
     WithinOption,
     check_device,
-    choose,
+    chosen_of,
     print_json,
     resumable,
     run_folder,
@@ -69,9 +70,9 @@ def confirm(
 ) -> None:
     """Train one schedule and the full network equally, with several seeds, and say whether anything is lost: named before, judged on images and noises that
     nothing was chosen on. The same command goes on after a stop."""
-    from nas.engine.session import open_session
-    from nas.evidence.confirm import PROTOCOL, Confirmation, protocol_of
-    from nas.evidence.protocol import Protocol
+    from nas.engine.show import Show
+    from nas.evidence.confirm import PROTOCOL
+    from nas.library import StudyRun
     from nas.study import load_study
 
     study = load_study(study_file)
@@ -87,22 +88,21 @@ def confirm(
         **{key: value for key, value in given.items() if value is not None},
     }
     bars = progress_bars(quiet or as_json)
-    with resumable(folder), open_session(study, folder, storage, device), bars:
-        chosen, ledger = choose(study, folder, storage, searcher, seed, trial, within)
-        protocol = protocol_of(study, folder, chosen, ledger, called, seeds, margin, training, storage)
-        made = Confirmation(study, folder, protocol, device)
+    run = StudyRun(study, folder, storage, device, Show(partial(follow, bars)))
+    with resumable(folder), bars:
+        chosen = chosen_of(run, searcher, seed, trial, within, again=False)
+        made = run.confirmation(chosen, called, seeds, margin, training)
         if protocol_only:
             made.write_down()
         else:
-            follow(bars, made.run())
+            verdict = run.put_to_the_test(made)
     path = made.place / PROTOCOL
     if protocol_only:
         if as_json:
-            print_json({"protocol": str(path), "digest": Protocol.read(path).digest})
+            print_json({"protocol": str(path), "digest": made.protocol.digest})
         else:
-            out.print(f"{path}: {protocol.question} Nothing is trained yet.", highlight=False, soft_wrap=True)
+            out.print(f"{path}: {made.protocol.question} Nothing is trained yet.", highlight=False, soft_wrap=True)
         return
-    verdict = made.verdict()
     if as_json:
         print_json({**verdict.to_json(), "folder": str(made.place)})
         return
@@ -113,5 +113,7 @@ def confirm(
         out.print(verdict.advice, highlight=False, soft_wrap=True)
     if not quiet:
         notes.print(
-            f"protocol {protocol.digest}, scores and trained networks: {made.place}", highlight=False, soft_wrap=True
+            f"protocol {made.protocol.digest}, scores and trained networks: {made.place}",
+            highlight=False,
+            soft_wrap=True,
         )

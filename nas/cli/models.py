@@ -20,8 +20,7 @@ from nas.cli.options import (
     TrialOption,
     WithinOption,
     check_device,
-    choose,
-    confirmed,
+    chosen_of,
     print_json,
     resumable,
     run_folder,
@@ -70,39 +69,20 @@ def export(
     storage: StorageOption = None,
 ) -> None:
     """Write a trial's networks as stock diffusers folders, with the schedule, provenance and a proof of equality."""
-    from nas.handover.export import export as write
-    from nas.handover.stock import export_stock as write_stock
-    from nas.results.report import verdicts
+    from nas.library import StudyRun
     from nas.study import load_study
 
+    if stock and programs:
+        raise UserError(
+            "--programs are of exported folders, and --stock writes diffusers' own pipeline; give one of them"
+        )
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
-    chosen, ledger = choose(study, folder, storage, searcher, seed, trial, within)
-    assert chosen.score is not None
-    again = confirmed(study, folder, storage, chosen) if within else None
-    evaluator = study.load(folder, "cpu")
-    provenance = {
-        "study": study.name,
-        "ledger": ledger,
-        "trial": chosen.number,
-        "genome": chosen.genome,
-        "samples": chosen.rung,
-        "cost": dict(chosen.cost),
-        "score": chosen.score.to_json(),
-        **({"confirmed": again.to_json()} if again else {}),
-        "supernet": study.supernet.digest(folder / "supernet"),
-        "images": study.images.load().digest,
-    }
-    schedule = study.space.decode(chosen.genome)
-    tested = [found["words"] for found in verdicts(folder) if found["schedule"] == schedule.digest]
-    provenance |= {"tested": tested} if tested else {}
-    sampler = evaluator.sampler_of(schedule)
+    run = StudyRun(study, folder, storage)
+    with resumable(folder):
+        chosen = chosen_of(run, searcher, seed, trial, within)
     if stock:
-        if programs:
-            raise UserError(
-                "--programs are of exported folders, and --stock writes diffusers' own pipeline; give one of them"
-            )
-        said = write_stock(evaluator.supernet, schedule, sampler, provenance, to.resolve())
+        said = run.export_stock(chosen, to)
         own = (
             ""
             if said["timesteps"]
@@ -115,14 +95,10 @@ def export(
             soft_wrap=True,
         )
     else:
-        failed = write(evaluator.supernet, schedule, sampler, provenance, to.resolve(), programs)
+        failed = run.export(chosen, to, programs)
         for name, reason in failed.items():
             notes.print(f"{name} has no model.pt2: {reason}", highlight=False, soft_wrap=True)
-    out.print(
-        f"{ledger} trial {chosen.number} ({summary_of(chosen, study, again)}) is in {to}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    out.print(f"{summary_of(chosen, study)} is in {to}", highlight=False, soft_wrap=True)
 
 
 def sample(
@@ -143,6 +119,7 @@ def sample(
     """Draw images with a trial's schedule; where they are of classes, the picture shows them class by class."""
     import numpy as np
 
+    from nas.library import StudyRun
     from nas.study import load_study
 
     if to.suffix not in (".png", ".npy"):
@@ -150,9 +127,10 @@ def sample(
     check_device(device)
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
-    chosen, ledger = choose(study, folder, storage, searcher, search_seed, trial, within)
-    again = confirmed(study, folder, storage, chosen, device) if within else None
-    images = study.load(folder, device).sample(study.space.decode(chosen.genome), count, seed).cpu().numpy()
+    run = StudyRun(study, folder, storage, device)
+    with resumable(folder):
+        chosen = chosen_of(run, searcher, search_seed, trial, within)
+    images = run.sample(chosen, count, seed)
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == ".npy":
         np.save(to, images)
@@ -161,11 +139,7 @@ def sample(
 
         images = class_by_class(images, study.evaluator, seed)
         draw_samples(images, to, scale=max(1, 96 // images.shape[-1]))
-    out.print(
-        f"{count} images of {ledger} trial {chosen.number} ({summary_of(chosen, study, again)}) are in {to}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    out.print(f"{count} images of {summary_of(chosen, study)} are in {to}", highlight=False, soft_wrap=True)
 
 
 def train(

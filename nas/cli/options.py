@@ -17,9 +17,8 @@ from nas.cli.terminal import notes
 from nas.contracts import UserError
 
 if TYPE_CHECKING:
-    from nas.contracts import Score, Trial
     from nas.engine.ray_runner import Workers
-    from nas.results.report import Run
+    from nas.library import Chosen, StudyRun
     from nas.study import Study
 
 StudyFile = Annotated[
@@ -65,59 +64,22 @@ WithinOption = Annotated[
 ]
 
 
-def choose(
-    study: Study,
-    folder: Path,
-    storage: str | None,
-    searcher: str | None,
-    seed: int,
-    trial: int | None,
-    within: str | None,
-) -> tuple[Trial, str]:
-    """The trial that --trial or --within means, and the name of its ledger. Within a budget all searchers of the seed compete, unless
-    one is named."""
-    from nas.results.report import Run, best_within
-
+def chosen_of(
+    run: StudyRun, searcher: str | None, seed: int, trial: int | None, within: str | None, again: bool = True
+) -> Chosen:
+    """The trial that --trial or --within means. Within a budget all searchers of the seed compete, unless one is named, and the best is scored on noises on
+    which nothing was chosen, unless not `again`."""
     if (trial is None) == (within is None):
         raise UserError("say which trial: either --trial N or --within COST=LIMIT")
-    ledgers = {(info.searcher, info.seed): (info, trials) for info, trials in Run.open(folder, storage).ledgers}
-    name = searcher or (None if within else next(iter(study.searchers), "evolution"))
-    meant = {key: ledger for key, ledger in ledgers.items() if key[1] == seed and name in (None, key[0])}
-    if not meant:
-        known = ", ".join(f"{name} (seed {s})" for name, s in ledgers)
-        wanted = f"trials of searcher {name}" if name else "trials"
-        raise UserError(f"{folder} has no {wanted} with seed {seed}; it has {known or 'none'}")
-    for key, (info, _) in meant.items():
-        if study.ledger_info(folder, *key).changed(info.provenance):
-            raise UserError(
-                f"{folder} was searched by {key[0]} under another study than {study.name} is now; restore the study file or its "
-                "supernet, or name another --searcher"
-            )
-    if within is not None:
-        cost, _, limit = within.partition("=")
-        try:
-            best = best_within([t for _, ts in meant.values() for t in ts], cost, float(limit), study.objectives[0])
-        except ValueError:
-            raise UserError(f"--within {within} is not COST=LIMIT, such as macs_share=0.5") from None
-        return best, next(info.name for info, trials in meant.values() if any(best is trial for trial in trials))
-    [(info, trials)] = meant.values()
-    chosen = next((t for t in trials if t.number == trial), None)
-    if chosen is None or chosen.score is None:
-        raise UserError(f"{info.name} has no scored trial {trial}; it has numbers 0 to {len(trials) - 1}")
-    return chosen, info.name
-
-
-def check_study(study: Study, folder: Path, run: Run) -> None:
-    """Raises UserError where the run was searched under another space, supernet or evaluator than the study has now."""
-    from nas.study import BASELINE
-
-    now = study.ledger_info(folder, BASELINE, 0)
-    for info, _ in run.ledgers:
-        changed = [part for part in ("space", "supernet", "evaluator") if not now.same(part, info.provenance.get(part))]
-        if changed:
-            raise UserError(
-                f"{folder} was searched with another {' and '.join(changed)} than study {study.name} has now; restore the study file"
-            )
+    if trial is not None:
+        return run.trial(trial, searcher, seed)
+    assert within is not None
+    cost, _, limit = within.partition("=")
+    try:
+        most = float(limit)
+    except ValueError:
+        raise UserError(f"--within {within} is not COST=LIMIT, such as macs_share=0.5") from None
+    return run.best(searcher, seed, again, **{cost: most})
 
 
 def worker_pool(count: int, gpus: float, address: str | None, device: str) -> Workers | None:
@@ -131,18 +93,6 @@ def worker_pool(count: int, gpus: float, address: str | None, device: str) -> Wo
     pool = Workers(count or 1, gpus, address, device)
     check_workers(pool)
     return pool
-
-
-@contextmanager
-def on_workers(pool: Workers | None) -> Iterator[None]:
-    """One cluster for all that is run meanwhile, where there are workers."""
-    if pool is None:
-        yield
-        return
-    from nas.engine.ray_runner import cluster
-
-    with cluster(pool):
-        yield
 
 
 def waiting(ledger: str) -> Callable[[str], None]:
@@ -174,47 +124,14 @@ def resumable(folder: Path) -> Iterator[None]:
         raise Answered(exit_code(asked)) from None
 
 
-def confirmed(study: Study, folder: Path, storage: str | None, trial: Trial, device: str = "cpu") -> Score:
-    """The score of a chosen trial on noises on which nothing was chosen; made now where the run has not."""
-    from nas.engine.session import open_session
-    from nas.results.report import Run
-
-    found = Run.open(folder, storage)
-    known = found.confirmed.get(trial.digest)
-    if known is None:
-        with resumable(folder), open_session(study, folder, storage or found.facts["storage"], device) as session:
-            session.run(session.confirmation([trial.genome]))
-        known = Run.open(folder, storage).confirmed.get(trial.digest)
-    if known is None:
-        raise UserError(
-            f"trial {trial.number} could not be scored again; `nas status {folder}` shows how the ledger stands"
-        )
-    return known
-
-
-def comparison(run_dir: Path, storage: Any) -> dict[str, Any]:
-    from nas.results.plots import draw_curves, draw_front
-    from nas.results.report import Run
-
-    found = Run.open(run_dir, storage)
-    if not found.ledgers:
-        raise UserError(f"{run_dir} holds no search yet; the same `nas run` command goes on to it")
-    facts = found.compare()
-    ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], found.ledgers, strict=True)}
-    picture = run_dir / "report" / "front.png"
-    draw_front(ledgers, found.facts, found.scale, facts["label"], picture)
-    curves = run_dir / "report" / "curves.png"
-    draw_curves(facts["searchers"], facts["area_until_macs"], curves)
-    return {**facts, "picture": str(picture), "curves": str(curves)}
-
-
-def summary_of(trial: Trial, study: Study, score: Score | None = None) -> str:
-    """Its cost and its objectives: as `score` has them, or else as it was scored."""
+def summary_of(chosen: Chosen, study: Study) -> str:
+    """Which trial it is, its cost, and its objectives on noises on which nothing was chosen, or else as it was scored."""
     from nas.results.report import cost_in_words
 
-    shown = replace(trial, score=score or trial.score)
+    shown = replace(chosen.trial, score=chosen.score)
     values = zip(study.objectives, shown.objectives(study.objectives), strict=True)
-    return f"{cost_in_words(trial)}, " + ", ".join(f"{name} {value:.4g}" for name, value in values)
+    said = f"{cost_in_words(chosen.trial)}, " + ", ".join(f"{name} {value:.4g}" for name, value in values)
+    return f"{chosen.ledger} trial {chosen.trial.number} ({said})"
 
 
 def run_folder(study: Study, out_dir: Path | None) -> Path:

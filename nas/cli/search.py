@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -21,9 +22,6 @@ from nas.cli.options import (
     StudyFile,
     WorkersOption,
     check_device,
-    check_study,
-    comparison,
-    on_workers,
     print_json,
     resumable,
     run_folder,
@@ -81,10 +79,10 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
     """Train what is missing, search, verify. The same command again goes on where it stopped."""
-    from nas.engine.session import open_session
+    from nas.engine.show import Show
     from nas.engine.storage import check_answers
-    from nas.results.report import Run
-    from nas.study import BASELINE, load_study
+    from nas.library import StudyRun
+    from nas.study import load_study
 
     study = load_study(study_file)
     first = next(iter(study.searchers), "evolution")
@@ -112,34 +110,14 @@ def run(
         raise UserError(
             f"calls are timed on --device {device}, but workers with GPUs compute on cuda; give --device cuda too"
         )
-    with resumable(folder), open_session(study, folder, storage, device) as session:
-        started = time.monotonic()
+    started = time.monotonic()
+    with resumable(folder):
         with progress_bars(quiet) as bars:
-            follow(bars, session.prepare(threads))
-            searches = [(name, number) for number in range(seed, seed + seeds) for name in names if name != BASELINE]
-            # One after another here; on workers, side by side once the baseline is known.
-            groups = [[one] for one in searches] if pool is None else [searches]
-            with on_workers(pool):
-                for group in ([(BASELINE, 0)], *groups):
-                    for name, number in group:
-                        follow(bars, session.learn(name, number, pool))
-                    conductors, shown = [], []
-                    for name, number in group:
-                        bar = SearchBar(bars, name + (f" (seed {number})" if number else ""), study.objectives[0])
-                        conductors.append(session.conductor(name, number, trials, bar, waiting(name)))
-                        bar.begin(conductors[-1])
-                        shown.append(bar)
-                    session.run(*conductors, workers=pool)
-                    for bar in shown:
-                        bar.end()
-                chosen = [trial.genome for trial in Run.open(folder, session.storage).chosen()]
-                bar = SearchBar(bars, "confirming", study.objectives[0])
-                conductor = session.confirmation(chosen)
-                bar.begin(conductor)
-                session.run(conductor, workers=pool)
-                bar.end()
+            show = Show(partial(follow, bars), partial(SearchBar, bars, objective=study.objectives[0]), pool, waiting)
+            opened = StudyRun(study, folder, storage, device, show, study_file)
+            opened.search(*names, trials=trials, seed=seed, seeds=seeds, threads=threads)
         if not quiet:
-            print_comparison(comparison(folder, session.storage))
+            print_comparison(opened.compare())
             notes.print(
                 f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here",
                 highlight=False,
@@ -185,8 +163,11 @@ def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption =
 
 def compare(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption = False) -> None:
     """Searchers side by side: front, hypervolume, best within budgets, what was spent. Writes <run>/report/front.png and curves.png."""
+    from nas.library import compared
+    from nas.results.report import Run
+
     with notes.status(f"comparing the searches of {run_dir}"):
-        facts = comparison(run_dir, storage)
+        facts = compared(Run.open(run_dir, storage))
     if as_json:
         print_json(facts)
     else:
@@ -205,24 +186,21 @@ def report(
     from importlib.util import find_spec
 
     from nas.engine.storage import open_storage
-    from nas.results.page import write_page
-    from nas.results.report import Run
+    from nas.library import StudyRun
     from nas.study import load_study
 
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
     check_device(device)
-    found = Run.open(folder, storage)
-    check_study(study, folder, found)
-    comparison(folder, storage)
-    loaded = study.load(folder, device)
-    path = write_page(study, study_file, found, loaded)
+    opened = StudyRun(study, folder, storage, device, file=study_file)
+    found, loaded = opened.results, opened.loaded
+    path = opened.report(loaded)
     if find_spec("optuna_dashboard"):
         from nas.results.dashboard import attach
 
-        opened = open_storage(folder, storage or found.facts["storage"])
+        place = open_storage(folder, storage or found.facts["storage"])
         with resumable(folder), progress_bars(quiet or as_json) as bars:
-            follow(bars, attach(study, study_file, found, opened, loaded))
+            follow(bars, attach(study, study_file, found, place, loaded))
     if as_json:
         print_json({"page": str(path)})
     else:

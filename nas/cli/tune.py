@@ -14,7 +14,6 @@ from nas.cli.options import (
     JsonOption,
     WorkersOption,
     check_device,
-    on_workers,
     print_json,
     resumable,
     worker_pool,
@@ -97,10 +96,11 @@ def tune(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
     """Make a faster schedule for the pipeline in a folder, without training: which steps run, which blocks at each, and where guidance is on."""
+    from nas.engine.show import Show
     from nas.handover.portable import read_portable
+    from nas.library import on_workers
     from nas.tuning.page import study_file, usage, write_found
     from nas.tuning.study import LOSS, Wanted
-    from nas.tuning.tune import Show
     from nas.tuning.tune import tune as search
 
     measure, _, share = within.partition("=")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,6 @@ from nas.contracts import (
     Genome,
     Guidance,
     LoadedEvaluator,
-    Progress,
     Schedule,
     Score,
     Step,
@@ -24,6 +23,7 @@ from nas.contracts import (
 )
 from nas.engine.runner import Conductor
 from nas.engine.session import Session, open_session, torch_threads
+from nas.engine.show import Bar, Show
 from nas.genomes.genetics import LATENCY, cheapest, dearest
 from nas.handover.portable import resampled, schedule_of
 from nas.study import Study
@@ -31,7 +31,7 @@ from nas.tuning.study import LOSS, Wanted, computed
 from search_spaces.patterns import ALL, Every, Only, Pattern, Subset
 
 if TYPE_CHECKING:
-    from nas.engine.ray_runner import Workers
+    pass
 
 SEARCHER = "path"
 CONFIDENCE = 1.645
@@ -134,35 +134,6 @@ class Found:
 def percent(share: float) -> str:
     """With three digits that say something."""
     return f"{100 * share:.3g} %"
-
-
-class Bar(Protocol):
-    """Shows one search; told of each closed trial."""
-
-    def begin(self, conductor: Conductor) -> None: ...
-
-    def __call__(self, trial: Trial) -> None: ...
-
-    def end(self) -> None: ...
-
-
-class Silent:
-    """Shows nothing."""
-
-    def begin(self, conductor: Conductor) -> None: ...
-
-    def __call__(self, trial: Trial) -> None: ...
-
-    def end(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Show:
-    """How progress is shown, ticks and searches by name, and on which workers searches run."""
-
-    follow: Callable[[Iterator[Progress]], Any] = list
-    bar: Callable[[str], Bar] = lambda name: Silent()
-    workers: Workers | None = None
 
 
 def tune(
