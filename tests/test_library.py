@@ -145,6 +145,7 @@ def test_weights_and_biases_takes_each_trial_offline(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.wandb"))
 
 
+@pytest.mark.filterwarnings("ignore")  # of its own
 def test_mlflow_takes_each_trial(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     record = MLflow("nas", f"sqlite:///{tmp_path}/mlflow.db")
