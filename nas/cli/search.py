@@ -111,6 +111,8 @@ def run(
             f"calls are timed on --device {device}, but workers with GPUs compute on cuda; give --device cuda too"
         )
     started = time.monotonic()
+    if not quiet:
+        notes.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
     with resumable(folder):
         with progress_bars(quiet) as bars:
             show = Show(partial(follow, bars), partial(SearchBar, bars, objective=study.objectives[0]), pool, waiting)

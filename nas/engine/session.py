@@ -4,6 +4,7 @@
 <run>/supernet/      weights, or the checkpoint of an unfinished training
 <run>/features/      the feature extractor
 <run>/learned/       what searchers learned from the supernet before they searched
+<run>/working.json   what is being prepared at the moment, for `nas status`
 <run>/times.json     what calls take, where time is limited; <run>/latency.json: all that was timed, by device
 <run>/journal.log    the ledgers, unless --storage names another place
 <run>/report/        pictures and tables
@@ -28,6 +29,7 @@ from nas.engine.ledger import Ledger, known_scores
 from nas.engine.runner import Conductor, run_here
 from nas.engine.storage import close_storage, lock_run, open_storage
 from nas.engine.timing import measure
+from nas.engine.working import noted
 from nas.engine.writers import Wait, only_writer
 from nas.genomes.genetics import uniform_genomes
 from nas.genomes.timed import Timing
@@ -59,9 +61,9 @@ class Session:
         """Trains the supernet and the features where they are missing, on `threads` CPU threads (0: all cores), and times calls where time is
         limited, on one."""
         with torch_threads(threads or os.cpu_count() or 1):
-            yield from self.study.prepare(self.folder, self.device)
+            yield from noted(self.study.prepare(self.folder, self.device), self.folder)
         with torch_threads(1):  # as scores are computed
-            yield from self._time_calls()
+            yield from noted(self._time_calls(), self.folder)
 
     def _time_calls(self) -> Iterator[Progress]:
         """Measures what calls take that the run folder lacks, where time is limited."""
@@ -75,7 +77,7 @@ class Session:
         """Lets a searcher that learns from the supernet do so, once, on one CPU thread or on a Ray worker."""
         if workers is None:
             with torch_threads(1):
-                yield from learn_once(self.study, self.folder, self.device, searcher, seed)
+                yield from noted(learn_once(self.study, self.folder, self.device, searcher, seed), self.folder)
         elif wants_to_learn(self.study, self.folder, searcher, seed):
             from nas.engine.ray_runner import map_on_ray
 

@@ -20,6 +20,7 @@ from nas.engine.ladder import CONFIDENCE
 from nas.engine.learning import learned_macs
 from nas.engine.ledger import read_ledgers
 from nas.engine.storage import open_storage
+from nas.engine.working import working_on
 from nas.genomes.genetics import LATENCY
 from nas.genomes.pareto import front, hypervolume
 from nas.results.audit import Agreement, bands_of
@@ -153,7 +154,7 @@ class Run:
         return Scale("MACs", "macs_share", 1.0, limits.get("macs_share"))
 
     def status(self) -> dict[str, Any]:
-        """Counts by state for each ledger."""
+        """Counts by state for each ledger, and what is being prepared at the moment."""
         rows = []
         for info, trials in self.ledgers:
             first = [t for t in trials if t.rung == info.rungs[0] and "retry" not in t.origin]
@@ -172,6 +173,7 @@ class Run:
             "study": self.facts["study"],
             "folder": str(self.folder),
             "training": self._training(),
+            "working": working_on(self.folder),
             "searchers": rows,
         }
 
