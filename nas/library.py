@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.contracts import LoadedEvaluator, Schedule, Score, Trial, UserError
+from nas.engine.facts import what_is_searched
 from nas.engine.session import Session, open_session
 from nas.engine.show import Called, Show
 from nas.genomes.pareto import front
@@ -149,7 +150,7 @@ class StudyRun:
     @property
     def results(self) -> Run:
         """The run folder as it stands, as plain data."""
-        return Run.open(self.folder, self.storage)
+        return Run.open(self.folder, self.storage, what_is_searched(self.study))
 
     def trials(self, searcher: str | None = None) -> pd.DataFrame:
         """Of all searches, or one: a row for each trial, with its searcher, seed, number, status, samples, genome, costs, scores, and their errors."""
@@ -204,7 +205,8 @@ class StudyRun:
             wanted = f"trials of searcher {searcher}" if searcher else "trials"
             raise UserError(f"{self.folder} has no {wanted} with seed {seed}; it has {known or 'none'}")
         for key, (info, _) in meant.items():
-            if self.study.ledger_info(self.folder, *key).changed(info.provenance):
+            now = self.study.ledger_info(self.folder, *key)
+            if now.changed(info.provenance):
                 raise UserError(
                     f"{self.folder} was searched by {key[0]} under another study than {self.study.name} is now; restore the study file or its "
                     "supernet, or name another searcher"

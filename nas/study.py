@@ -6,9 +6,9 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import chdir
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,10 +65,15 @@ RESERVED = ("all", BASELINE, TRAINED, CONFIRMED)
 """No searcher's name: those of other ledgers, and of all searchers."""
 
 
+SEARCH = ("searcher", "limits", "objectives")
+"""Parts of a provenance that say what is searched for and how, not what is measured."""
+
+
 @dataclass(frozen=True)
 class LedgerInfo:
     """What identifies a ledger. A ledger is not continued under another `provenance`. `former`: what parts of it were called once, by
-    other rules, for the very same thing."""
+    other rules, for the very same thing. `scores`: of the evaluator whatever its rungs, empty where that was not noted. `variant`: tells it from others of the same
+    searcher and seed, with other limits, objectives, rungs or settings; empty for the first."""
 
     study: str
     searcher: str
@@ -78,19 +83,37 @@ class LedgerInfo:
     limits: Mapping[str, float]
     provenance: Mapping[str, str]
     former: Mapping[str, str] = field(default_factory=dict, compare=False)
+    scores: str = ""
+    variant: str = ""
+
+    @property
+    def base_name(self) -> str:
+        """Study, searcher, and the seed where it is not 0."""
+        return f"{self.study}.{self.searcher}" + (f".seed{self.seed}" if self.seed else "")
 
     @property
     def name(self) -> str:
-        """Of the Optuna study: study, searcher, and the seed where it is not 0."""
-        return f"{self.study}.{self.searcher}" + (f".seed{self.seed}" if self.seed else "")
+        """Of the Optuna study."""
+        return self.base_name + (f".{self.variant}" if self.variant else "")
 
     def same(self, part: str, stored: str | None) -> bool:
         """Whether this part of the provenance is what a ledger, or a file, has stored."""
         return stored is not None and stored in (self.provenance.get(part), self.former.get(part))
 
     def changed(self, stored: Mapping[str, str], without: Collection[str] = ()) -> list[str]:
-        """Parts of the provenance that are not what was stored."""
+        """Parts of the provenance that are not what was stored. The baseline has no limits."""
+        without = {*without, *(["limits"] if self.searcher == BASELINE else [])}
         return [part for part in self.provenance if part not in without and not self.same(part, stored.get(part))]
+
+    def compares(self, other: LedgerInfo) -> bool:
+        """Whether its scores are of the same weights, by the same evaluator, on the same seeds of noises, whatever is searched for; rungs may differ."""
+        same_scores = bool(self.scores) and self.scores == other.scores
+        return not self.changed(other.provenance, SEARCH + (("evaluator",) if same_scores else ()))
+
+    @property
+    def of_its_search(self) -> str:
+        """Eight hexadecimal digits of what may differ between ledgers that compare."""
+        return digest_of({part: self.provenance[part] for part in (*SEARCH, "evaluator")})[:8]
 
     def digests(self) -> tuple[str, ...]:
         """Of the provenance as a whole, the present one first."""
@@ -329,11 +352,34 @@ class Study:
             dict(self.limits),
             provenance,
             former,
+            with_rungs(self.evaluator, (2,)).digest(folder),
         )
 
     def unlimited(self, folder: Path) -> Problem:
         """The problem without limits, for baselines."""
         return replace(self.problem_in(folder), limits={})
+
+
+def noise_of(rung: int, rungs: Sequence[int]) -> str:
+    """Purpose of the noises on which a rung is scored: the last one verifies, on others than those that its schedules were chosen on."""
+    return "verification noise" if rung == rungs[-1] and len(rungs) > 1 else "search noise"
+
+
+def with_rungs(evaluator: Any, rungs: tuple[int, ...]) -> Any:
+    """The evaluator, and those that it is made of, with other rungs. One that is no dataclass stays as it is."""
+    if isinstance(evaluator, type) or not is_dataclass(evaluator) or not hasattr(evaluator, "rungs"):
+        return evaluator
+    changed: dict[str, Any] = {}
+    for one in fields(evaluator):
+        value = getattr(evaluator, one.name)
+        if one.name == "rungs":
+            changed["rungs"] = rungs
+        elif hasattr(value, "rungs"):
+            changed[one.name] = with_rungs(value, rungs)
+        elif isinstance(value, tuple) and any(hasattr(part, "rungs") for part in value):
+            changed[one.name] = tuple(with_rungs(part, rungs) for part in value)
+    made: Any = replace(evaluator, **changed)  # type: ignore[type-var]
+    return made
 
 
 def load_study(file: str | Path) -> Study:

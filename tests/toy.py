@@ -97,12 +97,13 @@ class ToyEvaluator:
     fatal: tuple[Genome, ...] = ()
     log: str = ""
     metrics: tuple[str, ...] = field(default=("fd",), repr=False)
+    kind: str = ""
 
     def describe(self) -> dict[str, Any]:
         return {"rungs": self.rungs}
 
     def digest(self, folder: Path) -> str:
-        return str(self.rungs)
+        return f"{self.rungs}{self.kind}"
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from ()

@@ -233,6 +233,7 @@ def print_status(facts: Mapping[str, Any]) -> None:
             highlight=False,
             soft_wrap=True,
         )
+    _say_others(facts)
     if facts["training"]:
         spent = ", ".join(
             f"{stage['class']} {stage['expert'] + ' ' if stage.get('expert') else ''}{_short(stage['macs'])}"
@@ -240,6 +241,16 @@ def print_status(facts: Mapping[str, Any]) -> None:
         )
         total = _short(sum(stage["macs"] for stage in facts["training"]))
         out.print(f"supernet trained with {total} MACs: {spent}", highlight=False, soft_wrap=True)
+
+
+def _say_others(facts: Mapping[str, Any]) -> None:
+    count = facts["other_ledgers"]
+    if count:
+        out.print(
+            f"{count} ledger{'s' if count > 1 else ''} of other limits, objectives, rungs or settings {'are' if count > 1 else 'is'} kept beside; what they scored is not scored again",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def print_outline(facts: Mapping[str, Any]) -> None:
@@ -330,6 +341,7 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    _say_others(facts)
     out.print(f"front: {facts['picture']}", highlight=False, soft_wrap=True)
 
 

@@ -34,15 +34,23 @@ def write_facts(study: Study, folder: Path, storage: str | None) -> None:
         "study": study.name,
         "storage": kept_url(storage) if storage else None,
         "baseline": BASELINE,
-        "trials": study.trials,
-        "objectives": study.objectives,
-        "limits": dict(study.limits),
-        "rungs": study.evaluator.rungs,
+        **what_is_searched(study),
         "choices": [[choice.name, choice.options] for choice in study.space.choices],
         "seed": study.seed,
         "versions": package_versions(),
     }
     write_json(folder / FILE, facts)
+
+
+def what_is_searched(study: Study) -> dict[str, Any]:
+    """By which a run's ledgers of this study are told from those of one with other limits, objectives, rungs or settings."""
+    return {
+        "trials": study.trials,
+        "objectives": list(study.objectives),
+        "limits": dict(study.limits),
+        "rungs": list(study.evaluator.rungs),
+        "searchers": {name: repr(searcher) for name, searcher in study.searchers.items()},
+    }
 
 
 def package_versions() -> dict[str, str]:

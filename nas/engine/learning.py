@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 
 def learned_file(folder: Path, info: LedgerInfo) -> Path:
-    return folder / "learned" / f"{info.name}.safetensors"
+    """The first that a searcher of this seed has learned has the ledger's plain name; what it learns otherwise later stands beside it."""
+    plain = folder / "learned" / f"{info.base_name}.safetensors"
+    metadata = _metadata(plain)
+    if metadata is None or metadata["recipe"] in info.digests():
+        return plain
+    return plain.with_name(f"{info.base_name}.{info.of_its_search}.safetensors")
 
 
 def learned_macs(folder: Path, info: LedgerInfo) -> int:

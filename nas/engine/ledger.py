@@ -19,7 +19,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas.contracts import Problem, Proposal, Schedule, Score, Status, Trial, UserError
-from nas.study import LedgerInfo
+from nas.study import LedgerInfo, noise_of
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -40,13 +40,14 @@ _STATES: dict[TrialState, Status] = {
 class Ledger:
     """The trials of one searcher. One process writes at a time; `check` raises where this one may not any more.
 
-    Raises UserError where the stored ledger was made under another provenance.
+    A search with other limits, objectives, rungs or settings has a ledger of its own, beside those of before. Raises UserError where the stored ledgers were made of
+    other weights, spaces, noises or scores.
     """
 
     def __init__(
         self, storage: BaseStorage, info: LedgerInfo, problem: Problem, check: Callable[[], None] = lambda: None
     ) -> None:
-        self.info = info
+        self.info = settled(storage, info)
         self._check = check
         self._problem = problem
         self._storage = storage
@@ -258,12 +259,27 @@ def _identity(storage: BaseStorage, study_id: int) -> Mapping[str, Any] | None:
     return found or storage.get_study_system_attrs(study_id).get(STUDY)
 
 
+def settled(storage: BaseStorage, info: LedgerInfo) -> LedgerInfo:
+    """The ledger that this very search has, or is to have: a further one where others of its searcher and seed compare with it, but were searched otherwise."""
+    identities = (_identity(storage, study._study_id) for study in storage.get_all_studies())
+    stored = [LedgerInfo.from_json(found) for found in identities if found is not None]
+    beside = [one for one in stored if one.base_name == info.base_name]
+    for one in beside:
+        if not info.changed(one.provenance):
+            return replace(info, variant=one.variant)
+    fits = all(info.compares(one) for one in beside)
+    return replace(info, variant=info.of_its_search) if beside and fits else info
+
+
 def known_scores(storage: BaseStorage, info: LedgerInfo) -> dict[tuple[str, int], tuple[str, Score]]:
-    """(digest, rung) -> (which trial, its score) over all ledgers whose scores compare with this one's."""
+    """(digest, rung) -> (which trial, its score) over all ledgers whose scores compare with this one's, of rungs on the same noises."""
     known: dict[tuple[str, int], tuple[str, Score]] = {}
     for other, trials in read_ledgers(storage, info.study):
-        if not info.changed(other.provenance, without=("searcher", "limits")):
+        if info.compares(other):
             for trial in trials:
-                if trial.score is not None:
+                same_noise = trial.rung in info.rungs and noise_of(trial.rung, info.rungs) == noise_of(
+                    trial.rung, other.rungs
+                )
+                if trial.score is not None and same_noise:
                     known.setdefault((trial.digest, trial.rung), (f"{other.name}#{trial.number}", trial.score))
     return known

@@ -24,6 +24,7 @@ from nas.contracts import (
 )
 from nas.engine.ladder import Climb, Ladder
 from nas.engine.ledger import Ledger
+from nas.study import noise_of
 
 FAILURES_PER_GENOME = 2
 FAILURES_IN_A_ROW = 5
@@ -37,11 +38,6 @@ class Job:
     schedule: Schedule
     samples: int
     seed: int
-
-
-def noise_of(rung: int, rungs: Sequence[int]) -> str:
-    """Purpose of the noises on which a rung is scored: the last one verifies, on others than those that its schedules were chosen on."""
-    return "verification noise" if rung == rungs[-1] and len(rungs) > 1 else "search noise"
 
 
 class Conductor:

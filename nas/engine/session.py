@@ -132,7 +132,8 @@ class Session:
         check = self._writers.enter_context(only_writer(self._url, info.name, lambda holder: None))
         ledger = Ledger(self.storage, info, problem, check)
         ladder = Ladder(info.rungs, study.objectives, len(ledger.trials) + len(genomes), 1, everything=True)
-        return Conductor(ledger, UniformSearch(genomes), problem, ladder, study.seed, {}, noise="confirmation noise")
+        known = known_scores(self.storage, info)
+        return Conductor(ledger, UniformSearch(genomes), problem, ladder, study.seed, known, noise="confirmation noise")
 
     def run(self, *conductors: Conductor, workers: Workers | None = None) -> None:
         """Runs the conductors' jobs: one after another in this process, on one CPU thread, or side by side on Ray workers."""

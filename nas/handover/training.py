@@ -19,11 +19,10 @@ from nas.base.files import read_json, tensors_digest
 from nas.contracts import LoadedEvaluator, Progress, Proposal, Score, UserError, derive_seed, digest_of, frozen
 from nas.engine.facts import read_facts
 from nas.engine.ledger import Ledger
-from nas.engine.runner import noise_of
 from nas.engine.session import open_session, torch_threads
 from nas.results.plots import draw_losses
 from nas.results.report import Run
-from nas.study import BASELINE, TRAINED, LedgerInfo, Study
+from nas.study import BASELINE, TRAINED, LedgerInfo, Study, noise_of
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -116,19 +116,28 @@ class Run:
     """Schedules whose networks were fine-tuned after export."""
     confirmed: Mapping[str, Score] = field(default_factory=dict)
     """By digest, scores of chosen schedules on noises on which nothing was chosen."""
+    others: int = 0
+    """How many ledgers are kept beside these, of other limits, objectives, rungs or settings."""
 
     @classmethod
-    def open(cls, folder: Path, storage: BaseStorage | str | None = None) -> Run:
-        """Raises UserError where the folder is not of a run, or its storage cannot be opened."""
-        facts = read_facts(folder)
+    def open(
+        cls, folder: Path, storage: BaseStorage | str | None = None, searched: Mapping[str, Any] | None = None
+    ) -> Run:
+        """`searched`: what the study searches for (`what_is_searched`), where it may be another than what was run last. Raises UserError where the folder is not of
+        a run, or its storage cannot be opened."""
+        facts = {**read_facts(folder), **(searched or {})}
         opened = open_storage(folder, storage or facts["storage"]) if not isinstance(storage, BaseStorage) else storage
-        ledgers = read_ledgers(opened, facts["study"])
+        every = read_ledgers(opened, facts["study"])
+        ledgers = [
+            (info, _unlimited(trials, facts) if info.searcher == facts["baseline"] else trials)
+            for info, trials in every
+            if _is_now(info, facts)
+        ]
         trained = [trial for info, trials in ledgers if info.searcher == TRAINED for trial in trials]
         again = [trial for info, trials in ledgers if info.searcher == CONFIRMED for trial in trials]
         confirmed = {trial.digest: trial.score for trial in again if trial.score is not None}
-        return cls(
-            folder, facts, [one for one in ledgers if one[0].searcher not in (TRAINED, CONFIRMED)], trained, confirmed
-        )
+        searches = [one for one in ledgers if one[0].searcher not in (TRAINED, CONFIRMED)]
+        return cls(folder, facts, searches, trained, confirmed, len(every) - len(ledgers))
 
     def chosen(self) -> list[Trial]:
         """The trials whose numbers are said to be the best within a budget, one for each schedule."""
@@ -174,6 +183,7 @@ class Run:
             "folder": str(self.folder),
             "training": self._training(),
             "working": working_on(self.folder),
+            "other_ledgers": self.others,
             "searchers": rows,
         }
 
@@ -241,6 +251,7 @@ class Run:
             "area_until_macs": common,
             "searchers": rows,
             "over_seeds": self._over_seeds(rows, quality),
+            "other_ledgers": self.others,
             "trained": self._after_training(quality),
         }
 
@@ -464,6 +475,26 @@ def _answers(trials: Sequence[Trial]) -> dict[str, int] | None:
         "repaired": sum("repaired" in answer for answer in answers),
         "refused": sum("refused" in answer for answer in answers),
     }
+
+
+def _is_now(info: LedgerInfo, facts: Mapping[str, Any]) -> bool:
+    """Whether this is a ledger of the study as the run folder has it now, not of one with other limits, objectives, rungs or settings of the searcher."""
+    if info.searcher in (TRAINED, CONFIRMED):
+        return info.rungs[-1:] == tuple(facts.get("rungs", info.rungs))[-1:]
+    settings = facts.get("searchers", {}).get(info.searcher, info.provenance.get("searcher"))
+    limits = info.searcher == facts["baseline"] or dict(info.limits) == facts["limits"]
+    return (
+        limits
+        and list(info.objectives) == facts["objectives"]
+        and list(info.rungs) == list(facts.get("rungs", info.rungs))
+        and info.provenance.get("searcher") == settings
+    )
+
+
+def _unlimited(trials: Sequence[Trial], facts: Mapping[str, Any]) -> list[Trial]:
+    """The baseline's, which were scored whatever the limits were, with the violations of those that the study has now."""
+    limits = facts["limits"]
+    return [replace(t, violations={n: t.cost[n] - most for n, most in limits.items() if n in t.cost}) for t in trials]
 
 
 def _label(info: LedgerInfo) -> str:
