@@ -13,6 +13,8 @@ Every call holds the run folder only while it works, goes on where an earlier on
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from nas.engine.facts import what_is_searched
 from nas.engine.session import Session, open_session
 from nas.engine.show import Called, Show
 from nas.genomes.pareto import front
+from nas.results.recommendation import recommended
 from nas.results.report import Run, best_within, verdicts, verified_front
 from nas.study import BASELINE, Study, load_study
 
@@ -84,6 +87,22 @@ class StudyRun:
 
     # ------------------------------------------------------------------------------------------------------- searching
 
+    def take_weights(self, other: str | Path) -> None:
+        """Copies supernet and features of another run folder, where this one has none, so that nothing is trained again. Raises UserError where the other has none.
+        That they are of the same recipe is checked when they are used."""
+        source = Path(other).resolve()
+        if not (source / "supernet" / "weights.safetensors").is_file():
+            raise UserError(f"{source} holds no trained supernet; give the folder of a run that was trained to its end")
+        for part in ("supernet", "features"):
+            if (source / part).is_dir() and not (self.folder / part).exists():
+                partial = self.folder / f".{part}.partial"
+                shutil.rmtree(partial, ignore_errors=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                shutil.copytree(
+                    source / part, partial, ignore=shutil.ignore_patterns("checkpoint*", "latents", "*.partial")
+                )
+                os.replace(partial, self.folder / part)
+
     def prepare(self, threads: int = 0) -> None:
         """Reads images, trains features and the supernet where they are missing, on so many CPU threads (0: all cores), and times calls where time is limited."""
         with self._session() as session:
@@ -98,9 +117,11 @@ class StudyRun:
         workers: int | Workers = 0,
         threads: int = 0,
         on_trial: OnTrial | None = None,
+        patience: int | None = None,
     ) -> None:
         """Prepares what is missing, scores the baseline, runs these searchers of the study, its first by default, each with `seeds` seeds from `seed` on, and scores
-        the best of each budget once more, on noises on which nothing was chosen. `trials`: proposals, the study's by default. `workers`: Ray workers, or none."""
+        the best of each budget once more, on noises on which nothing was chosen. `trials`: proposals, the study's by default. `workers`: Ray workers, or none. `patience`: a search ends early
+        after so many schedules in a row that leave its front, on the first rung's samples, as it was."""
         pool = _pool(workers, self.device) or self.show.workers
         names = [name for name in (searchers or self.study.searchers) if name != BASELINE]
         for name in names:
@@ -113,7 +134,7 @@ class StudyRun:
             self.show.follow(session.prepare(threads))
             with on_workers(pool):
                 for group in ([(BASELINE, 0)], *filter(None, groups)):
-                    self._search(session, group, trials, pool, on_trial)
+                    self._search(session, group, trials, pool, on_trial, patience)
                 self._confirm_best(session, pool)
 
     def _search(
@@ -123,6 +144,7 @@ class StudyRun:
         trials: int | None,
         pool: Workers | None,
         on_trial: OnTrial | None,
+        patience: int | None,
     ) -> None:
         for name, number in group:
             self.show.follow(session.learn(name, number, pool))
@@ -131,7 +153,7 @@ class StudyRun:
             called = name + (f" (seed {number})" if number else "")
             bar = self.show.bar(called)
             bar = bar if on_trial is None else Called(called, on_trial, bar)
-            conductors.append(session.conductor(name, number, trials, bar, self.show.waiting(name)))
+            conductors.append(session.conductor(name, number, trials, bar, self.show.waiting(name), patience))
             bar.begin(conductors[-1])
             bars.append(bar)
         session.run(*conductors, workers=pool)
@@ -241,7 +263,7 @@ class StudyRun:
 
     def compare(self) -> dict[str, Any]:
         """Searchers side by side, as plain data; draws report/front.png and report/curves.png."""
-        return compared(self.results)
+        return compared(self.results, self.file)
 
     def report(self, loaded: LoadedEvaluator | None = None) -> Path:
         """Writes report/index.html, one self-contained page, and its pictures. `loaded`: the evaluator that draws samples, where it is at hand."""
@@ -359,13 +381,13 @@ class StudyRun:
             yield session
 
 
-def compared(run: Run) -> dict[str, Any]:
-    """What `Run.compare` says, with pictures of it. Raises UserError where there is no search yet."""
+def compared(run: Run, file: str = "STUDY.py") -> dict[str, Any]:
+    """What `Run.compare` says, with pictures of it, and which schedule to take. Raises UserError where there is no search yet."""
     from nas.results.plots import draw_curves, draw_front
 
     if not run.ledgers:
         raise UserError(f"{run.folder} holds no search yet; the same `nas run` command goes on to it")
-    facts = run.compare()
+    facts = {**run.compare(), "recommended": recommended(run, file)}
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], run.ledgers, strict=True)}
     picture, curves = (run.folder / "report" / name for name in ("front.png", "curves.png"))
     draw_front(ledgers, run.facts, run.scale, facts["label"], picture)

@@ -126,3 +126,44 @@ def test_rungs_are_replaced_wherever_they_stand(tiny_study: Study) -> None:
 
     assert with_rungs(nested(32, 64), (8,)) == nested(8)
     assert with_rungs(tiny_study.evaluator, (8,)).rungs == (8,)
+
+
+# ------------------------------------------------------------------------------------------- less work for the same answer
+
+
+def test_a_search_ends_early_when_its_front_stands_still(tmp_path: Path) -> None:
+    CALLS.clear()
+    patient = open_run(study(trials=400, verified=4), tmp_path / "run")
+    patient.search("random", patience=12)
+    trials = [t for info, ts in patient.results.ledgers if info.searcher == "random" for t in ts if t.rung == 64]
+    assert 12 < len(trials) < 400
+
+    def moved(trial: Any, others: list[Any]) -> bool:
+        mine = trial.objectives(("fd", "macs"))
+        return not any(all(a <= b for a, b in zip(o.objectives(("fd", "macs")), mine, strict=True)) for o in others)
+
+    steps = [moved(trial, trials[:place]) for place, trial in enumerate(trials)]
+    # The last twelve moved nothing, and no earlier twelve in a row did so.
+    assert not any(steps[-12:])
+    assert steps[-13]
+    assert all(any(steps[place : place + 12]) for place in range(len(steps) - 12))
+    # Its leaders are verified all the same, and the same call again does nothing.
+    assert "complete" in set(patient.trials("random")["status"])
+    count = sum(CALLS.values())
+    patient.search("random", patience=12)
+    assert sum(CALLS.values()) == count
+
+
+def test_weights_and_features_come_from_another_run(
+    tiny_study: Study, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = open_run(replace(tiny_study, name="other", limits={"macs_share": 0.4}), tmp_path / "other")
+    other.take_weights(tiny_run)
+    heard: list[str] = []
+    told = replace(other.show, follow=lambda ticks: heard.extend(tick.what for tick in ticks))
+    replace(other, show=told).prepare()
+    assert "supernet" not in heard
+    assert "features" not in heard
+    assert other.study.supernet.digest(other.folder / "supernet") == tiny_study.supernet.digest(tiny_run / "supernet")
+    with pytest.raises(UserError, match="no trained supernet"):
+        other.take_weights(tmp_path)

@@ -233,6 +233,12 @@ def test_the_commands_of_the_three_jobs_run_as_written(tmp_path: Path) -> None:
         print(f"{time.monotonic() - started:.1f} s: {command}")
     for made in ("runs/digits/report/index.html", "runs/digits/report/front.png", "samples.png", "model/trained"):
         assert (tmp_path / made).exists(), made
+    [script] = [block for block in blocks("python") if "nas.open_run(" in block]
+    for as_written, small in (("trials=60, workers=2", "trials=4"), ('"half"', '"half", training={"steps": 5}')):
+        assert as_written in script
+        script = script.replace(as_written, small)
+    script = script.replace('"model"', '"another model"')  # there is one of the commands'
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
     [pipeline] = [block for block in blocks("python") if "DiffusionPipeline" in block]
     check = pipeline + "assert len(images) == 16\n"
     subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True)

@@ -6,6 +6,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -64,6 +65,20 @@ def run(
     workers: WorkersOption = 0,
     gpus_per_worker: GpusOption = 0.0,
     ray_address: AddressOption = None,
+    weights_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR",
+            help="Run folder whose supernet and features are taken, where this one has none.",
+            show_default=False,
+        ),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="End a search after so many schedules that leave its front as it was.", show_default=False
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -117,7 +132,9 @@ def run(
         with progress_bars(quiet) as bars:
             show = Show(partial(follow, bars), partial(SearchBar, bars, objective=study.objectives[0]), pool, waiting)
             opened = StudyRun(study, folder, storage, device, show, study_file)
-            opened.search(*names, trials=trials, seed=seed, seeds=seeds, threads=threads)
+            if weights_from is not None:
+                opened.take_weights(weights_from)
+            opened.search(*names, trials=trials, seed=seed, seeds=seeds, threads=threads, patience=patience)
         if not quiet:
             print_comparison(opened.compare())
             notes.print(
@@ -163,7 +180,12 @@ def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption =
         print_status(facts)
 
 
-def compare(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption = False) -> None:
+def compare(
+    run_dir: RunDir,
+    storage: StorageOption = None,
+    details: Annotated[bool, typer.Option("--details", help="All remarks, not a handful.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Searchers side by side: front, hypervolume, best within budgets, what was spent. Writes <run>/report/front.png and curves.png."""
     from nas.library import compared
     from nas.results.report import Run
@@ -173,7 +195,7 @@ def compare(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption 
     if as_json:
         print_json(facts)
     else:
-        print_comparison(facts)
+        print_comparison(facts, details)
 
 
 def report(

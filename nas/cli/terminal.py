@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from nas.contracts import Progress as Tick
 if TYPE_CHECKING:
     from nas.contracts import Trial
     from nas.engine.runner import Conductor
+
+HANDFUL = 5
+"""Remarks below a comparison that are printed unasked."""
 
 STALE = 300
 """Seconds without a note after which a run is said to have stopped: a step of a large network may take minutes."""
@@ -298,12 +302,12 @@ def print_outline(facts: Mapping[str, Any]) -> None:
         out.print(line, highlight=False, soft_wrap=True)
 
 
-def print_comparison(facts: Mapping[str, Any]) -> None:
+def print_comparison(facts: Mapping[str, Any], details: bool = False) -> None:
     """What `Run.compare` returns, as tables: the searchers, their best within budgets, and both over seeds."""
     rows = facts["searchers"]
     table = _table(f"{facts['study']}: {facts['label']}")
     table.add_column("searcher", no_wrap=True)
-    for column in ("trials", "failed", "front", "volume", "area", "MACs", "saved", "seconds", "wall"):
+    for column in ("trials", "failed", "front", "volume", "area", "MACs", "reused", "seconds", "wall"):
         table.add_column(column, justify="right")
     for row in rows:
         macs, seconds, kept, wall = (row["spent"][key] for key in ("macs", "seconds", "cached_macs", "wall_seconds"))
@@ -333,8 +337,11 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
         out.print("* of the MACs without attention products, which some papers leave out", highlight=False)
     if facts["over_seeds"]:
         out.print(_over_seeds(facts["over_seeds"], budgets))
-    for line in _verdicts(rows, budgets):
+    lines = list(_verdicts(rows, budgets))
+    for line in lines if details else lines[:HANDFUL]:
         out.print(line, highlight=False, soft_wrap=True)
+    if len(lines) > HANDFUL and not details:
+        out.print(f"{len(lines) - HANDFUL} more remarks: nas compare --details", highlight=False, soft_wrap=True)
     out.print(
         "volume: hypervolume of the verified front; area: mean hypervolume on search samples while the first "
         f"{_short(facts['area_until_macs'])} MACs were spent, as all have; curves: {facts['curves']}",
@@ -343,6 +350,9 @@ def print_comparison(facts: Mapping[str, Any]) -> None:
     )
     _say_others(facts)
     out.print(f"front: {facts['picture']}", highlight=False, soft_wrap=True)
+    if facts["recommended"]:
+        out.print(f"\n[bold]{escape(facts['recommended']['words'])}[/]", highlight=False, soft_wrap=True)
+        out.print(facts["recommended"]["command"], highlight=False, soft_wrap=True, markup=False)
 
 
 def _over_seeds(rows: Any, budgets: list[str]) -> Table:
@@ -352,10 +362,12 @@ def _over_seeds(rows: Any, budgets: list[str]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         cells = [row["hypervolume"], row["area"], *(row["best_within"][budget] for budget in budgets)]
-        table.add_row(
-            row["searcher"], str(row["seeds"]), *("-" if c is None else f"{c['mean']:.3g}±{c['sd']:.1g}" for c in cells)
-        )
+        table.add_row(row["searcher"], str(row["seeds"]), *("-" if c is None else _with_spread(c) for c in cells))
     return table
+
+
+def _with_spread(one: Mapping[str, float]) -> str:
+    return f"{one['mean']:.3g}" + (f"±{one['sd']:.1g}" if math.isfinite(one["sd"]) else "")
 
 
 def _best(member: Mapping[str, Any] | None, objective: str) -> str:
@@ -369,7 +381,7 @@ def _best(member: Mapping[str, Any] | None, objective: str) -> str:
     if WITHOUT_ATTENTION in member:
         time += f", {member[WITHOUT_ATTENTION]:.0%}*"
     shown = member["confirmed"] or member
-    words = f"{shown[objective]:.3g}±{shown['error']:.1g}"
+    words = f"{shown[objective]:.3g}" + (f"±{shown['error']:.1g}" if math.isfinite(shown["error"]) else "")
     return f"{mark}{words if member['confirmed'] else f'({words})'}\n#{member['trial']}{time}"
 
 

@@ -24,7 +24,8 @@ CONFIDENCE = 2.0
 @dataclass(frozen=True)
 class Ladder:
     """`trials` schedules start on the first of `rungs`, `verified` of them reach the last, each rung between keeps the same
-    share of the one below. `everything`: all go up, whatever their scores, the limits notwithstanding.
+    share of the one below. `everything`: all go up, whatever their scores, the limits notwithstanding. `patience`: so many schedules on the first rung that leave
+    its front, and so its hypervolume, as it was end the search early.
     """
 
     rungs: tuple[int, ...]
@@ -32,6 +33,7 @@ class Ladder:
     trials: int
     verified: int
     everything: bool = False
+    patience: int | None = None
 
     def room(self, level: int) -> int:
         """How many schedules rung number `level` is meant for."""
@@ -195,3 +197,27 @@ def paired_errors(trials: Sequence[Trial], name: str) -> npt.NDArray[np.float64]
     if centred is None:
         return np.zeros((len(trials), len(trials)))
     return np.array([_errors(centred - mine) for mine in centred])
+
+
+class Patience:
+    """Counts the schedules since the last one that moved the front of the first rung: a function of the trials in order of completion, so a resumed run ends where
+    an uninterrupted one does."""
+
+    def __init__(self, ladder: Ladder) -> None:
+        self._ladder = ladder
+        self._front: list[tuple[float, ...]] = []
+        self._since = 0
+
+    @property
+    def over(self) -> bool:
+        return self._ladder.patience is not None and self._since >= self._ladder.patience
+
+    def note(self, trial: Trial) -> None:
+        """A closed trial of the first rung; what failed moves nothing."""
+        mine = trial.objectives(self._ladder.objectives)
+        legal = trial.scored and all(excess <= 0 for excess in trial.violations.values())
+        if not legal or any(all(a <= b for a, b in zip(other, mine, strict=True)) for other in self._front):
+            self._since += 1
+            return
+        kept = [other for other in self._front if not all(a <= b for a, b in zip(mine, other, strict=True))]
+        self._front, self._since = [*kept, mine], 0

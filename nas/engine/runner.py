@@ -22,7 +22,7 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.engine.ladder import Climb, Ladder
+from nas.engine.ladder import Climb, Ladder, Patience
 from nas.engine.ledger import Ledger
 from nas.study import noise_of
 
@@ -65,6 +65,7 @@ class Conductor:
         self._problem = problem
         self._ladder = ladder
         self._climb = Climb(ladder, ledger.trials)
+        self._patience = Patience(ladder)
         self._proposed = sum(self._counts(trial) for trial in ledger.trials)
         self._seed = seed
         self._known = {} if known is None else known
@@ -108,7 +109,7 @@ class Conductor:
     @property
     def planned(self) -> int:
         """How many trials this run is expected to close in all."""
-        searched = self.proposed if self._search_done else self._ladder.trials
+        searched = self.proposed if self._search_done or self._patience.over else self._ladder.trials
         return searched + sum(min(self._ladder.room(level), searched) for level in range(1, len(self._rungs)))
 
     def next(self) -> Job | Signal:
@@ -153,7 +154,7 @@ class Conductor:
         if self._retries:
             failed = self._retries.popleft()
             return self._open(Proposal(failed.genome, {**failed.origin, "retry": failed.number}), failed.rung)
-        searching = not self._search_done and self.proposed < self._ladder.trials
+        searching = not self._search_done and self.proposed < self._ladder.trials and not self._patience.over
         leader = self._climb.next(searching)
         if leader is not None:
             return self._open(Proposal(leader.genome, {"rises_from": leader.number}), self._above(leader.rung))
@@ -213,6 +214,7 @@ class Conductor:
     def _tell(self, trial: Trial) -> None:
         if trial.rung == self._rungs[0]:
             self._search.tell(trial)
+            self._patience.note(trial)
 
 
 def run_here(conductor: Conductor, evaluate: Callable[[Schedule, int, int], Score]) -> None:

@@ -92,9 +92,11 @@ class Session:
         trials: int | None = None,
         on_settled: Callable[[Trial], None] = lambda t: None,
         wait: Wait | None = None,
+        patience: int | None = None,
     ) -> Conductor:
         """The searcher's ledger, opened and replayed, and held until the session ends. The baseline ignores the study's limits; where
-        another run is scoring it, on the same database, it is waited for, and `wait` is told.
+        another run is scoring it, on the same database, it is waited for, and `wait` is told. `patience`: schedules that leave the front as it was, after which the
+        search ends early.
 
         Raises UserError where another writer holds the ledger of any other searcher, and for one that has yet to learn.
         """
@@ -105,10 +107,10 @@ class Session:
         check = self._writers.enter_context(only_writer(self._url, info.name, patient))
         ledger = Ledger(self.storage, info, problem, check)
         write_facts(self.study, self.folder, self._url)
-        ladder = Ladder(info.rungs, study.objectives, trials or study.trials, study.verified)
+        ladder = Ladder(info.rungs, study.objectives, trials or study.trials, study.verified, patience=patience)
         if searcher == BASELINE:  # all of it, at every rung, whatever the limits
             problem = study.unlimited(self.folder)
-            ladder = replace(ladder, trials=len(uniform_genomes(study.space)), everything=True)
+            ladder = replace(ladder, trials=len(uniform_genomes(study.space)), everything=True, patience=None)
         recipe = study.searcher(searcher)
         if isinstance(recipe, LearningSearcher):
             if wants_to_learn(study, self.folder, searcher, seed):

@@ -7,6 +7,7 @@ booked with the study under the keys by which the dashboard finds a trial's.
 from __future__ import annotations
 
 import json
+import math
 import mimetypes
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,8 @@ from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage
 
 from nas.contracts import Progress, Trial, UserError
-from nas.results.page import draw_grid, draw_schedule, export_command
+from nas.results.page import draw_grid, draw_schedule
+from nas.results.recommendation import export_command
 from nas.results.report import Run, cost_in_words
 from nas.study import Study
 
@@ -90,7 +92,8 @@ def _book(
 def _note(study_file: str, run: Run, searcher: str, seed: int, trial: Trial) -> str:
     assert trial.score is not None
     values = "\n".join(
-        f"- {name}: {value:.5g} ± {trial.score.error(name):.2g}" for name, value in trial.score.values.items()
+        f"- {name}: {value:.5g}" + (f" ± {error:.2g}" if math.isfinite(error := trial.score.error(name)) else "")
+        for name, value in trial.score.values.items()
     )
     spent = trial.score.spent
     return (

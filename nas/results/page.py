@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import jinja2
@@ -17,6 +16,7 @@ from markupsafe import Markup
 from nas.contracts import WITHOUT_ATTENTION, Genome, Grounded, Trial
 from nas.genomes.genetics import LATENCY, dearest
 from nas.results.plots import INK, class_by_class, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
+from nas.results.recommendation import export_command, recommended
 from nas.results.report import Run, Scale, against, cost_in_words, full_network, verdicts, verified_front
 from nas.study import BASELINE, Study
 
@@ -46,6 +46,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         searched=_searched(study, facts),
         label=facts["label"],
         compared_by=facts["compared_by"],
+        pick=recommended(run, study_file),
         cards=_cards(winner, full, quality, run),
         front=_inline(folder / "fronts.svg"),
         curves=_inline(folder / "compute.svg"),
@@ -238,11 +239,6 @@ def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
     draw_samples(
         class_by_class(images, study.evaluator, study.seed), path, columns=6, scale=max(1, 64 // images.shape[-1])
     )
-
-
-def export_command(study_file: str, run: Run, searcher: str, seed: int, trial: int) -> str:
-    seeded = f" --seed {seed}" if seed else ""
-    return f"nas export {quote(study_file)} --out {quote(str(run.folder))} --searcher {quote(searcher)}{seeded} --trial {trial} --to exported"
 
 
 def _audit(run: Path, folder: Path) -> dict[str, Any] | None:

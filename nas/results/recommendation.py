@@ -1,0 +1,84 @@
+"""Which schedule to take, in words: the cheapest that cannot be told from the full network, or else the best within the limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from shlex import quote
+from typing import Any
+
+from nas.contracts import Trial
+from nas.engine.ladder import CONFIDENCE
+from nas.results.report import Run, full_network
+from nas.study import LedgerInfo
+
+INTERVAL = 1.96
+"""Standard errors on each side of 95 %."""
+
+
+def recommended(run: Run, study_file: str = "STUDY.py") -> dict[str, Any] | None:
+    """Of all verified schedules within the limits: `words` with what it saves and what it loses, with its interval, and the `command` that exports it. None where
+    none is verified yet."""
+    quality, scale = run.facts["objectives"][0], run.scale
+    uniform = [t for info, trials in run.ledgers if info.searcher == run.facts["baseline"] for t in trials]
+    full = full_network(uniform, quality)
+    found = [
+        (info, trial)
+        for info, trials in run.ledgers
+        for trial in trials
+        if _fits(info, trial, run) and (full is None or trial.digest != full.digest)
+    ]
+    if not found:
+        return None
+    level = [one for one in found if full is not None and _level(one[1], full, quality)]
+    if level:
+        info, trial = min(level, key=lambda one: scale.share(one[1]))
+    else:
+        info, trial = min(found, key=lambda one: one[1].objectives((quality,))[0])
+    share = scale.share(trial)
+    told = {
+        "searcher": info.searcher,
+        "seed": info.seed,
+        "trial": trial.number,
+        scale.name: share,
+        "command": export_command(study_file, run, info.searcher, info.seed, trial.number),
+    }
+    of_them = f"of {len(found)} verified within the limits" if len(found) > 1 else "the one that is verified"
+    words = f"Take {info.searcher}'s trial {trial.number}" + (f", seed {info.seed}" if info.seed else "")
+    words += f": {1 - share:.0%} of the full network's {scale.words} saved"
+    assert trial.score is not None
+    if full is None or full.score is None:
+        return {**told, "words": f"{words}, {quality} {trial.score.values[quality]:.4g}; the best {of_them}."}
+    difference, error = trial.score.difference(full.score, quality)
+    words += (
+        f", {quality} {trial.score.values[quality]:.4g} where the full network has {full.score.values[quality]:.4g}"
+    )
+    if math.isfinite(error):
+        low, high = difference - INTERVAL * error, difference + INTERVAL * error
+        told |= {"difference": difference, "interval": [low, high]}
+        words += f": {difference:+.2g}, 95 % interval {low:+.2g} to {high:+.2g}, before any fine-tuning"
+    why = "the cheapest that cannot be told from it," if level else "none is level with it; the best"
+    return {**told, "words": f"{words}. It is {why} {of_them}." if level else f"{words}; {why} {of_them}."}
+
+
+def _fits(info: LedgerInfo, trial: Trial, run: Run) -> bool:
+    limits: Mapping[str, float] = run.facts["limits"]
+    return (
+        info.searcher != run.facts["baseline"]
+        and trial.status == "complete"
+        and all(trial.cost.get(name, 0.0) <= limit for name, limit in limits.items())
+    )
+
+
+def _level(trial: Trial, full: Trial, quality: str) -> bool:
+    """Not shown to lose anything. Where errors are not known, no larger."""
+    if trial.score is None or full.score is None:
+        return False
+    difference, error = trial.score.difference(full.score, quality)
+    return difference <= (CONFIDENCE * error if math.isfinite(error) else 0.0)
+
+
+def export_command(study_file: str, run: Run, searcher: str, seed: int, trial: int) -> str:
+    """Complete, for a shell."""
+    seeded = f" --seed {seed}" if seed else ""
+    return f"nas export {quote(study_file)} --out {quote(str(run.folder))} --searcher {quote(searcher)}{seeded} --trial {trial} --to exported"

@@ -1,0 +1,79 @@
+"""Which schedule a comparison tells to take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nas.contracts import Score, Trial
+from nas.results.recommendation import recommended
+from nas.results.report import Run
+from nas.study import LedgerInfo
+
+FACTS: dict[str, Any] = {
+    "objectives": ["fd", "macs"],
+    "limits": {"macs_share": 0.8},
+    "baseline": "uniform",
+    "trials": 9,
+}
+
+
+def trial(number: int, share: float, fd: float, error: float | None = 0.1, status: Any = "complete") -> Trial:
+    """Its replicates differ from those of every other, so that paired errors are about as large as `error`."""
+    drawn = np.random.default_rng(number).normal(fd, (error or 0.0) / 20, 20)
+    spread = () if error is None else tuple(drawn.tolist())
+    score = Score({"fd": fd}, {"fd": spread})
+    return Trial(number, (number,), f"d{number}", 64, status, score, {"macs_share": share, "macs": 100 * share})
+
+
+def run(*found: Trial, uniform: tuple[Trial, ...] = (trial(90, 1.0, 2.0),), seed: int = 0) -> Run:
+    def info(name: str, seed: int = 0) -> LedgerInfo:
+        return LedgerInfo("s", name, seed, ("fd", "macs"), (64,), {"macs_share": 0.8}, {})
+
+    return Run(Path("runs/s"), FACTS, [(info("uniform"), uniform), (info("evolution", seed), found)])
+
+
+def test_the_cheapest_that_is_level_with_the_full_network_is_recommended() -> None:
+    found = recommended(run(trial(1, 0.3, 3.0), trial(2, 0.5, 2.01), trial(3, 0.7, 1.9)), "my study.py")
+    assert found is not None
+    assert (found["searcher"], found["trial"]) == ("evolution", 2)
+    low, high = found["interval"]
+    assert low < 0.01 < high
+    assert "50% of the full network's MACs saved" in found["words"]
+    assert "the cheapest that cannot be told from it, of 3 verified" in found["words"]
+    assert found["command"].startswith("nas export 'my study.py' --out runs/s --searcher evolution --trial 2")
+
+
+def test_where_none_is_level_the_best_is_and_that_is_said() -> None:
+    found = recommended(run(trial(1, 0.3, 5.0), trial(2, 0.5, 4.0), seed=2))
+    assert found is not None
+    assert found["trial"] == 2
+    assert "none is level with it" in found["words"]
+    assert "--seed 2" in found["command"]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        (),
+        (trial(1, 0.9, 2.0),),  # over the limit
+        (trial(1, 0.5, 2.0, status="pruned"),),
+        (trial(90, 0.7, 2.0),),  # the full network's own schedule
+    ],
+)
+def test_nothing_is_recommended_where_nothing_within_the_limits_is_verified(others: tuple[Trial, ...]) -> None:
+    assert recommended(run(*others)) is None
+
+
+def test_without_a_full_network_or_errors_no_loss_is_claimed() -> None:
+    found = recommended(run(trial(1, 0.5, 2.0), uniform=()))
+    assert found is not None
+    assert "interval" not in found
+    assert "the one that is verified" in found["words"]
+    found = recommended(run(trial(1, 0.5, 2.5, None), trial(2, 0.7, 1.9, None), uniform=(trial(90, 1.0, 2.0, None),)))
+    assert found is not None
+    assert found["trial"] == 2
+    assert "interval" not in found
