@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -11,7 +12,7 @@ from rich.markup import escape
 from nas.base.failures import explained
 from nas.base.files import first_line
 from nas.base.interrupts import Answered, answer_sigterm, exit_code, terminated
-from nas.cli import confirm, measure, models, search, tune
+from nas.cli import confirm, measure, models, new, search, tune
 from nas.cli.terminal import notes, say_in_words
 
 # Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for command in (
+    new.new,
+    new.studies,
     search.run,
     tune.tune,
     search.status,
@@ -40,6 +43,23 @@ for command in (
     confirm.confirm,
 ):
     app.command()(command)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(version("step-aware-nas"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and exit.")
+    ] = False,
+) -> None:
+    """Step-aware neural architecture search for diffusion models."""
 
 
 def main() -> None:
