@@ -43,7 +43,7 @@ def test_the_cheapest_that_is_level_with_the_full_network_is_recommended() -> No
     low, high = found["interval"]
     assert low < 0.01 < high
     assert "50% of the full network's MACs saved" in found["words"]
-    assert "the cheapest that cannot be told from it, of 3 verified" in found["words"]
+    assert "the cheapest that cannot be told from it, of 3 schedules verified" in found["words"]
     assert found["command"].startswith("nas export 'my study.py' --out runs/s --searcher evolution --trial 2")
 
 
@@ -51,7 +51,7 @@ def test_where_none_is_level_the_best_is_and_that_is_said() -> None:
     found = recommended(run(trial(1, 0.3, 5.0), trial(2, 0.5, 4.0), seed=2))
     assert found is not None
     assert found["trial"] == 2
-    assert "none is level with it" in found["words"]
+    assert "none is level with the full network. The best is evolution's trial 2" in found["words"]
     assert "--seed 2" in found["command"]
 
 
@@ -72,7 +72,7 @@ def test_without_a_full_network_or_errors_no_loss_is_claimed() -> None:
     found = recommended(run(trial(1, 0.5, 2.0), uniform=()))
     assert found is not None
     assert "interval" not in found
-    assert "the one that is verified" in found["words"]
+    assert "the best of one schedule verified" in found["words"]
     found = recommended(run(trial(1, 0.5, 2.5, None), trial(2, 0.7, 1.9, None), uniform=(trial(90, 1.0, 2.0, None),)))
     assert found is not None
     assert found["trial"] == 2

@@ -43,22 +43,26 @@ def recommended(run: Run, study_file: str = "STUDY.py") -> dict[str, Any] | None
         scale.name: share,
         "command": export_command(study_file, run, info.searcher, info.seed, trial.number),
     }
-    of_them = f"of {len(found)} verified within the limits" if len(found) > 1 else "the one that is verified"
-    words = f"Take {info.searcher}'s trial {trial.number}" + (f", seed {info.seed}" if info.seed else "")
-    words += f": {1 - share:.0%} of the full network's {scale.words} saved"
-    assert trial.score is not None
-    if full is None or full.score is None:
-        return {**told, "words": f"{words}, {quality} {trial.score.values[quality]:.4g}; the best {of_them}."}
+    called = f"{info.searcher}'s trial {trial.number}" + (f", seed {info.seed}" if info.seed else "")
+    what = f"{1 - share:.0%} of the full network's {scale.words} saved, {quality} {trial.objectives((quality,))[0]:.4g}"
+    several = f"{len(found)} schedules verified" if len(found) > 1 else "one schedule verified"
+    if full is None or full.score is None or trial.score is None:
+        return {**told, "words": f"Take {called}: {what}; the best of {several} within the limits."}
     difference, error = trial.score.difference(full.score, quality)
-    words += (
-        f", {quality} {trial.score.values[quality]:.4g} where the full network has {full.score.values[quality]:.4g}"
-    )
+    what += f" where the full network has {full.score.values[quality]:.4g}"
     if math.isfinite(error):
         low, high = difference - INTERVAL * error, difference + INTERVAL * error
         told |= {"difference": difference, "interval": [low, high]}
-        words += f": {difference:+.2g}, 95 % interval {low:+.2g} to {high:+.2g}, before any fine-tuning"
-    why = "the cheapest that cannot be told from it," if level else "none is level with it; the best"
-    return {**told, "words": f"{words}. It is {why} {of_them}." if level else f"{words}; {why} {of_them}."}
+        what += f": {difference:+.2g}, 95 % interval {low:+.2g} to {high:+.2g}, before any fine-tuning"
+    if level:
+        return {
+            **told,
+            "words": f"Take {called}: {what}. It is the cheapest that cannot be told from it, of {several} within the limits.",
+        }
+    return {
+        **told,
+        "words": f"Of {several} within the limits none is level with the full network. The best is {called}: {what}.",
+    }
 
 
 def _fits(info: LedgerInfo, trial: Trial, run: Run) -> bool:
