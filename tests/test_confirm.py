@@ -261,10 +261,12 @@ def _digest(protocol: dict[str, Any]) -> str:
 
 
 def _share(searched: Path, protocol: dict[str, Any]) -> float:
+    from nas.contracts import Schedule
     from nas.study import load_study
 
-    genome = tuple(protocol["settings"]["genomes"]["schedule"])
-    return load_study(searched / "study.py").space.cost(genome)["macs_share"]
+    space = load_study(searched / "study.py").space
+    schedule = Schedule.from_json(json.dumps(protocol["settings"]["schedules"]["schedule"]))
+    return space.cost(space.genome(schedule))["macs_share"]  # type: ignore[attr-defined]
 
 
 def test_both_are_trained_for_as_many_multiply_adds(tiny_net: Elastic, tiny_study: Study) -> None:

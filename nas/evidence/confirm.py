@@ -8,6 +8,7 @@ RUN/confirm/NAME/verdict.json       no loss, a loss, or not decided
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from nas.base.exported import read_export, read_network
 from nas.base.files import read_json, write_json
 from nas.base.interrupts import whole
-from nas.contracts import Arch, LoadedSupernet, Progress, Schedule, Score, Step, Trial, UserError, derive_seed, frozen
+from nas.contracts import Arch, LoadedSupernet, Progress, Schedule, Score, Step, Trial, UserError, derive_seed
 from nas.engine.session import torch_threads
 from nas.evidence.judges import judges_of
 from nas.evidence.protocol import Protocol
@@ -34,7 +35,8 @@ PROTOCOL, SCORES = "protocol.json", "scores.json"
 
 @dataclass(frozen=True)
 class Confirmation:
-    """One claim of one study. `folder`: the run's."""
+    """One claim of one study: the arms of its protocol, trained and judged. `folder`: the run's. The protocol's settings hold each arm's `schedules` and
+    `gradient_steps`, and what they are trained with."""
 
     study: Study
     folder: Path
@@ -46,8 +48,21 @@ class Confirmation:
         return self.folder / CONFIRMATIONS / self.protocol.name
 
     def schedule(self, arm: str) -> Schedule:
-        told = frozen(self.protocol.settings["genomes"][arm])
-        return self.study.space.decode(tuple(int(gene) for gene in told))
+        return Schedule.from_json(json.dumps(self.protocol.settings["schedules"][arm]))
+
+    @property
+    def jobs(self) -> list[tuple[int, str]]:
+        """Seeds and arms, whose trainings are independent of each other."""
+        return [(seed, arm) for seed in self.protocol.seeds for arm in self.protocol.arms]
+
+    def trained_as(self, arm: str) -> str:
+        """The first arm whose networks are trained the same: arms that differ in their steps alone are one training."""
+        mine = self._plan(arm)
+        return next(other for other in self.protocol.arms if self._plan(other) == mine)
+
+    def _plan(self, arm: str) -> tuple[Any, int]:
+        timesteps = int(self.protocol.settings["timesteps"])
+        return _served(self.schedule(arm), timesteps), self.protocol.settings["gradient_steps"][arm]
 
     def run(self) -> Iterator[Progress]:
         """Trains and scores what is missing, and writes the verdict. Goes on where it stopped."""
@@ -55,21 +70,20 @@ class Confirmation:
         judges, _ = judges_of(self.study)
         for judge in judges:
             yield from judge.prepare(self.folder, self.study.seed, self.device)
-        for seed in self.protocol.seeds:
-            for arm in (FULL, SCHEDULE):
-                yield from self._trained(arm, seed)
+        for seed, arm in self.jobs:
+            yield from self.trained(arm, seed)
         done = self._scores()
-        total = 2 * len(self.protocol.seeds)
-        for number, (seed, arm) in enumerate((s, a) for s in self.protocol.seeds for a in (FULL, SCHEDULE)):
-            yield Progress("judging", number, total)
+        for number, (seed, arm) in enumerate(self.jobs):
+            yield Progress("judging", number, len(self.jobs))
             if f"{arm}-{seed}" not in done:
-                done[f"{arm}-{seed}"] = {name: score.to_json() for name, score in self._judged(arm, seed).items()}
+                done[f"{arm}-{seed}"] = {name: score.to_json() for name, score in self.judged(arm, seed).items()}
                 write_json(self.place / SCORES, done)
-        yield Progress("judging", total, total)
+        yield Progress("judging", len(self.jobs), len(self.jobs))
         write_json(self.place / VERDICT, self.verdict().to_json())
 
-    def verdict(self) -> Verdict:
-        """From the kept scores."""
+    def verdict(self, arm: str = SCHEDULE) -> Verdict:
+        """Of an arm against the reference, from the kept scores."""
+        reference = self.protocol.reference
         judges, seen = judges_of(self.study)
         kept = self._scores()
         net = self._net()
@@ -77,13 +91,13 @@ class Confirmation:
         for judge in judges:
             mine, full = (
                 [Score.from_json(kept[f"{arm}-{seed}"][judge.name]) for seed in self.protocol.seeds]
-                for arm in (SCHEDULE, FULL)
+                for arm in (arm, reference)
             )
             floor = judge.floor(net, self.folder, self.study.seed)
             said.append(judged(judge.name, mine, full, judge.metric, floor, self.protocol.margin, judge.decides))
-        costs = [self.study.space.cost(frozen(self.protocol.settings["genomes"][a]))["macs"] for a in (SCHEDULE, FULL)]
-        digest = self.schedule(SCHEDULE).digest
-        return Verdict(self.protocol.name, self.protocol.digest, 1 - costs[0] / costs[1], tuple(said), seen, digest)
+        share = sum(map(net.macs, self.schedule(arm).steps)) / sum(map(net.macs, self.schedule(reference).steps))
+        digest = self.schedule(arm).digest
+        return Verdict(self.protocol.name, self.protocol.digest, 1 - share, tuple(said), seen, digest)
 
     def write_down(self) -> None:
         """Keeps the protocol. Raises UserError where another one of this name was kept before."""
@@ -116,8 +130,9 @@ class Confirmation:
     def _net(self) -> LoadedSupernet:
         return self.study.supernet.load(self.folder / "supernet", self.device)
 
-    def _trained(self, arm: str, seed: int) -> Iterator[Progress]:
-        """Exports the arm's networks and trains them with this seed."""
+    def trained(self, arm: str, seed: int) -> Iterator[Progress]:
+        """Exports the arm's networks and trains them with this seed, unless another arm's are the same."""
+        arm = self.trained_as(arm)
         folder = self.place / f"{arm}-{seed}"
         if not (folder / "provenance.json").exists():
             net = self._net()
@@ -141,11 +156,11 @@ class Confirmation:
         steps = self.protocol.settings["gradient_steps"][arm]
         return replace(given, steps=steps, seed=derive_seed(self.study.seed, seed, "confirmation's training") % 2**31)
 
-    def _judged(self, arm: str, seed: int) -> dict[str, Score]:
-        """On noises of this seed, on which nothing was chosen; the same for both arms."""
+    def judged(self, arm: str, seed: int) -> dict[str, Score]:
+        """On noises of this seed, on which nothing was chosen; the same for all arms."""
         net = self._net()
         judges, _ = judges_of(self.study)
-        trained = self.place / f"{arm}-{seed}" / TRAINED
+        trained = self.place / f"{self.trained_as(arm)}-{seed}" / TRAINED
         with torch_threads(1):
             loaded = {judge.name: judge.load(net, self.folder) for judge in judges}
             adopted = read_export(trained)
@@ -201,7 +216,8 @@ def protocol_of(
             "study": study.name,
             "supernet": study.supernet.digest(folder / "supernet"),
             "trial": {"ledger": ledger, "number": trial.number, "schedule": schedule.digest},
-            "genomes": {SCHEDULE: trial.genome, FULL: full},
+            "schedules": {SCHEDULE: json.loads(schedule.to_json()), FULL: json.loads(full.to_json())},
+            "timesteps": len(net.alphas_cumprod),
             "training": {name: value for name, value in settings.__dict__.items() if name not in ("seed", "steps")},
             "gradient_steps": steps,
             "judges": {judge.name: dict(judge.evaluator.describe()) for judge in judges},
@@ -209,21 +225,35 @@ def protocol_of(
     )
 
 
-def _full(study: Study, folder: Path, storage: str | None) -> tuple[int, ...]:
+def _full(study: Study, folder: Path, storage: str | None) -> Schedule:
     """The full network at every step, guided as does it best."""
     uniform = [t for info, trials in Run.open(folder, storage).ledgers if info.searcher == BASELINE for t in trials]
     found = full_network(uniform, study.objectives[0])
-    return dearest(study.space) if found is None else found.genome
+    return study.space.decode(dearest(study.space) if found is None else found.genome)
+
+
+def _served(schedule: Schedule, timesteps: int) -> dict[Arch, list[tuple[int, int]]]:
+    """For each network which training timesteps it serves, from, up to: as exported folders have it in train.json."""
+    bounds = [timesteps, *(t + 1 for t in schedule.timesteps[1:]), 0]
+    found: dict[Arch, list[tuple[int, int]]] = {}
+    for step, start, stop in zip(schedule.steps, bounds[1:], bounds, strict=False):
+        for arch in step.archs:
+            mine = found.setdefault(arch, [])
+            if mine and mine[-1][0] == stop:
+                mine[-1] = (start, mine[-1][1])
+            else:
+                mine.append((start, stop))
+    return found
 
 
 def equal_steps(net: LoadedSupernet, schedule: Schedule, settings: Settings) -> int:
     """Gradient steps in which the schedule's networks take as many multiply-adds of training as the full network in `settings.steps`; every network has the
     share of the steps that its timesteps have."""
-    bounds = [len(net.alphas_cumprod), *(t + 1 for t in schedule.timesteps[1:]), 0]
+    timesteps = len(net.alphas_cumprod)
     mean = sum(
-        (stop - start) / bounds[0] * gradient_macs(net, arch, settings)
-        for step, start, stop in zip(schedule.steps, bounds[1:], bounds, strict=False)
-        for arch in step.archs
+        (stop - start) / timesteps * gradient_macs(net, arch, settings)
+        for arch, ranges in _served(schedule, timesteps).items()
+        for start, stop in ranges
     )
     return max(1, round(settings.steps * gradient_macs(net, net.full_arch, settings) / mean))
 
