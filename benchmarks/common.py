@@ -27,6 +27,8 @@ from search_spaces.training import Sandwich
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "benchmarks"
+LONG = ("replicates", "scores")
+"""Of a row, what stays in runs/ alone."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Benchmark:
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(self._rows, indent=1))
         os.replace(partial, self._path)
-        self.say(json.dumps({k: v for k, v in self._rows[key].items() if k != "replicates"}))
+        self.say(json.dumps({k: v for k, v in self._rows[key].items() if k not in LONG}))
         return self._rows[key]
 
     def has(self, key: str) -> bool:
@@ -132,7 +134,7 @@ class Benchmark:
 
     def finish(self, targets: Sequence[Target]) -> None:
         """Prints the JSON object; a full run's is kept in benchmarks/results. Replicates stay in the rows alone."""
-        shown = [{k: v for k, v in row.items() if k != "replicates"} for row in self._rows.values()]
+        shown = [{k: v for k, v in row.items() if k not in LONG} for row in self._rows.values()]
         result = {
             "name": self.name,
             "date": datetime.date.today().isoformat(),

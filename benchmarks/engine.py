@@ -142,7 +142,7 @@ def growth(folder: Path, trials: int) -> dict[str, float]:
     return {"trials": trials, **at, "growth": at[f"at_{trials}_ms"] / at[f"at_{early}_ms"]}
 
 
-COMPARE = "import sys, time; from pathlib import Path; from nas.cli.options import comparison; t = time.process_time(); comparison(Path(sys.argv[1]), None); print(time.process_time() - t)"
+COMPARE = "import sys, time; from pathlib import Path; from nas.library import compared; from nas.results.report import Run; t = time.process_time(); compared(Run.open(Path(sys.argv[1]))); print(time.process_time() - t)"
 
 
 def compared(long: Path, short: Path, trials: int) -> dict[str, float]:

@@ -81,6 +81,11 @@ class Confirmation:
         yield Progress("judging", len(self.jobs), len(self.jobs))
         write_json(self.place / VERDICT, self.verdict().to_json())
 
+    def keep(self, scores: Mapping[str, Any]) -> None:
+        """Takes scores that were made elsewhere, by `judged`: of ARM-SEED, by judge, as JSON."""
+        self.place.mkdir(parents=True, exist_ok=True)
+        write_json(self.place / SCORES, dict(scores))
+
     def verdict(self, arm: str = SCHEDULE) -> Verdict:
         """Of an arm against the reference, from the kept scores."""
         reference = self.protocol.reference
