@@ -350,6 +350,13 @@ def print_comparison(facts: Mapping[str, Any], details: bool = False) -> None:
     )
     _say_others(facts)
     out.print(f"front: {facts['picture']}", highlight=False, soft_wrap=True)
+    grounds = facts["grounds"]
+    if grounds and grounds["words"]:
+        out.print(
+            f"the full network is {grounds['full'] / grounds['floor']:.1f} times as far as real images{grounds['words']}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if facts["recommended"]:
         out.print(f"\n[bold]{escape(facts['recommended']['words'])}[/]", highlight=False, soft_wrap=True)
         out.print(facts["recommended"]["command"], highlight=False, soft_wrap=True, markup=False)

@@ -13,11 +13,22 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from nas.base.files import write_json
 from nas.contracts import WITHOUT_ATTENTION, Genome, Grounded, Trial
 from nas.genomes.genetics import LATENCY, dearest
 from nas.results.plots import INK, class_by_class, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
 from nas.results.recommendation import export_command, recommended
-from nas.results.report import Run, Scale, against, cost_in_words, full_network, verdicts, verified_front
+from nas.results.report import (
+    GROUNDS,
+    Run,
+    Scale,
+    against,
+    cost_in_words,
+    full_network,
+    poor_words,
+    verdicts,
+    verified_front,
+)
 from nas.study import BASELINE, Study
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -53,7 +64,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         mapped=best,
         maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
         grids=_grids(study, loaded, winner[1], ledgers.get(BASELINE, ()), run.scale, folder, quality) if winner else [],
-        grounds=_grounds(study, loaded, winner[1]) if winner else [],
+        grounds=_grounds(study, loaded, winner[1], full, folder) if winner else [],
         audit=_audit(run.folder, folder),
         trained=_trained(facts["trained"], quality),
         verdicts=[_verdict(found) for found in verdicts(run.folder)],
@@ -207,8 +218,8 @@ def _grids(
     return grids
 
 
-def _grounds(study: Study, loaded: Any, winner: Trial) -> list[tuple[str, str, str]]:
-    """What the distance stands on: (what, figure, in words)."""
+def _grounds(study: Study, loaded: Any, winner: Trial, full: Trial | None, folder: Path) -> list[tuple[str, str, str]]:
+    """What the distance stands on: (what, figure, in words). What of it a comparison says too is kept in grounds.json."""
     if not isinstance(loaded, Grounded):
         return []
     facts = loaded.grounds(study.space.decode(winner.genome), study.evaluator.rungs[-1], study.seed)
@@ -221,6 +232,12 @@ def _grounds(study: Study, loaded: Any, winner: Trial) -> list[tuple[str, str, s
             f"{facts['train']:,} to {facts['held_out']:,} images: samples of the train images themselves would be as far",
         )
     ]
+    floor, quality = float(facts["fd_of_train_images"]), study.objectives[0]
+    if full is not None and full.score is not None and quality == "fd" and floor > 0:
+        value = full.score.values[quality]
+        words = f"{value / floor:.1f} times as far as real images" + poor_words(value, floor)
+        rows.append(("the full network's samples", f"{value:.3g}", words))
+        write_json(folder / GROUNDS, {"floor": floor, "full": value})
     if "fd_of_reconstructions" in facts:
         words = "held-out images encoded and decoded: no network on these latents comes nearer"
         rows.append(("reconstructions to held-out images", f"{facts['fd_of_reconstructions']:.3g}", words))

@@ -29,6 +29,12 @@ from nas.study import CONFIRMED, TRAINED, LedgerInfo
 SHARES = (0.25, 0.4, 0.5, 0.6)
 """Budgets, as shares of what the full net takes, at which searchers are compared."""
 
+POOR = 4.0
+"""Times the distance of real images at which the full network, and all that is compared with it, draws poorly."""
+
+GROUNDS = "grounds.json"
+"""In <run>/report: how far real images and the full network are from the held-out ones, once a report was made."""
+
 CONFIRMATIONS, VERDICT = "confirm", "verdict.json"
 """In the run folder, where `nas confirm` writes."""
 
@@ -66,6 +72,13 @@ def verified_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[T
     done = [trial for trial in trials if trial.status == "complete"]
     excess = [sum(max(0.0, v) for v in trial.violations.values()) for trial in done]
     return [done[i] for i in front([trial.objectives(objectives) for trial in done], excess)]
+
+
+def poor_words(full: float, floor: float) -> str:
+    """A warning where the full network is far from real images; nothing where it is not."""
+    if full < POOR * floor:
+        return ""
+    return ": the network draws poorly. Train it longer, or a larger one, before you believe what a search finds in it"
 
 
 def full_network(uniform: Sequence[Trial], quality: str) -> Trial | None:
@@ -253,7 +266,16 @@ class Run:
             "over_seeds": self._over_seeds(rows, quality),
             "other_ledgers": self.others,
             "trained": self._after_training(quality),
+            "grounds": self._grounds(),
         }
+
+    def _grounds(self) -> dict[str, Any] | None:
+        """What a report has found the distances to stand on, and whether the network is a poor one, in words."""
+        path = self.folder / "report" / GROUNDS
+        if not path.exists():
+            return None
+        found = read_json(path, "delete it; `nas report` writes it again")
+        return {**found, "words": poor_words(float(found["full"]), float(found["floor"]))}
 
     def _after_training(self, quality: str) -> dict[str, Any] | None:
         """What the supernet scored and what the exported networks score after their fine-tuning, on the same noises, and how well the one
