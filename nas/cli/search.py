@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +40,7 @@ from nas.cli.terminal import (
     print_status,
     progress_bars,
 )
-from nas.contracts import UserError
+from nas.contracts import Progress, UserError
 
 
 def run(
@@ -126,11 +127,10 @@ def run(
             f"calls are timed on --device {device}, but workers with GPUs compute on cuda; give --device cuda too"
         )
     started = time.monotonic()
-    if not quiet:
-        notes.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
     with resumable(folder):
         with progress_bars(quiet) as bars:
-            show = Show(partial(follow, bars), partial(SearchBar, bars, objective=study.objectives[0]), pool, waiting)
+            naming = _Naming(bars, None if quiet else folder)
+            show = Show(naming, partial(SearchBar, bars, objective=study.objectives[0]), pool, waiting)
             opened = StudyRun(study, folder, storage, device, show, study_file)
             if weights_from is not None:
                 opened.take_weights(weights_from)
@@ -141,6 +141,24 @@ def run(
                 f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here",
                 highlight=False,
             )
+
+
+class _Naming:
+    """Follows ticks; before the first of all, when nothing has refused the folder, it says which that is."""
+
+    def __init__(self, bars: Any, folder: Path | None) -> None:
+        self._bars, self._folder = bars, folder
+
+    def __call__(self, ticks: Iterator[Progress]) -> Any:
+        return follow(self._bars, self._named(ticks))
+
+    def _named(self, ticks: Iterator[Progress]) -> Iterator[Progress]:
+        with closing(ticks):  # type: ignore[type-var]
+            for tick in ticks:
+                if self._folder is not None:
+                    notes.print(f"run folder: {self._folder}", highlight=False, soft_wrap=True)
+                    self._folder = None
+                yield tick
 
 
 def repair(run_dir: RunDir, as_json: JsonOption = False) -> None:

@@ -6,7 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -119,7 +118,7 @@ class Lines:
     def add_task(self, description: str, total: float | None = None, detail: str = "") -> TaskID:
         task = TaskID(len(self._stages))
         now = self._clock()
-        self._stages[task] = _Stage(description, now, now)
+        self._stages[task] = _Stage(description, now)
         return task
 
     def update(self, task: TaskID, completed: float = 0, total: float | None = None, detail: str = "") -> None:
@@ -148,16 +147,15 @@ class Lines:
         self._print(words + (f"  {stage.detail}" if stage.detail else ""))
 
 
-@dataclass
 class _Stage:
-    name: str
-    began: float
-    last: float
-    first: float | None = None
-    done: float | None = None
-    total: float | None = None
-    said: float | None = None
-    detail: str = ""
+    """What `Lines` knows of one stage: when it began and was last spoken of, and how far it is, was at first, and was when it was spoken of."""
+
+    def __init__(self, name: str, now: float) -> None:
+        self.name, self.began, self.last, self.detail = name, now, now, ""
+        self.first: float | None = None
+        self.done: float | None = None
+        self.total: float | None = None
+        self.said: float | None = None
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,99 @@
+"""How fast the commands feel: seconds until something is shown, and of CPU and by the clock until they are done, on the run that `make demo` makes.
+
+The least of three calls: other work on the machine only adds. What is shown first is the first byte, on either stream.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import Benchmark, Target
+from benchmarks.demo import SMALL
+
+CALLS = 3
+
+
+def run_of_demo(folder: Path, file: str) -> dict[str, Any]:
+    """The demo's own command."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "nas.cli", "run", file, "--out", str(folder), "--quiet"], check=True)
+    return {"minutes": (time.perf_counter() - started) / 60}
+
+
+def felt(arguments: Sequence[str], made: Path | None = None) -> dict[str, float]:
+    """`made`: what the command writes, which is deleted before each call."""
+    calls = []
+    for _ in range(CALLS):
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+            made.unlink(missing_ok=True)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        started = time.perf_counter()
+        read, write = os.pipe()
+        command = [sys.executable, "-m", "nas.cli", *arguments]
+        with subprocess.Popen(command, stdout=write, stderr=write) as running:
+            os.close(write)
+            first = os.read(read, 1)
+            shown = time.perf_counter() - started
+            while os.read(read, 1 << 16):
+                pass
+            os.close(read)
+            code = running.wait()
+        if code:
+            raise SystemExit(f"error: nas {' '.join(arguments)} ended with {code}")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        calls.append((shown if first else float("inf"), cpu, time.perf_counter() - started))
+    return dict(zip(("first_s", "cpu_s", "wall_s"), (min(values) for values in zip(*calls, strict=True)), strict=True))
+
+
+def main() -> None:
+    bench = Benchmark("feel", __doc__ or "", ("nas/cli", "nas/library.py", "nas/results"))
+    file, run, made = "studies/digits_classes.py", bench.folder / "run", bench.folder / "made"
+    if bench.quick:
+        file = str(bench.folder / "small.py")
+        Path(file).write_text(SMALL)
+    bench.row("run", lambda: run_of_demo(run, file))
+    within = (file, "--out", str(run), "--within", "macs_share=0.5")
+    samples = made.with_suffix(".png")
+    commands: dict[str, tuple[tuple[str, ...], Path | None]] = {
+        "help": (("--help",), None),
+        "status": (("status", str(run)), None),
+        "compare": (("compare", str(run)), None),
+        "report": (("report", file, "--out", str(run)), run / "report"),
+        "export": (("export", *within, "--to", str(made)), made),
+        "sample": (("sample", *within, "--to", str(samples)), samples),
+        "dry run": (("run", file, "--dry-run"), None),
+    }
+    rows = {name: bench.row(name, lambda given=given: felt(*given)) for name, given in commands.items()}  # type: ignore[misc]
+    slowest = max(rows[name]["first_s"] for name in ("help", "status"))
+    bench.finish(
+        [
+            Target("help_seconds", "seconds of `nas --help`", 0.5, rows["help"]["wall_s"]),
+            Target("first_output_seconds", "seconds until help and status show something", 1, slowest),
+            Target(
+                "compare_cpu_seconds", "seconds of CPU of `nas compare` on the demo's run", 10, rows["compare"]["cpu_s"]
+            ),
+            Target(
+                "report_cpu_seconds", "seconds of CPU of `nas report` on the demo's run", 10, rows["report"]["cpu_s"]
+            ),
+            Target(
+                "export_cpu_seconds", "seconds of CPU of `nas export` on the demo's run", 6, rows["export"]["cpu_s"]
+            ),
+            Target(
+                "sample_cpu_seconds", "seconds of CPU of `nas sample` on the demo's run", 6, rows["sample"]["cpu_s"]
+            ),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
