@@ -24,7 +24,8 @@ from nas.cli.options import (
     resumable,
     run_folder,
 )
-from nas.cli.terminal import follow, notes, out, progress_bars
+from nas.cli.progress import follow, progress_bars
+from nas.cli.terminal import notes, out
 from nas.contracts import UserError
 
 

@@ -22,12 +22,8 @@ from nas.cli.options import (
     run_folder,
     worker_pool,
 )
-from nas.cli.terminal import (
-    follow,
-    print_audit,
-    print_intervals,
-    progress_bars,
-)
+from nas.cli.progress import follow, progress_bars
+from nas.cli.terminal import print_audit, print_intervals
 from nas.contracts import UserError
 
 

@@ -26,7 +26,8 @@ from nas.cli.options import (
     run_folder,
     summary_of,
 )
-from nas.cli.terminal import follow, notes, out, progress_bars
+from nas.cli.progress import follow, progress_bars
+from nas.cli.terminal import notes, out
 from nas.contracts import Progress, UserError
 
 

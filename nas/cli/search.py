@@ -30,16 +30,8 @@ from nas.cli.options import (
     waiting,
     worker_pool,
 )
-from nas.cli.terminal import (
-    SearchBar,
-    follow,
-    notes,
-    out,
-    print_comparison,
-    print_outline,
-    print_status,
-    progress_bars,
-)
+from nas.cli.progress import SearchBar, follow, progress_bars
+from nas.cli.terminal import notes, out, print_comparison, print_outline, print_status
 from nas.contracts import Progress, UserError
 
 

@@ -1,37 +1,21 @@
-"""What people see in the terminal: progress bars and tables."""
+"""What people see in the terminal: tables, and words."""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
-from rich.text import Text
 
 from nas.contracts import WITHOUT_ATTENTION
-from nas.contracts import Progress as Tick
 
 if TYPE_CHECKING:
-    from nas.contracts import Trial
-    from nas.engine.runner import Conductor
+    pass
 
 HANDFUL = 5
 """Remarks below a comparison that are printed unasked."""
@@ -58,157 +42,11 @@ def say_in_words() -> None:
     log.handlers = [_Words()]
 
 
-class SearchBar:
-    """The progress bar of one search: closed trials, best so far."""
-
-    def __init__(self, bars: Progress | Lines, name: str, objective: str) -> None:
-        self._bars = bars
-        self._name = name
-        self._objective = objective
-        self._best = float("inf")
-
-    def begin(self, conductor: Conductor) -> None:
-        """Shows what the ledger already holds."""
-        self._conductor = conductor
-        self._task = self._bars.add_task(self._name, total=None, detail="")
-        for trial in conductor.ledger.finished:
-            self._note(trial)
-        self._update()
-
-    def __call__(self, trial: Trial) -> None:
-        self._note(trial)
-        self._update()
-
-    def end(self) -> None:
-        done = self._conductor.ledger.closed
-        self._bars.update(self._task, completed=done, total=done)
-
-    def _note(self, trial: Trial) -> None:
-        if trial.scored and all(excess <= 0 for excess in trial.violations.values()):
-            self._best = min(self._best, trial.objectives((self._objective,))[0])
-
-    def _update(self) -> None:
-        done = self._conductor.ledger.closed
-        detail = f"best {self._objective} {self._best:.4g}" if self._best < float("inf") else ""
-        self._bars.update(self._task, completed=done, total=max(done, self._conductor.planned), detail=detail)
-
-
-class Lines:
-    """What `progress_bars` shows where nobody looks at a terminal, in log files of clusters and CI: a line where a stage begins and ends, and one in every half
-    a minute between."""
-
-    EVERY = 30.0
-
-    def __init__(
-        self, quiet: bool, print_line: Callable[[str], None], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._quiet = quiet
-        self._print = print_line
-        self._clock = clock
-        self._stages: dict[TaskID, _Stage] = {}
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for stage in self._stages.values():
-            if stage.said != stage.done:
-                self._say(stage)
-
-    def add_task(self, description: str, total: float | None = None, detail: str = "") -> TaskID:
-        task = TaskID(len(self._stages))
-        now = self._clock()
-        self._stages[task] = _Stage(description, now)
-        return task
-
-    def update(self, task: TaskID, completed: float = 0, total: float | None = None, detail: str = "") -> None:
-        """As of a bar."""
-        stage = self._stages[task]
-        new = stage.done is None
-        if stage.first is None:
-            stage.first = completed
-        stage.done, stage.total, stage.detail = completed, stage.total if total is None else total, detail
-        ended = stage.total is not None and completed >= stage.total and stage.said != completed
-        if new or ended or self._clock() - stage.last >= self.EVERY:
-            self._say(stage)
-
-    def _say(self, stage: _Stage) -> None:
-        now = self._clock()
-        stage.last, stage.said = now, stage.done
-        if self._quiet or stage.done is None:
-            return
-        words = f"{stage.name}: {stage.done:,.0f}" + (f" of {stage.total:,.0f}" if stage.total is not None else "")
-        more, passed = stage.done - (stage.first or 0), now - stage.began
-        if more > 0 and passed > 0:
-            rate = more / passed
-            words += f", {rate:.3g}/s"
-            if stage.total is not None and stage.total > stage.done:
-                words += f", {_duration((stage.total - stage.done) / rate)} left"
-        self._print(words + (f"  {stage.detail}" if stage.detail else ""))
-
-
-class _Stage:
-    """What `Lines` knows of one stage: when it began and was last spoken of, and how far it is, was at first, and was when it was spoken of."""
-
-    def __init__(self, name: str, now: float) -> None:
-        self.name, self.began, self.last, self.detail = name, now, now, ""
-        self.first: float | None = None
-        self.done: float | None = None
-        self.total: float | None = None
-        self.said: float | None = None
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """As people say it: 40 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-class _Rate(ProgressColumn):
-    """Units a second, lately."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.3g}/s", style="progress.data.speed")
-
-
-def progress_bars(quiet: bool) -> Progress | Lines:
-    """Bars in a terminal, lines now and then elsewhere."""
-    if not notes.is_terminal:
-        return Lines(quiet, lambda line: notes.print(line, highlight=False, soft_wrap=True, markup=False))
-    return Progress(
-        TextColumn("{task.description:<10}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        _Rate(),
-        TextColumn("{task.fields[detail]}"),
-        console=notes,
-        disable=quiet,
-    )
-
-
-def follow(bars: Progress | Lines, ticks: Iterator[Tick]) -> Any:
-    """One bar for each kind of work that the ticks name. Returns what a generator of them returns. Work that is interrupted is closed, so
-    that it keeps what it has."""
-    tasks: dict[str, Any] = {}
-    try:
-        while True:
-            try:
-                tick = next(ticks)
-            except StopIteration as end:
-                return end.value
-            if tick.what not in tasks:
-                tasks[tick.what] = bars.add_task(tick.what, total=tick.total, detail="")
-            values = "  ".join(f"{name} {value:.3f}" for name, value in sorted(tick.values.items()))
-            bars.update(tasks[tick.what], completed=tick.done, total=tick.total, detail=values)
-    finally:
-        close = getattr(ticks, "close", None)
-        if close is not None:
-            close()
 
 
 def _table(title: str) -> Table:
@@ -226,12 +64,12 @@ def print_status(facts: Mapping[str, Any]) -> None:
     out.print(table)
     working = facts["working"]
     if working is not None:
-        left = "" if working["seconds_left"] is None else f", {_duration(working['seconds_left'])} left"
+        left = "" if working["seconds_left"] is None else f", {duration(working['seconds_left'])} left"
         values = "".join(f", {name} {value:.4g}" for name, value in sorted(working["values"].items()))
         old = working["seconds_ago"] > STALE
         out.print(
             f"{'stopped at' if old else 'working on'} {working['stage']}: {working['done']:,} of {working['total']:,}{values}"
-            + (f", {_duration(working['seconds_ago'])} ago; the same `nas run` goes on" if old else left),
+            + (f", {duration(working['seconds_ago'])} ago; the same `nas run` goes on" if old else left),
             highlight=False,
             soft_wrap=True,
         )

@@ -18,7 +18,8 @@ from nas.cli.options import (
     resumable,
     worker_pool,
 )
-from nas.cli.terminal import SearchBar, follow, notes, out, progress_bars
+from nas.cli.progress import SearchBar, follow, progress_bars
+from nas.cli.terminal import notes, out
 from nas.contracts import UserError
 
 

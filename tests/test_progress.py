@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nas.cli.terminal import Lines, follow
+from nas.cli.progress import Lines, follow
 from nas.contracts import Progress
 from nas.engine.session import open_session
 from nas.engine.working import FILE, noted, working_on
