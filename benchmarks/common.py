@@ -49,6 +49,13 @@ class Target:
         return {**asdict(self), "met": met}
 
 
+def short(row: Any) -> Any:
+    """A row, or a part of it, without what stays in runs/."""
+    if isinstance(row, dict):
+        return {name: short(value) for name, value in row.items() if name not in LONG}
+    return [short(value) for value in row] if isinstance(row, list) else row
+
+
 class Benchmark:
     """Parses the command line and keeps rows in runs/benchmarks/NAME[-quick]/rows.json as they finish.
 
@@ -105,7 +112,7 @@ class Benchmark:
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(self._rows, indent=1))
         os.replace(partial, self._path)
-        self.say(json.dumps({k: v for k, v in self._rows[key].items() if k not in LONG}))
+        self.say(json.dumps(short(self._rows[key])))
         return self._rows[key]
 
     def has(self, key: str) -> bool:
@@ -134,7 +141,7 @@ class Benchmark:
 
     def finish(self, targets: Sequence[Target]) -> None:
         """Prints the JSON object; a full run's is kept in benchmarks/results. Replicates stay in the rows alone."""
-        shown = [{k: v for k, v in row.items() if k not in LONG} for row in self._rows.values()]
+        shown = [short(row) for row in self._rows.values()]
         result = {
             "name": self.name,
             "date": datetime.date.today().isoformat(),

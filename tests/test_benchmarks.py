@@ -170,3 +170,8 @@ def test_a_row_says_which_commit_made_it_and_whether_code_was_changed(
 def test_published_networks_cost_what_is_printed_of_them(name: str) -> None:
     row = cost.beside(NETWORKS[name])
     assert row["difference"] <= 1e-4, row
+
+
+def test_replicates_stay_in_runs_however_deep_they_are() -> None:
+    row = {"fd": 1.0, "replicates": [1], "of": {"a": {"loss": 2.0, "replicates": [2]}, "b": [{"scores": {}, "x": 1}]}}
+    assert common.short(row) == {"fd": 1.0, "of": {"a": {"loss": 2.0}, "b": [{"x": 1}]}}
