@@ -227,8 +227,9 @@ def report(
     folder = run_folder(study, out_dir)
     check_device(device)
     opened = StudyRun(study, folder, storage, device, file=study_file)
-    found, loaded = opened.results, opened.loaded
-    path = opened.report(loaded)
+    with notes.status(f"drawing the report of {folder}"):
+        found, loaded = opened.results, opened.loaded
+        path = opened.report(loaded)
     if find_spec("optuna_dashboard"):
         from nas.results.dashboard import attach
 
