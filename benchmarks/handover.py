@@ -338,7 +338,7 @@ def judge_winners(
 
 WHAT = (
     "share of the MACs that the best of {schedules} trained schedules saves while level with one full net (not no loss: best of {schedules} against one, seeds "
-    "and reference changed after a look; one schedule named beforehand: up to +11.3 %), digits, {seeds} training seeds"
+    "and reference changed after a look; one schedule named beforehand: up to +11.3 %), digits, {seeds} training seeds; None where it is not level"
 )
 
 

@@ -40,7 +40,8 @@ def test_a_benchmark_ends_with_its_targets(name: str, place: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout)
     assert result["name"] == name
-    assert result["targets"]
+    assert result["rows"]
+    assert result["targets"] or name == "gates"  # it compares, and aims at nothing
     # Some figures are none where their condition is not met, and say so.
     assert all(target["measured"] is not None or "None where" in target["what"] for target in result["targets"])
     assert {path: path.read_bytes() for path in (ROOT / "benchmarks" / "results").iterdir()} == before
