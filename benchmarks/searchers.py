@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -185,7 +186,7 @@ def learn(table: Table, trained: Path, into: Path) -> Row:
 
 def live(base: Study, trained: Path, folder: Path, seeds: int, trials: int, rungs: tuple[int, ...]) -> dict[str, Row]:
     """All searchers on the network itself, in one run; a score that another one has paid for is charged in full."""
-    searchers = {name.replace(": ", "-").replace(", ", "-"): s for name, s in {**OWN, **ADAPTERS}.items()}
+    searchers = {re.sub(r"[^A-Za-z0-9_-]+", "-", name): s for name, s in {**OWN, **ADAPTERS}.items()}
     study = replace(
         base,
         space=Stepwise(net, steps, equal(steps, 5)),
