@@ -333,7 +333,7 @@ def main() -> None:
         [
             Target(
                 "least_share_at_no_loss",
-                "least share of the MACs, of the budgets searched, at which a fine-tuned schedule loses nothing against the full net equally fine-tuned",
+                "least share of the MACs, of the budgets searched, at which a fine-tuned schedule loses nothing against the full net equally fine-tuned; None where none does",
                 0.40,
                 least.get(True),
             )

@@ -38,7 +38,6 @@ from search_spaces.options import Options
 from search_spaces.patterns import Every, Only, Pattern, Subset
 from search_spaces.stepwise import Stepwise
 from search_spaces.training import Stages
-from studies import fashion_latent as garments
 
 SEARCHED = ("path", "evolution", "knapsack", "gates", "steps")
 Row = dict[str, Any]
@@ -134,7 +133,7 @@ def conditions_of(setting: Any) -> Any:
     """What the model's samples are asked to be."""
     if isinstance(setting, text.Setting):
         return setting.captions
-    return garments.labels if isinstance(setting, latent.Setting) else setting.labels
+    return setting.study.evaluator.parts[0].conditions if isinstance(setting, latent.Setting) else setting.labels
 
 
 def trained(model: str, quick: bool) -> tuple[Any, Path]:
