@@ -204,7 +204,10 @@ def main() -> None:
                 max(spent, default=None),
             ),
             Target(
-                "tune_minutes", "minutes of `nas tune` from a transformer's folder to the file", 15, timing["minutes"]
+                "tune_minutes",
+                "minutes of `nas tune` from a transformer's folder to the file; None where there is none",
+                15,
+                timing["minutes"],
             ),
         ]
     )

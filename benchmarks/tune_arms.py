@@ -133,7 +133,9 @@ def conditions_of(setting: Any) -> Any:
     """What the model's samples are asked to be."""
     if isinstance(setting, text.Setting):
         return setting.captions
-    return setting.study.evaluator.parts[0].conditions if isinstance(setting, latent.Setting) else setting.labels
+    if isinstance(setting, latent.Setting):
+        return setting.study.evaluator.parts[0].conditions  # type: ignore[attr-defined]
+    return setting.labels
 
 
 def trained(model: str, quick: bool) -> tuple[Any, Path]:
@@ -147,7 +149,10 @@ def trained(model: str, quick: bool) -> tuple[Any, Path]:
 
 
 def there(model: str, quick: bool) -> bool:
-    return (trained(model, quick)[1] / "supernet" / "weights.safetensors").exists()
+    """Whether its network is trained, and who judges it."""
+    setting, run = trained(model, quick)
+    judge = setting.judged if isinstance(setting, latent.Setting) else run
+    return (run / "supernet" / "weights.safetensors").exists() and (judge / "features").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------- time
