@@ -1,8 +1,8 @@
 """Is a found schedule as good as the full network once both are fine-tuned equally, on Fashion-MNIST's latents, under two judges of different kind?
 
 Question, arms, seeds, reference, margin and test stand in `protocols/confirm-pilot.json`, written down before any row. It takes the network that
-`benchmarks.latent` left in `runs/benchmarks/`, frozen for the search and fine-tuned for every arm; what `nas confirm` does, with controls beside it. About two
-hours and a half of one core; the pilot's figures say how many seeds a protocol that claims something needs.
+`benchmarks.latent` left in `runs/benchmarks/`, frozen for the search and fine-tuned for every arm; what `nas confirm` does, with controls beside it. Some
+hours of one core; the pilot's figures say how many seeds a protocol that claims something needs.
 """
 
 from __future__ import annotations
@@ -60,10 +60,6 @@ class Setting:
     @property
     def run(self) -> Path:
         return self.folder / "run"
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        return PROTOCOL.seeds
 
     def study(self, whole_steps: bool = False) -> Study:
         """`whole_steps`: which of the steps the full network runs at, instead of which width each interval has."""

@@ -2,7 +2,7 @@
 
 Question, arms, seeds, reference and test stand in `protocols/tune-2.json`, written down before any row. Models are what `benchmarks.latent`,
 `benchmarks.transformer` and `benchmarks.text` have trained on Fashion-MNIST, frozen; those whose run folder is not there are left out, and the targets are of
-the others. About 70 minutes of one core for a model's 20 steps, six times that for 50. `nas tune` itself is timed on the transformer's pipeline folder.
+the others. An hour or two of one core for a small model's 20 steps, six times that for 50. `nas tune` itself is timed on the transformer's pipeline folder.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -375,10 +375,8 @@ class StudyRun:
         )
         return Confirmation(self.study, self.folder, protocol, self.device)
 
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        with open_session(self.study, self.folder, self.storage, self.device) as session:
-            yield session
+    def _session(self) -> AbstractContextManager[Session]:
+        return open_session(self.study, self.folder, self.storage, self.device)
 
 
 def compared(run: Run, file: str = "STUDY.py") -> dict[str, Any]:
