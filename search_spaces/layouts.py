@@ -1,4 +1,4 @@
-"""Schedules of reuse as other projects release them, as patterns of one interval that is the whole trajectory, and written for them where they can say it.
+"""Schedules of reuse as other projects release or name them, as patterns of one interval that is the whole trajectory, and written for them where they can say it.
 
 Pickled files are not read: `router.pt` of Learning-to-Cache becomes safetensors, once, where its code runs:
 `save_file({name: value for name, value in torch.load("router.pt")["routers"].items()}, "router.safetensors")`.
@@ -16,11 +16,33 @@ from safetensors.torch import load_file
 
 from nas.base.files import first_line
 from nas.contracts import Schedule, UserError
-from search_spaces.patterns import ALL, Listed
-from search_spaces.shipped.graph import AROUND, Graph
+from search_spaces.patterns import ALL, Every, Listed
+from search_spaces.shipped.graph import AROUND, Graph, UNetGraph
 
 PARTS = ("attn", "mlp")
 """Of a block of DiT."""
+
+
+LAYERS = 3
+"""Of a level, as DeepCache numbers branches: two residual blocks and the downsampling."""
+
+
+def deepcache(interval: int, branch: int, graph: Graph) -> Every:
+    """What `DeepCacheSDHelper.set_params(cache_interval, cache_branch_id)` has a UNet compute (Ma et al. 2024): everything at each `interval`-th step, and
+    between them the levels outside of number branch // 3 and, of that level, as many layers on the way down as the remainder says and one more on the way
+    up. Raises UserError for a transformer, and for a branch that the network does not reach."""
+    if not isinstance(graph, UNetGraph):
+        raise UserError("DeepCache's branches are those of a UNet, and the network is a transformer; use Every or Listed")
+    level, layer = divmod(branch, LAYERS)
+    if interval < 1 or not 0 <= level < len(graph.depths):
+        raise UserError(
+            f"DeepCache's interval {interval} and branch {branch}: give an interval from 1 and a branch from 0 to {LAYERS * len(graph.depths) - 1}"
+        )
+    depth, last = graph.depths[level], len(graph.depths) - 1
+    down = [*(f"d{level}.{n}" for n in range(depth)), f"d{level}.down"][:layer]
+    up = [f"u{last - level}.{depth - n}" for n in range(min(layer, depth) + 1)]
+    outside = [name for n in range(level) for name in (f"d{n}", f"u{last - n}")]
+    return Every(interval, graph.collapse(graph.live([*outside, *down, *up], finer=True), finer=True))
 
 
 def learning_to_cache(path: str | Path, steps: int, threshold: float = 0.1) -> Listed:

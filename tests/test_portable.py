@@ -24,7 +24,7 @@ from nas.handover.export import export
 from nas.handover.portable import module, portable, read_portable, resampled, schedule_of, write_portable
 from search_spaces import layouts, shipped
 from search_spaces.patterns import ALL
-from search_spaces.shipped.graph import TransformerGraph, UNetGraph
+from search_spaces.shipped.graph import TransformerGraph, UNetGraph, graph_of
 from search_spaces.supernet import Elastic
 from search_spaces.training import Stages
 from tests.pipelines import LINEAR, dit, pixart, stable_diffusion, stable_diffusion_xl
@@ -421,6 +421,35 @@ def test_what_a_format_cannot_say_is_refused() -> None:
             layouts.cache_dit_yaml(schedule, graph)
     with pytest.raises(UserError, match="all blocks alike"):
         layouts.smoothcache_json(of_reuse((), ("b0",)), GRAPH)
+
+
+@pytest.mark.parametrize("branch", range(6))
+def test_deepcache_computes_the_same(branch: int, tool: Any, tmp_path: Path) -> None:
+    """Images of its own helper on the same pipeline, at each of its branches; two residual blocks a level, which its numbers count."""
+    helper = pytest.importorskip("DeepCache").DeepCacheSDHelper
+    pipeline = stable_diffusion(tmp_path / "sd", layers_per_block=2)
+    net = loaded(tmp_path / "sd", tmp_path / "kept")
+    graph, full = graph_of(pipeline.unet), net.full_arch
+    steps = layouts.deepcache(2, branch, graph).steps(5)
+    reuses = [graph.collapse(graph.expand(graph.blocks) - graph.expand(one), True) if one != ALL else () for one in steps]
+    schedule = Schedule(tuple(Step(801 - 200 * n, full, reuse, Guidance(3.0)) for n, reuse in enumerate(reuses)))
+    tool.apply_schedule(pipeline, portable(net, schedule, DDIM, {}))
+    mine = called(pipeline, "stable diffusion")
+    tool.remove_schedule(pipeline)
+    theirs = helper(pipe=pipeline)
+    theirs.set_params(cache_interval=2, cache_branch_id=branch)
+    theirs.enable()
+    # Sums of the same numbers, taken in the order of one batch or two.
+    assert np.abs(called(pipeline, "stable diffusion") - mine).max() < 1e-5
+
+
+def test_branches_of_deepcache_that_a_network_lacks_are_refused() -> None:
+    unet = UNetGraph((2, 2))
+    assert layouts.deepcache(3, 0, unet).steps(4) == (ALL, ("u1.2",), ("u1.2",), ALL)
+    assert layouts.deepcache(1, 5, unet).steps(2) == (ALL, ALL)
+    for graph, branch, words in ((unet, 6, "from 0 to 5"), (unet, -1, "branch -1"), (GRAPH, 0, "is a transformer")):
+        with pytest.raises(UserError, match=words):
+            layouts.deepcache(2, branch, graph)
 
 
 def test_masks_and_tables_of_gates_are_read(tmp_path: Path) -> None:
