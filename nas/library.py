@@ -13,8 +13,6 @@ Every call holds the run folder only while it works, goes on where an earlier on
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +24,7 @@ import numpy.typing as npt
 
 from nas.contracts import LoadedEvaluator, Schedule, Score, Trial, UserError
 from nas.engine.facts import what_is_searched
-from nas.engine.session import Session, open_session
+from nas.engine.session import Session, open_session, take_weights
 from nas.engine.show import Called, Show
 from nas.genomes.pareto import front
 from nas.results.recommendation import recommended
@@ -88,20 +86,9 @@ class StudyRun:
     # ------------------------------------------------------------------------------------------------------- searching
 
     def take_weights(self, other: str | Path) -> None:
-        """Copies supernet and features of another run folder, where this one has none, so that nothing is trained again. Raises UserError where the other has none.
-        That they are of the same recipe is checked when they are used."""
-        source = Path(other).resolve()
-        if not (source / "supernet" / "weights.safetensors").is_file():
-            raise UserError(f"{source} holds no trained supernet; give the folder of a run that was trained to its end")
-        for part in ("supernet", "features"):
-            if (source / part).is_dir() and not (self.folder / part).exists():
-                partial = self.folder / f".{part}.partial"
-                shutil.rmtree(partial, ignore_errors=True)
-                self.folder.mkdir(parents=True, exist_ok=True)
-                shutil.copytree(
-                    source / part, partial, ignore=shutil.ignore_patterns("checkpoint*", "latents", "*.partial")
-                )
-                os.replace(partial, self.folder / part)
+        """Copies supernet, features and times of another run folder, where this one has none, so that nothing is trained or timed again. Raises UserError where
+        the other has none. That they are of the same recipe is checked when they are used."""
+        take_weights(Path(other).resolve(), self.folder)
 
     def prepare(self, threads: int = 0) -> None:
         """Reads images, trains features and the supernet where they are missing, on so many CPU threads (0: all cores), and times calls where time is limited."""

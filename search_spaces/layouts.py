@@ -32,7 +32,9 @@ def deepcache(interval: int, branch: int, graph: Graph) -> Every:
     between them the levels outside of number branch // 3 and, of that level, as many layers on the way down as the remainder says and one more on the way
     up. Raises UserError for a transformer, and for a branch that the network does not reach."""
     if not isinstance(graph, UNetGraph):
-        raise UserError("DeepCache's branches are those of a UNet, and the network is a transformer; use Every or Listed")
+        raise UserError(
+            "DeepCache's branches are those of a UNet, and the network is a transformer; use Every or Listed"
+        )
     level, layer = divmod(branch, LAYERS)
     if interval < 1 or not 0 <= level < len(graph.depths):
         raise UserError(

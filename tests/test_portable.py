@@ -431,7 +431,9 @@ def test_deepcache_computes_the_same(branch: int, tool: Any, tmp_path: Path) -> 
     net = loaded(tmp_path / "sd", tmp_path / "kept")
     graph, full = graph_of(pipeline.unet), net.full_arch
     steps = layouts.deepcache(2, branch, graph).steps(5)
-    reuses = [graph.collapse(graph.expand(graph.blocks) - graph.expand(one), True) if one != ALL else () for one in steps]
+    reuses = [
+        graph.collapse(graph.expand(graph.blocks) - graph.expand(one), True) if one != ALL else () for one in steps
+    ]
     schedule = Schedule(tuple(Step(801 - 200 * n, full, reuse, Guidance(3.0)) for n, reuse in enumerate(reuses)))
     tool.apply_schedule(pipeline, portable(net, schedule, DDIM, {}))
     mine = called(pipeline, "stable diffusion")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -157,7 +158,7 @@ def test_several_numbers_of_steps_time_and_texts(place: Path) -> None:
     prompts = ("--prompts", place / "prompts.txt")
     result = nas(
         "tune", place / "sd", "--within", "time=0.95", "--steps", "4,6", "--trials", "30", "--samples", "4,8", "--batch", "1", *prompts,
-        "--to", place / "sd out", "--out", place / "sd run", "--write-study", place / "sd.py", "-q",
+        "--full-steps", "8", "--to", place / "sd out", "--out", place / "sd run", "--write-study", place / "sd.py", "-q",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     for count in (4, 6):
@@ -165,6 +166,14 @@ def test_several_numbers_of_steps_time_and_texts(place: Path) -> None:
         assert plan["measured"]["share"] <= 0.95
         assert plan["guidance_scale"] == 7.5
         assert len(plan["measured"]["grid"]) == count
+    first, second = (
+        json.loads((place / "sd run" / f"{count}-time-0.95" / "latency.json").read_text()) for count in (4, 6)
+    )
+    for device, times in first.items():  # timed once
+        assert times.items() <= second[device].items()
+    assert re.search(
+        r"Of the way from the same 8 whole steps: of [46] steps .* ms an image", " ".join(result.stdout.split())
+    )
     assert load_study(place / "sd-6.py").limits["latency_ms"] > 0
     assert "no cache_dit.yaml: cache-dit's mask can say a transformer's schedule" in result.stderr
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ from nas.cli.options import (
 from nas.cli.progress import SearchBar, follow, progress_bars
 from nas.cli.terminal import notes, out
 from nas.contracts import UserError
+
+if TYPE_CHECKING:
+    from nas.tuning.tune import Found
 
 
 def tune(
@@ -46,7 +49,7 @@ def tune(
     steps: Annotated[
         str,
         typer.Option(
-            help="Steps of the full pipeline that schedules choose from; several with commas, each a schedule of its own."
+            help="Steps of the full pipeline that schedules choose from; several with commas, each a schedule of its own; weights, times and first tries are shared."
         ),
     ] = "20",
     full_steps: Annotated[
@@ -100,7 +103,7 @@ def tune(
     from nas.engine.show import Show
     from nas.handover.portable import read_portable
     from nas.library import on_workers
-    from nas.tuning.page import study_file, usage, write_found
+    from nas.tuning.page import compared, study_file, usage, write_found
     from nas.tuning.study import LOSS, Wanted
     from nas.tuning.tune import tune as search
 
@@ -122,6 +125,8 @@ def tune(
     name = pipeline.resolve().name
     plan = None if start is None else read_portable(start)
     told: list[dict[str, Any]] = []
+    schedules: list[Found] = []
+    beside: Path | None = None
     with on_workers(pool):
         for count in counts:
             wanted = Wanted(
@@ -142,12 +147,14 @@ def tune(
             target = (to or Path("tuned") / name) / (f"{count}-steps" if len(counts) > 1 else "")
             with resumable(folder), progress_bars(quiet or as_json) as bars:
                 show = Show(partial(follow, bars), partial(SearchBar, bars, objective=LOSS), pool)
-                found = search(wanted, folder, show, device, plan)
+                found = search(wanted, folder, show, device, plan, beside)
                 evaluator = found.study.load(folder, device)
                 left_out = write_found(
                     found, evaluator.supernet, evaluator.sampler_of(found.chosen.schedule), target, folder
                 )
                 plan = read_portable(target / "schedule.json")  # tried first at another number of steps
+            beside = folder
+            schedules.append(found)
             if write_study is not None:
                 where = write_study if len(counts) == 1 else write_study.with_stem(f"{write_study.stem}-{count}")
                 where.parent.mkdir(parents=True, exist_ok=True)
@@ -173,8 +180,11 @@ def tune(
                     notes.print(words, highlight=False, soft_wrap=True)
                 out.print(f"{target / 'schedule.json'}, {target / 'report.html'}", highlight=False, soft_wrap=True)
                 notes.print(usage(found, target, folder), highlight=False, soft_wrap=True)
+    together = compared(schedules)
     if as_json:
-        print_json({"schedules": told})
+        print_json({"schedules": told, "together": together})
+    elif together:
+        out.print(together, highlight=False, soft_wrap=True)
 
 
 def _number(text: str) -> float | None:

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -172,6 +173,28 @@ def open_session(study: Study, folder: Path, storage: str | None = None, device:
             session.close()
     finally:
         lock.release()
+
+
+TIMES = "latency.json"
+
+
+def take_weights(source: Path, folder: Path) -> None:
+    """Copies supernet, features and measured times from one run folder to another that has none. Raises UserError where the first holds no trained supernet."""
+    if not (source / "supernet" / "weights.safetensors").is_file():
+        raise UserError(f"{source} holds no trained supernet; give the folder of a run that was trained to its end")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in ("supernet", "features"):
+        if (source / part).is_dir() and not (folder / part).exists():
+            partial = folder / f".{part}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(
+                source / part, partial, ignore=shutil.ignore_patterns("checkpoint*", "latents", "*.partial")
+            )
+            os.replace(partial, folder / part)
+    if (source / TIMES).is_file() and not (folder / TIMES).exists():
+        partial = folder / f".{TIMES}.partial"
+        shutil.copyfile(source / TIMES, partial)
+        os.replace(partial, folder / TIMES)
 
 
 def confirmed_ledger(study: Study, folder: Path) -> LedgerInfo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,18 @@ def measured(found: Found) -> dict[str, Any]:
         "full_guidance": wanted.scale,
         "loss_is": "mean squared distance of a sample in [-1, 1] to the full pipeline's own of the same noise; two unrelated ones are `apart`",
     }
+
+
+def compared(found: Sequence[Found]) -> str:
+    """Schedules of several numbers of steps beside each other, in words; empty where they are not measured from the same full pipeline."""
+    if len({one.wanted.full_steps for one in found}) > 1 or not found[0].wanted.full_steps or len(found) < 2:
+        return ""
+    told = []
+    for one in sorted(found, key=lambda one: one.chosen.loss):
+        lost = f"{percent(one.chosen.loss / one.apart)} ± {percent(CONFIDENCE * one.chosen.error / one.apart)}"
+        takes = f", {one.milliseconds * one.chosen.share:.3g} ms an image" if one.milliseconds else ""
+        told.append(f"of {one.wanted.steps} steps {lost}{takes}")
+    return f"Of the way from the same {found[0].wanted.full_steps} whole steps: {'; '.join(told)}."
 
 
 def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], folder: Path, run: Path) -> list[str]:

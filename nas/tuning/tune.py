@@ -22,7 +22,7 @@ from nas.contracts import (
     derive_seed,
 )
 from nas.engine.runner import Conductor
-from nas.engine.session import Session, open_session, torch_threads
+from nas.engine.session import Session, open_session, take_weights, torch_threads
 from nas.engine.show import Bar, Show
 from nas.genomes.genetics import LATENCY, cheapest, dearest
 from nas.handover.portable import resampled, schedule_of
@@ -142,9 +142,13 @@ def tune(
     show: Show | None = None,
     device: str = "cpu",
     start: Mapping[str, Any] | None = None,
+    beside: Path | None = None,
 ) -> Found:
     """`folder`: the run folder; the same call goes on where it stopped. `start`: what a schedule file holds, which is tried first; where it loses here what it
-    lost where it was found, nothing is searched. Raises UserError where the folder is no pipeline that this can be done with, or nothing fits the limit."""
+    lost where it was found, nothing is searched. `beside`: the run folder of the same pipeline in another number of steps, whose weights and times hold here
+    too. Raises UserError where the folder is no pipeline that this can be done with, or nothing fits the limit."""
+    if beside is not None:
+        take_weights(beside, folder)
     with torch_threads(1):  # as calls are timed and samples scored
         return _tune(wanted, folder, show or Show(), device, start)
 
