@@ -104,31 +104,47 @@ class KeptImages(ABC):
         if self in _LOADED and known:
             return
         source = self.source()
-        total, train = source.shape[0], source.shape[0] - source.held_out
+        train = source.shape[0] - source.held_out
         kept = None if folder is None else folder / "images" / f"{source.key}.npy"
-        if kept is None or not kept.with_suffix(".json").exists():
+        if kept is None:
             pixels = np.empty(source.shape, dtype=np.float32)
-            done = 0
-            for part in source.parts():
-                pixels[done : done + len(part)] = part
-                before, done = done, done + len(part)
-                if done // 100 > before // 100 or done == total:
-                    yield Progress("reading images", done, total)
+            yield from _read(source, pixels)
             made = _in_two(pixels, source, train, None)
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                partial = kept.with_suffix(f".{os.getpid()}.partial")
-                with partial.open("wb") as opened:
-                    np.save(opened, pixels)
-                os.replace(partial, kept)
-                held_out = {} if made.held_out is None else {"held_out": made.held_out.digest}
-                write_json(kept.with_suffix(".json"), {"digest": made.digest, **held_out})
         else:
+            if not kept.with_suffix(".json").exists():
+                yield from _keep(source, kept, train)
             pixels = np.load(kept, mmap_mode="c", allow_pickle=False)
             made = _in_two(pixels, source, train, read_json(kept.with_suffix(".json"), "delete it"))
         log.info("%s", source.words)
         _LOADED.clear()
         _LOADED[self] = made if source.captions is None else captioned(made, source.captions)
+
+
+def _keep(source: Source, kept: Path, train: int) -> Iterator[Progress]:
+    """On disk from the first image on: there may be more than memory holds."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    for left in kept.parent.glob(f"{source.key}.*.partial"):  # of a run that was killed
+        left.unlink()
+    partial = kept.with_suffix(f".{os.getpid()}.partial")
+    try:
+        mapped = np.lib.format.open_memmap(partial, "w+", np.float32, source.shape)
+        yield from _read(source, mapped)
+        made = _in_two(mapped, source, train, None)
+        mapped.flush()
+        os.replace(partial, kept)
+    finally:
+        partial.unlink(missing_ok=True)
+    held_out = {} if made.held_out is None else {"held_out": made.held_out.digest}
+    write_json(kept.with_suffix(".json"), {"digest": made.digest, **held_out})
+
+
+def _read(source: Source, pixels: npt.NDArray[np.float32]) -> Iterator[Progress]:
+    done, total = 0, len(pixels)
+    for part in source.parts():
+        pixels[done : done + len(part)] = part
+        before, done = done, done + len(part)
+        if done // 100 > before // 100 or done == total:
+            yield Progress("reading images", done, total)
 
 
 def captioned(made: ImageSet, captions: Sequence[str]) -> ImageSet:

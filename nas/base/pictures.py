@@ -6,6 +6,7 @@ camera's orientation is applied, what is transparent shows the background, 16 bi
 
 from __future__ import annotations
 
+import io
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -99,11 +100,13 @@ def read_picture(
     channels: int,
     resize: str | None = None,
     background: tuple[int, int, int] = WHITE,
+    content: bytes | None = None,
 ) -> npt.NDArray[np.float32]:
     """The picture, (channels, height, width) in [-1, 1]. `size`: (height, width). `resize`: a resampling rule by name, after a central
-    crop to the sides' ratio, with antialiasing; without one the file must have this size. Raises PictureError where it cannot be so."""
+    crop to the sides' ratio, with antialiasing; without one the file must have this size. `content`: of the file, where that is no file of its own. Raises
+    PictureError where it cannot be so."""
     try:
-        with Image.open(file) as opened:
+        with Image.open(file if content is None else io.BytesIO(content)) as opened:
             width, height = opened.size
             if width * height > MOST_PIXELS:
                 raise PictureError(
@@ -123,6 +126,19 @@ def read_picture(
         known = isinstance(error, UnidentifiedImageError)
         reason = "no picture that is known" if known else f"{type(error).__name__}: {error}"
         raise PictureError(f"{file} cannot be read as an image ({reason}); repair or remove it") from error
+    return _fitted(picture, file, size, channels, resize)
+
+
+def array_of(
+    picture: Image.Image, file: Path, size: Sequence[int], channels: int, resize: str | None = None
+) -> npt.NDArray[np.float32]:
+    """The same of an opened picture, which `file` names in messages."""
+    return _fitted(_flat(picture, channels, WHITE, file, picture.mode.startswith("I;16")), file, size, channels, resize)
+
+
+def _fitted(
+    picture: Any, file: Path, size: Sequence[int], channels: int, resize: str | None
+) -> npt.NDArray[np.float32]:
     wanted = size[1], size[0]
     if picture.size != wanted and resize is not None:
         picture = ImageOps.fit(picture, wanted, RESAMPLING[resize])

@@ -1,0 +1,173 @@
+"""Images that a data set hands out: the same ones as from a folder, kept once, and refused in words."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluators.kept
+from evaluators.datasets import DatasetFolder, TorchDataset
+from evaluators.images import ImageFolder
+from evaluators.kept import KeptImages, Source
+from nas.contracts import UserError
+from tests.test_images import folder_of
+
+datasets = pytest.importorskip("datasets")
+
+COUNT = 20
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return folder_of(tmp_path / "pictures", COUNT)
+
+
+def table(folder: Path) -> Any:
+    """The folder's pictures, three classes and a caption each."""
+    files = [str(file) for file in sorted(folder.glob("*.png"))]
+    columns = {"image": files, "kind": [n % 3 for n in range(COUNT)], "words": [f"picture {n}" for n in range(COUNT)]}
+    names = datasets.ClassLabel(names=["bag", "boot", "coat"])
+    features = datasets.Features({"image": datasets.Image(), "kind": names, "words": datasets.Value("string")})
+    return datasets.Dataset.from_dict(columns, features)
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet", "pictures"])
+def test_a_local_data_set_holds_the_folders_images(form: str, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    expected = ImageFolder(str(folder), 8).load()
+    kept = tmp_path / "data"
+    if form == "saved":
+        datasets.DatasetDict({"train": table(folder)}).save_to_disk(str(kept))
+    elif form == "parquet":
+        (kept / "data").mkdir(parents=True)
+        table(folder).to_parquet(str(kept / "data" / "train-00000.parquet"))
+    loaded = DatasetFolder(path=str(folder if form == "pictures" else kept), size=8).load()
+    assert np.array_equal(loaded.pixels, expected.pixels)
+    if form != "pictures":
+        loaded = DatasetFolder(path=str(kept), size=8, label="kind", caption="words").load()
+        assert loaded.labels is not None
+        assert loaded.labels.tolist() == [n % 3 for n in range(COUNT)]
+        assert loaded.texts is not None
+        assert loaded.texts[4] == "picture 4"
+
+
+def test_what_is_held_out_is_a_split_or_a_share(folder: Path, tmp_path: Path) -> None:
+    whole = table(folder)
+    parts = {"train": whole.select(range(16)), "test": whole.select(range(4, COUNT))}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "data"))
+    given = {"path": str(tmp_path / "data"), "size": 8, "label": "kind"}
+    told = DatasetFolder(**given, held_out="test").load()
+    assert len(told) == len(told.reference) == 16
+    assert np.array_equal(told.reference.pixels[:12], told.pixels[4:])
+    datasets.DatasetDict({"train": datasets.concatenate_datasets([whole] * 3)}).save_to_disk(str(tmp_path / "more"))
+    share = DatasetFolder(**{**given, "path": str(tmp_path / "more")}, holdout=0.3, caption="words").load()
+    assert share.held_out is not None
+    assert len(share.held_out) == 17
+    assert share.held_out.labels is not None
+    assert np.bincount(share.held_out.labels).tolist() == [6, 6, 5]
+    assert share.captions is not None
+    assert share.labels is not None
+    for caption, label in zip(share.captions, share.labels, strict=True):
+        assert int(caption.split()[-1]) % 3 == label
+
+
+class Pairs(torch.utils.data.Dataset[Any]):
+    """Pictures of a folder in one of the forms that data sets hand out."""
+
+    def __init__(self, folder: Path, form: str) -> None:
+        self.files = sorted(folder.glob("*.png"))
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, place: int) -> Any:
+        picture = Image.open(self.files[place])
+        channels_last = np.asarray(picture)
+        image: Any = {
+            "picture": picture,
+            "bytes": channels_last,
+            "channels first": torch.from_numpy(channels_last.transpose(2, 0, 1).copy()),
+            "floats": torch.from_numpy(channels_last.transpose(2, 0, 1) / 255.0),
+        }[self.form]
+        return image, place % 4
+
+
+@pytest.mark.parametrize("form", ["picture", "bytes", "channels first", "floats"])
+def test_a_torch_data_set_holds_the_folders_images(form: str, folder: Path, tmp_path: Path) -> None:
+    expected = ImageFolder(str(folder), 8).load()
+    recipe = TorchDataset(dataset=Pairs(folder, form), name="pairs", size=8, labels=True)
+    list(recipe.prepare(tmp_path / "run"))
+    loaded = recipe.load()
+    assert np.abs(loaded.pixels - expected.pixels).max() <= np.finfo(np.float32).eps  # of one division or two
+    assert loaded.labels is not None
+    assert loaded.labels.tolist() == [n % 4 for n in range(COUNT)]
+    evaluators.kept._LOADED.clear()
+    assert isinstance(recipe.load().pixels, np.memmap)
+    grey = TorchDataset(dataset=Pairs(folder, form), name="grey", size=8, channels=1)
+    if form == "floats":
+        with pytest.raises(UserError, match=r"item 0 has the shape \(3, 8, 8\), wanted is \(1, 8, 8\)"):
+            grey.load()
+    else:
+        assert np.array_equal(grey.load().pixels, ImageFolder(str(folder), 8, channels=1).load().pixels)
+
+
+def test_what_is_no_data_set_of_images_is_refused(folder: Path, tmp_path: Path) -> None:
+    datasets.DatasetDict({"train": table(folder)}).save_to_disk(str(tmp_path / "data"))
+    (tmp_path / "empty").mkdir()
+
+    def saved(**given: Any) -> Any:
+        return lambda: DatasetFolder(**{"path": str(tmp_path / "data"), "size": 8, **given}).load()
+
+    def listed(items: Any, **given: Any) -> Any:
+        return lambda: TorchDataset(**{"dataset": items, "name": "mine", "size": 8, **given}).load()
+
+    floats = [np.full((3, 8, 8), 2.0)] * COUNT
+    for make, words in (
+        (saved(path=str(tmp_path / "none")), "does not exist"),
+        (saved(path=str(tmp_path / "empty")), "cannot be read as a data set"),
+        (saved(split="validation"), "has the splits train, not 'validation'"),
+        (saved(label="class"), "has the columns image, kind, words, not 'class'"),
+        (saved(image="kind"), "holds no images"),
+        (saved(label="words"), "labels must be whole numbers"),
+        (saved(size=9), "is 8x8 pixels, not 9x9"),
+        (saved(held_out="train", holdout=0.2), "both hold images out"),
+        (listed(iter(floats)), "has no length"),
+        (listed(floats), "goes from 2 to 2"),
+        (listed([np.zeros((8, 8, 2), np.uint8)] * COUNT), "one axis must be of 1 or 3"),
+        (listed([np.zeros((8, 8), np.int64)] * COUNT), "is int64 of shape"),
+        (listed(floats, labels=True), "has no label"),
+        (listed([(np.zeros((3, 8, 8)), -1)] * COUNT, labels=True), "has the label -1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make()
+
+
+class Many(KeptImages):
+    """32 MiB of images, a MiB at a time."""
+
+    def source(self) -> Source:
+        return Source("many", (32, 4, 256, 256), None, 16, self._parts, "many", "many images")
+
+    def _parts(self) -> Any:
+        for place in range(32):
+            yield np.full((1, 4, 256, 256), place / 32, np.float32)
+
+
+def test_more_images_than_memory_holds_are_read(tmp_path: Path) -> None:
+    images = Many()
+    tracemalloc.start()
+    list(images.prepare(tmp_path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * 2**20
+    loaded = images.load()
+    assert loaded.pixels[5, 0, 0, 0] == np.float32(5 / 32)
+    assert loaded.reference.pixels[15, 3, 255, 255] == np.float32(31 / 32)
+    assert not list((tmp_path / "images").glob("*.partial"))
