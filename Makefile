@@ -1,6 +1,8 @@
 # make demo   install, then a study of the digits by class end to end: train, search, compare, export
 # make fashion   install, then garments by class in the latents of an autoencoder of its own, from nothing: needs Fashion-MNIST's four files
 # make test   install, then ruff, mypy and pytest
+# make docs   the documentation as a site, site/index.html
+# make docs-test   the site, what its pages show, the notebooks, and the wheel
 # make test-all   these, what takes minutes each, and every benchmark at small sizes
 # make mutants   try the tests on changed code
 # A second call does not install again.
@@ -10,7 +12,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/digits-classes
 
-.PHONY: demo fashion test test-all lint types tests mutants clean
+.PHONY: demo fashion test test-all docs docs-test lint types tests mutants clean
 
 demo: $(VENV)/.demo
 	$(BIN)/nas run studies/digits_classes.py --out $(RUN)
@@ -26,7 +28,13 @@ fashion: $(VENV)/.demo
 
 test: lint types tests
 
-test-all: test
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -q -W --keep-going docs site
+
+docs-test: docs
+	$(BIN)/python -m pytest -m docs -n 2 --dist load
+
+test-all: test docs-test
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt
 	$(BIN)/python -m pytest -m long
 
@@ -38,7 +46,7 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# In the order of the files: reordered by their number of tests, README's long one would run last and alone.
+# In the order of the files: reordered by their number of tests, long ones would run last and alone.
 tests: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -60,4 +68,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) runs build site *.egg-info

@@ -1,4 +1,4 @@
-"""Writes README's table of results from benchmarks/results/*.json, between its two markers."""
+"""Writes the table of docs/results.md from benchmarks/results/*.json, between its two markers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 from benchmarks.protocol import BEFORE, order
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "results.md"
 START, END = "<!-- results: python -m benchmarks.table -->", "<!-- /results -->"
 
 
@@ -55,24 +56,26 @@ def stale() -> list[str]:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=README.parent, check=False, capture_output=True, text=True)
+    done = subprocess.run(["git", *arguments], cwd=ROOT, check=False, capture_output=True, text=True)
     return done.stdout.strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where README is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is not up to date")
     options = parser.parse_args()
-    text = README.read_text()
+    text = PAGE.read_text()
     before, rest = text.split(START)
     _, after = rest.split(END)
     updated = f"{before}{START}\n{table()}\n{END}{after}"
     for words in stale() if options.check else ():
         print(words, file=sys.stderr)
     if options.check and updated != text:
-        raise SystemExit("README's table is not what benchmarks/results holds; run `python -m benchmarks.table`")
+        raise SystemExit(
+            "the table of docs/results.md is not what benchmarks/results holds; run `python -m benchmarks.table`"
+        )
     if not options.check:
-        README.write_text(updated)
+        PAGE.write_text(updated)
 
 
 if __name__ == "__main__":

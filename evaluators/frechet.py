@@ -36,7 +36,7 @@ class Gaussian:
     device: str = "cpu"
 
     def distance(self, other: Gaussian) -> float:
-        """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), squared 2-Wasserstein distance of the two Gaussians.
+        """`|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`, squared 2-Wasserstein distance of the two Gaussians.
 
         The trace of the root is the sum of the roots of the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: real,
         stable where a covariance is singular, and several times faster than a general matrix root. S1^(1/2) is kept.

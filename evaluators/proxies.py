@@ -328,7 +328,7 @@ class DenoisingLoss(OfImages):
 
 @recipe
 class Additive:
-    """The sum over intervals of what changing that interval alone does to a base score. Value: "additive_" + the base's.
+    """The sum over intervals of what changing that interval alone does to a base score. Value: `"additive_"` and the base's.
 
     Around the full net: base(full) + sum over k of (base(full with interval k as in the schedule) - base(full)); around the
     smallest net likewise; "both" is their mean. Table entries are measured when a schedule first needs them, then kept.

@@ -204,7 +204,7 @@ def _predicted_image(x: torch.Tensor, prediction: torch.Tensor, alpha: float, cl
 
 
 def initial_noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal states of samples start..stop-1, (stop - start, *shape)."""
+    """Standard normal states of samples start..stop-1, `(stop - start, *shape)`."""
     return _noise(seed, start, stop, shape, 0)
 
 

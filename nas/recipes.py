@@ -1,4 +1,4 @@
-"""Recipes: frozen dataclasses of plain values, whose types, ranges and finiteness are checked when they are built.
+"""Recipes: frozen dataclasses of plain values, whose types, ranges and finiteness are checked when they are built:
 
     @recipe
     class Blur:

@@ -167,11 +167,8 @@ def test_the_dashboard_shows_each_verified_trials_pictures_and_command(page: Pat
         opened = browser.new_page()
         opened.goto(f"{address}/dashboard/studies/{names['page.evolution']}/trials?numbers={verified[0]['number']}")
         opened.get_by_text("samples-").first.wait_for(timeout=30_000)
-        shown = opened.evaluate(
-            "[...document.images].filter(i => i.src.includes('artifacts')).map(i => i.naturalWidth)"
-        )
-        assert len(shown) >= 2
-        assert min(shown) > 0
+        shown = "[...document.images].filter(i => i.src.includes('artifacts'))"
+        opened.wait_for_function(f"{shown}.length >= 2 && {shown}.every(i => i.naturalWidth > 0)", timeout=30_000)
     finally:
         served.terminate()
         served.wait(30)
