@@ -5,7 +5,12 @@ From Python, `nas.open_run(study)` is what the commands are a skin of; `nas.load
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
+# slow down many times over as soon as anything else wants a core.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from nas.contracts import UserError

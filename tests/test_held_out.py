@@ -257,7 +257,7 @@ def test_a_report_says_how_far_the_full_network_is_and_a_comparison_too(tmp_path
     images = Digits(holdout=0.3)
     study = replace(tiny_study, images=images, evaluator=Frechet(images, rungs=(32, 64)))
     run = open_run(study, tmp_path / "run")
-    run.search("evolution", trials=6)
+    run.search("evolution", trials=6, threads=1)
     assert run.compare()["grounds"] is None
     run.report()
     grounds = run.compare()["grounds"]

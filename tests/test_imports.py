@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -53,3 +54,22 @@ def test_a_study_file_that_imports_from_a_former_place_is_told_the_present_one(o
     file.write_text(f"import math\nfrom {old} import anything\n")
     with pytest.raises(UserError, match=rf"imports {old} in line 2, which is {MOVED[old]} now; change the import"):
         load_study(file)
+
+
+@pytest.mark.parametrize("first", ["import nas", "import evaluators.frechet", "import search_spaces.supernet"])
+def test_threads_that_wait_sleep_whatever_is_imported_first(first: str) -> None:
+    """Or training on all cores slows down many times over as soon as anything else wants one. OpenMP reads it when torch is imported."""
+    without = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    code = f"""
+import os, sys
+class Seen:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"))
+            sys.meta_path.remove(self)
+sys.meta_path.insert(0, Seen())
+{first}
+import torch
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=without, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["1000"]

@@ -15,10 +15,6 @@ from nas.base.interrupts import Answered, answer_sigterm, exit_code, terminated
 from nas.cli import confirm, measure, models, new, search, tune
 from nas.cli.terminal import notes, say_in_words
 
-# Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
-# slow down many times over as soon as anything else wants a core.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
 app = typer.Typer(
     help="Step-aware neural architecture search for diffusion models.",
     no_args_is_help=True,
