@@ -1,10 +1,13 @@
-"""How fast the commands feel: seconds until something is shown, and of CPU and by the clock until they are done, on the run that `make demo` makes.
+"""How fast the commands feel: seconds until something is shown, and of CPU and by the clock until they are done, on the run that `make demo` makes; and how
+well a dry run tells what the run takes, the demo's and that of garments.
 
-The least of three calls: other work on the machine only adds. What is shown first is the first byte, on either stream.
+The least of three calls: other work on the machine only adds. What is shown first is the first byte, on either stream. What a dry run says is measured right
+before the run, on as many threads.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -21,11 +24,18 @@ from benchmarks.demo import SMALL
 CALLS = 3
 
 
-def run_of_demo(folder: Path, file: str) -> dict[str, Any]:
-    """The demo's own command."""
+THREADS = "1"
+"""Other work on the machine then slows the dry run and the run alike."""
+
+
+def told_and_run(folder: Path, file: str) -> dict[str, Any]:
+    """Minutes that a dry run tells, and those that the same command takes then."""
+    command = [sys.executable, "-m", "nas.cli", "run", file, "--threads", THREADS]
+    told = subprocess.run([*command, "--dry-run", "--json"], check=True, capture_output=True, text=True)
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "nas.cli", "run", file, "--out", str(folder), "--quiet"], check=True)
-    return {"minutes": (time.perf_counter() - started) / 60}
+    subprocess.run([*command, "--out", str(folder), "--quiet"], check=True)
+    minutes, here = (time.perf_counter() - started) / 60, json.loads(told.stdout)["here"]
+    return {"minutes": minutes, "told_minutes": 60 * here["hours"], "told": here["seconds"]}
 
 
 def felt(arguments: Sequence[str], made: Path | None = None) -> dict[str, float]:
@@ -61,7 +71,9 @@ def main() -> None:
     if bench.quick:
         file = str(bench.folder / "small.py")
         Path(file).write_text(SMALL)
-    bench.row("run", lambda: run_of_demo(run, file))
+    runs = [bench.row("run", lambda: told_and_run(run, file))]
+    if not bench.quick and "garments" not in bench.without:
+        runs.append(bench.row("garments", lambda: told_and_run(bench.folder / "garments", "studies/fashion_latent.py")))
     within = (file, "--out", str(run), "--within", "macs_share=0.5")
     samples = made.with_suffix(".png")
     commands: dict[str, tuple[tuple[str, ...], Path | None]] = {
@@ -87,6 +99,12 @@ def main() -> None:
             ),
             Target(
                 "export_cpu_seconds", "seconds of CPU of `nas export` on the demo's run", 6, rows["export"]["cpu_s"]
+            ),
+            Target(
+                "eta_error",
+                f"largest relative error of what a dry run tells of the run's time, of {len(runs)} runs",
+                0.3,
+                max(abs(row["told_minutes"] / row["minutes"] - 1) for row in runs),
             ),
             Target(
                 "sample_cpu_seconds", "seconds of CPU of `nas sample` on the demo's run", 6, rows["sample"]["cpu_s"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+import nas.results.forecast as forecasts
 from benchmarks import published
 from benchmarks.cost import DDPM_CIFAR10
+from nas.contracts import UserError
+from nas.engine.session import open_session
 from nas.results.outline import outline
+from nas.results.report import Run
 from nas.study import Study, load_study
 from search_spaces.training import Experts, Sandwich, Stages
 from tests.test_cli import ROOT, nas, refused
@@ -31,7 +36,7 @@ def facts_of(study: Path) -> Any:
 def test_every_study_passes_a_dry_run_without_its_data(study: Path, tmp_path: Path) -> None:
     facts = facts_of(study)
     assert facts["macs"]["least"] <= facts["macs"]["budget"] <= facts["macs"]["most"]
-    assert facts["hours"]["training"] > 0 or load_study(study).training == Stages(())
+    assert facts["training_macs"] > 0 or load_study(study).training == Stages(())
     assert facts["network"]["activations"] > 0
     json.dumps(facts)
 
@@ -108,20 +113,83 @@ def with_data(name: str, folder: Path) -> Path:
 
 def test_the_command_says_it_in_a_table_or_as_json(tmp_path: Path) -> None:
     study = with_data("dip_go_cifar10", tmp_path)
-    table = nas("run", study, "--dry-run")
+    table = nas("run", study, "--dry-run", "--throughput", "4e13", "--price", "2")
     assert table.returncode == 0, table.stderr
     assert "10^84" in table.stdout
     assert "hours = MACs / 4e+13" in table.stdout
     slow = json.loads(nas("run", study, "--dry-run", "--json", "--throughput", "4e12").stdout)
-    fast = json.loads(nas("run", study, "--dry-run", "--json").stdout)
+    fast = json.loads(nas("run", study, "--dry-run", "--json", "--throughput", "4e13", "--price", "2").stdout)
     assert slow["hours"]["training"] == pytest.approx(10 * fast["hours"]["training"])
+    assert fast["price"]["training"] == pytest.approx(2 * fast["hours"]["training"])
+
+
+TOY = """
+from evaluators.frechet import Frechet
+from evaluators.images import Digits
+from nas.searchers.evolution import Evolution
+from nas.searchers.random import Random
+from nas.study import Study
+from search_spaces.intervals import equal, uniform
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import Elastic
+from search_spaces.training import Sandwich, Stages
+from tests.conftest import TINY
+
+images, steps, net = Digits(holdout=0.2), uniform(6), Elastic(TINY, widths=(0.25, 0.5, 1.0), groups="count")
+study = Study(
+    name="toy", space=Stepwise(net, steps, equal(steps, 3)), supernet=net, images=images,
+    training=Stages((Sandwich(steps=30, full_only=True), Sandwich(steps=60))),
+    evaluator=Frechet(images, rungs=(32, 64)), searchers={"random": Random(), "evolution": Evolution(population=4)},
+    limits={"macs_share": 0.7}, trials=12, verified=3,
+)
+"""
+
+
+def test_without_a_throughput_the_device_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasts, "SECONDS", 0.5)
+    (tmp_path / "toy.py").write_text(TOY)
+    done = nas("run", tmp_path / "toy.py", "--dry-run", "--searcher", "all", "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    for row in ("features", "full network", "supernet", "search by random", "search by evolution", "all of it"):
+        assert re.search(rf"^ {row} +\d", done.stdout, re.M), row
+    facts = json.loads(nas("run", tmp_path / "toy.py", "--dry-run", "--json", "--price", "3", "--threads", "1").stdout)[
+        "here"
+    ]
+    assert facts["hours"] == pytest.approx(sum(facts["seconds"].values()) / 3600)
+    assert facts["price"] == pytest.approx(3 * facts["hours"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_shared_beginnings_are_taken_off_as_a_run_takes_them_off(tmp_path: Path) -> None:
+    """Random proposals follow from the seed alone, so what a search runs is known to the last multiply-add."""
+    (tmp_path / "toy.py").write_text(TOY)
+    study = load_study(tmp_path / "toy.py")
+    shrunk, steps = forecasts._shrunk(study)
+    assert sorted(steps.values()) == [30, 60, 400]  # of both trainings, and of the judge
+    assert len(shrunk.images.load()) == forecasts.IMAGES
+    with open_session(shrunk, tmp_path / "run") as session:
+        for _ in session.prepare(threads=1):
+            pass
+        session.run(session.conductor("random"))
+    [(_, trials)] = [found for found in Run.open(tmp_path / "run").ledgers if found[0].searcher == "random"]
+    spent = sum(trial.score.spent["macs"] for trial in trials if trial.rung == 32 and trial.score)
+    net = shrunk.load(tmp_path / "run", "cpu").supernet
+    shared, _ = forecasts._searched(shrunk, "random", study.trials, forecasts._Costs(net))
+    assert 32 * shared == spent
+    whole = sum(trial.cost["macs"] for trial in trials if trial.rung == 32)
+    assert shared < whole
+
+
+def test_a_network_that_would_take_long_even_to_try_is_reckoned_alone() -> None:
+    with pytest.raises(UserError, match="takes too long to try here; give --device, or --throughput"):
+        forecasts.forecast(load_study(ROOT / "studies" / "sd15_dip_go.py"), ["evolution"])
 
 
 def test_what_a_run_would_miss_is_said_without_training(tmp_path: Path) -> None:
     study = with_data("dip_go_cifar10", tmp_path)
     (tmp_path / "inception.pt").rename(tmp_path / "elsewhere.pt")
     missing = nas("run", study, "--dry-run")
-    assert "hours = MACs" in missing.stdout, "what it would take is said all the same"
+    assert "MACs of a search = " in missing.stdout, "what it would take is said all the same"
     refused(missing, r"feature extractor .*inception\.pt does not exist")
     (tmp_path / "elsewhere.pt").rename(tmp_path / "inception.pt")
     Image.new("RGB", (32, 16)).save(tmp_path / "data" / "cifar10" / "0.png")

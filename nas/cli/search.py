@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,8 +31,11 @@ from nas.cli.options import (
     worker_pool,
 )
 from nas.cli.progress import SearchBar, follow, progress_bars
-from nas.cli.terminal import notes, out, print_comparison, print_outline, print_status
+from nas.cli.terminal import notes, out, print_comparison, print_forecast, print_outline, print_status
 from nas.contracts import Progress, UserError
+
+if TYPE_CHECKING:
+    from nas.study import Study
 
 
 def run(
@@ -81,7 +84,14 @@ def run(
     ] = False,
     throughput: Annotated[
         float | None,
-        typer.Option(min=1, help="With --dry-run: MACs a second that the device reaches.", show_default=False),
+        typer.Option(
+            min=1,
+            help="With --dry-run: MACs a second of another device, to reckon with; without, this one is measured for some seconds.",
+            show_default=False,
+        ),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="With --dry-run: of an hour of the device.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON alone.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
@@ -102,16 +112,9 @@ def run(
         check_answers(storage)
     check_device(device)
     if dry_run:
-        from nas.results.outline import THROUGHPUT, outline
-
-        facts = outline(study, throughput or THROUGHPUT)
-        if as_json:
-            print_json(facts)
-        else:
-            print_outline(facts)
-    study.check()
-    if dry_run:
+        _dry_run(study, names, device, threads, trials, throughput, price, as_json)
         return
+    study.check()
     folder = run_folder(study, out_dir)
     pool = worker_pool(workers, gpus_per_worker, ray_address, device)
     if study.limits_time and gpus_per_worker and not device.startswith("cuda"):
@@ -133,6 +136,35 @@ def run(
                 f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here",
                 highlight=False,
             )
+
+
+def _dry_run(
+    study: Study,
+    names: list[str],
+    device: str,
+    threads: int,
+    trials: int | None,
+    throughput: float | None,
+    price: float | None,
+    as_json: bool,
+) -> None:
+    """What it would take by its multiply-adds, then the check, then what it would take here."""
+    from nas.results.forecast import forecast
+    from nas.results.outline import outline
+
+    facts = outline(study, throughput, price)
+    if not as_json:
+        print_outline(facts)
+    try:
+        study.check()
+        if throughput is None:
+            with notes.status(f"measuring {device} for some seconds"):
+                facts["here"] = forecast(study, names, device, threads, trials).to_json(names, price)
+    finally:
+        if as_json:
+            print_json(facts)
+    if "here" in facts and not as_json:
+        print_forecast(facts["here"], device)
 
 
 class _Naming:

@@ -93,9 +93,24 @@ def _say_others(facts: Mapping[str, Any]) -> None:
         )
 
 
+def print_forecast(facts: Mapping[str, Any], device: str) -> None:
+    """What `Forecast.to_json` returns, as a table."""
+    table = _table(f"on this device ({device}), as measured")
+    table.add_column("")
+    table.add_column("", justify="right")
+    for name, seconds in facts["seconds"].items():
+        table.add_row(name, duration(seconds))
+    price = f", {facts['price']:,.2f} in all" if "price" in facts else ""
+    table.add_row("all of it", f"{duration(3600 * facts['hours'])}{price}")
+    out.print(table)
+    for line in facts["words"]:
+        out.print(line, highlight=False, soft_wrap=True)
+
+
 def print_outline(facts: Mapping[str, Any]) -> None:
     """What `outline` returns, as a table."""
-    network, macs, share, hours = facts["network"], facts["macs"], facts["macs_share"], facts["hours"]
+    network, macs, share, hours = facts["network"], facts["macs"], facts["macs_share"], facts.get("hours")
+    price = facts.get("price", {})
     table = _table(f"{facts['study']}: what it would take")
     table.add_column("")
     table.add_column("", justify="right")
@@ -128,9 +143,13 @@ def print_outline(facts: Mapping[str, Any]) -> None:
             if "reused_per_image" in facts["bytes"]
             else {}
         ),
-        "training": f"{_short(facts['training_macs'])} MACs, {hours['training']:,.1f} h",
-        "search, each searcher": f"{_short(facts['search_macs_per_searcher'])} MACs, {hours['search_per_searcher']:,.1f} h",
     }
+    for name, key, spent in (
+        ("training", "training", facts["training_macs"]),
+        ("search, each searcher", "search_per_searcher", facts["search_macs_per_searcher"]),
+    ):
+        reckoned = f", {hours[key]:,.1f} h" if hours else ""
+        rows[name] = f"{_short(spent)} MACs{reckoned}" + (f", {price[key]:,.2f}" if price else "")
     for name, value in rows.items():
         table.add_row(name, value)
     out.print(table)

@@ -10,13 +10,10 @@ from nas.genomes.genetics import budget_of, cheapest, dearest
 from nas.genomes.timed import calls
 from nas.study import Study
 
-THROUGHPUT = 40e12
-"""Multiply-adds in a second that the hours are reckoned with: a quarter of what one A100 is named for in bfloat16."""
 
-
-def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
-    """Size of the space, its range of MACs, the network, memory and hours; `words` says by which formulas. Raises UserError where a
-    network cannot be built or run."""
+def outline(study: Study, throughput: float | None = None, price: float | None = None) -> dict[str, Any]:
+    """Size of the space, its range of MACs, the network, memory; `words` says by which formulas. `throughput`: multiply-adds in a second of a device, which
+    give hours; `price`: of one of them. Raises UserError where a network cannot be built or run."""
     for part, member in ((study.supernet, "outline"), (study.training, "macs")):
         if not hasattr(part, member):
             raise UserError(
@@ -52,15 +49,14 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
         "bytes": {"weights": weights, "training_state": 5 * weights, "activations_per_image": activations, **kept},
         "training_macs": training,
         "search_macs_per_searcher": search,
-        "throughput": throughput,
-        "hours": {"training": training / throughput / 3600, "search_per_searcher": search / throughput / 3600},
+        **_reckoned(training, search, throughput, price),
         "words": [
             *(
                 [f"the limit on time is taken for none: {len(calls(space)):,} calls are timed when the run begins"]
                 if study.limits_time
                 else []
             ),
-            f"hours = MACs / {throughput:.3g} per second / 3600; --throughput says what your device reaches",
+            *([f"hours = MACs / {throughput:.3g} per second / 3600"] if throughput else []),
             f"MACs of a search = ({study.trials} trials x {first:,} + {study.verified} verified x {last:,} samples) x the mean of the cheapest "
             "schedule and the budget"
             + (", and decoding" if "decoder_macs" in network else "")
@@ -73,3 +69,11 @@ def outline(study: Study, throughput: float = THROUGHPUT) -> dict[str, Any]:
             "training state: weights, gradients, two moments and the average, in float32; activations of one image, all modules' outputs",
         ],
     }
+
+
+def _reckoned(training: float, search: float, throughput: float | None, price: float | None) -> dict[str, Any]:
+    if throughput is None:
+        return {}
+    hours = {"training": training / throughput / 3600, "search_per_searcher": search / throughput / 3600}
+    cost = {} if price is None else {"price": {name: each * price for name, each in hours.items()}}
+    return {"throughput": throughput, "hours": hours, **cost}
