@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.contracts import LoadedEvaluator, Schedule, Score, Trial, UserError
+from nas.contracts import LoadedEvaluator, Schedule, Score, Trial, UserError, derive_seed
 from nas.engine.facts import what_is_searched
 from nas.engine.session import Session, open_session, take_weights
 from nas.engine.show import Called, Show
@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 
 OnTrial = Callable[[str, Trial], None]
 """Told of each trial of a search that is closed, and of the search, "evolution" or "evolution (seed 1)"; of each once."""
+
+
+SHOWN = 16
+"""Samples in the card of an exported folder."""
+
+QUICK = 1e11
+"""Multiply-adds that they may take, some seconds of one CPU core."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +293,7 @@ class StudyRun:
 
         evaluator = self.study.load(self.folder, "cpu")
         schedule = self.schedule(chosen)
+        few = SHOWN * sum(map(evaluator.supernet.macs, schedule.steps)) <= QUICK
         return export(
             evaluator.supernet,
             schedule,
@@ -293,6 +301,7 @@ class StudyRun:
             self.provenance(chosen),
             Path(to).resolve(),
             programs,
+            evaluator.sample(schedule, SHOWN, derive_seed(self.study.seed, "samples")).numpy() if few else None,
         )
 
     def export_stock(self, chosen: Chosen, to: str | Path) -> dict[str, Any]:
@@ -323,6 +332,7 @@ class StudyRun:
             **({"tested": tested} if tested else {}),
             "supernet": self.study.supernet.digest(self.folder / "supernet"),
             "images": self.study.images.load().digest,
+            "data": type(self.study.images).__name__,
         }
 
     def confirm(

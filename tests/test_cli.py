@@ -260,6 +260,8 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
         "provenance.json",
         "reuse.py",
         "sample.py",
+        "samples.png",
+        "schedule.svg",
         "schedule.json",
         "scheduler",
         "stepping.py",

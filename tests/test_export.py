@@ -2,15 +2,25 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
 
 from evaluators.sampling import DDIM, DDPM, sample
 from nas.contracts import Schedule, Step, UserError
 from nas.handover.export import PROGRAM, export
+from nas.library import open_run
+from nas.study import Study
 from search_spaces.networks.slices import Arch
 from search_spaces.supernet import Elastic
 from tests.arithmetic import CALL, SAMPLES
@@ -37,6 +47,7 @@ def test_each_distinct_net_is_written_once(tiny_net: Elastic, tmp_path: Path) ->
         "reuse.py",
         "sample.py",
         "schedule.json",
+        "schedule.svg",
         "scheduler",
         "stepping.py",
         "texts.py",
@@ -132,3 +143,54 @@ def test_a_network_that_makes_no_program_is_exported_without(
     assert set(failed.values()) == {"RuntimeError: cannot be traced"}
     assert sorted(failed) == sorted(path.name for path in (tmp_path / "model").glob("unet_*"))
     assert not list((tmp_path / "model").glob("*/model.pt2"))
+
+
+COPY = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[1], trust_remote_code=True)
+torch.save(pipeline(batch_size=4, seed=0, output_type="pt").images, sys.argv[2])
+"""
+
+
+def test_a_copy_that_diffusers_saves_is_opened_as_the_original(tiny_net: Elastic, tmp_path: Path) -> None:
+    export(tiny_net.initial(0), schedule(tiny_net), DDIM().describe(), {}, tmp_path / "model")
+    folder = str(tmp_path / "model")
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    pipeline.save_pretrained(tmp_path / "copy")
+    shutil.rmtree(folder)
+    subprocess.run([sys.executable, "-c", COPY, tmp_path / "copy", tmp_path / "images.pt"], cwd=tmp_path, check=True)
+    images = torch.load(tmp_path / "images.pt", weights_only=True)
+    assert torch.equal(images, pipeline(batch_size=4, seed=0, output_type="pt").images)
+
+
+def test_the_readme_is_a_model_card(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
+    run = open_run(tiny_study, tiny_run)
+    best = run.best(macs_share=0.6)
+    run.export(best, tmp_path / "model")
+    text = (tmp_path / "model" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    told = yaml.safe_load(front)
+    assert told["library_name"] == "diffusers"
+    assert told["pipeline_tag"] == "unconditional-image-generation"
+    assert "step-aware" in told["tags"]
+    assert f"| {best.trial.cost['macs_share']:.1%} |" in body
+    score = best.trial.score
+    assert score is not None
+    assert (
+        f"{score.labels['fd']}, noises that verified leaders | {score.values['fd']:.4g} ± {score.error('fd'):.2g}"
+        in body
+    )
+    assert "`Digits`" in body
+    picture = ElementTree.parse(tmp_path / "model" / "schedule.svg").getroot()
+    steps = json.loads((tmp_path / "model" / "schedule.json").read_text())["steps"]
+    titles = [title.text or "" for title in picture.iter("{http://www.w3.org/2000/svg}title")]
+    assert [int(re.findall(r"t = (\d+)", title)[0]) for title in titles] == [step["timestep"] for step in steps]
+    heights = [float(bar.attrib["height"]) for bar in picture.iter("{http://www.w3.org/2000/svg}rect") if len(bar)]
+    shares = [int(re.findall(r"(\d+)% of", title)[0]) for title in titles]
+    assert np.argsort(heights, kind="stable").tolist() == np.argsort(shares, kind="stable").tolist()
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", body):
+        assert (tmp_path / "model" / name).exists()
+    with Image.open(tmp_path / "model" / "samples.png") as grid:
+        assert grid.size == (8 * 64, 2 * 64)

@@ -12,7 +12,7 @@ DIR/teacher                 the full network, unless it is among the models
 DIR/vae                     the stock autoencoder whose latents they work on, if any
 DIR/tokenizer, text_encoder the stock parts that make of a text what they read, if they read any
 DIR/provenance.json         SHA-256 of the networks' files, versions, the trial with its score
-DIR/README.md               how to use it
+DIR/README.md               a model card: how to use it, what was measured; with schedule.svg, what runs when, and samples.png
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from nas.base import exported, pictures
@@ -33,6 +34,7 @@ from nas.base.exported import hashes_of, read_network
 from nas.base.quiet import quiet_transformers
 from nas.contracts import LoadedSupernet, Schedule, Step, UserError, noise_by, some_condition
 from nas.engine.facts import package_versions
+from nas.handover.card import write_card
 
 TOLERANCE = 1e-5
 """How far an exported model's output may be from the subnet's."""
@@ -49,9 +51,11 @@ def export(
     provenance: Mapping[str, Any],
     folder: Path,
     programs: bool = False,
+    samples: npt.NDArray[Any] | None = None,
 ) -> dict[str, str]:
     """Writes the folder, whole or not at all. `sampler` is in words, as `LoadedEvaluator.sampler`. `programs`: each network also as a
-    torch.export program, where that works; returned is why it did not, for each network of which there is none.
+    torch.export program, where that works; returned is why it did not, for each network of which there is none. `samples`: images of the schedule,
+    (n, channels, height, width) in [-1, 1], to be shown.
 
     Raises UserError where `folder` is not empty, and RuntimeError where a reloaded model's output differs from the
     supernet's subnet by more than 1e-5: then nothing is left behind.
@@ -96,7 +100,8 @@ def export(
         files = hashes_of(partial, dict.fromkeys([*names.values(), teacher, *vae, *texts]))
         _write(partial / "provenance.json", {**provenance, **facts, "files": files})
         _write_pipeline(net, plan, [*names.values(), *vae], texts, partial)
-        (partial / "README.md").write_text(_README + _tested(provenance))
+        full = net.macs(Step(schedule.steps[0].timestep, net.full_arch))
+        write_card(plan, [net.macs(step) / full for step in schedule.steps], provenance, samples, partial)
         (partial / "sample.py").write_text(_SAMPLE)
         if folder.exists():
             folder.rmdir()
@@ -268,48 +273,6 @@ def _write_training(
     }
     _write(folder / "train.json", plan)
     return teacher
-
-
-_README = """# A step-aware diffusion model
-
-Each sampling step runs the network that `schedule.json` names for it, or takes blocks' outputs from the step before. The networks
-are ordinary diffusers model folders; `provenance.json` says where they come from. To sample, with torch and diffusers alone:
-
-```
-python sample.py --count 16 --seed 0 --to samples.png
-```
-
-or in Python, in this folder:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)
-images = pipeline(batch_size=16, seed=0, output_type="pt").images  # (batch, channels, height, width) in [0, 1]
-```
-
-To fine-tune each network on the timesteps that it serves (`train.json`), with distillation from the full network:
-
-```
-python train_diffusers.py --images folder/of/pictures
-```
-
-Where a model folder holds model.pt2, `torch.export.load` reads the same network: module(sample, timestep), for batches of 2 to 63, with
-one timestep for each image.
-
-`trust_remote_code` lets diffusers run this folder's `pipeline.py`: do so with folders that you or people you trust have written.
-
-With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines. Networks that
-take class labels are told them by `class_labels=[3, 1, 4]`, one for each image, those that read a text by `prompt=`, `negative_prompt=` and
-`guidance_scale=`, as in Stable Diffusion's pipeline; how the schedule guides them is in it.
-"""
-
-
-def _tested(provenance: Mapping[str, Any]) -> str:
-    """For README.md, what `nas confirm` found of this schedule's networks, trained; nothing where it was not asked."""
-    found = "".join(f"\n- {words}" for words in provenance.get("tested", ()))
-    head = "\n## What was shown\n\nOf this schedule, its networks fine-tuned after they were exported, on the study's images:\n"
-    return f"{head}{found}\n" if found else ""
 
 
 _SAMPLE = '''"""Samples from the folder that this file lies in, into one picture."""

@@ -9,8 +9,10 @@ argument of the class for each network:
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,13 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                 for parameter in component.parameters():
                     # As mapped from their file weights lie unaligned, which changes the rounding of convolutions.
                     parameter.data = parameter.data.clone()
+
+    def save_pretrained(self, save_directory: str | Path, **given: Any) -> None:
+        """As of every pipeline; with the code that reads it, so that the copy is opened as this one was."""
+        super().save_pretrained(save_directory, **given)
+        for file in Path(__file__).parent.glob("*.py"):
+            if file.name != "__init__.py":
+                shutil.copyfile(file, Path(save_directory) / file.name)
 
     @torch.inference_mode()
     def __call__(

@@ -1,0 +1,174 @@
+"""The README of an exported folder, a model card: what it is, how to use it, what runs when, what was measured; with its pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from nas.contracts import Score
+
+SCHEDULE, SAMPLES = "schedule.svg", "samples.png"
+SIDE = 64
+"""Pixels of a picture's side, at least, in the grid of samples."""
+
+COLUMNS = 8
+
+
+def write_card(
+    plan: Mapping[str, Any],
+    shares: Sequence[float],
+    provenance: Mapping[str, Any],
+    samples: npt.NDArray[Any] | None,
+    folder: Path,
+) -> None:
+    """Writes README.md, schedule.svg, and samples.png where there are some. `plan`: what schedule.json holds. `shares`: of the full network's multiply-adds, what each
+    step runs. `samples`: (n, channels, height, width) in [-1, 1]."""
+    (folder / SCHEDULE).write_text(drawn(plan["steps"], shares))
+    pictures = f"![What each step runs]({SCHEDULE})\n"
+    if samples is not None:
+        _grid(samples).save(folder / SAMPLES)
+        pictures += f"\n![Samples of it, as it was exported]({SAMPLES})\n"
+    reads, told = plan.get("text") is not None, plan.get("null_label") is not None
+    task = "text-to-image" if reads else "unconditional-image-generation"
+    (folder / "README.md").write_text(
+        _HEAD.format(task=task, conditions="" if reads or not told else "- class-conditional\n")
+        + pictures
+        + _USE
+        + _measured(provenance)
+        + _tested(provenance)
+        + _MORE
+    )
+
+
+def drawn(steps: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> str:
+    """The schedule as a picture: a bar for each step, as high as its share of the full network; paler where blocks are reused, ringed where it is guided."""
+    width, height, top = 640, 120, 14
+    each = width / len(steps)
+    largest = max(1.0, *shares)
+    bars = []
+    for place, (step, share) in enumerate(zip(steps, shares, strict=True)):
+        tall = max(1.0, share / largest * height)
+        x, y = 40 + place * each, top + height - tall
+        colour = "#93c5fd" if step["reuse"] else "#3b82f6"
+        ring = ' stroke="#1e3a8a" stroke-width="2"' if step.get("guidance") else ""
+        told = f"t = {step['timestep']}: {step['model']}, {share:.0%} of the full network's multiply-adds"
+        told += f", reuses {', '.join(step['reuse'])}" if step["reuse"] else ""
+        told += f", guided by {step['guidance']['scale']:g}" if step.get("guidance") else ""
+        bars.append(
+            f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{max(1.0, each - 3):.1f}" height="{tall:.1f}" fill="{colour}"{ring}><title>{told}</title></rect>'
+        )
+    words = f"t = {steps[0]['timestep']}, noise", f"t = {steps[-1]['timestep']}, image"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 60} {height + 44}" font-family="sans-serif" font-size="12" fill="#334155">'
+        f'<rect width="100%" height="100%" fill="#f8fafc"/><text x="4" y="{top + 6}">{largest:.0%}</text><text x="18" y="{top + height}">0</text>'
+        f"{''.join(bars)}"
+        f'<text x="40" y="{top + height + 20}">{words[0]}</text><text x="{width + 40}" y="{top + height + 20}" text-anchor="end">{words[1]}</text></svg>\n'
+    )
+
+
+def _grid(samples: npt.NDArray[Any]) -> Image.Image:
+    pixels = ((np.asarray(samples, np.float64).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+    count, channels, height, width = pixels.shape
+    columns, scale = min(COLUMNS, count), max(1, math.ceil(SIDE / max(height, width)))
+    rows = math.ceil(count / columns)
+    grid = np.full((rows * height, columns * width, channels), 255, np.uint8)
+    for number, image in enumerate(pixels):
+        row, column = divmod(number, columns)
+        grid[row * height : (row + 1) * height, column * width : (column + 1) * width] = image.transpose(1, 2, 0)
+    picture = Image.fromarray(grid if channels == 3 else grid[..., 0])
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _measured(provenance: Mapping[str, Any]) -> str:
+    """Costs and scores, with what they are of."""
+    cost = provenance.get("cost", {})
+    rows = []
+    if "macs_share" in cost:
+        rows.append(("multiply-adds of an image, of the full network's at every step", f"{cost['macs_share']:.1%}"))
+    if "params" in cost:
+        rows.append(("parameters of the networks", f"{cost['params']:,}"))
+    for name, words in (
+        ("score", "noises that verified leaders"),
+        ("confirmed", "noises on which nothing was chosen"),
+    ):
+        if name in provenance:
+            score = Score.from_json(provenance[name])
+            rows += [
+                (f"{score.labels.get(metric, metric)}, {words}", f"{value:.4g} ± {score.error(metric):.2g}")
+                for metric, value in score.values.items()
+            ]
+    if not rows:
+        return ""
+    table = "".join(f"| {what} | {value} |\n" for what, value in rows)
+    data = f" The images are those of `{provenance['data']}`." if "data" in provenance else ""
+    return f"\n## What was measured\n\nOf the networks as they were exported, before any training of their own; an error is one standard error.{data}\n\n| what | measured |\n|---|---|\n{table}"
+
+
+def _tested(provenance: Mapping[str, Any]) -> str:
+    """What `nas confirm` found of this schedule's networks, trained; nothing where it was not asked."""
+    found = "".join(f"\n- {words}" for words in provenance.get("tested", ()))
+    head = "\n## What was shown\n\nOf this schedule, its networks fine-tuned after they were exported, on the study's images:\n"
+    return f"{head}{found}\n" if found else ""
+
+
+_HEAD = """---
+library_name: diffusers
+pipeline_tag: {task}
+license: other
+tags:
+- diffusion
+- step-aware
+- neural-architecture-search
+{conditions}---
+
+# A step-aware diffusion model
+
+Each sampling step runs the network that `schedule.json` names for it, or takes blocks' outputs from the step before. The networks
+are ordinary diffusers model folders; `provenance.json` says where they come from. Their licence is that of the weights and images they were made of; name it
+above before you share the folder.
+
+"""
+
+_USE = """
+## To sample
+
+With torch and diffusers alone:
+
+```
+python sample.py --count 16 --seed 0 --to samples.png
+```
+
+or in Python, in this folder:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)
+images = pipeline(batch_size=16, seed=0, output_type="pt").images  # (batch, channels, height, width) in [0, 1]
+```
+
+`trust_remote_code` lets diffusers run this folder's `pipeline.py`: do so with folders that you or people you trust have written.
+
+With `seed`, the images are those that `nas sample` makes of it; without, `generator` is a torch generator, as in other pipelines. Networks that
+take class labels are told them by `class_labels=[3, 1, 4]`, one for each image, those that read a text by `prompt=`, `negative_prompt=` and
+`guidance_scale=`, as in Stable Diffusion's pipeline; how the schedule guides them is in it. `pipeline.save_pretrained` takes the code along.
+"""
+
+_MORE = """
+## To train it further
+
+Each network on the timesteps that it serves (`train.json`), with distillation from the full network:
+
+```
+python train_diffusers.py --images folder/of/pictures
+```
+
+Where a model folder holds model.pt2, `torch.export.load` reads the same network: module(sample, timestep), for batches of 2 to 63, with
+one timestep for each image.
+"""
