@@ -1,7 +1,8 @@
 """How fast the commands feel: seconds until something is shown, and of CPU and by the clock until they are done, on the run that `make demo` makes; and how
 well a dry run tells what the run takes, the demo's and that of garments.
 
-The least of three calls: other work on the machine only adds. What is shown first is the first byte, on either stream. What a dry run says is measured right
+The commands are those of a newcomer, in an environment with what `make demo` installs and nothing else: packages that only the tests need are imported by
+others where they are there. The least of three calls: other work on the machine only adds. What is shown first is the first byte, on either stream. What a dry run says is measured right
 before the run, on as many threads.
 """
 
@@ -22,10 +23,21 @@ from benchmarks.common import Benchmark, Target
 from benchmarks.demo import SMALL
 
 CALLS = 3
+ROOT = Path(__file__).parent.parent
 
 
 THREADS = "1"
 """Other work on the machine then slows the dry run and the run alike."""
+
+
+def environment(folder: Path) -> str:
+    """Its Python."""
+    python = folder / "venv" / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[dashboard]", "--constraint"]
+        subprocess.run([*install, ROOT / "constraints.txt"], check=True)
+    return str(python)
 
 
 def told_and_run(folder: Path, file: str) -> dict[str, Any]:
@@ -38,7 +50,7 @@ def told_and_run(folder: Path, file: str) -> dict[str, Any]:
     return {"minutes": minutes, "told_minutes": 60 * here["hours"], "told": here["seconds"]}
 
 
-def felt(arguments: Sequence[str], made: Path | None = None) -> dict[str, float]:
+def felt(python: str, arguments: Sequence[str], made: Path | None = None) -> dict[str, float]:
     """`made`: what the command writes, which is deleted before each call."""
     calls = []
     for _ in range(CALLS):
@@ -48,7 +60,7 @@ def felt(arguments: Sequence[str], made: Path | None = None) -> dict[str, float]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         started = time.perf_counter()
         read, write = os.pipe()
-        command = [sys.executable, "-m", "nas.cli", *arguments]
+        command = [python, "-m", "nas.cli", *arguments]
         with subprocess.Popen(command, stdout=write, stderr=write) as running:
             os.close(write)
             first = os.read(read, 1)
@@ -85,7 +97,8 @@ def main() -> None:
         "sample": (("sample", *within, "--to", str(samples)), samples),
         "dry run": (("run", file, "--dry-run"), None),
     }
-    rows = {name: bench.row(name, lambda given=given: felt(*given)) for name, given in commands.items()}  # type: ignore[misc]
+    python = sys.executable if bench.quick else environment(bench.folder)
+    rows = {name: bench.row(name, lambda given=given: felt(python, *given)) for name, given in commands.items()}  # type: ignore[misc]
     slowest = max(rows[name]["first_s"] for name in ("help", "status"))
     bench.finish(
         [

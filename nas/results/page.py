@@ -218,11 +218,15 @@ def _grids(
     return grids
 
 
+LOOKED_AT = 512
+"""Samples of which is told whether they repeat train images: a share of one in twenty is then known to one in a hundred."""
+
+
 def _grounds(study: Study, loaded: Any, winner: Trial, full: Trial | None, folder: Path) -> list[tuple[str, str, str]]:
     """What the distance stands on: (what, figure, in words). What of it a comparison says too is kept in grounds.json."""
     if not isinstance(loaded, Grounded):
         return []
-    facts = loaded.grounds(study.space.decode(winner.genome), study.evaluator.rungs[-1], study.seed)
+    facts = loaded.grounds(study.space.decode(winner.genome), min(LOOKED_AT, study.evaluator.rungs[-1]), study.seed)
     if facts is None:
         return []
     rows = [

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
-from scipy.stats import kendalltau, rankdata
 from threadpoolctl import threadpool_limits
 
 from nas.contracts import Genome
@@ -30,6 +29,8 @@ class Ranking:
     """`genomes` and their scores, lower is better. `options`: how many each gene has. `tau`: held out."""
 
     def __init__(self, genomes: Sequence[Genome], scores: Sequence[float], options: Sequence[int]) -> None:
+        from scipy.stats import kendalltau, rankdata  # most of a second, which commands that search nothing do without
+
         self._steps = np.array([step for size in options for step in range(1, size)], dtype=np.int64)
         self._count = len(options)
         self._genes = np.repeat(np.arange(len(options)), [size - 1 for size in options])
