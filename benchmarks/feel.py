@@ -35,7 +35,16 @@ def environment(folder: Path) -> str:
     python = folder / "venv" / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[dashboard]", "--constraint"]
+        install: list[str | Path] = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--editable",
+            f"{ROOT}[dashboard]",
+            "--constraint",
+        ]
         subprocess.run([*install, ROOT / "constraints.txt"], check=True)
     return str(python)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,64 @@ def test_a_browser_sorts_filters_and_follows_links_without_an_error(
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
     assert complaints == []
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_a_reader_points_at_a_schedule_and_picks_it(page: Path, browser: Any, phone: bool) -> None:
+    """With a mouse and the keyboard, or with a finger on a screen of 390 pixels."""
+    size: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}}
+    if phone:
+        size = {
+            "viewport": {"width": 390, "height": 844},
+            "is_mobile": True,
+            "has_touch": True,
+            "device_scale_factor": 3,
+        }
+    opened = browser.new_context(**size).new_page()
+    complaints: list[str] = []
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.goto(page.as_uri())
+    points = json.loads(opened.locator("#points").text_content())
+    marks, details = opened.locator(".point"), opened.locator("#details")
+    assert marks.count() == len(points) >= 8
+    assert opened.evaluate("document.documentElement.scrollWidth") <= size["viewport"]["width"]
+    box = opened.locator("#chart svg").bounding_box()
+    assert box["width"] <= size["viewport"]["width"]
+    assert opened.locator(".point.picked").count() == 1
+
+    def told(mark: Any) -> dict[str, Any]:
+        wanted = mark.get_attribute("id")
+        [point] = [p for p in points if f"trial-{p['searcher']}-{p['trial']}" == wanted]
+        return dict(point)
+
+    places = Counter((p["share"], p["value"]) for p in points)  # both searchers may have found one
+    alone = [
+        marks.nth(n)
+        for n in range(marks.count())
+        if places[told(marks.nth(n))["share"], told(marks.nth(n))["value"]] == 1
+    ]
+    one, other = alone[0], alone[-1]
+    (one.tap if phone else one.click)(force=True)
+    point = told(one)
+    assert f"{point['searcher']}, trial {point['trial']}" in details.inner_text()
+    assert point["command"] in details.inner_text()
+    assert details.locator("svg rect title").count() == point["schedule"].count("<title>") > 0
+    assert details.locator("img").evaluate("image => image.naturalWidth") > 0
+    assert opened.url.endswith(f"#{one.get_attribute('id')}")
+    if not phone:
+        other.hover(force=True)
+        assert f"trial {told(other)['trial']}" in details.inner_text()
+        opened.mouse.move(5, 5)
+        assert f"trial {point['trial']}:" in details.inner_text()  # what was picked comes back
+        other.focus()
+        opened.keyboard.press("Enter")
+        assert opened.locator(".point.picked").get_attribute("id") == other.get_attribute("id")
+    opened.get_by_role("button", name="random", exact=True).click()
+    assert marks.count() == len([p for p in points if p["searcher"] != "random"])
+    assert complaints == []
+    again = browser.new_page()
+    again.goto(opened.url)
+    assert f"#{again.locator('.point.picked').get_attribute('id')}" == opened.url[opened.url.index("#") :]
 
 
 def test_the_dashboard_shows_each_verified_trials_pictures_and_command(page: Path, browser: Any) -> None:

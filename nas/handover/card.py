@@ -12,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from nas.contracts import Score
+from nas.results.bars import Bar, drawn
 
 SCHEDULE, SAMPLES = "schedule.svg", "samples.png"
 SIDE = 64
@@ -22,14 +23,14 @@ COLUMNS = 8
 
 def write_card(
     plan: Mapping[str, Any],
-    shares: Sequence[float],
+    bars: Sequence[Bar],
     provenance: Mapping[str, Any],
     samples: npt.NDArray[Any] | None,
     folder: Path,
 ) -> None:
-    """Writes README.md, schedule.svg, and samples.png where there are some. `plan`: what schedule.json holds. `shares`: of the full network's multiply-adds, what each
-    step runs. `samples`: (n, channels, height, width) in [-1, 1]."""
-    (folder / SCHEDULE).write_text(drawn(plan["steps"], shares))
+    """Writes README.md, schedule.svg, and samples.png where there are some. `plan`: what schedule.json holds. `bars`: the schedule
+    to be drawn. `samples`: (n, channels, height, width) in [-1, 1]."""
+    (folder / SCHEDULE).write_text(drawn(bars))
     pictures = f"![What each step runs]({SCHEDULE})\n"
     if samples is not None:
         _grid(samples).save(folder / SAMPLES)
@@ -43,32 +44,6 @@ def write_card(
         + _measured(provenance)
         + _tested(provenance)
         + _MORE
-    )
-
-
-def drawn(steps: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> str:
-    """The schedule as a picture: a bar for each step, as high as its share of the full network; paler where blocks are reused, ringed where it is guided."""
-    width, height, top = 640, 120, 14
-    each = width / len(steps)
-    largest = max(1.0, *shares)
-    bars = []
-    for place, (step, share) in enumerate(zip(steps, shares, strict=True)):
-        tall = max(1.0, share / largest * height)
-        x, y = 40 + place * each, top + height - tall
-        colour = "#93c5fd" if step["reuse"] else "#3b82f6"
-        ring = ' stroke="#1e3a8a" stroke-width="2"' if step.get("guidance") else ""
-        told = f"t = {step['timestep']}: {step['model']}, {share:.0%} of the full network's multiply-adds"
-        told += f", reuses {', '.join(step['reuse'])}" if step["reuse"] else ""
-        told += f", guided by {step['guidance']['scale']:g}" if step.get("guidance") else ""
-        bars.append(
-            f'<rect x="{x + 1:.1f}" y="{y:.1f}" width="{max(1.0, each - 3):.1f}" height="{tall:.1f}" fill="{colour}"{ring}><title>{told}</title></rect>'
-        )
-    words = f"t = {steps[0]['timestep']}, noise", f"t = {steps[-1]['timestep']}, image"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 60} {height + 44}" font-family="sans-serif" font-size="12" fill="#334155">'
-        f'<rect width="100%" height="100%" fill="#f8fafc"/><text x="4" y="{top + 6}">{largest:.0%}</text><text x="18" y="{top + height}">0</text>'
-        f"{''.join(bars)}"
-        f'<text x="40" y="{top + height + 20}">{words[0]}</text><text x="{width + 40}" y="{top + height + 20}" text-anchor="end">{words[1]}</text></svg>\n'
     )
 
 

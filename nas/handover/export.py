@@ -35,6 +35,7 @@ from nas.base.quiet import quiet_transformers
 from nas.contracts import LoadedSupernet, Schedule, Step, UserError, noise_by, some_condition
 from nas.engine.facts import package_versions
 from nas.handover.card import write_card
+from nas.results.bars import bars_of
 
 TOLERANCE = 1e-5
 """How far an exported model's output may be from the subnet's."""
@@ -100,8 +101,7 @@ def export(
         files = hashes_of(partial, dict.fromkeys([*names.values(), teacher, *vae, *texts]))
         _write(partial / "provenance.json", {**provenance, **facts, "files": files})
         _write_pipeline(net, plan, [*names.values(), *vae], texts, partial)
-        full = net.macs(Step(schedule.steps[0].timestep, net.full_arch))
-        write_card(plan, [net.macs(step) / full for step in schedule.steps], provenance, samples, partial)
+        write_card(plan, bars_of(schedule, net), provenance, samples, partial)
         (partial / "sample.py").write_text(_SAMPLE)
         if folder.exists():
             folder.rmdir()

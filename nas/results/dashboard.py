@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mimetypes
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -23,7 +22,7 @@ from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage
 
 from nas.contracts import Progress, Trial, UserError
-from nas.results.page import draw_grid, draw_schedule
+from nas.results.page import draw_once, draw_schedule, samples_of
 from nas.results.recommendation import export_command
 from nas.results.report import Run, cost_in_words
 from nas.study import Study
@@ -51,9 +50,8 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
         booked = storage.get_study_system_attrs(study_id)
         schedule = pictures / "trials" / f"schedule-{trial.digest}.png"
-        samples = pictures / "trials" / f"samples-{trial.digest}.png"
+        samples = samples_of(study, loaded, trial, pictures)
         draw_once(schedule, partial(draw_schedule, study, trial.genome))
-        draw_once(samples, partial(draw_grid, study, loaded, trial.genome))
         for picture in (schedule, samples):
             _book(run.folder, storage, study_id, f"dashboard:artifacts:{trial_id}:", picture, booked)
         if f"dashboard:{trial_id}:note_ver" not in booked:
@@ -66,14 +64,6 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
         for name in ("front.png", "curves.png"):
             if (pictures / name).exists():
                 _book(run.folder, storage, study_id, "artifacts:", pictures / name, booked)
-
-
-def draw_once(picture: Path, draw: Callable[[Path], None]) -> None:
-    """Whole or not at all, unless it is there."""
-    if not picture.exists():
-        torn = picture.with_name(f".partial-{picture.name}")
-        draw(torn)
-        os.replace(torn, picture)
 
 
 def _book(

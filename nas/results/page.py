@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from markupsafe import Markup
 from nas.base.files import write_json
 from nas.contracts import WITHOUT_ATTENTION, Genome, Grounded, Trial
 from nas.genomes.genetics import LATENCY, dearest
+from nas.results.explore import points
 from nas.results.plots import INK, class_by_class, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
 from nas.results.recommendation import export_command, recommended
 from nas.results.report import (
@@ -46,6 +49,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
     folder.mkdir(exist_ok=True)
     facts = run.compare()
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], run.ledgers, strict=True)}
+    whose = {row["searcher"]: (i.searcher, i.seed) for row, (i, _) in zip(facts["searchers"], run.ledgers, strict=True)}
     quality = study.objectives[0]
     draw_scores(ledgers, run.facts, run.scale, facts["label"], folder / "fronts.svg")
     draw_curves(facts["searchers"], facts["area_until_macs"], folder / "compute.svg")
@@ -57,8 +61,12 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         searched=_searched(study, facts),
         label=facts["label"],
         compared_by=facts["compared_by"],
+        baseline=BASELINE,
         pick=recommended(run, study_file),
         cards=_cards(winner, full, quality, run),
+        points=points(
+            study, study_file, run, ledgers, whose, loaded, lambda trial: samples_of(study, loaded, trial, folder)
+        ),
         front=_inline(folder / "fronts.svg"),
         curves=_inline(folder / "compute.svg"),
         mapped=best,
@@ -252,6 +260,21 @@ def _grounds(study: Study, loaded: Any, winner: Trial, full: Trial | None, folde
         )
         rows.append((f"nearer to a train image than {1 - quantile:.0%} of held-out ones", f"{share:.1%}", words))
     return rows
+
+
+def samples_of(study: Study, loaded: Any, trial: Trial, folder: Path) -> Path:
+    """Samples of a trial's schedule, drawn once for page and dashboard."""
+    picture = folder / "trials" / f"samples-{trial.digest}.png"
+    draw_once(picture, partial(draw_grid, study, loaded, trial.genome))
+    return picture
+
+
+def draw_once(picture: Path, draw: Callable[[Path], None]) -> None:
+    """Whole or not at all, unless it is there."""
+    if not picture.exists():
+        torn = picture.with_name(f".partial-{picture.name}")
+        draw(torn)
+        os.replace(torn, picture)
 
 
 def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
