@@ -132,6 +132,15 @@ class Stepwise:
         )
 
     @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """First and last timestep of each interval, for who labels them."""
+        ends = np.cumsum(self.intervals)
+        return tuple(
+            (self.timesteps[end - count], self.timesteps[end - 1])
+            for end, count in zip(ends.tolist(), self.intervals, strict=True)
+        )
+
+    @property
     def needs_deterministic(self) -> bool:
         """Whether its schedules presuppose a sampler without noise and without memory."""
         return self.deterministic and bool(self.patterns)

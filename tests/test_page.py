@@ -74,6 +74,8 @@ def test_the_page_needs_no_other_file_and_no_network(page: Path) -> None:
         "Provenance",
     ):
         assert heading in text
+    facts = json.loads((page.parents[1] / "study.json").read_text())
+    assert facts["spans"] == [[999, 749], [499, 249]]
     assert {path.name for path in page.parent.glob("*.svg")} >= {"fronts.svg", "compute.svg", "audit.svg"}
     assert len(re.findall(r'id="([^"]+)"', text)) == len(set(re.findall(r'id="([^"]+)"', text))), "identifiers repeat"
 

@@ -36,6 +36,7 @@ def write_facts(study: Study, folder: Path, storage: str | None) -> None:
         "baseline": BASELINE,
         **what_is_searched(study),
         "choices": [[choice.name, choice.options] for choice in study.space.choices],
+        **({"spans": study.space.spans} if hasattr(study.space, "spans") else {}),
         "seed": study.seed,
         "versions": package_versions(),
     }

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from nas.contracts import Trial
+from nas.contracts import SAMPLER, Trial
 from nas.results.report import Scale, against, verified_front
 
 INK = "#0a0b0c"
@@ -37,7 +37,14 @@ mpl.rcParams.update(
 )
 
 _COLOURS = ("#1f6f8b", "#c8553d", "#5b8c5a", "#8d6a9f", "#d19c1d", "#4a4a4a")
+_FORMS = (("o", 7, "-"), ("^", 5, "--"), ("D", 3, "-."), ("v", 5, (0, (5, 1, 1, 1))))
+"""Marker, its size, and line, by which fronts are told apart where they are the same."""
+
 _BASELINE_COLOUR = "#9a9a9a"
+
+
+LABELLED = 12
+"""Intervals whose timesteps are told below a picture, at most."""
 
 
 def draw_front(
@@ -62,7 +69,7 @@ def draw_front(
     if shown is None:
         bottom.set_axis_off()
     else:
-        _draw_schedules(figure, bottom, fronts[shown], facts["choices"], scale)
+        _draw_schedules(figure, bottom, fronts[shown], facts["choices"], scale, facts.get("spans", ()))
         bottom.set_title(f"which option runs when, for the front of {shown}", fontsize=10)
     _save(figure, path)
 
@@ -278,7 +285,7 @@ def draw_samples(images: npt.NDArray[np.float32], path: Path, columns: int = 8, 
 def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], scale: Scale) -> None:
     objectives, baseline = facts["objectives"], facts["baseline"]
     quality = objectives[0]
-    colours = iter(_COLOURS * len(ledgers))
+    colours, forms = iter(_COLOURS * len(ledgers)), iter(_FORMS * len(ledgers))
     for name, trials in ledgers.items():
         done = sorted((t for t in trials if t.status == "complete"), key=scale.share)
         if not done:
@@ -300,8 +307,8 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapp
                 axes.axhline(full, color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
                 axes.annotate("full network", (1, full), (0, -14), textcoords="offset points", ha="right", fontsize=9)
             continue
-        colour = next(colours)
-        axes.plot(x, y, "o", color=colour, alpha=0.25, markersize=4)
+        colour, (marker, size, line) = next(colours), next(forms)
+        axes.plot(x, y, marker, color=colour, alpha=0.25, markersize=4)
         verified = sorted(verified_front(trials, objectives), key=scale.share)
         front = _falling(verified, quality)
         others = [trial for trial in verified if trial not in front]
@@ -311,11 +318,20 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapp
             axes.errorbar(x, y, yerr=error, fmt="x", color=colour, capsize=3, markersize=5, label=words, zorder=3)
         x, y, error = _points(front, quality, scale)
         axes.errorbar(
-            x, y, yerr=error, fmt="o-", color=colour, capsize=3, markersize=5, label=f"{name}: verified front", zorder=3
+            x,
+            y,
+            yerr=error,
+            marker=marker,
+            linestyle=line,
+            color=colour,
+            capsize=3,
+            markersize=size,
+            label=f"{name}: verified front",
+            zorder=3,
         )
         compared = [against(trial, cheaper, quality) for cheaper, trial in pairwise(front)]
         ties = [i for i, found in enumerate(compared, 1) if found and not found["conclusive"]]
-        axes.plot([x[i] for i in ties], [y[i] for i in ties], "o", color="white", markersize=3, zorder=4)
+        axes.plot([x[i] for i in ties], [y[i] for i in ties], marker, color="white", markersize=size / 2, zorder=4)
     axes.set_xlim(0, 1.03)
     axes.set_xlabel(f"share of the full network's {scale.words}")
     if scale.limit is not None:
@@ -329,7 +345,9 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapp
             fontsize=9,
         )
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+        axes.legend(
+            frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8
+        )  # above: nothing is under it
 
 
 def _falling(trials: Sequence[Trial], quality: str) -> list[Trial]:
@@ -345,7 +363,15 @@ def _falling(trials: Sequence[Trial], quality: str) -> list[Trial]:
     return found
 
 
-def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices: Sequence[Any], scale: Scale) -> None:
+def _draw_schedules(
+    figure: Figure,
+    axes: Axes,
+    trials: Sequence[Trial],
+    choices: Sequence[Any],
+    scale: Scale,
+    spans: Sequence[Sequence[int]],
+) -> None:
+    """`spans`: first and last timestep of each interval, where the space knows them."""
     options = [option for _, option in choices]
     alike = all(option == options[0] for option in options) and len(options[0]) <= 8
     genes = np.array([trial.genome for trial in trials], dtype=float)
@@ -356,15 +382,29 @@ def _draw_schedules(figure: Figure, axes: Axes, trials: Sequence[Trial], choices
     axes.set_yticks(range(len(trials)), [f"#{t.number}  {scale.share(t):.2f}" for t in trials])
     axes.set_ylabel(f"trial, share of {scale.words}")
     homes = [name.rpartition(".")[0] or name for name, _ in choices]
-    if len(set(homes)) == len(choices):
-        axes.set_xlabel("interval, noisy to clean")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    else:
+    several = len(set(homes)) < len(choices)
+    if several:
         axes.set_xlabel("choices of each interval, noisy to clean")
         axes.set_xticks(range(len(choices)), [name.rpartition(".")[2] for name, _ in choices], rotation=90, fontsize=7)
         for place, (before, here) in enumerate(pairwise(homes)):
             if before != here:
                 axes.axvline(place + 0.5, color=INK, linewidth=0.8)
+    else:
+        axes.set_xlabel("interval, noisy to clean")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    intervals = [home for home in dict.fromkeys(homes) if home != SAMPLER]
+    if len(spans) == len(intervals):
+        middles = [float(np.mean([n for n, home in enumerate(homes) if home == one])) for one in intervals]
+        words = [f"{first}" if first == last else f"{first}\nto {last}" for first, last in spans]
+        shown = np.unique(np.linspace(0, len(spans) - 1, min(len(spans), LABELLED)).round().astype(int))
+        under = axes.secondary_xaxis(-0.36 if several else 0.0)
+        under.set_xticks([middles[n] for n in shown], [words[n] for n in shown], fontsize=8)
+        under.tick_params(length=0)
+        under.spines[:].set_visible(False)
+        axes.set_xlabel("")
+        under.set_xlabel("timesteps of each interval, noisy to clean")
+        if not several:
+            axes.set_xticks([])
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes, ticks=range(len(options[0])) if alike else [0, 1])
     bar.set_ticklabels([str(option) for option in options[0]] if alike else ["least", "most"])
