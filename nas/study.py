@@ -132,7 +132,7 @@ class Study:
     """Everything a search needs, as recipes: no tensors, picklable, printable.
 
     `trials`: proposals per searcher on the first rung. `verified`: how many of them reach the last one.
-    `limits`: upper limits on costs, `macs`, `macs_share` or `latency_ms`. `seed`: of weights and noises; searches have `--seed`.
+    `limits`: upper limits on costs, `macs`, `macs_share`, `macs_share_without_attention`, `params` or `latency_ms`, as many at once as you like. `seed`: of weights and noises; searches have `--seed`.
     `proxies`: cheaper scores, each at its first rung, that `nas audit` compares with the evaluator. `enqueue`: genomes that every searcher proposes first,
     such as `space.genome(...)` of a schedule that was made elsewhere.
     Raises UserError where the parts do not fit together.

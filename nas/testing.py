@@ -79,7 +79,9 @@ class TableSpace:
 
     def cost(self, genome: Genome) -> dict[str, float]:
         macs = self._costs.total(genome)
-        return {"macs": macs, "macs_share": macs / self._full}
+        options = {genome[genes] for genes in self._costs.genes}
+        # As if a larger option had larger weights, kept once for all intervals that run it.
+        return {"macs": macs, "macs_share": macs / self._full, "params": sum(1 + sum(option) for option in options)}
 
     def interval_costs(self, price: Price | None = None) -> tuple[npt.NDArray[np.int64], ...]:
         if price is None:
@@ -123,6 +125,17 @@ def timed_problem(limit: float = 2.0) -> Problem:
     return Problem(TimedSpace(space, times), ("fd", LATENCY), {LATENCY: limit})
 
 
+def limited_problem() -> Problem:
+    """Limits on two costs, one of which does not add up over intervals: three kinds of options in all are too many parameters."""
+    return replace(table_problem(), limits={"macs_share": 0.6, "params": 5})
+
+
+def timed_limited_problem() -> Problem:
+    """Limits on time and on multiply-adds at once."""
+    problem = timed_problem()
+    return replace(problem, limits={**problem.limits, "macs_share": 0.3})
+
+
 def toy_score(genome: Genome) -> Score:
     """Falls with every gene, late ones more; smooth, so that a searcher can make progress."""
     value = sum((i + 1) / (gene + 1) for i, gene in enumerate(genome))
@@ -155,9 +168,9 @@ def check_searcher(searcher: Searcher, trials: int = 40) -> None:
         _check_replay(searcher, problem, history)
         _check_asynchronous(searcher, problem, trials)
         _check_failures(searcher, problem, trials)
-    problem = timed_problem()
-    history = _drive(searcher.start(problem, 7), problem, trials)
-    _check_replay(searcher, problem, history)
+    for problem in (timed_problem(), limited_problem(), timed_limited_problem()):
+        history = _drive(searcher.start(problem, 7), problem, trials)
+        _check_replay(searcher, problem, history[: trials // 2])
     _check_exhaustion(searcher)
 
 
@@ -231,7 +244,8 @@ def _check_failures(searcher: Searcher, problem: Problem, trials: int) -> None:
 
 def _check_exhaustion(searcher: Searcher) -> None:
     """All feasible genomes are found, in bounded time each, and then the searcher says DONE."""
-    for problem in (table_problem(3, 3, 0.6), table_problem(4, 4, 1 / 16)):
+    few = replace(table_problem(3, 3), limits={"macs_share": 0.6, "params": 3})
+    for problem in (table_problem(3, 3, 0.6), table_problem(4, 4, 1 / 16), few):
         search = searcher.start(problem, 11)
         possible = set(feasible_genomes(problem))
         for number in range(10 * len(possible) + 100):

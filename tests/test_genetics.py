@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from nas.genomes.genetics import (
     repair,
     uniform_genomes,
 )
-from nas.testing import TableSpace, table_problem
+from nas.testing import TableSpace, limited_problem, table_problem, timed_limited_problem
 
 
 @st.composite
@@ -99,6 +100,25 @@ def test_an_unreachable_budget_names_the_cheapest() -> None:
     with pytest.raises(UserError, match="'watts' is not one that a search can keep to"):
         check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"watts": 3}))
     check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"macs": math.inf}))
+
+
+@pytest.mark.parametrize("problem", [limited_problem(), timed_limited_problem()], ids=["parameters", "time and work"])
+def test_all_limits_are_kept_at_once(problem: Problem) -> None:
+    rng = np.random.default_rng(0)
+    every = set(feasible_genomes(problem))
+    sizes = [len(choice.options) for choice in problem.space.choices]
+    assert every == {g for g in itertools.product(*map(range, sizes)) if problem.feasible(g)}
+    assert len(every) < len(set(feasible_genomes(replace(problem, limits=dict([next(iter(problem.limits.items()))])))))
+    for _ in range(300):
+        drawn = tuple(int(rng.integers(size)) for size in sizes)
+        repaired = repair(problem, drawn, rng)
+        assert repaired in every
+        assert repaired == drawn or drawn not in every
+
+
+def test_a_limit_that_the_space_does_not_know_is_refused() -> None:
+    with pytest.raises(UserError, match="'macs_share_without_attention' is no cost of this space; it has macs"):
+        check_reachable(Problem(TableSpace(((1, 5),) * 4), ("macs",), {"macs_share_without_attention": 0.5}))
 
 
 def test_genes_of_two_options_move_too() -> None:

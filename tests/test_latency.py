@@ -217,7 +217,8 @@ def test_wrong_settings_are_refused(tiny_study: Study) -> None:
         Latency(repeats=0)
     with pytest.raises(UserError, match="needs measured times; use evaluator=Timed"):
         replace(tiny_study, limits={"latency_ms": 1.0})
-    with pytest.raises(UserError, match="cannot be kept at once"):
-        replace(tiny_study, limits={"latency_ms": 1.0, "macs": 1e6})
+    timed = replace(tiny_study, evaluator=Timed(tiny_study.evaluator, Latency()))
+    both = replace(timed, limits={"latency_ms": 1.0, "macs": 1e9, "params": 1e6})
+    assert set(both.limits) == {"latency_ms", "macs", "params"}
     with pytest.raises(UserError, match="'watts' is not one that a search can keep to"):
         replace(tiny_study, limits={"watts": 1.0})

@@ -123,7 +123,7 @@ def uniform_genomes(space: SearchSpace) -> list[Genome]:
 
 def budget_of(problem: Problem) -> float:
     """What a genome may cost, as `interval_costs` counts: the tighter of the limits on `macs` and `macs_share` in MACs, or the limit on
-    `latency_ms` in nanoseconds; infinite where there is none."""
+    `latency_ms` in nanoseconds; infinite where there is none. Limits on further costs are no part of it."""
     if LATENCY in problem.limits:
         return problem.limits[LATENCY] * NANOSECONDS
     least = cheapest(problem.space)
@@ -144,15 +144,15 @@ def exact_cost(space: SearchSpace, genome: Genome) -> int:
     return round(cost[LATENCY] * NANOSECONDS) if LATENCY in cost else int(cost["macs"])
 
 
+KEPT = ("macs", "macs_share", "macs_share_without_attention", "params", LATENCY)
+"""Costs that a search can keep to."""
+
+
 def check_limits(limits: Mapping[str, float]) -> None:
     """Raises UserError for limits that a search cannot keep to."""
     for name in limits:
-        if name not in ("macs", "macs_share", LATENCY):
-            raise UserError(f"limit {name!r} is not one that a search can keep to; use macs, macs_share or {LATENCY}")
-    if LATENCY in limits and len(limits) > 1:
-        raise UserError(
-            f"limits on {LATENCY} and on {', '.join(set(limits) - {LATENCY})} cannot be kept at once; give one of them"
-        )
+        if name not in KEPT:
+            raise UserError(f"limit {name!r} is not one that a search can keep to; use {', '.join(KEPT)}")
 
 
 def check_reachable(problem: Problem) -> None:
@@ -161,6 +161,8 @@ def check_reachable(problem: Problem) -> None:
     cost = problem.space.cost(least)
     check_limits(problem.limits)
     for name, limit in problem.limits.items():
+        if name not in cost:
+            raise UserError(f"limit {name!r} is no cost of this space; it has {', '.join(cost)}")
         if cost[name] > limit:
             again = (
                 ", or delete the run folder's times.json and latency.json if the machine was busy when calls were timed"
@@ -211,11 +213,12 @@ def cross(first: Genome, second: Genome, rng: np.random.Generator) -> Genome:
 
 
 def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
-    """Moves random genes to cheaper options until the budget holds. Unchanged where it already does."""
+    """Moves random genes to cheaper options until the budget holds, and then, where there are limits on other costs, random intervals to their cheapest options
+    until these hold too. Unchanged where all do."""
     costs = costs_of(problem.space)
     excess = costs.total(genome) - budget_of(problem)
     if excess <= 0 or problem.feasible(genome):
-        return genome
+        return _within_all(problem, genome, rng)
     repaired = list(genome)
     order = rng.permutation(len(genome)).tolist()
     while excess > 0 and order:
@@ -235,7 +238,20 @@ def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome
             repaired[costs.genes[k]] = least[costs.genes[k]]
             if costs.total(tuple(repaired)) <= budget_of(problem):
                 break
-    return tuple(repaired)
+    return _within_all(problem, tuple(repaired), rng)
+
+
+def _within_all(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
+    """What keeps the budget, moved towards the cheapest schedule, which keeps all limits, until it does so too."""
+    if problem.feasible(genome):
+        return genome
+    costs, moved = costs_of(problem.space), list(genome)
+    least = costs.cheapest()
+    for k in rng.permutation(len(costs.genes)).tolist():
+        moved[costs.genes[k]] = least[costs.genes[k]]
+        if problem.feasible(tuple(moved)):
+            break
+    return tuple(moved)
 
 
 def feasible_genomes(problem: Problem) -> Iterator[Genome]:

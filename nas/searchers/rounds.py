@@ -61,6 +61,8 @@ class RoundsSearch:
         self._least = np.array([int(table.min()) for table in self._costs.tables], dtype=np.float64)
         self._shares = self._rule(settings.split if settings.split != "learned" else "equal")
         self._starts = [self._start_of(budget) for budget in self._budgets]
+        # Limits on further costs are no part of the budgets.
+        self._first = list(dict.fromkeys(genome for genome in self._starts if problem.feasible(genome)))
         self._told: set[Genome] = set()
         self._scored: dict[Genome, float] = {}
         self._numbers: dict[Genome, int] = {}
@@ -71,7 +73,7 @@ class RoundsSearch:
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
-        for genome in self._starts:
+        for genome in self._first:
             if genome not in taken:
                 return Proposal(genome, {"operator": "start"})
         key = len(self._told), frozenset(pending)
@@ -99,7 +101,7 @@ class RoundsSearch:
                 self._best[place] = min(self._best.get(place, (np.inf, ())), (value, trial.genome))
 
     def _round(self, taken: Taken) -> Proposal | Signal:
-        number = len(taken) - len(set(self._starts))
+        number = len(taken) - len(self._first)
         intervals = len(self._costs.genes)
         budget, k = number % len(self._budgets), number // len(self._budgets) % intervals
         _, incumbent = self._incumbent(budget)
@@ -114,6 +116,9 @@ class RoundsSearch:
             try:
                 option, note = read_answer(answer, question)
                 genome = self._paid(incumbent, k, option, self._budgets[budget], importance)
+                if not self._problem.feasible(genome):
+                    over = [name for name, excess in self._problem.violations(genome).items() if excess > 0]
+                    raise RefusedError(f"it exceeds the limit on {', '.join(over)}")
                 if genome in taken:
                     known = self._numbers.get(genome)
                     raise RefusedError("it is being scored now" if known is None else f"it is that of trial {known}")

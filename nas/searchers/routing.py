@@ -116,7 +116,9 @@ class RoutingSearch:
         taken = Taken(self._told, pending)
         self._drawn = self._drawn or self._draw()
         for place, (genome, budget, likelihood) in enumerate(self._drawn):
-            if genome not in taken:
+            if genome not in taken and self._problem.feasible(
+                genome
+            ):  # limits on further costs are no part of the walk
                 origin = {"policy": self._version, "draw": place, "budget": budget, "log_likelihood": likelihood}
                 return Proposal(genome, origin)
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "routing neighbour"))
