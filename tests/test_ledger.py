@@ -53,6 +53,9 @@ def test_optuna_shows_verified_feasible_trials_alone(tmp_path: Path) -> None:
     assert study.metric_names == ["fd", "macs"]
     assert study.trials[best].params["gene0003"] == 1
     assert study.trials[0].state == optuna.trial.TrialState.PRUNED
+    assert study.trials[0].values is None, "what was scored on fewer samples is not on the axis of what was verified"
+    assert study.trials[0].user_attrs["fd on 64 samples"] == SCORE.values["fd"]
+    assert study.trials[best].values == [SCORE.values["fd"], 24]
 
 
 def test_constraints_are_where_optuna_and_the_dashboard_look(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """The only memory of a search: an Optuna study used as a write-ahead log.
 
 A trial is written RUNNING with its genes, exact cost and constraint violations before it is evaluated, and closed after.
-Trials of the last rung close as COMPLETE, so Optuna's `best_trials` and the dashboard show verified candidates alone;
-trials of lower rungs close as PRUNED with their values. One Optuna study holds one searcher; one storage holds a run.
+Trials of the last rung close as COMPLETE, so Optuna's `best_trials` and the dashboard's axes show verified candidates alone;
+trials of lower rungs close as PRUNED, their scores beside them. One Optuna study holds one searcher; one storage holds a run.
 """
 
 from __future__ import annotations
@@ -139,10 +139,14 @@ class Ledger:
     def _finish(self, number: int, score: Score) -> Trial:
         status: Status = "complete" if self._trials[number].rung == self.info.rungs[-1] else "pruned"
         trial = replace(self._trials[number], status=status, score=score)
-        state = TrialState.COMPLETE if status == "complete" else TrialState.PRUNED
-        self._storage.set_trial_state_values(
-            self._ids[number], state=state, values=trial.objectives(self.info.objectives)
-        )
+        # Scores of fewer samples and other noises stand beside the trial, not on the axis of those that were verified.
+        if status == "complete":
+            values = trial.objectives(self.info.objectives)
+            self._storage.set_trial_state_values(self._ids[number], state=TrialState.COMPLETE, values=values)
+        else:
+            for name, value in score.values.items():
+                self._storage.set_trial_user_attr(self._ids[number], f"{name} on {trial.rung} samples", value)
+            self._storage.set_trial_state_values(self._ids[number], state=TrialState.PRUNED)
         return self._settled(trial)
 
     def _settled(self, trial: Trial) -> Trial:
