@@ -308,6 +308,10 @@ class Study:
             yield from evaluator.prepare(folder, self.seed, device)
         yield from self.training.run(self.supernet, self.images, folder / "supernet", self.seed, device)
 
+    def help_to_train(self, folder: Path, device: str) -> Iterator[Progress]:
+        """For a process that a launcher has started beside another one, which prepares the run folder: takes its share of the supernet's training."""
+        yield from self.training.run(self.supernet, self.images, folder / "supernet", self.seed, device)
+
     def load(self, folder: Path, device: str) -> LoadedEvaluator:
         """Supernet and evaluator with their tensors; in a worker, once."""
         self._find_images(folder)

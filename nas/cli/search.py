@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -96,7 +97,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON alone.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
 ) -> None:
-    """Train what is missing, search, verify. The same command again goes on where it stopped."""
+    """Train what is missing, search, verify. The same command again goes on where it stopped. `accelerate launch -m nas.cli run STUDY` trains the supernet in several processes."""
     from nas.engine.show import Show
     from nas.engine.storage import check_answers
     from nas.library import StudyRun
@@ -116,6 +117,11 @@ def run(
         return
     study.check()
     folder = run_folder(study, out_dir)
+    rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "0"
+    if rank != "0":  # one of several processes of `accelerate launch`
+        for _ in study.help_to_train(folder, _own_device(device)):
+            pass
+        return
     pool = worker_pool(workers, gpus_per_worker, ray_address, device)
     if study.limits_time and gpus_per_worker and not device.startswith("cuda"):
         raise UserError(
@@ -165,6 +171,11 @@ def _dry_run(
             print_json(facts)
     if "here" in facts and not as_json:
         print_forecast(facts["here"], device)
+
+
+def _own_device(device: str) -> str:
+    """Of the devices of a machine, that of this process."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
 
 
 class _Naming:

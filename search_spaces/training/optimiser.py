@@ -20,6 +20,7 @@ from nas.base.files import first_line, written
 from nas.contracts import Condition, ImageSet, UserError
 from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.anatomy import predict
+from search_spaces.training.team import Team
 
 
 class Settings(Protocol):
@@ -205,8 +206,13 @@ class Optimiser:
         self._average = {name: p.detach().clone() for name, p in self._named.items()}
         self._adam = torch.optim.Adam(self._named.values(), lr=settings.learning_rate)
 
-    def update(self) -> None:
+    def update(self, mates: Team | None = None) -> None:
+        """`mates`: processes, each of which has gradients of its share."""
         settings = self._settings
+        if mates is not None and mates.size > 1:
+            for parameter in self._named.values():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            mates.sum([parameter.grad for parameter in self._named.values() if parameter.grad is not None])
         torch.nn.utils.clip_grad_norm_(self._named.values(), settings.clip)
         share = warm_cosine(self.step, settings.steps, settings.warmup)
         self._adam.param_groups[0]["lr"] = share * settings.learning_rate

@@ -20,6 +20,7 @@ from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.slices import Arch
 from search_spaces.supernet import WEIGHTS, Elastic
 from search_spaces.training.optimiser import Batches, Optimiser, Teacher, check_recipe, gather, write_tensors
+from search_spaces.training.team import Team, team
 
 CHECKPOINT = "checkpoint.safetensors"
 STAGE = "stage.safetensors"
@@ -49,18 +50,19 @@ class Checkpoints:
     path: Path
     digest: str
     every: int
+    team: Team = Team()  # noqa: RUF009  frozen
 
     def restore(self, optimiser: Optimiser) -> None:
         if self.path.exists():
             optimiser.restore(self.path)
 
     def keep(self, optimiser: Optimiser, last: int) -> None:
-        if optimiser.step % self.every == 0 or optimiser.step == last:
+        if self.team.first and (optimiser.step % self.every == 0 or optimiser.step == last):
             optimiser.save(self.path)
 
     def keep_now(self, optimiser: Optimiser) -> None:
         """For a training that is stopped, in between."""
-        if optimiser.step % self.every:
+        if self.team.first and optimiser.step % self.every:
             with whole():
                 optimiser.save(self.path)
 
@@ -89,13 +91,24 @@ class Stages:
         """Trains what is missing in `folder` and leaves `weights.safetensors` there, and in `training.json` what each stage took.
         Yields after every step.
 
-        Raises UserError where the folder holds a damaged checkpoint or weights of another recipe.
+        In processes that a launcher has started, each trains its share; the first writes. Raises UserError where the folder holds a damaged checkpoint or
+        weights of another recipe.
         """
+        mates = team(device)
+        yield from self._run(supernet, images, folder, seed, device, mates)
+        mates.leave()
+
+    def _run(
+        self, supernet: Elastic, images: Images, folder: Path, seed: int, device: str, mates: Team
+    ) -> Iterator[Progress]:
+        mates.wait()  # the first has read the images, and kept them in the run folder
+        if not mates.first:
+            yield from getattr(images, "prepare", lambda _: ())(folder.parent)
         data = images.load()
         parts = self.parts(supernet)
         if parts:
             check_trainable(supernet, data)
-        yield from supernet.codec.prepare(images, folder, seed, device)
+        yield from mates.in_turn(lambda: supernet.codec.prepare(images, folder, seed, device))
         digest = digest_of(
             {
                 "supernet": supernet.describe(),
@@ -117,17 +130,22 @@ class Stages:
             net = supernet.initial(derive_seed(seed, "supernet", "weights"), device, folder)
         if parts:
             if net.text is not None and data.texts is not None:
-                yield from net.text.keep([*data.texts, ""])
-            yield from net.codec.keep(data, any(getattr(part, "flip", False) for part in parts))
-        else:  # the weights are pretrained, or meant to stay as they are drawn
+                text, texts = net.text, [*data.texts, ""]
+                yield from mates.in_turn(lambda: text.keep(texts))
+            yield from mates.in_turn(lambda: net.codec.keep(data, any(getattr(p, "flip", False) for p in parts)))
+        elif mates.first:  # the weights are pretrained, or meant to stay as they are drawn
             write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": "[]"})
         for number, part in enumerate(parts[len(spent) :], len(spent)):
             net.trained_macs = 0
-            files = Checkpoints(folder / CHECKPOINT, digest_of([digest, number]), self.checkpoint_every)
+            files = Checkpoints(folder / CHECKPOINT, digest_of([digest, number]), self.checkpoint_every, mates)
             yield from part.fit(net, data, _stage_seed(seed, number), files)
             spent.append({**part.describe(), "macs": net.trained_macs})
-            write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": json.dumps(spent)})
-            (folder / CHECKPOINT).unlink(missing_ok=True)
+            if mates.first:
+                write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": json.dumps(spent)})
+                (folder / CHECKPOINT).unlink(missing_ok=True)
+            mates.wait()  # or another would go on from the checkpoint of the stage that is done
+        if not mates.first:
+            return
         (folder / "training.json").write_text(json.dumps(spent, indent=1, default=list) + "\n")
         (folder / STAGE).replace(folder / WEIGHTS)
 
@@ -229,6 +247,11 @@ class Sandwich(OneStage):
         if files:
             files.restore(optimiser)
         batches = Batches(net, data, self.batch, self.flip, self.drop, self.snr_cap)
+        mates = files.team if files else Team()
+        if self.accumulate * mates.size > self.batch:
+            raise UserError(
+                f"{mates.size} processes, each with accumulate={self.accumulate} parts of a batch of {self.batch}; at most one for each image"
+            )
         name = f"expert {self.expert}" if self.expert else "full network" if self.full_only else "supernet"
         served = net.recipe.served_by(self.expert)
         try:
@@ -242,15 +265,18 @@ class Sandwich(OneStage):
                         losses[_name(arch)] = 0.0
                         whole_batch = (x0, *batches.noised(x0, generator, served))
                         with net.lent(arch.replace(expert=self.expert), self.checkpointing) as call:
-                            for part, (clean, t, x, truth), told in self._parts_of(whole_batch, condition):
+                            for part, (clean, t, x, truth), told in mates.mine(
+                                self._parts_of(whole_batch, condition, mates.size)
+                            ):
                                 with torch.autocast(x.device.type, torch.bfloat16, self.precision == "bfloat16"):
                                     target = teacher.target(x, t, truth, told)
                                     prediction = call(x, t, told)
                                 loss = part * batches.loss(prediction.float(), target.float(), clean, x, t)
                                 torch.autograd.backward(weight * loss)
                                 losses[_name(arch)] += loss.item()
+                    losses = _over_all(losses, mates, net.device)
                     _check_finite(losses, name, optimiser.step + 1, self.learning_rate)
-                    optimiser.update()
+                    optimiser.update(mates)
                     if files:
                         files.keep(optimiser, self.steps)
                 yield Progress(name, optimiser.step, self.steps, losses)
@@ -259,6 +285,7 @@ class Sandwich(OneStage):
                 files.keep_now(optimiser)
             raise
         optimiser.adopt_average()
+        net.trained_macs = round(mates.sum_of(net.trained_macs, net.device)) if mates.size > 1 else net.trained_macs
 
     def macs(self, supernet: Elastic) -> float:
         full = supernet.cost(supernet.anatomy.full).macs
@@ -271,13 +298,14 @@ class Sandwich(OneStage):
         return self.steps * self.batch * each
 
     def _parts_of(
-        self, tensors: tuple[torch.Tensor, ...], condition: Condition | None
+        self, tensors: tuple[torch.Tensor, ...], condition: Condition | None, processes: int
     ) -> Iterator[tuple[float, tuple[torch.Tensor, ...], Condition | None]]:
-        """Of a batch, each with its share of it."""
-        if self.accumulate == 1:
+        """Of a batch, each with its share of it; as many for each process."""
+        count = self.accumulate * processes
+        if count == 1:
             yield 1.0, tensors, condition
             return
-        for places in torch.arange(len(tensors[0]), device=tensors[0].device).tensor_split(self.accumulate):
+        for places in torch.arange(len(tensors[0]), device=tensors[0].device).tensor_split(count):
             told = None if condition is None else {name: rows[places] for name, rows in condition.items()}
             yield len(places) / len(tensors[0]), tuple(tensor[places] for tensor in tensors), told
 
@@ -288,6 +316,15 @@ class Sandwich(OneStage):
         last = len(subnets) - 1
         drawn = torch.randperm(max(last - 1, 0), generator=generator)[: self.between].tolist()
         return list(dict.fromkeys(subnets.flat(i) for i in (last, 0, *(i + 1 for i in drawn))))
+
+
+def _over_all(losses: dict[str, float], mates: Team, device: torch.device) -> dict[str, float]:
+    """Each process has the losses of its share."""
+    if mates.size == 1:
+        return losses
+    values = torch.tensor([*losses.values()], device=device)
+    mates.sum([values])
+    return dict(zip(losses, values.tolist(), strict=True))
 
 
 @recipe

@@ -1,0 +1,77 @@
+"""Processes that train one supernet together, as `accelerate launch` starts them: each runs its share of every batch, and gradients are summed. All run the
+same code on the same random numbers; the first alone writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from nas.contracts import Progress
+
+T = TypeVar("T")
+
+WORLD = "WORLD_SIZE"
+"""By which a launcher says how many processes there are."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """`rank`: of this process, 0 the first. `size`: how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, parts: Iterable[T]) -> Iterator[T]:
+        """This process's share."""
+        return (part for place, part in enumerate(parts) if place % self.size == self.rank)
+
+    def sum(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Over all processes, in place."""
+        if self.size > 1 and tensors:
+            whole = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            torch.distributed.all_reduce(whole)
+            for tensor, summed in zip(tensors, torch.split(whole, [tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(summed.reshape(tensor.shape))
+
+    def sum_of(self, number: float, device: torch.device) -> float:
+        one = torch.tensor([number], dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+        self.sum([one])
+        return float(one)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def in_turn(self, work: Callable[[], Iterator[Progress]]) -> Iterator[Progress]:
+        """The first makes what the others find there then."""
+        if self.first:
+            yield from work()
+        self.wait()
+        if not self.first:
+            yield from work()
+
+    def leave(self) -> None:
+        """Ends it: what this process does from now on, and what it starts, is its own."""
+        if self.size > 1:
+            self.wait()
+            torch.distributed.destroy_process_group()
+            os.environ[WORLD] = "1"
+
+
+def team(device: str) -> Team:
+    """That this process is of, by its environment; it alone where no launcher has started it."""
+    if int(os.environ.get(WORLD, "1")) < 2:
+        return Team()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device == "cpu")
+    return Team(state.process_index, state.num_processes)

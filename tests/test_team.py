@@ -1,0 +1,91 @@
+"""Several processes train one supernet, as one would."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evaluators.images import Digits
+from nas.contracts import UserError
+from search_spaces.supernet import Elastic
+from search_spaces.training import Sandwich
+from search_spaces.training.stages import Checkpoints
+from search_spaces.training.team import Team
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parent.parent
+TRAIN = """
+import sys
+from pathlib import Path
+import torch
+from evaluators.images import Digits
+from search_spaces.supernet import Elastic
+from search_spaces.training import Sandwich, Stages
+from tests.conftest import TINY
+torch.set_num_threads(1)
+net = Elastic(TINY, widths=(0.25, 0.5, 1.0), groups="count")
+steps = int(sys.argv[2])
+training = Stages((Sandwich(steps=steps, batch=16, warmup=2, learning_rate=2e-4, distillation=0.3), Sandwich(steps=2, batch=16, learning_rate=2e-4)), 3)
+for tick in training.run(net, Digits(), Path(sys.argv[1]) / "supernet", 0, "cpu"):
+    print(tick.what, tick.done, *tick.values.values())
+    if len(sys.argv) > 3 and tick.done == int(sys.argv[3]):
+        sys.exit("stopped")
+"""
+
+
+def trained(folder: Path, *arguments: str, processes: int = 2) -> list[str]:
+    """By so many processes, as a launcher starts them; what each prints."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    running = []
+    for rank in range(processes):
+        place = {"WORLD_SIZE": str(processes), "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        environment = {**os.environ, **place, "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, "-c", TRAIN, str(folder), *arguments]
+        running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True))
+    try:
+        return [process.communicate(timeout=120)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
+    [alone] = trained(tmp_path / "one", "6", processes=1)
+    first, second = trained(tmp_path / "two", "6")
+    assert first == second  # the losses of both shares
+    for mine, theirs in zip(first.splitlines(), alone.splitlines(), strict=True):
+        assert [float(n) for n in mine.split()[1:]] == pytest.approx([float(n) for n in theirs.split()[1:]], rel=1e-5)
+    one, two = (load_file(tmp_path / name / "supernet" / "weights.safetensors") for name in ("one", "two"))
+    # Adam moves a weight by up to the learning rate whatever its gradient, whose rounding then shows where it is nearly zero.
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5
+    spent = [json.loads((tmp_path / name / "supernet" / "training.json").read_text()) for name in ("one", "two")]
+    assert [stage["macs"] for stage in spent[0]] == [stage["macs"] for stage in spent[1]]
+    # Stopped on the way, it goes on where it was, in as many processes or in another number.
+    trained(tmp_path / "stopped", "6", "4")
+    assert not (tmp_path / "stopped" / "supernet" / "weights.safetensors").exists()
+    again, _ = trained(tmp_path / "stopped", "6")
+    assert again.splitlines()[0].startswith("supernet 5 ")
+    stopped = load_file(tmp_path / "stopped" / "supernet" / "weights.safetensors")
+    assert all(torch.equal(stopped[name], two[name]) for name in two)
+
+
+def test_shares_are_whole_and_no_process_has_none(tmp_path: Path) -> None:
+    assert [[*Team(rank, 3).mine(range(7))] for rank in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    net = Elastic(TINY, widths=(0.5, 1.0), groups="count").initial(0)
+    files = Checkpoints(tmp_path / "checkpoint", "", 10, Team(0, 4))
+    stage = Sandwich(steps=1, batch=6, accumulate=2)
+    with pytest.raises(UserError, match="4 processes, each with accumulate=2 parts of a batch of 6"):
+        next(stage.fit(net, Digits().load(), 0, files))
+    assert not (tmp_path / "checkpoint").exists()
