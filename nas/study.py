@@ -390,6 +390,8 @@ def load_study(file: str | Path) -> Study:
     """The `study` of a Python file, which runs in its own folder and may import its neighbours. Raises UserError where there is none, with
     the file's own error where it has one."""
     path = Path(file).resolve()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the Python file that defines `study`")
     if not path.is_file():
         raise UserError(f"study file {path} does not exist; give the path of a Python file that defines `study`")
     name = f"nas_study_{path.stem}"

@@ -168,7 +168,7 @@ def check_searcher(searcher: Searcher, trials: int = 40) -> None:
         _check_replay(searcher, problem, history)
         _check_asynchronous(searcher, problem, trials)
         _check_failures(searcher, problem, trials)
-    for problem in (timed_problem(), limited_problem(), timed_limited_problem()):
+    for problem in (timed_problem(), limited_problem()):
         history = _drive(searcher.start(problem, 7), problem, trials)
         _check_replay(searcher, problem, history[: trials // 2])
     _check_exhaustion(searcher)

@@ -30,6 +30,7 @@ from evaluators.frechet import Frechet
 from evaluators.images import Digits, ImageFolder
 from evaluators.latency import Latency, Timed
 from nas.contracts import Guidance
+from nas.results import forecast
 from nas.searchers.evolution import Evolution
 from nas.searchers.gates import Gates
 from nas.searchers.pruner import Pruner
@@ -263,6 +264,7 @@ def test_own_parts_keep_the_laws(
 @pytest.mark.docs
 def test_the_study_of_the_readme_runs_when_it_is_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(forecast, "SECONDS", 0.5)
     (tmp_path / "mine.py").write_text(smaller(blocks("README.md")[0], r"proxies=\{.*?\n    \}", r"rungs=\(\d+,\)"))
     assert [c.partition("#")[0].strip() for c in commands("README.md")] == commands("quick-start.md")
     for command in commands("README.md"):
@@ -274,6 +276,7 @@ def test_the_study_of_the_readme_runs_when_it_is_pasted(tmp_path: Path, monkeypa
 @pytest.mark.docs
 def test_the_commands_of_the_three_jobs_run_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(forecast, "SECONDS", 0.5)
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "digits.py").write_text(smaller((ROOT / "studies" / "digits.py").read_text()))
     every = [command for page in ("searching.md", "compare.md", "hand-over.md") for command in commands(page)]

@@ -149,6 +149,7 @@ COPY = """
 import sys
 import torch
 from diffusers import DiffusionPipeline
+torch.set_num_threads(1)
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline=sys.argv[1], trust_remote_code=True)
 torch.save(pipeline(batch_size=4, seed=0, output_type="pt").images, sys.argv[2])
 """

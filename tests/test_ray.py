@@ -178,6 +178,7 @@ run_on_ray(toy_study(evaluator__seconds=0.1, evaluator__log=str(folder / "calls"
 """
 
 
+@pytest.mark.long
 def test_a_killed_ray_run_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
     killed_at_random(RAY, tmp_path, kills=3, wait=(0.0, 1.0))
     [(info, trials)] = read_ledgers(open_storage(tmp_path))
@@ -280,6 +281,7 @@ print(json.dumps({"outer": outer, "listening": len(listening), "opened": sorted(
 """
 
 
+@pytest.mark.long
 def test_a_local_cluster_answers_on_loopback_alone(tmp_path: Path) -> None:
     pytest.importorskip("psutil")
     done = subprocess.run(

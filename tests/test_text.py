@@ -262,7 +262,7 @@ def gradients(stage: Sandwich, net: Any, data: ImageSet) -> dict[str, torch.Tens
     seen: dict[str, torch.Tensor] = {}
     update = Optimiser.update
 
-    def noted(self: Optimiser) -> None:
+    def noted(self: Optimiser, *_: Any) -> None:
         seen.update(
             {name: parameter.grad.clone() for name, parameter in self._named.items() if parameter.grad is not None}
         )
@@ -392,7 +392,7 @@ def exported(
     return net, schedule
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
+@pytest.mark.parametrize("kind", ["sd", pytest.param("xl", marks=pytest.mark.long)])
 def test_an_exported_folder_samples_without_this_project(kind: str, folder: Path, tmp_path: Path) -> None:
     """In a process that cannot import it; prompts, negative prompts, latents."""
     net, schedule = exported(folder, tmp_path / "model", kind)

@@ -152,7 +152,7 @@ def some_archs(net: Elastic, count: int, seed: int = 0) -> list[Arch]:
 # ------------------------------------------------------------------------------------------------------------- slices
 
 
-@pytest.mark.parametrize("heads", ["whole", "slim"])
+@pytest.mark.parametrize("heads", [pytest.param("whole", marks=pytest.mark.long), "slim"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_subnets_equal_the_full_network_with_all_else_at_zero(config: dict[str, Any], heads: Any) -> None:
     net = elastic(config, heads=heads)

@@ -92,7 +92,7 @@ def test_each_network_is_trained_on_its_timesteps_and_resumes_exactly(exported: 
     assert pipeline(2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
-@pytest.mark.parametrize("changed", [{"distillation": 1.0}, {"features": 0.1}])
+@pytest.mark.parametrize("changed", [{"distillation": 1.0}, pytest.param({"features": 0.1}, marks=pytest.mark.long)])
 def test_losses_pull_towards_the_teacher(exported: Path, changed: dict[str, Any]) -> None:
     """From other weights than the teacher's, distillation lowers the distance to it."""
     pixels = Digits().load().pixels
@@ -300,6 +300,7 @@ def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> N
     refused(nas(*quick, "--steps", 60), "was trained otherwise: steps was 6, now 60. Delete it to train again")
 
 
+@pytest.mark.long
 def test_each_network_sees_its_timesteps_alone(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = json.loads((exported / "train.json").read_text())["timesteps"]
     seen: dict[str, set[int]] = {name: set() for name in served}
@@ -320,7 +321,9 @@ def test_each_network_sees_its_timesteps_alone(exported: Path, monkeypatch: pyte
         assert max(seen[name]) - min(seen[name]) > widest / 2, "and they are spread over them"
 
 
-@pytest.mark.parametrize("count", range(1, 8))
+@pytest.mark.parametrize(
+    "count", [pytest.param(count, marks=() if count in (1, 4) else pytest.mark.long) for count in range(1, 8)]
+)
 def test_killed_between_any_two_files_the_trained_folder_has_the_hashes_of_its_networks(
     exported: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +345,7 @@ def test_killed_between_any_two_files_the_trained_folder_has_the_hashes_of_its_n
     check_hashes(exported / "trained", found.networks, found.provenance, "")
 
 
+@pytest.mark.long
 def test_distillation_is_the_share_of_the_teacher(exported: Path) -> None:
     """The full network is its own teacher: wholly distilled it has nothing to learn, not distilled it has the noise to predict."""
     pixels = Digits().load().pixels

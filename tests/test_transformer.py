@@ -183,7 +183,9 @@ def _nearest(k: int, few: int, many: int) -> int:
     return min(range(many), key=lambda j: (abs(j / many - k / few), abs(j - round(k * many / few))))
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "dit" else pytest.mark.long) for kind in CONFIGS]
+)
 def test_a_subnet_is_the_full_network_with_the_rest_masked(kind: str) -> None:
     """In float64, functional, extracted and masked, for 50 random widths, depths and orders of blocks."""
     generator = torch.Generator().manual_seed(2)

@@ -153,7 +153,13 @@ def exported(folder: Path, to: Path, kind: str, **settings: Any) -> tuple[Any, S
     return net, schedule
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("dit", {}), ("dit", {"guided_channels": 3}), ("pixart", {})])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("dit", {}), pytest.param("dit", {"guided_channels": 3}, marks=LONG), pytest.param("pixart", {}, marks=LONG)],
+)
 def test_an_exported_folder_samples_without_this_project(
     kind: str, settings: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +219,7 @@ def test_what_the_plain_pipeline_cannot_do_is_refused(folder: Path, tmp_path: Pa
             export_stock(net, schedule, DDIM(clip=False).describe(), {}, tmp_path / "stock")
 
 
+@pytest.mark.long
 def test_an_exported_transformer_is_trained_with_one_embedder(folder: Path, tmp_path: Path) -> None:
     """So that what was trained can be opened again; stopped and gone on with, it is what it would have been."""
     exported(folder, tmp_path / "model", "dit")
@@ -281,7 +288,7 @@ def test_labels_are_dropped_once_for_all_blocks(garments: ImageSet, monkeypatch:
     """By the step's own generator: the stock class in training mode would drop others in each block, from torch's global one."""
     gradients: list[dict[str, torch.Tensor]] = []
 
-    def noted(self: Optimiser) -> None:
+    def noted(self: Optimiser, *_: Any) -> None:
         gradients.append({name: p.grad.clone() for name, p in self._named.items() if p.grad is not None})
 
     monkeypatch.setattr(Optimiser, "update", noted)
@@ -395,7 +402,7 @@ def test_blocks_that_run_again_in_the_backward_pass_give_the_same_gradients(
     for name, change in (("plain", {}), ("again", {"checkpointing": True, "accumulate": 2})):
         gradients: dict[str, torch.Tensor] = {}
 
-        def noted(self: Optimiser, into: dict[str, torch.Tensor] = gradients) -> None:
+        def noted(self: Optimiser, *_: Any, into: dict[str, torch.Tensor] = gradients) -> None:
             into.update({name: p.grad.clone() for name, p in self._named.items() if p.grad is not None})
 
         monkeypatch.setattr(Optimiser, "update", noted)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from nas.cli.options import JsonOption, print_json
-from nas.cli.terminal import out
+from nas.cli.terminal import notes, out
 from nas.contracts import UserError
 
 LARGE = 48
@@ -58,7 +58,18 @@ def new(
     except BaseException:
         path.unlink()
         raise
+    count = _looked_at(images)[-1]
+    if (held_out := round(count * _held_out(count) / 2)) < FEW:
+        notes.print(
+            f"{count} pictures: some {held_out} are held out for the search to be compared with, which is few; more pictures tell schedules apart better",
+            highlight=False,
+            soft_wrap=True,
+        )
     out.print(f"{path}: `nas run {path} --dry-run` says what it would take", highlight=False, soft_wrap=True)
+
+
+FEW = 200
+"""Held-out images below which a distance to them says little of small differences."""
 
 
 def _checked(path: Path) -> None:
@@ -68,17 +79,23 @@ def _checked(path: Path) -> None:
     load_study(path).check()
 
 
+def _held_out(count: int) -> float:
+    """A tenth, or more of few pictures: the search and the last judgement have a half each."""
+    return round(min(0.3, max(0.1, 2 * FEW / 3 / count)), 2)
+
+
 def study_text(name: str, file: str, images: Path, pipeline: Path | None, labels: bool, size: int | None) -> str:
     """Of the study file. Raises UserError where the folder holds no pictures, or the pipeline is none that this can be done with."""
     import jinja2
 
-    height, width, channels, alike = _looked_at(images)
+    height, width, channels, alike, count = _looked_at(images)
     facts: dict[str, Any] = {
         "title": f"{name}: which network each interval of denoising timesteps needs, for the pictures in {images.name}.",
         "name": name,
         "file": file,
         "images": json.dumps(str(images.resolve())),
         "channels": channels,
+        "holdout": _held_out(count),
         "labels": labels,
         "classes": _classes(images) if labels else 0,
         "pipeline": None,
@@ -97,8 +114,8 @@ def study_text(name: str, file: str, images: Path, pipeline: Path | None, labels
     return text
 
 
-def _looked_at(images: Path) -> tuple[int, int, int, bool]:
-    """Height, width and channels of the first pictures, and whether these are of one size."""
+def _looked_at(images: Path) -> tuple[int, int, int, bool, int]:
+    """Height, width and channels of some pictures, whether these are of one size, and how many pictures there are."""
     from PIL import Image
 
     from nas.base.pictures import PictureError, find_pictures
@@ -118,7 +135,7 @@ def _looked_at(images: Path) -> tuple[int, int, int, bool]:
         except OSError as error:
             raise UserError(f"{file} cannot be read as a picture ({error}); mend it, or take it away") from error
     height, width = min(sizes)
-    return height, width, 1 if grey else 3, len(sizes) == 1
+    return height, width, 1 if grey else 3, len(sizes) == 1, len(files)
 
 
 def _classes(images: Path) -> int:

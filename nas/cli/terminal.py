@@ -66,7 +66,7 @@ def print_status(facts: Mapping[str, Any]) -> None:
     if working is not None:
         left = "" if working["seconds_left"] is None else f", {duration(working['seconds_left'])} left"
         values = "".join(f", {name} {value:.4g}" for name, value in sorted(working["values"].items()))
-        old = working["seconds_ago"] > STALE
+        old = working.get("stopped") or working["seconds_ago"] > STALE
         out.print(
             f"{'stopped at' if old else 'working on'} {working['stage']}: {working['done']:,} of {working['total']:,}{values}"
             + (f", {duration(working['seconds_ago'])} ago; the same `nas run` goes on" if old else left),

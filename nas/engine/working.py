@@ -16,8 +16,10 @@ EVERY = 2.0
 
 
 def noted(ticks: Iterator[Progress], folder: Path) -> Iterator[Progress]:
-    """The same ticks, noted in the folder as they come. Work that ends leaves no note; work that is killed leaves its last one."""
+    """The same ticks, noted in the folder as they come. Work that ends leaves no note; work that is stopped leaves its last one and says so, work that is killed leaves it as it was."""
     path, stage, began, first, written = folder / FILE, "", 0.0, 0, 0.0
+    note: dict[str, Any] = {}
+    ended = False
     try:
         for tick in ticks:
             now = time.time()
@@ -26,21 +28,22 @@ def noted(ticks: Iterator[Progress], folder: Path) -> Iterator[Progress]:
             if now - written >= EVERY:
                 done, passed = tick.done - first, now - began
                 rate = done / passed if done > 0 and passed > 0 else None
-                write_json(
-                    path,
-                    {
-                        "stage": tick.what,
-                        "done": tick.done,
-                        "total": tick.total,
-                        "values": {name: float(value) for name, value in tick.values.items()},
-                        "per_second": rate,
-                        "seconds_left": None if rate is None else (tick.total - tick.done) / rate,
-                        "at": now,
-                    },
-                )
+                note = {
+                    "stage": tick.what,
+                    "done": tick.done,
+                    "total": tick.total,
+                    "values": {name: float(value) for name, value in tick.values.items()},
+                    "per_second": rate,
+                    "seconds_left": None if rate is None else (tick.total - tick.done) / rate,
+                    "at": now,
+                }
+                write_json(path, note)
                 written = now
             yield tick
+        ended = True
     finally:
+        if note and not ended:
+            write_json(path, {**note, "stopped": True})
         close = getattr(ticks, "close", None)
         if close is not None:
             close()

@@ -35,15 +35,20 @@ def write_card(
     if samples is not None:
         _grid(samples).save(folder / SAMPLES)
         pictures += f"\n![Samples of it, as it was exported]({SAMPLES})\n"
-    reads, told = plan.get("text") is not None, plan.get("null_label") is not None
-    task = "text-to-image" if reads else "unconditional-image-generation"
+    reads, classes = plan.get("text") is not None, plan.get("null_label")
+    task = "pipeline_tag: text-to-image\n" if reads else "pipeline_tag: unconditional-image-generation\n"
+    told, options = "batch_size=16", ""
+    if reads:
+        told, options = 'prompt="what the image shows"', " --captions txt"
+    elif classes is not None:
+        told, options, task = f"class_labels=[n % {classes} for n in range(16)]", " --labels folders", ""
     (folder / "README.md").write_text(
-        _HEAD.format(task=task, conditions="" if reads or not told else "- class-conditional\n")
+        _HEAD.format(task=task, conditions="" if task else "- class-conditional\n")
         + pictures
-        + _USE
+        + _USE.format(told=told)
         + _measured(provenance)
         + _tested(provenance)
-        + _MORE
+        + _MORE.format(options=options)
     )
 
 
@@ -94,8 +99,7 @@ def _tested(provenance: Mapping[str, Any]) -> str:
 
 _HEAD = """---
 library_name: diffusers
-pipeline_tag: {task}
-license: other
+{task}license: other
 tags:
 - diffusion
 - step-aware
@@ -125,7 +129,7 @@ or in Python, in this folder:
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline=".", trust_remote_code=True)
-images = pipeline(batch_size=16, seed=0, output_type="pt").images  # (batch, channels, height, width) in [0, 1]
+images = pipeline({told}, seed=0, output_type="pt").images  # (batch, channels, height, width) in [0, 1]
 ```
 
 `trust_remote_code` lets diffusers run this folder's `pipeline.py`: do so with folders that you or people you trust have written.
@@ -141,7 +145,7 @@ _MORE = """
 Each network on the timesteps that it serves (`train.json`), with distillation from the full network:
 
 ```
-python train_diffusers.py --images folder/of/pictures
+python train_diffusers.py --images folder/of/pictures{options}
 ```
 
 Where a model folder holds model.pt2, `torch.export.load` reads the same network: module(sample, timestep), for batches of 2 to 63, with

@@ -309,9 +309,12 @@ if pipeline.config.schedule.get("text") is not None:
     told = {"prompt": [arguments.prompt[i % len(arguments.prompt)] for i in range(arguments.count)], "negative_prompt": arguments.negative_prompt}
 images = pipeline(batch_size=arguments.count, seed=arguments.seed, class_labels=labels, guidance_scale=arguments.guidance_scale, **told).images
 columns = min(8, len(images))
+scale = max(1, -(-64 // max(images[0].size)))  # small ones are enlarged, to be looked at
+images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]
 width, height = images[0].size
 grid = Image.new(images[0].mode, (columns * width, -(-len(images) // columns) * height))
 for i, image in enumerate(images):
     grid.paste(image, (i % columns * width, i // columns * height))
 grid.save(arguments.to)
+print(f"{len(images)} samples are in {arguments.to}")
 '''

@@ -49,7 +49,7 @@ def recommended(run: Run, study_file: str = "STUDY.py") -> dict[str, Any] | None
     if full is None or full.score is None or trial.score is None:
         return {**told, "words": f"Take {called}: {what}; the best of {several} within the limits."}
     difference, error = trial.score.difference(full.score, quality)
-    what += f" where the full network has {full.score.values[quality]:.4g}"
+    what += f" where the full network has {full.score.values[quality]:.4g}, on the noises that verified both"
     if math.isfinite(error):
         low, high = difference - INTERVAL * error, difference + INTERVAL * error
         told |= {"difference": difference, "interval": [low, high]}
