@@ -460,7 +460,7 @@ def test_an_exported_folder_trains_on_latents_without_this_project(tmp_path: Pat
     assert "vae/config.json" in json.loads((trained / "provenance.json").read_text())["files"]
     assert alone(trained / "sample.py", "--count", 4, "--to", tmp_path / "samples.png").returncode == 0
     with Image.open(tmp_path / "samples.png") as grid:
-        assert grid.size == (4 * 16, 16)
+        assert grid.size == (4 * 64, 64)  # enlarged to be looked at
     weights = tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\x80\x3f")
     refused = alone(tmp_path / "model" / "train_diffusers.py", "--images", pictures, "--steps", 8, "--cpu")

@@ -158,7 +158,7 @@ def test_the_script_alone_trains_the_same(exported: Path) -> None:
         sampled = alone(folder / "sample.py", "--count", 2, "--to", exported.parent / "grid.png")
         assert sampled.returncode == 0, sampled.stderr
         with Image.open(exported.parent / "grid.png") as grid:
-            assert grid.size == (16, 8)
+            assert grid.size == (2 * 64, 64)  # enlarged to be looked at
     wrong = alone(exported / "train_diffusers.py", "--images", exported / "unet_0")
     assert wrong.returncode == 1
     assert "holds no pictures" in wrong.stderr
