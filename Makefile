@@ -31,7 +31,7 @@ test: lint types tests
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going docs site
 
-docs-test: docs
+docs-test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m docs -n 2 --dist load
 
 test-all: test docs-test

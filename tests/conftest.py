@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 # A shell without job control starts what is in the background deaf to Ctrl-C, and so would be every process that a test starts.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-settings.register_profile("ci", deadline=None, max_examples=30, derandomize=True)
+settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ci")
 
 TINY = {

@@ -444,6 +444,7 @@ def test_an_exported_folder_decodes_as_ours(kind: str, tmp_path: Path, monkeypat
     assert torch.allclose(images, sample(net, schedule, sampler, 0, 0, 16), atol=1e-5)
 
 
+@pytest.mark.long
 def test_an_exported_folder_trains_on_latents_without_this_project(tmp_path: Path) -> None:
     """The same draws of posteriors as ours, hashes of the autoencoder kept, and a folder that samples."""
     exported("KL", tmp_path)

@@ -390,6 +390,14 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.docs
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(ROOT / "docs"), str(tmp_path / "site")]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nas run" in (tmp_path / "site" / "commands.html").read_text()
+
+
+@pytest.mark.docs
 def test_the_wheel_works_without_the_clone(tmp_path: Path) -> None:
     """Built, unpacked elsewhere, and used from there: a study is written, opened and looked at."""
     source = tmp_path / "source"
@@ -403,7 +411,7 @@ def test_the_wheel_works_without_the_clone(tmp_path: Path) -> None:
     for needed in ("nas/py.typed", "nas/results/templates/report.html", "search_spaces/shipped/pipeline.py"):
         assert needed in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "docs"))]
-    folder_of(tmp_path / "pictures", count=64, size=16)
+    folder_of(tmp_path / "pictures", count=160, size=16)
     elsewhere = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
     for line in (
         "import nas; assert nas.__file__.startswith({place!r}); print(nas.__file__)",

@@ -138,8 +138,8 @@ def test_a_fault_of_the_program_is_not_explained_away() -> None:
     assert explained(AssertionError()) is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("most", [3_000, pytest.param(40_000, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("most", [3_000, 40_000])
 def test_a_full_disk_is_told_in_a_line_and_what_is_kept_goes_on(most: int, tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk."""
     study = study_file(tmp_path, steps=12)

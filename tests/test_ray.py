@@ -191,6 +191,7 @@ def test_a_killed_ray_run_loses_nothing_and_doubles_nothing(tmp_path: Path) -> N
     assert set(calls) == {f"{t.digest} {t.rung}" for t in trials}
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_a_ray_run_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "study.py").write_text(
         "from tests.toy import toy_study\nstudy = toy_study(trials=500, evaluator__seconds=0.2)\n"
@@ -207,6 +208,7 @@ def test_ctrl_c_stops_a_ray_run_and_says_so(tmp_path: Path) -> None:
     assert "evolution" not in {info.searcher for info, _ in read_ledgers(open_storage(run_folder))}
 
 
+@pytest.mark.long
 def test_searchers_that_keep_state_share_two_workers(ray_cluster: Any, tmp_path: Path) -> None:
     """Answers come back out of order: nobody proposes what is pending, or waits where nothing is."""
     from nas.engine.ray_runner import Workers
@@ -298,7 +300,7 @@ def test_a_local_cluster_answers_on_loopback_alone(tmp_path: Path) -> None:
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize("part", ["raylet", pytest.param("gcs_server", marks=LONG), pytest.param("_Desk", marks=LONG)])
+@pytest.mark.parametrize("part", [pytest.param(part, marks=LONG) for part in ("raylet", "gcs_server", "_Desk")])
 def test_a_dead_part_of_the_cluster_ends_the_run_in_a_line(part: str, tmp_path: Path) -> None:
     psutil = pytest.importorskip("psutil")
     (tmp_path / "study.py").write_text(

@@ -72,7 +72,12 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     assert max(float((one[name] - two[name]).abs().max()) for name in one) <= 1e-5
     spent = [json.loads((tmp_path / name / "supernet" / "training.json").read_text()) for name in ("one", "two")]
     assert [stage["macs"] for stage in spent[0]] == [stage["macs"] for stage in spent[1]]
-    # Stopped on the way, it goes on where it was, in as many processes or in another number.
+
+
+@pytest.mark.long
+def test_two_processes_that_are_stopped_go_on_bit_for_bit(tmp_path: Path) -> None:
+    trained(tmp_path / "two", "6")
+    two = load_file(tmp_path / "two" / "supernet" / "weights.safetensors")
     trained(tmp_path / "stopped", "6", "4")
     assert not (tmp_path / "stopped" / "supernet" / "weights.safetensors").exists()
     again, _ = trained(tmp_path / "stopped", "6")
