@@ -815,7 +815,8 @@ def with_pictures(folder: Path) -> Path:
     return images
 
 
-@pytest.mark.parametrize("kind", ["sd", pytest.param("xl", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["sd", "xl"])
 def test_an_exported_folder_is_trained_on_captions_without_this_project(
     kind: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -853,6 +854,7 @@ runpy.run_path("model/train_diffusers.py", run_name="__main__")
     assert "the networks need a caption for each image: give --captions txt" in missing.stderr
 
 
+@pytest.mark.long
 def test_parts_and_checkpoints_change_no_gradient_of_the_script(folder: Path, tmp_path: Path) -> None:
     exported(folder, tmp_path / "model")
     pixels = captioned_images().pixels
