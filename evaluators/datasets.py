@@ -37,7 +37,7 @@ class Items:
 
 
 @recipe(kw_only=True)
-class Listed(KeptImages):
+class OneByOne(KeptImages):
     """What both sources share. `size`: the side, or (height, width), that every image must have. `channels`: 1 (grey) or 3 (RGB). `resize`: a resampling rule,
     for who wants images of other sizes cropped and resized. `holdout`: the share of each class that nothing is trained on."""
 
@@ -84,7 +84,7 @@ class Listed(KeptImages):
 
 
 @recipe(kw_only=True)
-class DatasetFolder(Listed):
+class DatasetFolder(OneByOne):
     """A Hugging Face data set in a local folder, of `save_to_disk`, or of files that `load_dataset` reads (parquet, pictures in folders). Needs the package
     `datasets`; nothing is downloaded.
 
@@ -195,7 +195,7 @@ _TABLES: dict[DatasetFolder, tuple[Any, ...]] = {}
 
 
 @recipe(kw_only=True)
-class TorchDataset(Listed):
+class TorchDataset(OneByOne):
     """Any torch Dataset of a known length whose items are an image, or an image with its label: a PIL picture, an array or tensor of bytes, (height, width[,
     channels]) or (channels, height, width), or of floats within `span`, channels first.
 

@@ -194,4 +194,4 @@ def test_the_readme_is_a_model_card(tiny_study: Study, tiny_run: Path, tmp_path:
     for name in re.findall(r"!\[.*?\]\((.*?)\)", body):
         assert (tmp_path / "model" / name).exists()
     with Image.open(tmp_path / "model" / "samples.png") as grid:
-        assert grid.size == (8 * 64, 2 * 64)
+        assert grid.size == ((8 * 9 - 1) * 8, (2 * 9 - 1) * 8)  # a pixel between them

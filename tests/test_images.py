@@ -12,7 +12,7 @@ import evaluators.kept
 from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, check_shape
 from nas.base.pictures import PictureError, read_picture
 from nas.contracts import UserError
-from nas.results.plots import to_uint8
+from nas.results.samples import to_uint8
 from nas.study import load_study
 
 

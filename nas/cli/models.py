@@ -136,7 +136,7 @@ def sample(
     if to.suffix == ".npy":
         np.save(to, images)
     else:
-        from nas.results.plots import class_by_class, draw_samples
+        from nas.results.samples import class_by_class, draw_samples
 
         images = class_by_class(images, study.evaluator, seed)
         draw_samples(images, to, scale=max(1, 96 // images.shape[-1]))

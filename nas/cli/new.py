@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -69,7 +70,10 @@ def new(
 
 
 FEW = 200
-"""Held-out images below which a distance to them says little of small differences."""
+"""Images compared with below which a distance to them says little of small differences."""
+
+HELD_OUT = 128
+"""Pictures that are held out where a tenth of them would be fewer; of fewer than some four hundred, three tenths."""
 
 
 def _checked(path: Path) -> None:
@@ -81,7 +85,7 @@ def _checked(path: Path) -> None:
 
 def _held_out(count: int) -> float:
     """A tenth, or more of few pictures: the search and the last judgement have a half each."""
-    return round(min(0.3, max(0.1, 2 * FEW / 3 / count)), 2)
+    return round(min(0.3, max(0.1, HELD_OUT / count)), 2)
 
 
 def study_text(name: str, file: str, images: Path, pipeline: Path | None, labels: bool, size: int | None) -> str:
@@ -114,6 +118,7 @@ def study_text(name: str, file: str, images: Path, pipeline: Path | None, labels
     return text
 
 
+@lru_cache(maxsize=1)
 def _looked_at(images: Path) -> tuple[int, int, int, bool, int]:
     """Height, width and channels of some pictures, whether these are of one size, and how many pictures there are."""
     from PIL import Image

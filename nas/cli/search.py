@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -102,6 +101,7 @@ def run(
     from nas.engine.storage import check_answers
     from nas.library import StudyRun
     from nas.study import load_study
+    from search_spaces.training.team import helps
 
     study = load_study(study_file)
     first = next(iter(study.searchers), "evolution")
@@ -117,9 +117,8 @@ def run(
         return
     study.check()
     folder = run_folder(study, out_dir)
-    rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "0"
-    if rank != "0":  # one of several processes of `accelerate launch`
-        for _ in study.help_to_train(folder, _own_device(device)):
+    if (place := helps()) is not None:  # one of the processes of `accelerate launch`
+        for _ in study.help_to_train(folder, f"cuda:{place}" if device == "cuda" else device):
             pass
         return
     pool = worker_pool(workers, gpus_per_worker, ray_address, device)
@@ -171,11 +170,6 @@ def _dry_run(
             print_json(facts)
     if "here" in facts and not as_json:
         print_forecast(facts["here"], device)
-
-
-def _own_device(device: str) -> str:
-    """Of the devices of a machine, that of this process."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
 
 
 class _Naming:

@@ -243,7 +243,8 @@ def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome
 
 def _within_all(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
     """What keeps the budget, moved towards the cheapest schedule, which keeps all limits, until it does so too."""
-    if problem.feasible(genome):
+    budgeted = (LATENCY,) if LATENCY in problem.limits else ("macs", "macs_share")
+    if all(name in budgeted for name in problem.limits) or problem.feasible(genome):
         return genome
     costs, moved = costs_of(problem.space), list(genome)
     least = costs.cheapest()

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from nas.contracts import Score
 from nas.results.bars import Bar, drawn
+from nas.results.samples import draw_samples
 
 SCHEDULE, SAMPLES = "schedule.svg", "samples.png"
 SIDE = 64
-"""Pixels of a picture's side, at least, in the grid of samples."""
-
-COLUMNS = 8
+"""Pixels of a small sample's side in the grid."""
 
 
 def write_card(
@@ -33,7 +29,7 @@ def write_card(
     (folder / SCHEDULE).write_text(drawn(bars))
     pictures = f"![What each step runs]({SCHEDULE})\n"
     if samples is not None:
-        _grid(samples).save(folder / SAMPLES)
+        draw_samples(samples, folder / SAMPLES, scale=max(1, SIDE // samples.shape[-1]))
         pictures += f"\n![Samples of it, as it was exported]({SAMPLES})\n"
     reads, classes = plan.get("text") is not None, plan.get("null_label")
     task = "pipeline_tag: text-to-image\n" if reads else "pipeline_tag: unconditional-image-generation\n"
@@ -50,19 +46,6 @@ def write_card(
         + _tested(provenance)
         + _MORE.format(options=options)
     )
-
-
-def _grid(samples: npt.NDArray[Any]) -> Image.Image:
-    pixels = ((np.asarray(samples, np.float64).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
-    count, channels, height, width = pixels.shape
-    columns, scale = min(COLUMNS, count), max(1, math.ceil(SIDE / max(height, width)))
-    rows = math.ceil(count / columns)
-    grid = np.full((rows * height, columns * width, channels), 255, np.uint8)
-    for number, image in enumerate(pixels):
-        row, column = divmod(number, columns)
-        grid[row * height : (row + 1) * height, column * width : (column + 1) * width] = image.transpose(1, 2, 0)
-    picture = Image.fromarray(grid if channels == 3 else grid[..., 0])
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def _measured(provenance: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from nas.contracts import (
     derive_seed,
 )
 from nas.engine.session import torch_threads
-from nas.genomes.genetics import LATENCY, cheapest, random_genome, uniform_genomes
+from nas.genomes.genetics import LATENCY, cheapest, dearest, random_genome, uniform_genomes
 from nas.searchers.random import Random
 from nas.study import Study
 
@@ -37,7 +37,7 @@ FEW = 6
 
 IMAGES = 512
 SECONDS = 6.0
-"""For scoring, and the longest that one call may be reckoned to take."""
+"""For scoring, and the longest that one step may be reckoned to take."""
 
 SLOW = 2e10
 """Multiply-adds a second that every device reaches: what would take long even so is not tried."""
@@ -105,11 +105,12 @@ class Forecast:
 def forecast(
     study: Study, searchers: Sequence[str], device: str = "cpu", threads: int = 0, trials: int | None = None
 ) -> Forecast:
-    """Reads the images, trains everything for a few steps, and scores a few schedules. Raises UserError where a call of the network takes too long to try."""
-    full = dict(study.supernet.outline()) if hasattr(study.supernet, "outline") else {"macs": 0.0}
-    if device == "cpu" and full["macs"] / SLOW > SECONDS:
+    """Reads the images, trains everything for a few steps, and scores a few schedules. Raises UserError where one step takes too long to try."""
+    largest = dearest(study.space)
+    macs = study.space.cost(largest)["macs"] / len(study.space.decode(largest).steps)
+    if device == "cpu" and macs / SLOW > SECONDS:
         raise UserError(
-            f"a call of the full network is {full['macs'] / 1e9:.4g} G multiply-adds, which takes too long to try here; give --device, or --throughput to "
+            f"a step of the dearest schedule is {macs / 1e9:.4g} G multiply-adds, which takes too long to try here; give --device, or --throughput to "
             "reckon with another's"
         )
     shrunk, steps = _shrunk(study)

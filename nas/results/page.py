@@ -19,7 +19,7 @@ from nas.base.files import write_json
 from nas.contracts import WITHOUT_ATTENTION, Genome, Grounded, Trial
 from nas.genomes.genetics import LATENCY, dearest
 from nas.results.explore import points
-from nas.results.plots import INK, class_by_class, draw_audit, draw_curves, draw_profile, draw_samples, draw_scores
+from nas.results.plots import INK, draw_audit, draw_curves, draw_profile, draw_scores
 from nas.results.recommendation import export_command, recommended
 from nas.results.report import (
     GROUNDS,
@@ -32,6 +32,7 @@ from nas.results.report import (
     verdicts,
     verified_front,
 )
+from nas.results.samples import class_by_class, draw_samples
 from nas.study import BASELINE, Study
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -219,8 +220,7 @@ def _grids(
         shown.append(("one option at every step, no dearer", max(same, key=scale.share)))
     grids = []
     for title, trial in shown:
-        picture = folder / f"samples-{title.partition(' ')[0]}.png"
-        draw_grid(study, loaded, trial.genome, picture)
+        picture = samples_of(study, loaded, trial, folder)
         data = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
         grids.append({"title": title, "picture": data, "words": cost_in_words(trial)})
     return grids

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from nas.base.files import written
 from nas.contracts import LoadedSupernet, Schedule, UserError
 from nas.handover.portable import module, portable, write_portable
-from nas.results.plots import INK, draw_profile, draw_samples
+from nas.results.plots import INK, draw_profile
+from nas.results.samples import draw_samples
 from nas.tuning.study import LOSS, Wanted
 from nas.tuning.tune import CONFIDENCE, Candidate, Found, percent
 from search_spaces import shipped

@@ -285,7 +285,7 @@ class Sandwich(OneStage):
                 files.keep_now(optimiser)
             raise
         optimiser.adopt_average()
-        net.trained_macs = round(mates.sum_of(net.trained_macs, net.device)) if mates.size > 1 else net.trained_macs
+        net.trained_macs = mates.sum_of(net.trained_macs, net.device)
 
     def macs(self, supernet: Elastic) -> float:
         full = supernet.cost(supernet.anatomy.full).macs

@@ -41,10 +41,10 @@ class Team:
             for tensor, summed in zip(tensors, torch.split(whole, [tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(summed.reshape(tensor.shape))
 
-    def sum_of(self, number: float, device: torch.device) -> float:
-        one = torch.tensor([number], dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    def sum_of(self, number: int, device: torch.device) -> int:
+        one = torch.tensor([number], device=device)
         self.sum([one])
-        return float(one)
+        return int(one)
 
     def wait(self) -> None:
         """Until all are here."""
@@ -67,9 +67,19 @@ class Team:
             os.environ[WORLD] = "1"
 
 
+def launched() -> bool:
+    """Whether a launcher has started this process beside others."""
+    return int(os.environ.get(WORLD, "1")) > 1
+
+
+def helps() -> str | None:
+    """The number among the machine's processes of one that is not the first of all; None for the first, or one alone."""
+    return os.environ.get("LOCAL_RANK", "0") if launched() and os.environ.get("RANK", "0") != "0" else None
+
+
 def team(device: str) -> Team:
-    """That this process is of, by its environment; it alone where no launcher has started it."""
-    if int(os.environ.get(WORLD, "1")) < 2:
+    """That this process is of; it alone where no launcher has started it."""
+    if not launched():
         return Team()
     from accelerate import PartialState
 
