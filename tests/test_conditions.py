@@ -33,7 +33,7 @@ from nas.base.pictures import PictureError
 from nas.contracts import Guidance, ImageSet, Problem, Schedule, Step, UserError
 from nas.genomes.genetics import IntervalCosts, uniform_genomes
 from nas.handover.export import export
-from nas.results.plots import class_by_class
+from nas.results.samples import class_by_class
 from nas.searchers.choosers import Chooser
 from nas.searchers.gates import Gates
 from nas.searchers.pruner import Pruner, learn_gates
