@@ -7,9 +7,10 @@ hours of one core; the pilot's figures say how many seeds a protocol that claims
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from benchmarks import latent
 from benchmarks.common import RUNS, Benchmark, Target
 from benchmarks.protocol import committed
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet
-from evaluators.images import HeldOutHalf
+from evaluators.images import HeldOutHalf, load_once
 from nas.contracts import Guidance, Schedule, Step
 from nas.engine.session import open_session
 from nas.evidence.confirm import FULL, SCHEDULE, Confirmation, equal_steps
@@ -36,13 +38,18 @@ from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from search_spaces.intervals import equal, per_step, quadratic, uniform
+from search_spaces.loaded import LoadedElastic
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only
 from search_spaces.shipped.train_diffusers import settings_of
 from search_spaces.stepwise import Stepwise
+from search_spaces.training.importance import Order
 
 PROTOCOL = committed("confirm-pilot")
 SETTINGS = PROTOCOL.settings
+PRUNED, LONGER = "pruned", "full, longer"
+SPECIALISTS = tuple(f"interval {number}" for number in range(SETTINGS["intervals"]))
+ORDERED = "ordered.safetensors"
 Row = dict[str, Any]
 
 
@@ -102,9 +109,36 @@ class Setting:
         return StudyRun(self.study(whole_steps), folder)
 
 
+@dataclass(frozen=True)
+class Controlled(Confirmation):
+    """A confirmation whose arms may start from other weights than the supernet's."""
+
+    def net(self) -> LoadedElastic:
+        net = super().net()
+        assert isinstance(net, LoadedElastic)
+        others = copy.deepcopy(net.full)
+        others.load_state_dict(load_file(self.folder / ORDERED))
+        net.experts[PRUNED] = others
+        net.experts.update(dict.fromkeys(SPECIALISTS, net.full))
+        return net
+
+
+def order(setting: Setting) -> None:
+    """Keeps the full network with its channels in Diff-Pruning's order of importance."""
+    path = setting.run / ORDERED
+    if not path.exists():
+        study = setting.study()
+        net = study.supernet.load(setting.run / "supernet", "cpu")
+        assert isinstance(net, LoadedElastic)
+        for _ in Order("gradient", stride=500 if setting.quick else 20, batch=64).fit(net, load_once(study.images), 0):
+            pass
+        save_file(net.full.state_dict(), path)
+
+
 def named(setting: Setting) -> Row:
     """The schedules of all arms, before anything is trained."""
     torch.set_num_threads(1)
+    order(setting)
     run = setting.opened()
     run.search("evolution", "knapsack")
     steps = setting.opened(whole_steps=True)
@@ -117,10 +151,15 @@ def named(setting: Setting) -> Row:
     rng = np.random.default_rng(0)
     drawn = [random_genome(run.study.problem_in(run.folder), rng) for _ in range(200)]
     nearest = min(drawn, key=lambda genome: abs(space.cost(genome)["macs_share"] - share))
+    narrow = space.decode((0,) * len(space.choices))
+    specialists = [name for name in SPECIALISTS for _ in range(SETTINGS["steps"] // len(SPECIALISTS))]
     schedules = {
         SCHEDULE: run.schedule(chosen),
         FULL: full,
-        "narrower": space.decode((0,) * len(space.choices)),
+        LONGER: full,
+        "full, specialised": started_as(full, specialists),
+        "narrower": narrow,
+        PRUNED: started_as(narrow, [PRUNED] * SETTINGS["steps"]),
         "by hand": space.decode(by_hand(setting, budget)),
         "random": space.decode(nearest),
         "fewer steps, uniform": on(full, uniform(count)),
@@ -149,13 +188,19 @@ def by_hand(setting: Setting, budget: float) -> tuple[int, ...]:
     return tuple(genome)
 
 
+def started_as(schedule: Schedule, starts: Sequence[str]) -> Schedule:
+    """With these weights at its steps."""
+    steps = zip(schedule.steps, starts, strict=True)
+    return replace(schedule, steps=tuple(replace(step, arch=step.arch.replace(expert=start)) for step, start in steps))
+
+
 def on(full: Schedule, timesteps: tuple[int, ...]) -> Schedule:
     """The full network at these steps."""
     step = full.steps[0]
     return Schedule(tuple(Step(t, step.arch, (), Guidance(SETTINGS["guidance"])) for t in timesteps), full.sampler)
 
 
-def confirmation(setting: Setting, schedules: Mapping[str, Any]) -> Confirmation:
+def confirmation(setting: Setting, schedules: Mapping[str, Any]) -> Controlled:
     """What `nas confirm` would do, with the controls as further arms."""
     study = setting.study()
     judged = study.evaluator.rungs if setting.quick else (SETTINGS["judged"],)
@@ -171,10 +216,12 @@ def confirmation(setting: Setting, schedules: Mapping[str, Any]) -> Confirmation
             "schedules": dict(schedules),
             "timesteps": len(net.alphas_cumprod),
             "training": {name: value for name, value in given.__dict__.items() if name not in ("seed", "steps")},
-            "gradient_steps": {name: equal_steps(net, one, given) for name, one in made.items()},
+            "gradient_steps": {
+                name: equal_steps(net, one, given) * (2 if name == LONGER else 1) for name, one in made.items()
+            },
         },
     )
-    return Confirmation(study, setting.run, protocol)
+    return Controlled(study, setting.run, protocol)
 
 
 def trained(setting: Setting, schedules: Mapping[str, Any], arm: str, seed: int) -> Row:

@@ -91,7 +91,7 @@ class Confirmation:
         reference = self.protocol.reference
         judges, seen = judges_of(self.study)
         kept = self._scores()
-        net = self._net()
+        net = self.net()
         said = []
         for judge in judges:
             mine, full = (
@@ -132,7 +132,8 @@ class Confirmation:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.protocol.write(path)
 
-    def _net(self) -> LoadedSupernet:
+    def net(self) -> LoadedSupernet:
+        """Whose subnets the arms are, before they are trained."""
         return self.study.supernet.load(self.folder / "supernet", self.device)
 
     def trained(self, arm: str, seed: int) -> Iterator[Progress]:
@@ -140,7 +141,7 @@ class Confirmation:
         arm = self.trained_as(arm)
         folder = self.place / f"{arm}-{seed}"
         if not (folder / "provenance.json").exists():
-            net = self._net()
+            net = self.net()
             schedule = self.schedule(arm)
             with torch_threads(1):
                 sampler = self.study.evaluator.load(net, self.folder).sampler_of(schedule)
@@ -163,7 +164,7 @@ class Confirmation:
 
     def judged(self, arm: str, seed: int) -> dict[str, Score]:
         """On noises of this seed, on which nothing was chosen; the same for all arms."""
-        net = self._net()
+        net = self.net()
         judges, _ = judges_of(self.study)
         trained = self.place / f"{self.trained_as(arm)}-{seed}" / TRAINED
         with torch_threads(1):
