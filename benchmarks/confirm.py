@@ -151,7 +151,8 @@ def named(setting: Setting) -> Row:
     rng = np.random.default_rng(0)
     drawn = [random_genome(run.study.problem_in(run.folder), rng) for _ in range(200)]
     nearest = min(drawn, key=lambda genome: abs(space.cost(genome)["macs_share"] - share))
-    narrow = space.decode((0,) * len(space.choices))
+    static = setting.trained.net.uniform(SETTINGS["static_width"])
+    narrow = replace(full, steps=tuple(replace(step, arch=static) for step in full.steps))
     specialists = [name for name in SPECIALISTS for _ in range(SETTINGS["steps"] // len(SPECIALISTS))]
     schedules = {
         SCHEDULE: run.schedule(chosen),
@@ -176,15 +177,15 @@ def named(setting: Setting) -> Row:
 
 
 def by_hand(setting: Setting, budget: float) -> tuple[int, ...]:
-    """The narrowest width, but the widest in as many intervals at the clean end as keep to the budget."""
+    """The narrowest width, but in each interval, from the clean end on, the largest that keeps to the budget."""
     space = setting.study().space
-    sizes = [len(choice.options) for choice in space.choices]
-    genome = [0] * len(sizes)
-    for place in reversed(range(len(sizes))):
-        tried = [*genome[:place], sizes[place] - 1, *genome[place + 1 :]]
-        if space.cost(tuple(tried))["macs_share"] > budget:
-            break
-        genome = tried
+    genome = [0] * len(space.choices)
+    for place in reversed(range(len(genome))):
+        for option in range(1, len(space.choices[place].options)):
+            tried = [*genome[:place], option, *genome[place + 1 :]]
+            if space.cost(tuple(tried))["macs_share"] > budget:
+                break
+            genome = tried
     return tuple(genome)
 
 
