@@ -151,7 +151,7 @@ def named(setting: Setting) -> Row:
     rng = np.random.default_rng(0)
     drawn = [random_genome(run.study.problem_in(run.folder), rng) for _ in range(200)]
     nearest = min(drawn, key=lambda genome: abs(space.cost(genome)["macs_share"] - share))
-    static = setting.trained.net.uniform(SETTINGS["static_width"])
+    static = full.steps[0].arch.replace(widths=tuple(SETTINGS["static_widths"]))
     narrow = replace(full, steps=tuple(replace(step, arch=static) for step in full.steps))
     specialists = [name for name in SPECIALISTS for _ in range(SETTINGS["steps"] // len(SPECIALISTS))]
     schedules = {
