@@ -250,6 +250,12 @@ class StudyRun:
     def schedule(self, chosen: Chosen) -> Schedule:
         return self.study.space.decode(chosen.trial.genome)
 
+    def networks(self, chosen: Chosen) -> dict[int, Any]:
+        """Its trained subnets as plain modules, by the timestep at which they run; one module where they are the same."""
+        supernet, steps = self.loaded.supernet, self.schedule(chosen).steps
+        made = {arch: supernet.extract(arch) for arch in dict.fromkeys(step.arch for step in steps)}
+        return {step.timestep: made[step.arch] for step in steps}
+
     def sample(self, chosen: Chosen, count: int = 64, seed: int = 0) -> npt.NDArray[np.float32]:
         """Images (count, channels, height, width) in [-1, 1]; image i depends on the seed and on i alone."""
         images: npt.NDArray[np.float32] = self.loaded.sample(self.schedule(chosen), count, seed).cpu().numpy()

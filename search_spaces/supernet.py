@@ -27,6 +27,7 @@ from search_spaces.lora import fused, lora_digest
 from search_spaces.networks.anatomy import Anatomy, StockNet, predict, skeleton, unset
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.families import anatomy_of
+from search_spaces.networks.own import MeasuredCost, Own, OwnAnatomy
 from search_spaces.networks.slices import Arch, Groups
 from search_spaces.networks.text_unet import Heads, TextUNet
 from search_spaces.networks.transformer import Transformer
@@ -45,7 +46,7 @@ class Elastic:
 
     `config`: arguments of `diffusers.UNet2DModel`, block types Down/Up/AttnDown/AttnUpBlock2D; or, where there is a `cross_attention_dim` among
     them, of `UNet2DConditionModel`, which reads a text of `tokens`, block types Down/Up/CrossAttnDown/CrossAttnUpBlock2D; or of a
-    `DiTTransformer2DModel` or `PixArtTransformer2DModel`, whose `depths` are numbers of blocks.
+    `DiTTransformer2DModel` or `PixArtTransformer2DModel`, whose `depths` are numbers of blocks; or of a class of your own, `network=Own(...)`.
     `widths` or `channels`, `depths`, `per_level`, `attention`, `layers`, `middle`: what its subnets may differ in, see `Options`; the full network is among them.
     `groups`: GroupNorm keeps its group *count* at every width (any widths), or its group *size* (one share for the
     whole net; trains a little better). `heads`: of a narrower attention that reads a text, fewer "whole" ones or as many "slim" ones. `experts`: training timesteps at which another copy of the weights takes over.
@@ -77,6 +78,7 @@ class Elastic:
     loras: tuple[str, ...] = ()
     block_order: tuple[Natural, ...] = ()
     guided_channels: Count | None = None
+    network: Own | None = None
 
     def __post_init__(self) -> None:
         options = self.options
@@ -146,12 +148,23 @@ class Elastic:
 
     @cached_property
     def anatomy(self) -> Anatomy:
+        if self.network is not None:
+            given = {
+                "groups": self.groups != "count",
+                "heads": self.heads != "whole",
+                "tokens": self.tokens is not None,
+            }
+            for name in (name for name, said in {**given, "block_order": bool(self.block_order)}.items() if said):
+                raise UserError(
+                    f"{name}={getattr(self, name)!r}: a network of your own has no such choice; leave it out"
+                )
+            return OwnAnatomy(self.network, self.config)
         return anatomy_of(self.config, self.groups, self.heads, self.tokens, self.block_order)
 
     @cached_property
     def cost(self) -> CostModel:
         """MACs and parameters of an arch: `net.cost(arch).macs`."""
-        return CostModel(self.anatomy)
+        return MeasuredCost(self.anatomy) if isinstance(self.anatomy, OwnAnatomy) else CostModel(self.anatomy)
 
     def macs(self, step: Step) -> int:
         """Exact multiply-adds of a step on one sample. One of a UNet that reuses everything holds a prediction and calls nothing, whoever guided it; a
@@ -264,8 +277,10 @@ class Elastic:
             **({} if self.in_pixels else {"codec": self.codec.describe()}),
         }
 
-    def _kind(self) -> dict[str, str]:
-        """Of transformers their stock class, which their settings do not always tell apart."""
+    def _kind(self) -> dict[str, Any]:
+        """Of transformers their stock class, which their settings do not always tell apart, and of your own what it is."""
+        if self.network is not None:
+            return {"own": self.network.describe()}
         return {"stock": self._stock.__name__} if isinstance(self.anatomy, Transformer) else {}
 
     def _of_text(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from nas.searchers.gates import Gates
 from nas.searchers.pruner import Pruner
 from nas.searchers.router import Router
 from nas.study import Study
-from nas.testing import check_evaluator
+from nas.testing import check_evaluator, check_supernet
 from search_spaces.branches import Branches
 from search_spaces.codec import Autoencoder
 from search_spaces.intervals import equal, leading, per_step, uniform
@@ -111,7 +111,7 @@ def test_what_is_shown_is_run_here() -> None:
             "searching.md": 2,
             "tune.md": 1,
             "hand-over.md": 1,
-            "bring-your-own.md": 4,
+            "bring-your-own.md": 5,
         }
     )
     with_commands = {page for page in PAGES if blocks(page, "sh")}
@@ -256,6 +256,7 @@ def test_own_parts_keep_the_laws(
     assert own.images.load().pixels.shape[1:] == (3, 32, 32)
     unsure = own.Unsure(tiny_study.images, rungs=(16, 32))
     check_evaluator(unsure, tiny_study.supernet, tiny_study.space, tiny_run)
+    check_supernet(own.mixer.initial(0), Stepwise(own.mixer, uniform(4), (2, 2)))
 
 
 # ---------------------------------------------------------------------------------------------------- commands, as written

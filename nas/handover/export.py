@@ -74,6 +74,11 @@ def export(
         names: dict[Any, str] = {}
         for number, arch in enumerate(schedule.archs):
             model: Any = net.extract(arch)
+            if (kind := type(model).__name__) not in exported.CLASSES:
+                raise UserError(
+                    f"a {kind} is no network of diffusers, and an exported folder holds those alone; take the trained subnets as modules: "
+                    "run.networks(run.best(...)), after run = nas.open_run(study, folder)"
+                )
             names[arch] = f"{'transformer' if 'Transformer' in type(model).__name__ else 'unet'}_{number}"
             model.save_pretrained(partial / names[arch])
         differences = {name: _difference(net, schedule, arch, partial / name) for arch, name in names.items()}

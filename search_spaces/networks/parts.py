@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -83,7 +83,7 @@ class Parts(ABC):
     Raises UserError, naming the value, for a config that this elastic network does not cover.
     """
 
-    stock: ClassVar[type[Any]]
+    stock: type[Any]
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         name = self.stock.__name__
@@ -94,7 +94,7 @@ class Parts(ABC):
                 Exception
             ) as error:  # the stock class checks little itself: whatever its parts raise is about the config
                 reason = first_line(error).replace(f"{name}.__init__() ", "")
-                raise UserError(f"diffusers cannot make a {name} of this config ({reason}); mend the config") from error
+                raise UserError(f"no {name} can be made of this config ({reason}); mend the config") from error
         self.config: dict[str, Any] = {k: v for k, v in self._full.config.items() if not k.startswith("_")}
         self._check_config()
         self.tensors: dict[str, TensorAnatomy] = {}

@@ -207,6 +207,24 @@ class TransformerGraph(Graph):
         return tuple((name, frozenset([layer.output])) for name in (layer.name, layer.block))
 
 
+@dataclass(frozen=True)
+class WholeGraph(Graph):
+    """A network of which nothing is known but that it predicts: it runs, or the prediction of the step before is held."""
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return (Layer("net", ("in",), "net"),)
+
+    def live(self, wanted: Collection[str], finer: Finer = False) -> frozenset[str]:
+        return self.expand(wanted)
+
+    def legal_sets(self, finer: Finer = False) -> Iterator[tuple[str, ...]]:
+        yield from ((), ("net",))
+
+    def settled(self, layer: Layer) -> tuple[tuple[str, frozenset[str]], ...]:
+        return ((layer.name, frozenset([layer.output])),)
+
+
 @lru_cache(maxsize=64)
 def _branches(blocks: int, text: bool) -> tuple[Layer, ...]:
     parts = ("attn", "text", "mlp") if text else ("attn", "mlp")
@@ -256,8 +274,19 @@ def _layers(
     return tuple(found)
 
 
+STOCK = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel")
+"""Classes whose layers are known."""
+
+
+def is_whole(net: Any) -> bool:
+    """Whether nothing is known of what the network consists of."""
+    return not any(one.__name__ in STOCK for one in type(net).__mro__)
+
+
 def graph_of(net: Any) -> Graph:
-    """Of a stock UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel or PixArtTransformer2DModel."""
+    """Of a stock UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel or PixArtTransformer2DModel; of another network as a whole."""
+    if is_whole(net):
+        return WholeGraph()
     if hasattr(net, "transformer_blocks"):
         return TransformerGraph(len(net.transformer_blocks), net.transformer_blocks[0].attn2 is not None)
     attends = [

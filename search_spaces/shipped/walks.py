@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from .graph import is_whole
+
 if TYPE_CHECKING:
     from .graph import Layer
 
@@ -40,7 +42,8 @@ class Walk(Protocol):
 
 
 def arguments(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> tuple[Any, ...]:
-    """Positional arguments of a call of a stock UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel or PixArtTransformer2DModel."""
+    """Positional arguments of a call of a stock UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel or PixArtTransformer2DModel, or of one that is called as the
+    first of these."""
     told = condition or {}
     if "num_embeds_ada_norm" in net.config:
         t = _each(x, t)
@@ -49,16 +52,36 @@ def arguments(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condi
         mask = told.get("encoder_attention_mask")
         return x, _needed(told, "encoder_hidden_states"), t, _sizes(told), None, None, mask
     if "encoder_hid_dim" not in net.config:
-        return x, t, told.get("class_labels")
+        return x, _each(x, t), told.get("class_labels")
     added = {name: told[name] for name in ADDED if name in told} or None
     return x, t, told.get("encoder_hidden_states"), told.get("class_labels"), None, None, None, added
 
 
 def walk_of(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> Walk:
     """x: (batch, channels, height, width)."""
+    if is_whole(net):
+        return _Whole(net, x, t, condition)
     if not hasattr(net, "transformer_blocks"):
         return _UNet(net, x, t, condition)
     return (_PixArt if hasattr(net, "adaln_single") else _DiT)(net, x, t, condition or {})
+
+
+class _Whole:
+    """A network that is one layer."""
+
+    def __init__(self, net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> None:
+        self._net = net
+        self._inputs = arguments(net, x, t, condition)
+
+    def run(self, layer: Layer, read: Read) -> torch.Tensor:
+        prediction: torch.Tensor = self._net(*self._inputs, return_dict=False)[0]
+        return prediction
+
+    def take(self, layer: Layer, read: Read) -> None:
+        """There is nothing behind it."""
+
+    def predict(self, layer: Layer, read: Read) -> torch.Tensor:
+        return read(layer.output)
 
 
 class _UNet:

@@ -61,6 +61,10 @@ class Order(OneStage):
     ) -> Iterator[Progress]:
         """Short enough to start again after a stop, so that it keeps no checkpoint."""
         anatomy = net.recipe.anatomy
+        if net.recipe.network is not None:
+            raise UserError(
+                "Order: which channels of a network of your own are joined is not known, so that none can be moved; leave it out of the training"
+            )
         if self.criterion == "gradient":
             yield from self.accumulate(net, data, seed)
             gradients = {name: p.grad for name, p in net.full.named_parameters() if p.grad is not None}

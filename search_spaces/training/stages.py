@@ -467,7 +467,7 @@ def check_trainable(supernet: Elastic, data: ImageSet) -> None:
             )
         if data.texts is None:
             raise UserError("the network reads captions, but the images have none; use images with captions")
-    if config["dropout"]:
+    if config.get("dropout"):
         raise UserError(
             f"dropout={config['dropout']} would make training depend on where it was interrupted; set it to 0"
         )
