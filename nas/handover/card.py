@@ -9,8 +9,8 @@ from typing import Any
 import numpy.typing as npt
 
 from nas.contracts import Score
-from nas.results.bars import Bar, drawn
 from nas.results.samples import draw_samples
+from nas.results.schedules import Bar, drawn
 
 SCHEDULE, SAMPLES = "schedule.svg", "samples.png"
 SIDE = 64

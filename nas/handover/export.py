@@ -35,7 +35,7 @@ from nas.base.quiet import quiet_transformers
 from nas.contracts import LoadedSupernet, Schedule, Step, UserError, noise_by, some_condition
 from nas.engine.facts import package_versions
 from nas.handover.card import write_card
-from nas.results.bars import bars_of
+from nas.results.schedules import bars_of
 
 TOLERANCE = 1e-5
 """How far an exported model's output may be from the subnet's."""

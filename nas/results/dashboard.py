@@ -22,7 +22,7 @@ from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage
 
 from nas.contracts import Progress, Trial, UserError
-from nas.results.page import draw_once, draw_schedule, samples_of
+from nas.results.page import draw_once, samples_of, schedule_of
 from nas.results.recommendation import export_command
 from nas.results.report import Run, cost_in_words
 from nas.study import Study
@@ -49,9 +49,9 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
         study_id = storage.get_study_id_from_name(info.name)
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
         booked = storage.get_study_system_attrs(study_id)
-        schedule = pictures / "trials" / f"schedule-{trial.digest}.png"
+        schedule = pictures / "trials" / f"schedule-{trial.digest}.svg"
         samples = samples_of(study, loaded, trial, pictures)
-        draw_once(schedule, partial(draw_schedule, study, trial.genome))
+        draw_once(schedule, partial(_draw_schedule, study, trial))
         for picture in (schedule, samples):
             _book(run.folder, storage, study_id, f"dashboard:artifacts:{trial_id}:", picture, booked)
         if f"dashboard:{trial_id}:note_ver" not in booked:
@@ -64,6 +64,12 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
         for name in ("front.png", "curves.png"):
             if (pictures / name).exists():
                 _book(run.folder, storage, study_id, "artifacts:", pictures / name, booked)
+
+
+def _draw_schedule(study: Study, trial: Trial, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The dashboard shows it on light and on dark ground, where it has no ink of the page.
+    path.write_text(schedule_of(study, trial.genome, "#7c8594"))
 
 
 def _book(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from nas.contracts import Trial
-from nas.results.bars import bars_of, drawn
 from nas.results.recommendation import export_command
 from nas.results.report import Run, cost_in_words, verified_front
+from nas.results.schedules import bars_of, drawn
 from nas.study import Study
 
 PICTURED = 40

@@ -19,7 +19,7 @@ from nas.base.files import write_json
 from nas.contracts import WITHOUT_ATTENTION, Genome, Grounded, Trial
 from nas.genomes.genetics import LATENCY, dearest
 from nas.results.explore import points
-from nas.results.plots import INK, draw_audit, draw_curves, draw_profile, draw_scores
+from nas.results.plots import INK, draw_audit, draw_curves, draw_scores
 from nas.results.recommendation import export_command, recommended
 from nas.results.report import (
     GROUNDS,
@@ -33,6 +33,7 @@ from nas.results.report import (
     verified_front,
 )
 from nas.results.samples import class_by_class, draw_samples
+from nas.results.schedules import mapped
 from nas.study import BASELINE, Study
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -186,18 +187,17 @@ def _maps(study: Study, front: Sequence[Trial], folder: Path) -> list[dict[str, 
         places = sorted({round(i * (len(cheapest_first) - 1) / (MAPS - 1)) for i in range(MAPS)})  # type: ignore[assignment]
     for place in places:
         trial = cheapest_first[place]
-        picture = folder / f"schedule-{trial.number}.svg"
-        draw_schedule(study, trial.genome, picture)
-        found.append({"trial": trial.number, "cost": cost_in_words(trial), "picture": _inline(picture)})
+        picture = Markup(schedule_of(study, trial.genome))
+        found.append({"trial": trial.number, "cost": cost_in_words(trial), "picture": picture})
     return found
 
 
-def draw_schedule(study: Study, genome: Genome, path: Path) -> None:
-    """What its schedule runs when, over all timesteps that the dearest schedule has."""
+def schedule_of(study: Study, genome: Genome, ink: str = "currentColor") -> str:
+    """What its schedule runs when, over all timesteps that the dearest schedule has, as SVG."""
     schedule = study.space.decode(genome)
     timesteps = {*study.space.decode(dearest(study.space)).timesteps, *schedule.timesteps}
-    draw_profile(
-        sorted(timesteps, reverse=True), {step.timestep: study.supernet.profile(step) for step in schedule.steps}, path
+    return mapped(
+        sorted(timesteps, reverse=True), {step.timestep: study.supernet.profile(step) for step in schedule.steps}, ink
     )
 
 

@@ -111,31 +111,6 @@ def draw_scores(
     _save(figure, path)
 
 
-def draw_profile(timesteps: Sequence[int], profiles: Mapping[int, Mapping[str, float]], path: Path) -> None:
-    """What runs when: the share of each block's MACs at each timestep, a cross where its output is reused, a gap where the step is
-    left out. `profiles[timestep][block]`, negative where reused."""
-    blocks = list(next(iter(profiles.values())))
-    shares = np.full((len(blocks), len(timesteps)), np.nan)
-    for column, timestep in enumerate(timesteps):
-        for row, block in enumerate(blocks):
-            if timestep in profiles:
-                shares[row, column] = profiles[timestep][block]
-    figure = Figure(figsize=(4.2, 0.9 + 0.19 * len(blocks)), layout="constrained")
-    axes = figure.subplots()
-    reused = shares < 0
-    axes.imshow(
-        np.where(reused, np.nan, shares), aspect="auto", cmap="YlGnBu", vmin=-0.15, vmax=1, interpolation="nearest"
-    )
-    rows, columns = np.nonzero(reused)
-    axes.scatter(columns, rows, marker="x", s=9, linewidths=0.7, color=_BASELINE_COLOUR)
-    axes.set_yticks(range(len(blocks)), blocks, fontsize=8)
-    shown = np.unique(np.linspace(0, len(timesteps) - 1, min(6, len(timesteps))).round().astype(int))
-    axes.set_xticks(shown, [str(timesteps[i]) for i in shown], fontsize=8)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    _save(figure, path)
-
-
 def draw_losses(rows: Sequence[Mapping[str, Any]], scores: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Losses over the steps of each network's training, smoothed over a fiftieth of them; and the schedule's scores on the way, one network
     after another. `rows`: "model", "step", "loss"; `scores`: "model", "step", the score by its name, and its "error"."""

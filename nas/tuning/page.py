@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from markupsafe import Markup
 from nas.base.files import written
 from nas.contracts import LoadedSupernet, Schedule, UserError
 from nas.handover.portable import module, portable, write_portable
-from nas.results.plots import INK, draw_profile
 from nas.results.samples import draw_samples
+from nas.results.schedules import mapped
 from nas.tuning.study import LOSS, Wanted
 from nas.tuning.tune import CONFIDENCE, Candidate, Found, percent
 from search_spaces import shipped
@@ -136,10 +135,7 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
         grids.append({"name": name, "source": f"data:image/png;base64,{source}"})
         path.unlink()
     schedule = found.chosen.schedule
-    profile = folder / "profile.svg"
-    draw_profile(wanted.grid(wanted.steps), {s.timestep: wanted.net.profile(s) for s in schedule.steps}, profile)
-    svg = _inline(profile.read_text())
-    profile.unlink()
+    profile = mapped(wanted.grid(wanted.steps), {s.timestep: wanted.net.profile(s) for s in schedule.steps})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nas.tuning"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -152,7 +148,7 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
         rows=[_row(found, candidate, metrics) for candidate in shown.values()],
         grounds=f"On {found.study.evaluator.rungs[-1]} samples of noises that nothing was chosen on. Loss: mean squared distance to the full pipeline's own sample of the "
         f"same noise, as a share of that between two unrelated ones; ± {CONFIDENCE:g} standard errors.",
-        profile=svg,
+        profile=Markup(profile),
         grids=grids,
         use=usage(found, folder, run),
         formats="; ".join(left_out) or "cache_dit.yaml and smoothcache.json say the same for these projects.",
@@ -200,9 +196,3 @@ def _row(found: Found, candidate: Candidate, metrics: list[str]) -> dict[str, An
         "share": f"{candidate.share:.1%}",
         "values": [value(name) for name in metrics],
     }
-
-
-def _inline(svg: str) -> Markup:
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
-    return Markup(svg.replace(INK, "currentColor"))
