@@ -191,3 +191,9 @@ def test_a_damaged_folder_is_told_by_its_file_or_still_serves(made: Path, tmp_pa
     if result.returncode:
         refused(result, "model|train|exported")
         assert "fault of the program" not in result.stderr
+
+
+def test_a_seed_may_be_any_of_32_bits() -> None:
+    assert settings_of({"seed": 2**32 - 1}).seed == 2**32 - 1
+    with pytest.raises(ExportError, match="seed=4294967296"):
+        settings_of({"seed": 2**32})

@@ -111,7 +111,8 @@ def settings_of(given: Any) -> Settings:
         if kind is None:
             raise ExportError(f"train.json: settings have no {name!r}; there are {', '.join(known)}")
         number = kind in (int, float) and type(value) in (int, kind)
-        if not (number or type(value) is kind) or (number and not 0 <= value < 1e9):
+        most = 2**32 if name == "seed" else 1e9
+        if not (number or type(value) is kind) or (number and not 0 <= value < most):
             raise ExportError(f"train.json: {name}={value!r} is no {kind.__name__} that a training can have")
     made = Settings(**given)
     counts = (made.steps, made.batch, made.checkpoint_every, made.accumulate)
