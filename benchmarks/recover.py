@@ -125,13 +125,14 @@ def fine_tuned(setting: Setting, schedule: Schedule, steps: int, seed: int, fold
     }
 
 
-def judged(setting: Setting, schedule: Schedule, seed: int, folder: Path) -> Row:
-    """The truth: of networks that were trained, on noises and images that no arm has seen."""
+def judged(setting: Setting, schedule: Schedule, seed: int, folder: Path | None) -> Row:
+    """The truth: of the networks in this folder that were trained, or of the supernet's, on noises and images that no arm has seen."""
     torch.set_num_threads(1)
     net = setting.net()
     judge = judges_of(setting.study)[0][0]
     own = replace(judge, evaluator=replace(judge.evaluator, rungs=(setting.samples[1],)))
-    adopt(net, folder)
+    if folder is not None:
+        adopt(net, folder)
     score = own.load(net, setting.run)(schedule, own.samples, derive_seed(0, seed, "truth's noise"))
     return {"fd": [score.values["fd"]], "replicates": [score.replicates["fd"]]}
 
@@ -141,19 +142,21 @@ def adopt(net: LoadedElastic, folder: Path) -> None:
         net.adopt(arch, read_network(folder / TRAINED / name))
 
 
-def scored(setting: Setting, genomes: Sequence[Genome], recovered: int) -> Row:
-    """FD of each, of the frozen supernet, or with the fifteen subnets that were trained for so many steps."""
+def scored(setting: Setting, genomes: Sequence[Genome], recovered: int, samples: int = 0) -> Row:
+    """FD of each, of the frozen supernet, or with the fifteen subnets that were trained for so many steps; of as many samples as the protocol of arms says, or
+    of so many."""
     torch.set_num_threads(1)
     net, study = setting.net(), setting.study
     evaluator = study.evaluator
     assert isinstance(evaluator, Frechet)
     for width in range(len(study.space.choices[0].options)) if recovered else ():
         adopt(net, specialists(setting, width, recovered))
-    loaded = replace(evaluator, rungs=(setting.samples[0],)).load(net, setting.run)
+    samples = samples or setting.samples[0]
+    loaded = replace(evaluator, rungs=(samples,)).load(net, setting.run)
     seed, macs, found = derive_seed(0, "arms' noise"), 0.0, []
     for genome in genomes:
         schedule = study.space.decode(genome)
-        score = loaded(by_interval(schedule) if recovered else schedule, setting.samples[0], seed)
+        score = loaded(by_interval(schedule) if recovered else schedule, samples, seed)
         found.append(score.values["fd"])
         macs += score.spent["macs"] + score.spent.get("cached_macs", 0.0)
     return {"fd": found, "sampling_macs": macs / len(genomes)}
@@ -213,12 +216,11 @@ def winners_of(bench: Benchmark, setting: Setting, rows: Mapping[str, Row]) -> d
     return {name: tuple(genome) for name, genome in found.items()}
 
 
-def main() -> None:
-    bench = Benchmark("recover", __doc__ or "", ("nas/evidence", "search_spaces/shipped/train_diffusers.py"), PROTOCOL)
-    setting = Setting(bench.folder, bench.quick)
+def prepared(setting: Setting) -> None:
+    """The trained network, linked, and its judge."""
     source = setting.confirmed.trained
     if not (source.run / "supernet" / "weights.safetensors").exists():
-        if not bench.quick:
+        if not setting.quick:
             raise SystemExit("error: its network is not there; run `python -m benchmarks.latent`")
         latent.prepare(source)
     setting.run.mkdir(parents=True, exist_ok=True)
@@ -227,6 +229,12 @@ def main() -> None:
     with open_session(setting.study, setting.run) as session:
         for _ in session.prepare(threads=1):
             pass
+
+
+def main() -> None:
+    bench = Benchmark("recover", __doc__ or "", ("nas/evidence", "search_spaces/shipped/train_diffusers.py"), PROTOCOL)
+    setting = Setting(bench.folder, bench.quick)
+    prepared(setting)
     study, genomes = setting.study, drawn(setting)
     schedules = {genome: study.space.decode(genome) for genome in genomes}
     budgets = SETTINGS["recovered"]
