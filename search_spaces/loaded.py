@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.func import functional_call
 
+from nas.base.memory import keep_freed_memory
 from nas.contracts import Condition, Denoiser, Finer, Gated, Guidance, ImageSet, Step, UserError
 from search_spaces.codec import LoadedCodec
 from search_spaces.networks.anatomy import StockNet, predict, skeleton, unset
@@ -53,6 +54,8 @@ class LoadedElastic:
         self.text = text
         self.experts = dict(experts)
         self.device = next(full.parameters()).device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.alphas_cumprod = recipe.noise.alphas_cumprod
         self.final_alpha = recipe.noise.end
         self.scheduler = recipe.noise.scheduler

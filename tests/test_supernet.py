@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from diffusers import UNet2DModel
 from torch.func import functional_call
 
 from benchmarks.cost import count_with_fvcore
+from nas.base.memory import keep_freed_memory
 from nas.contracts import Step, UserError
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import equal, leading, linspace, per_step, quadratic, uniform
@@ -268,3 +271,33 @@ def test_cost_of_a_schedule_is_exact_and_params_count_each_net_once(tiny_net: El
 def test_a_space_of_a_single_step_is_one(tiny_net: Elastic) -> None:
     space = Stepwise(tiny_net, (500,), (1,))
     assert space.decode((0,)).timesteps == (500,)
+
+
+FAULTS = """
+import resource, sys, torch
+from nas.contracts import Step
+from search_spaces.supernet import Elastic
+{patch}
+torch.set_num_threads(1)
+net = Elastic({config!r}, widths=(1.0,))
+call, x = net.initial(0).denoiser(Step(5, net.anatomy.full)), torch.zeros(256, 1, 8, 8)
+with torch.inference_mode():
+    call(x, 5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        call(x, 5)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_the_memory_of_a_call_is_kept_for_the_next(tiny_net: Elastic) -> None:
+    """A call of 256 samples makes tensors of 4 MiB: without it, many of their pages is asked for again."""
+    if not keep_freed_memory():
+        pytest.skip("the C library is not glibc")
+
+    def faults(patch: str) -> int:
+        code = FAULTS.format(patch=patch, config={**TINY, "block_out_channels": (64, 64)})
+        return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+    asked = faults("import search_spaces.loaded as loaded; loaded.keep_freed_memory = lambda: None")
+    assert faults("") < asked / 4

@@ -1,0 +1,26 @@
+"""Memory that a network frees is kept for its next call.
+
+By default glibc hands every large block back to the operating system as soon as it is freed, and asks for it, zeroed page by page, for the next tensor. That
+takes as long as computing with it: a call of the DDPM CIFAR-10 network at half its width, 256 images at once, takes 8.3 s so and 4.8 s with the block kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""As `malloc.h` numbers them."""
+
+KEPT = 2**30
+"""Bytes: larger blocks are handed back, and so is what is free at the end of the heap beyond as many."""
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> bool:
+    """For this process, from now on; whether its C library can be told so."""
+    try:
+        tell = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    return bool(tell(MMAP_THRESHOLD, KEPT) and tell(TRIM_THRESHOLD, KEPT))
