@@ -19,8 +19,13 @@ KEPT = 2**30
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> bool:
     """For this process, from now on; whether its C library can be told so."""
+    return set_thresholds(KEPT, KEPT)
+
+
+def set_thresholds(block: int, heap: int) -> bool:
+    """Bytes from which on a freed block, and free memory at the end of the heap, are handed back."""
     try:
         tell = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    return bool(tell(MMAP_THRESHOLD, KEPT) and tell(TRIM_THRESHOLD, KEPT))
+    return bool(tell(MMAP_THRESHOLD, block) and tell(TRIM_THRESHOLD, heap))
