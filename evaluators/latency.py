@@ -221,3 +221,6 @@ class LoadedTimed:
 
     def grounds(self, schedule: Schedule, count: int, seed: int) -> Mapping[str, Any] | None:
         return self.base.grounds(schedule, count, seed) if isinstance(self.base, Grounded) else None
+
+    def seconds_of_images(self) -> float:
+        return self.base.seconds_of_images() if isinstance(self.base, Grounded) else 0.0

@@ -250,3 +250,6 @@ class LoadedScores:
         """Of the first part that has any."""
         told = (part.grounds(schedule, count, seed) for part in self.parts if isinstance(part, Grounded))
         return next(told, None)
+
+    def seconds_of_images(self) -> float:
+        return next((part.seconds_of_images() for part in self.parts if isinstance(part, Grounded)), 0.0)

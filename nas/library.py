@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.contracts import LoadedEvaluator, Schedule, Score, Trial, UserError, derive_seed
+from nas.contracts import Grounded, LoadedEvaluator, Schedule, Score, Trial, UserError, derive_seed
 from nas.engine.facts import what_is_searched
 from nas.engine.session import Session, open_session, take_weights
 from nas.engine.show import Called, Show
+from nas.genomes.genetics import dearest
 from nas.genomes.pareto import front
 from nas.results.recommendation import recommended
 from nas.results.report import Run, best_within, verdicts, verified_front
@@ -47,6 +48,10 @@ SHOWN = 16
 
 QUICK = 1e11
 """Multiply-adds that they may take, some seconds of one CPU core."""
+
+
+GROUNDED, PATIENCE = 1e12, 30.0
+"""Multiply-adds of samples, and seconds of features of all images, that a run may take at its end to tell what its scores stand on."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,18 @@ class StudyRun:
         """Images (count, channels, height, width) in [-1, 1]; image i depends on the seed and on i alone."""
         images: npt.NDArray[np.float32] = self.loaded.sample(self.schedule(chosen), count, seed).cpu().numpy()
         return images
+
+    def look_at_grounds(self) -> None:
+        """Finds what the scores stand on, as a report does, where that takes no longer than a minute or so; a comparison then says so."""
+        from nas.results.grounds import keep_grounds, samples_looked_at
+
+        loaded = self.loaded
+        if not isinstance(loaded, Grounded):
+            return
+        steps = self.study.space.decode(dearest(self.study.space)).steps
+        spent = samples_looked_at(self.study) * sum(map(loaded.supernet.macs, steps))
+        if spent <= GROUNDED and loaded.seconds_of_images() <= PATIENCE:
+            keep_grounds(self.study, self.results, loaded)
 
     def compare(self) -> dict[str, Any]:
         """Searchers side by side, as plain data; draws report/front.png and report/curves.png."""

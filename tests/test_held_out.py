@@ -21,7 +21,7 @@ from evaluators.grounds import nearer_than_held_out, nearest
 from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, load_once
 from nas.contracts import ImageSet, Schedule, Step, UserError
 from nas.library import open_run
-from nas.results.report import poor_words
+from nas.results.report import far_words
 from nas.study import Study
 from search_spaces.supernet import Elastic
 from tests.test_images import folder_of
@@ -250,7 +250,7 @@ def test_a_distance_says_what_it_stands_on(tiny_net: Elastic, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("full", "poor"), [(0.9, False), (3.9, False), (4.1, True)])
 def test_a_network_that_is_far_from_real_images_is_called_poor(full: float, poor: bool, tmp_path: Path) -> None:
-    assert ("draws poorly" in poor_words(full, 1.0)) is poor
+    assert ("draws poorly" in far_words(full, 1.0)) is poor
 
 
 def test_a_report_says_how_far_the_full_network_is_and_a_comparison_too(tmp_path: Path, tiny_study: Study) -> None:
@@ -259,8 +259,10 @@ def test_a_report_says_how_far_the_full_network_is_and_a_comparison_too(tmp_path
     run = open_run(study, tmp_path / "run")
     run.search("evolution", trials=6, threads=1)
     assert run.compare()["grounds"] is None
-    run.report()
+    run.look_at_grounds()
     grounds = run.compare()["grounds"]
+    run.report()
+    assert run.compare()["grounds"] == grounds
     floor = run.loaded.grounds(study.space.decode((0,) * 4), 64, 0)["fd_of_train_images"]  # type: ignore[attr-defined]
     assert grounds["floor"] == pytest.approx(floor)
     [full] = run.trials("uniform").query("status == 'complete' and macs_share == 1")["fd"]

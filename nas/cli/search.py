@@ -136,6 +136,8 @@ def run(
                 opened.take_weights(weights_from)
             opened.search(*names, trials=trials, seed=seed, seeds=seeds, threads=threads, patience=patience)
         if not quiet:
+            with notes.status("looking at what the scores stand on"):
+                opened.look_at_grounds()
             print_comparison(opened.compare())
             notes.print(
                 f"{folder} in {time.monotonic() - started:.0f} s; the same command goes on from here",

@@ -206,9 +206,9 @@ def print_comparison(facts: Mapping[str, Any], details: bool = False) -> None:
     _say_others(facts)
     out.print(f"front: {facts['picture']}", highlight=False, soft_wrap=True)
     grounds = facts["grounds"]
-    if grounds and grounds["words"]:
+    if grounds:
         out.print(
-            f"the full network is {grounds['full'] / grounds['floor']:.1f} times as far as real images{grounds['words']}",
+            f"the full network is {grounds['words']} ({grounds['full']:.3g}, train images to held-out ones {grounds['floor']:.3g})",
             highlight=False,
             soft_wrap=True,
         )

@@ -15,20 +15,19 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from nas.base.files import write_json
-from nas.contracts import WITHOUT_ATTENTION, Genome, Grounded, Trial
+from nas.contracts import WITHOUT_ATTENTION, Genome, Trial
 from nas.genomes.genetics import LATENCY, dearest
 from nas.results.explore import points
+from nas.results.grounds import keep_grounds, winner_of
 from nas.results.plots import INK, draw_audit, draw_curves, draw_scores
 from nas.results.recommendation import export_command, recommended
 from nas.results.report import (
-    GROUNDS,
     Run,
     Scale,
     against,
     cost_in_words,
+    far_words,
     full_network,
-    poor_words,
     verdicts,
     verified_front,
 )
@@ -57,7 +56,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
     draw_curves(facts["searchers"], facts["area_until_macs"], folder / "compute.svg")
     best = _best_searcher(facts)
     full = full_network(ledgers.get(BASELINE, ()), quality)
-    winner = _winner(ledgers, run.facts["limits"], quality)
+    winner = winner_of(ledgers, run.facts["limits"], quality)
     page = _template().render(
         study=study.name,
         searched=_searched(study, facts),
@@ -74,7 +73,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         mapped=best,
         maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
         grids=_grids(study, loaded, winner[1], ledgers.get(BASELINE, ()), run.scale, folder, quality) if winner else [],
-        grounds=_grounds(study, loaded, winner[1], full, folder) if winner else [],
+        grounds=_grounds(keep_grounds(study, run, loaded)),
         audit=_audit(run.folder, folder),
         trained=_trained(facts["trained"], quality),
         verdicts=[_verdict(found) for found in verdicts(run.folder)],
@@ -113,21 +112,6 @@ def _best_searcher(facts: Mapping[str, Any]) -> str:
 def _full_in_words(run: Run) -> str:
     guided = any(name.endswith(".guidance") for name, _ in run.facts["choices"])
     return "the full network, guided throughout" if guided else "the full network"
-
-
-def _winner(
-    ledgers: Mapping[str, Sequence[Trial]], limits: Mapping[str, float], quality: str
-) -> tuple[str, Trial] | None:
-    """The best verified schedule of any searcher within the limits."""
-    done = [
-        (name, trial)
-        for name, trials in ledgers.items()
-        for trial in trials
-        if name != BASELINE
-        and trial.status == "complete"
-        and all(trial.cost.get(cost, 0) <= limit for cost, limit in limits.items())
-    ]
-    return min(done, key=lambda found: found[1].objectives((quality,))[0]) if done else None
 
 
 def _searched(study: Study, facts: Mapping[str, Any]) -> str:
@@ -226,30 +210,21 @@ def _grids(
     return grids
 
 
-LOOKED_AT = 512
-"""Samples of which is told whether they repeat train images: a share of one in twenty is then known to one in a hundred."""
-
-
-def _grounds(study: Study, loaded: Any, winner: Trial, full: Trial | None, folder: Path) -> list[tuple[str, str, str]]:
-    """What the distance stands on: (what, figure, in words). What of it a comparison says too is kept in grounds.json."""
-    if not isinstance(loaded, Grounded):
-        return []
-    facts = loaded.grounds(study.space.decode(winner.genome), min(LOOKED_AT, study.evaluator.rungs[-1]), study.seed)
+def _grounds(facts: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    """What the distance stands on: (what, figure, in words)."""
     if facts is None:
         return []
+    floor = float(facts["fd_of_train_images"])
     rows = [
         (
             "train images to held-out ones",
-            f"{facts['fd_of_train_images']:.3g}",
+            f"{floor:.3g}",
             f"{facts['train']:,} to {facts['held_out']:,} images: samples of the train images themselves would be as far",
         )
     ]
-    floor, quality = float(facts["fd_of_train_images"]), study.objectives[0]
-    if full is not None and full.score is not None and quality == "fd" and floor > 0:
-        value = full.score.values[quality]
-        words = f"{value / floor:.1f} times as far as real images" + poor_words(value, floor)
-        rows.append(("the full network's samples", f"{value:.3g}", words))
-        write_json(folder / GROUNDS, {"floor": floor, "full": value})
+    if "full" in facts:
+        value = float(facts["full"])
+        rows.append(("the full network's samples", f"{value:.3g}", far_words(value, floor)))
     if "fd_of_reconstructions" in facts:
         words = "held-out images encoded and decoded: no network on these latents comes nearer"
         rows.append(("reconstructions to held-out images", f"{facts['fd_of_reconstructions']:.3g}", words))

@@ -74,11 +74,15 @@ def verified_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[T
     return [done[i] for i in front([trial.objectives(objectives) for trial in done], excess)]
 
 
-def poor_words(full: float, floor: float) -> str:
-    """A warning where the full network is far from real images; nothing where it is not."""
+def far_words(full: float, floor: float) -> str:
+    """How far the full network is from real images, with a warning where that is far."""
+    words = f"{full / floor:.1f} times as far as real images"
     if full < POOR * floor:
-        return ""
-    return ": the network draws poorly. Train it longer, or a larger one, before you believe what a search finds in it"
+        return words
+    return (
+        words
+        + ": the network draws poorly. Train it longer, or a larger one, before you believe what a search finds in it"
+    )
 
 
 def full_network(uniform: Sequence[Trial], quality: str) -> Trial | None:
@@ -270,12 +274,12 @@ class Run:
         }
 
     def _grounds(self) -> dict[str, Any] | None:
-        """What a report has found the distances to stand on, and whether the network is a poor one, in words."""
+        """What the distances were found to stand on, and whether the network is a poor one, in words."""
         path = self.folder / "report" / GROUNDS
         if not path.exists():
             return None
         found = read_json(path, "delete it; `nas report` writes it again")
-        return {**found, "words": poor_words(float(found["full"]), float(found["floor"]))}
+        return {**found, "words": far_words(float(found["full"]), float(found["floor"]))}
 
     def _after_training(self, quality: str) -> dict[str, Any] | None:
         """What the supernet scored and what the exported networks score after their fine-tuning, on the same noises, and how well the one
