@@ -10,7 +10,7 @@ its features. Target: the share at the best of the three.
 guided (evolution, 60 trials of 256 samples, the least FD of those verified with 1,024), gates (DiP-GO's pruner, 100 gradient steps, the
 schedule that bisection makes of them), the outermost branches alone at all steps but each fourth (as DeepCache), and ten steps. One row each on the same 2,048 new
 noises and captions. A smoke test of the machinery: one seed, no claim follows from the order of the rows.
-The row of gates in the results is withdrawn: the benchmark forgot to let them learn, so that one random schedule was drawn. Measured anew it takes its place.
+A first row of gates was withdrawn: the benchmark had forgotten to let them learn, so that one random schedule was drawn. It was measured anew, with all others.
 """
 
 from __future__ import annotations
