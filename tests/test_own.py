@@ -53,6 +53,7 @@ class Attend(ModelMixin, ConfigMixin):
         num_class_embeds: int | None = 11,
         extra: int = 0,
         groups: int = 1,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         self.start = nn.Conv2d(in_channels, channels, 1)
@@ -64,9 +65,10 @@ class Attend(ModelMixin, ConfigMixin):
         self.back = nn.Linear(hidden[1], channels)
         self.end = nn.Conv2d(channels, in_channels, 3, padding=1, groups=1)
         self.mixed = nn.Conv2d(channels, channels, 3, padding=1, groups=groups)
+        self.norm = nn.BatchNorm2d(channels) if batch_norm else nn.Identity()
 
     def forward(self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: bool = True) -> Any:
-        x, heads = self.mixed(self.start(sample)), self.config.heads
+        x, heads = self.norm(self.mixed(self.start(sample))), self.config.heads
         time = get_timestep_embedding(timestep, 32) + self.labels(class_labels)
         hidden = x.flatten(2).transpose(1, 2) + self.told(time)[:, None]
         q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in self.qkv(hidden).chunk(3, dim=-1))
@@ -226,6 +228,7 @@ class Named(ModelMixin, ConfigMixin):
         (lambda: Elastic({"layers": 3}, network=ATTEND), "no Attend can be made of this config"),
         (lambda: Elastic({"extra": 8}, network=replace(ATTEND)), "axis 1 of out.weight has 40 channels"),
         (lambda: Elastic({"groups": 4}, network=ATTEND), "a convolution of 4 groups"),
+        (lambda: Elastic({"batch_norm": True}, network=ATTEND), "running statistics in a BatchNorm2d"),
         (lambda: Elastic({"channels": 7}, network=ATTEND), "can be made at none of the widths"),
         (lambda: Elastic({}, network=Own(Named, ("channels",))), "has other parameters"),
         (lambda: Elastic({}, widths=(0.3, 1.0), network=ATTEND), "width 0.3"),

@@ -116,6 +116,10 @@ class OwnAnatomy(Anatomy):
                 raise UserError(
                     f"{self.stock.__name__} has a convolution of {module.groups} groups, which no narrower one shares; use one, or one for each channel"
                 )
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                raise UserError(
+                    f"{self.stock.__name__} keeps running statistics in a {type(module).__name__}, which subnets of other widths cannot share; use a GroupNorm"
+                )
         for name, shape in whole.items():
             axes = tuple(self._axis(name, dim, full, sizes[name][dim], share) for dim, full in enumerate(shape))
             self.tensors[name] = TensorAnatomy(axes, 0, self._unit(name))
