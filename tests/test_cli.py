@@ -457,3 +457,14 @@ def test_intervals_divide_the_timesteps_and_say_how_well(workplace: Path) -> Non
     assert all(row["macs_share"] <= 0.6 for row in facts["rows"])
     assert facts["rows"][0]["difference"] == 0.0
     assert len(facts["affinity"]) == 6
+
+
+def test_a_command_that_loads_for_long_says_so_at_once_unless_it_is_quiet(tmp_path: Path) -> None:
+    (tmp_path / "study.py").write_text("import time, torch\ntime.sleep(1.5)\nstudy = None\n")
+
+    def said(*options: str) -> str:
+        command = [sys.executable, "-m", "nas.cli", "run", str(tmp_path / "study.py"), "--dry-run", *options]
+        return subprocess.run(command, check=False, capture_output=True, text=True).stderr
+
+    assert said().startswith("loading torch")
+    assert said("--quiet").startswith("error: ")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Timer
 from typing import Annotated
 
 import typer
@@ -14,6 +17,9 @@ from nas.base.files import first_line
 from nas.base.interrupts import Answered, answer_sigterm, exit_code, terminated
 from nas.cli import confirm, measure, models, new, search, tune
 from nas.cli.terminal import notes, say_in_words
+
+SOON = 0.7
+"""Seconds without an output that nobody wonders about."""
 
 app = typer.Typer(
     help="Step-aware neural architecture search for diffusion models.",
@@ -58,12 +64,32 @@ def options(
     """Step-aware neural architecture search for diffusion models."""
 
 
+@contextmanager
+def announced() -> Iterator[None]:
+    """Says within a second that imports take seconds, where they do, unless asked to be quiet."""
+
+    def say() -> None:
+        if "torch" in sys.modules:
+            notes.print("loading torch, diffusers and what the study needs", style="dim", highlight=False)
+
+    fresh = "torch" not in sys.modules and not {"-q", "--quiet"} & {*sys.argv}
+    timer = Timer(SOON, say)
+    timer.daemon = True
+    if fresh:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def main() -> None:
     """Entry point: what a user or the machine can mend becomes one line and exit code 1, being asked to stop 130 or 143."""
     answer_sigterm()
     say_in_words()
     try:
-        app()
+        with announced():
+            app()
     except SystemExit as end:
         if end.code == 130 and not isinstance(end, Answered):  # typer's own answer to an interrupt
             notes.print("interrupted", highlight=False)
