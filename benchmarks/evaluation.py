@@ -307,6 +307,44 @@ def matrix_shares(config: Mapping[str, Any], batch: int, repeats: int) -> Row:
     }
 
 
+def convolution_rates(batch: int, repeats: int) -> Row:
+    """Multiply-adds a second of one 3x3 convolution, as memory lies by default and with channels last."""
+    found = {}
+    for channels in (16, 24, 32, 48, 64):
+        for side in (8, 4):
+            layer, x = (
+                torch.nn.Conv2d(channels, channels, 3, padding=1).eval(),
+                torch.randn(batch, channels, side, side),
+            )
+            for words, form in (("", torch.contiguous_format), ("channels last", torch.channels_last)):
+                layer, x = layer.to(memory_format=form), x.contiguous(memory_format=form)  # type: ignore[call-overload]
+                with torch.inference_mode():
+                    seconds, _ = _least(lambda layer=layer, x=x: layer(x) is None, repeats)  # type: ignore[misc]
+                found[f"{channels} channels, {side}x{side} {words}".strip()] = (
+                    batch * side**2 * channels**2 * 9 / seconds
+                )
+    return {"macs_per_second": found}
+
+
+def kept_memory(config: Mapping[str, Any], batch: int, repeats: int) -> Row:
+    """Seconds of one call with glibc's own thresholds over those with freed memory kept, in turns."""
+    elastic = Elastic(config, widths=WIDTHS)
+    loaded = elastic.initial(0)
+    x, ratios = torch.randn(batch, *loaded.state_shape), {}
+    for width in WIDTHS[:2]:
+        denoiser = loaded.denoiser(Step(500, elastic.uniform(width)))
+        seconds: dict[tuple[int, int], float] = {}
+        with torch.inference_mode():
+            for _ in range(repeats):
+                for thresholds in (BY_DEFAULT, (KEPT, KEPT)):
+                    set_thresholds(*thresholds)
+                    denoiser(x, 500)
+                    least, _ = _least(lambda denoiser=denoiser: denoiser(x, 500) is None, 2)  # type: ignore[misc]
+                    seconds[thresholds] = min(least, seconds.get(thresholds, least))
+        ratios[f"width {width:g}"] = seconds[BY_DEFAULT] / seconds[KEPT, KEPT]
+    return {"batch": batch, "faster": ratios}
+
+
 def _least(call: Callable[[], float], repeats: int) -> tuple[float, float]:
     seconds, value = [], 0.0
     for _ in range(repeats):
@@ -354,6 +392,11 @@ def main() -> None:
     few_calls = 1 if quick else 5
     cifar = bench.row("matrix rate, DDPM CIFAR-10", lambda: matrix_shares(DDPM_CIFAR10, 2 if quick else 16, few_calls))
     bench.row("matrix rate, digits", lambda: matrix_shares(UNET, ENGINE_BATCH, few_calls))
+    bench.row("convolutions", lambda: convolution_rates(2 if quick else 256, few_calls))
+    bench.row("memory kept, digits", lambda: kept_memory(UNET, ENGINE_BATCH, few_calls))
+    bench.row(
+        "memory kept, DDPM CIFAR-10", lambda: kept_memory(DDPM_CIFAR10, 2 if quick else ENGINE_BATCH, 1 if quick else 2)
+    )
     distance = bench.row("Frechet distance", lambda: frechet(256 if quick else 2048))
     on_gpu = []
     if torch.cuda.is_available():
