@@ -1,7 +1,7 @@
 """Is a found schedule better than a static network of the same cost, on Fashion-MNIST's latents, frozen and after an equal fine-tune?
 
-Arms, seeds, reference and test stand in `protocols/quality-latents.json`, written down before any row; networks, trainings and judge are those of
-`benchmarks.recover`, whose folder of specialists it shares. Some three hours of one core.
+Arms, seeds, reference and test stand in `protocols/quality-latents.json`, written down before any row; trainings and judge are those of
+`benchmarks.recover`. Some four hours of one core.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks import confirm
-from benchmarks.common import RUNS, Benchmark, Target
+from benchmarks.common import Benchmark, Target
 from benchmarks.protocol import committed
 from benchmarks.quality import summary
 from benchmarks.recover import Row, Setting, by_interval, fine_tuned, genomes_of, judged, prepared, scored, specialists
@@ -28,13 +28,13 @@ def chosen(bench: Benchmark, setting: Setting, name: str, recovered: int) -> Gen
     few, many = (16, 32) if setting.quick else (SETTINGS["screened"], SETTINGS["scored"])
     rough = bench.row(f"all within the budget, {name}", lambda: scored(setting, within, recovered, few))["fd"]
     best = [within[place] for place in np.argsort(rough)[: SETTINGS["best"]]]
-    fine = bench.row(f"the best of these, {name}", lambda: scored(setting, best, recovered, many))["fd"]
+    fine = bench.row(f"the best of these, {name}", lambda: scored(setting, best, recovered, many, "others"))["fd"]
     return tuple(best[int(np.argmin(fine))])
 
 
 def main() -> None:
     bench = Benchmark("quality_latents", __doc__ or "", ("benchmarks/recover.py", "nas/evidence"), PROTOCOL)
-    setting = Setting((RUNS / f"recover{'-quick' if bench.quick else ''}").resolve(), bench.quick)
+    setting = Setting(bench.folder, bench.quick)
     prepared(setting)
     study, recovered = setting.study, SETTINGS["recovered"]
     choices = study.space.choices

@@ -1,7 +1,7 @@
 """What does a search cost until it is as good as the published one, on Fashion-MNIST's latents and fourteen million schedules, live?
 
 Arms, seeds, goal and settings stand in `protocols/search-cost-latents.json`, written down before any row. It takes the network that
-`benchmarks.latent` left; some eight hours of one core.
+`benchmarks.latent` left; some twelve hours of one core.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ class Setting:
 
     @property
     def trials(self) -> tuple[int, ...]:
-        return (34, 36) if self.quick else tuple(SETTINGS["trials"])
+        return (64, 66) if self.quick else tuple(SETTINGS["trials"])
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Numbers of trials of an arm of one rung."""
+        return (64, 66) if self.quick else tuple(SETTINGS["equal_images_trials"])
 
     def study(self, searcher: Searcher, rungs: Sequence[int], trials: int, half: str = "first") -> Study:
         """Unguided, on this half of the held-out images."""
@@ -109,9 +114,16 @@ class Setting:
 
 
 def searched(
-    setting: Setting, searcher: Searcher, rungs: tuple[int, ...], trials: int, seed: int, name: str, shared: bool = True
+    setting: Setting,
+    searcher: Searcher,
+    rungs: tuple[int, ...],
+    trials: int,
+    seed: int,
+    name: str,
+    ends: Sequence[int] = (),
+    shared: bool = True,
 ) -> Row:
-    """One whole search on the network itself; what it had found after each generation, where it is the literal one. Its ledger goes on after a stop."""
+    """One whole search on the network itself; what it had found after so many trials, at its end where none are named. Its ledger goes on after a stop."""
     torch.set_num_threads(1)
     study = replace(setting.study(searcher, rungs, trials), seed=seed)
     folder = borrow(setting.prepared, setting.folder / "searches" / name)
@@ -122,11 +134,11 @@ def searched(
         run_here(conductor, evaluate if shared else fresh)
         found = list(conductor.ledger.trials)
     charged = np.cumsum([trial.score.spent["macs"] if trial.score else 0.0 for trial in found])
-    ends = [len(found)] if shared else range(setting.population, len(found) + 1, setting.population)
+    told = [end for end in ends if end <= len(found)] or [len(found)]
     return {
         "trials": len(found),
         "macs": float(charged[-1]),
-        "fronts": [{"macs": float(charged[end - 1]), "genomes": _front(found[:end])} for end in ends],
+        "fronts": [{"trials": end, "macs": float(charged[end - 1]), "genomes": _front(found[:end])} for end in told],
     }
 
 
@@ -173,6 +185,7 @@ def literal(bench: Benchmark, setting: Setting, seeds: Sequence[int]) -> Row:
                 setting.candidates,
                 s,
                 f"literal-{s}",
+                range(setting.population, setting.candidates + 1, setting.population),
                 False,
             )
             for s in seeds
@@ -200,23 +213,30 @@ def until(bench: Benchmark, setting: Setting, name: str, goal: float, seeds: Seq
     """With the smallest number of trials that gets there, else with the most."""
     searcher, rungs = setting.arms()[name]
     found: Row = {}
-    for trials in setting.trials:
+    whole = setting.prefixes if len(rungs) == 1 else ()
+    for trials in whole or setting.trials:
+        most = whole[-1] if whole else trials
         rows = bench.rows(
             {
-                f"{name}, {trials} trials, seed {s}": (
+                f"{name}, {most} trials, seed {s}": (
                     searched,
                     setting,
                     searcher,
                     rungs,
-                    trials,
+                    most,
                     s,
-                    f"{name.replace(' ', '-')}-{trials}-{s}",
+                    f"{name.replace(' ', '-')}-{most}-{s}",
+                    whole,
                 )
                 for s in seeds
             }
         )
-        told = volumes(bench, setting, [row["fronts"][-1]["genomes"] for row in rows.values()])
-        found = {"trials": trials, "hypervolumes": told, "macs": [row["macs"] for row in rows.values()]}
+        ends = [
+            next((front for front in row["fronts"] if front["trials"] == trials), row["fronts"][-1])
+            for row in rows.values()
+        ]
+        told = volumes(bench, setting, [end["genomes"] for end in ends])
+        found = {"trials": trials, "hypervolumes": told, "macs": [end["macs"] for end in ends]}
         found["reached"] = float(np.mean(told)) >= goal
         if found["reached"]:
             break

@@ -339,14 +339,21 @@ class LoadedFrechet(LoadedScore):
             found["fd_of_reconstructions"] = frechet_with_replicates(np.concatenate(again), real)[0]
         return found
 
-    def seconds_of_images(self) -> float:
-        data = load_once(self._images)
+    def seconds_of_images(self, count: int) -> float:
+        """What it takes `grounds` of so many samples to look at images, and where states are latents to decode them, measured on a few."""
+        data, few = load_once(self._images), 4
         if data.held_out is None:
             return 0.0
-        few = data.pixels[:16]
+        pixels = torch.from_numpy(data.pixels[:few])
         started = time.perf_counter()
-        rows_of(self.features, torch.from_numpy(few), self.supernet.device)
-        return (time.perf_counter() - started) * (len(data) + len(data.held_out)) / len(few)
+        rows_of(self.features, pixels, self.supernet.device)
+        each = time.perf_counter() - started
+        total = each * (len(data) + len(data.held_out) + count)
+        if not getattr(self.supernet, "in_pixels", True):
+            started = time.perf_counter()
+            self.supernet.to_images(self.supernet.to_states(pixels.to(self.supernet.device)))
+            total += (time.perf_counter() - started) * (len(data.held_out) + count)
+        return total / len(pixels)
 
 
 @recipe

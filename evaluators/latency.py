@@ -7,6 +7,7 @@ is the sum over its steps. Sampling itself, next to the calls, is left out.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -222,5 +223,5 @@ class LoadedTimed:
     def grounds(self, schedule: Schedule, count: int, seed: int) -> Mapping[str, Any] | None:
         return self.base.grounds(schedule, count, seed) if isinstance(self.base, Grounded) else None
 
-    def seconds_of_images(self) -> float:
-        return self.base.seconds_of_images() if isinstance(self.base, Grounded) else 0.0
+    def seconds_of_images(self, count: int) -> float:
+        return self.base.seconds_of_images(count) if hasattr(self.base, "seconds_of_images") else math.inf

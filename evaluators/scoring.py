@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -251,5 +252,7 @@ class LoadedScores:
         told = (part.grounds(schedule, count, seed) for part in self.parts if isinstance(part, Grounded))
         return next(told, None)
 
-    def seconds_of_images(self) -> float:
-        return next((part.seconds_of_images() for part in self.parts if isinstance(part, Grounded)), 0.0)
+    def seconds_of_images(self, count: int) -> float:
+        """As the first part that can say it; endless where none can."""
+        told = (part.seconds_of_images(count) for part in self.parts if hasattr(part, "seconds_of_images"))
+        return next(told, math.inf)

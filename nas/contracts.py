@@ -599,9 +599,6 @@ class Grounded(Protocol):
         """For a report: how many images are held out, how small the score can be, and whether samples repeat train images; None where it does
         not know."""
 
-    def seconds_of_images(self) -> float:
-        """What it takes to look at all images for that, measured on a few of them."""
-
 
 class Evaluator(Protocol):
     """Recipe of a score."""

@@ -256,7 +256,8 @@ class StudyRun:
         return self.study.space.decode(chosen.trial.genome)
 
     def networks(self, chosen: Chosen) -> dict[int, Any]:
-        """Its trained subnets as plain modules, by the timestep at which they run; one module where they are the same."""
+        """Its trained subnets as plain modules, by the timestep at which they run; one module where they are the same. One that only guides is not
+        among them."""
         supernet, steps = self.loaded.supernet, self.schedule(chosen).steps
         made = {arch: supernet.extract(arch) for arch in dict.fromkeys(step.arch for step in steps)}
         return {step.timestep: made[step.arch] for step in steps}
@@ -270,12 +271,12 @@ class StudyRun:
         """Finds what the scores stand on, as a report does, where that takes no longer than a minute or so; a comparison then says so."""
         from nas.results.grounds import keep_grounds, samples_looked_at
 
-        loaded = self.loaded
-        if not isinstance(loaded, Grounded):
+        loaded, count = self.loaded, samples_looked_at(self.study)
+        seconds = getattr(loaded, "seconds_of_images", None)
+        if not isinstance(loaded, Grounded) or seconds is None:
             return
         steps = self.study.space.decode(dearest(self.study.space)).steps
-        spent = samples_looked_at(self.study) * sum(map(loaded.supernet.macs, steps))
-        if spent <= GROUNDED and loaded.seconds_of_images() <= PATIENCE:
+        if count * sum(map(loaded.supernet.macs, steps)) <= GROUNDED and seconds(count) <= PATIENCE:
             keep_grounds(self.study, self.results, loaded)
 
     def compare(self) -> dict[str, Any]:

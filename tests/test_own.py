@@ -219,6 +219,67 @@ class Named(ModelMixin, ConfigMixin):
         setattr(self, f"layer_{channels}", nn.Linear(channels, 1))
 
 
+class Odd(ModelMixin, ConfigMixin):
+    """A network whose parts `kind` makes of a kind that no slice of parameters carries."""
+
+    @register_to_config
+    def __init__(
+        self, sample_size: int = 8, in_channels: int = 1, channels: int = 32, depth: int = 2, kind: str = ""
+    ) -> None:
+        super().__init__()
+        wide = max(16, channels) if kind == "least" else channels
+        self.start, self.end = nn.Conv2d(in_channels, wide, 1), nn.Conv2d(wide, in_channels, 1)
+        self.blocks = nn.ModuleList(nn.Conv2d(wide, wide, 1) for _ in range(depth))
+        self.kind = kind
+        if kind == "drawn":
+            self.register_buffer("frequencies", torch.randn(8))
+        if kind == "reckoned":
+            self.register_buffer("frequencies", torch.arange(8.0))
+        if kind == "tied":
+            self.blocks[1].weight = self.blocks[0].weight
+        if kind == "parametrized":
+            nn.utils.parametrizations.spectral_norm(self.blocks[0])
+        if kind == "by depth":
+            self.scales = nn.Parameter(torch.ones(depth, wide))
+
+    def forward(self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: bool = True) -> Any:
+        hidden = self.start(sample)
+        for number, block in enumerate(self.blocks):
+            scale = self.scales[number][:, None, None] if self.kind == "by depth" else 1
+            hidden = hidden + scale * block(hidden)
+        if self.kind == "on data":
+            hidden = hidden * float(sample.mean())
+        return (self.end(hidden),)
+
+
+ODD = Own(Odd, shrinks=("channels",), blocks="blocks", depth="depth")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("least", r"width 0.25, 1 blocks: .* is \(16, .*slice of the full network's \(8,"),
+        ("drawn", "draws its buffer frequencies at random"),
+        ("tied", "one parameter in two places"),
+        ("parametrized", "computes parameters from others"),
+        ("by depth", "scales is .*stand in the blocks"),
+        ("on data", "cannot be called on the meta device"),
+    ],
+)
+def test_what_no_slice_of_parameters_carries_is_refused(kind: str, words: str) -> None:
+    def cost() -> Any:
+        net = Elastic({"kind": kind}, widths=(0.25, 0.5, 1.0), depths=(1, 2), network=ODD)
+        return Stepwise(net, uniform(4), (2, 2)).cost((0, 0, 0, 0))
+
+    with pytest.raises(UserError, match=words):
+        cost()
+
+
+def test_buffers_that_are_reckoned_are_those_of_every_subnet() -> None:
+    net = Elastic({"kind": "reckoned"}, widths=(0.25, 0.5, 1.0), depths=(1, 2), network=ODD)
+    check_supernet(net.initial(0), Stepwise(net, uniform(4), (2, 2)))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -15,6 +15,9 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 KEPT = 2**30
 """Bytes: larger blocks are handed back, and so is what is free at the end of the heap beyond as many."""
 
+LARGEST = 2**25
+"""The largest threshold of a block that older versions of glibc take."""
+
 
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> bool:
@@ -28,4 +31,5 @@ def set_thresholds(block: int, heap: int) -> bool:
         tell = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    return bool(tell(MMAP_THRESHOLD, block) and tell(TRIM_THRESHOLD, heap))
+    blocks = tell(MMAP_THRESHOLD, block) or tell(MMAP_THRESHOLD, min(block, LARGEST))
+    return bool(blocks and tell(TRIM_THRESHOLD, heap))

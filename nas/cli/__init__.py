@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Timer
+from threading import Event, Thread
 from typing import Annotated
 
 import typer
@@ -67,20 +67,21 @@ def options(
 @contextmanager
 def announced() -> Iterator[None]:
     """Says within a second that imports take seconds, where they do, unless asked to be quiet."""
+    done = Event()
 
     def say() -> None:
-        if "torch" in sys.modules:
+        done.wait(SOON)
+        while "torch" not in sys.modules and not done.wait(0.2):
+            pass
+        if not done.is_set():
             notes.print("loading torch, diffusers and what the study needs", style="dim", highlight=False)
 
-    fresh = "torch" not in sys.modules and not {"-q", "--quiet"} & {*sys.argv}
-    timer = Timer(SOON, say)
-    timer.daemon = True
-    if fresh:
-        timer.start()
+    if "torch" not in sys.modules and not {"-q", "--quiet"} & {*sys.argv}:
+        Thread(target=say, daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        done.set()
 
 
 def main() -> None:

@@ -111,6 +111,7 @@ class OwnAnatomy(Anatomy):
             raise UserError(
                 f"at width {share:.3g} {self.stock.__name__} has other parameters ({odd[0]}); let its width change sizes alone"
             )
+        self._check_own_state()
         for module in self._full.modules():
             if isinstance(module, torch.nn.modules.conv._ConvNd) and 1 < module.groups < module.out_channels:
                 raise UserError(
@@ -123,6 +124,26 @@ class OwnAnatomy(Anatomy):
         for name, shape in whole.items():
             axes = tuple(self._axis(name, dim, full, sizes[name][dim], share) for dim, full in enumerate(shape))
             self.tensors[name] = TensorAnatomy(axes, 0, self._unit(name))
+
+    def _check_own_state(self) -> None:
+        """Raises UserError for what slices of parameters do not carry."""
+        name, named = self.stock.__name__, dict(self._full.named_parameters())
+        tied = [n for n, _ in self._full.named_parameters(remove_duplicate=False) if n not in named]
+        if tied:
+            raise UserError(f"{name} has one parameter in two places ({tied[0]} is one of them); give each its own")
+        if any(torch.nn.utils.parametrize.is_parametrized(module) for module in self._full.modules()):
+            raise UserError(
+                f"{name} computes parameters from others (torch's parametrizations), of which no slice is taken; leave them out"
+            )
+        if dict(self._full.named_buffers()):
+            drawn = []
+            for seed in (0, 1):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    drawn.append(dict(self.stock(**self.config).named_buffers()))
+            odd = [n for n, value in drawn[0].items() if not torch.equal(value, drawn[1][n])]
+            if odd:
+                raise UserError(f"{name} draws its buffer {odd[0]} at random, each subnet another; make it a parameter")
 
     def _probe(self) -> tuple[float, Any]:
         """The class at a smaller size, on the meta device."""
@@ -231,14 +252,29 @@ class MeasuredCost(CostModel):
         return self._measured[arch]
 
     def _counted(self, arch: Arch) -> Cost:
+        """Raises UserError where the class makes another network of this size than the slices are, or cannot be called."""
         anatomy = self._anatomy
-        net = skeleton(anatomy, arch).to("meta")
+        sources = anatomy.segments(arch)
+        wanted = {name: tuple(sum(b - a for a, b in runs) for runs in source.axes) for name, source in sources.items()}
         x = torch.empty((1, int(anatomy.config["in_channels"]), *anatomy.sample_size), device="meta")
         labels = anatomy.some_condition(1, "meta").get("class_labels")
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            net(x, torch.zeros(1, dtype=torch.long, device="meta"), labels, return_dict=False)
-        params = sum(parameter.numel() for parameter in net.parameters())
-        return Cost(counter.get_total_flops() // 2, 0, params)
+        words = f"{anatomy.stock.__name__} at width {arch.widths[0]:g}, {anatomy.depths(arch)[0]} blocks"
+        try:
+            net = skeleton(anatomy, arch).to("meta")
+            with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+                net(x, torch.zeros(1, dtype=torch.long, device="meta"), labels, return_dict=False)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a module of the user's raises
+            raise UserError(f"{words}: it cannot be called on the meta device ({first_line(error)})") from error
+        made = {name: tuple(parameter.shape) for name, parameter in net.named_parameters()}
+        odd = sorted(made.keys() ^ wanted.keys()) or [name for name in made if made[name] != wanted[name]]
+        if odd:
+            raise UserError(
+                f"{words}: {odd[0]} is {made.get(odd[0], 'missing')}, and the slice of the full network's {wanted.get(odd[0], 'missing')}; let sizes follow the "
+                "width in proportion, and what follows the depth stand in the blocks"
+            )
+        return Cost(counter.get_total_flops() // 2, 0, sum(parameter.numel() for parameter in net.parameters()))
 
 
 def _numbers(value: Any) -> list[int]:
