@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .graph import graph_of
+from .graph import graph_of, is_whole
 from .walks import Condition, walk_of
 
 PREDICTION = "prediction"
@@ -83,7 +83,7 @@ def run(
     if len(reused) == len(graph.layers) and not graph.predicts_anew:
         prediction = output(PREDICTION)
     else:
-        walk, weights = walk_of(net, x, t, condition), gates or {}
+        walk, weights = walk_of(net, x, t, condition, is_whole(net)), gates or {}
         for layer in graph.layers:
             if layer.name not in reused:
                 outputs[layer.output] = walk.run(layer, output)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .graph import is_whole
-
 if TYPE_CHECKING:
     from .graph import Layer
 
@@ -57,9 +55,9 @@ def arguments(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condi
     return x, t, told.get("encoder_hidden_states"), told.get("class_labels"), None, None, None, added
 
 
-def walk_of(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> Walk:
-    """x: (batch, channels, height, width)."""
-    if is_whole(net):
+def walk_of(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None, whole: bool = False) -> Walk:
+    """x: (batch, channels, height, width). `whole`: the network is one layer, whatever it consists of."""
+    if whole:
         return _Whole(net, x, t, condition)
     if not hasattr(net, "transformer_blocks"):
         return _UNet(net, x, t, condition)
