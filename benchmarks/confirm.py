@@ -68,16 +68,14 @@ class Setting:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def study(self, whole_steps: bool = False) -> Study:
+    def study(self, whole_steps: bool = False, guidance: float | None = SETTINGS["guidance"]) -> Study:
         """`whole_steps`: which of the steps the full network runs at, instead of which width each interval has."""
         net, grid, few = self.trained.net, uniform(SETTINGS["steps"]), self.quick
         images = self.trained.study.images
-        space: Any = Stepwise(net, grid, equal(grid, SETTINGS["intervals"]), guidance=(SETTINGS["guidance"],))
+        space: Any = Stepwise(net, grid, equal(grid, SETTINGS["intervals"]), guidance=(guidance,))
         if whole_steps:
             patterns = (Every(1), Only(()))
-            space = Stepwise(
-                net, grid, per_step(grid), Options((1.0,)), patterns=patterns, guidance=(SETTINGS["guidance"],)
-            )
+            space = Stepwise(net, grid, per_step(grid), Options((1.0,)), patterns=patterns, guidance=(guidance,))
         judge = SmallClassifier(steps=40 if few else 4000, cells=4, decay=True)
         rungs = (16, 32) if few else tuple(SETTINGS["samples"])
         return Study(

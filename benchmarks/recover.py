@@ -58,7 +58,8 @@ class Setting:
 
     @property
     def study(self) -> Study:
-        return replace(self.confirmed.study(), name="recover")
+        """Unguided: so is the full network's FD least."""
+        return replace(self.confirmed.study(guidance=None), name="recover")
 
     @property
     def run(self) -> Path:
