@@ -136,6 +136,17 @@ class Setting:
         return Schedule(tuple(Step(t, arch, (), guidance) for t in uniform(steps)))
 
 
+def lend(setting: Setting, run: Path) -> None:
+    """Links the trained network into another run folder; of small sizes it is trained first."""
+    if not (setting.run / "supernet" / "weights.safetensors").exists():
+        if not setting.quick:
+            raise SystemExit("error: its network is not there; run `python -m benchmarks.latent`")
+        prepare(setting)
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / "supernet").exists():
+        (run / "supernet").symlink_to(setting.run / "supernet")
+
+
 def prepare(setting: Setting) -> Row:
     """Autoencoder, latents, judge and supernet, as `nas run` makes them, on all cores."""
     seconds: dict[str, float] = {}

@@ -229,14 +229,7 @@ def winners_of(bench: Benchmark, setting: Setting, rows: Mapping[str, Row]) -> d
 
 def prepared(setting: Setting) -> None:
     """The trained network, linked, and its judge."""
-    source = setting.confirmed.trained
-    if not (source.run / "supernet" / "weights.safetensors").exists():
-        if not setting.quick:
-            raise SystemExit("error: its network is not there; run `python -m benchmarks.latent`")
-        latent.prepare(source)
-    setting.run.mkdir(parents=True, exist_ok=True)
-    if not (setting.run / "supernet").exists():
-        (setting.run / "supernet").symlink_to(source.run / "supernet")
+    latent.lend(setting.confirmed.trained, setting.run)
     with open_session(setting.study, setting.run) as session:
         for _ in session.prepare(threads=1):
             pass

@@ -36,7 +36,6 @@ from search_spaces.stepwise import Stepwise
 
 PROTOCOL = committed("search-cost-latents")
 SETTINGS = PROTOCOL.settings
-LITERAL = "literal"
 OBJECTIVES = ("fd", "macs")
 Row = dict[str, Any]
 
@@ -248,14 +247,7 @@ def main() -> None:
         "search_cost_latents", __doc__ or "", ("nas/searchers/knapsack.py", "nas/genomes/allocation.py"), PROTOCOL
     )
     setting = Setting(bench.folder, bench.quick)
-    source = setting.trained
-    if not (source.run / "supernet" / "weights.safetensors").exists():
-        if not bench.quick:
-            raise SystemExit("error: its network is not there; run `python -m benchmarks.latent`")
-        latent.prepare(source)
-    setting.prepared.mkdir(parents=True, exist_ok=True)
-    if not (setting.prepared / "supernet").exists():
-        (setting.prepared / "supernet").symlink_to(source.run / "supernet")
+    latent.lend(setting.trained, setting.prepared)
     with open_session(setting.study(Random(), setting.rungs, setting.trials[0]), setting.prepared) as session:
         for _ in session.prepare(threads=1):
             pass

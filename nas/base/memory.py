@@ -1,7 +1,7 @@
 """Memory that a network frees is kept for its next call.
 
 By default glibc hands every large block back to the operating system as soon as it is freed, and asks for it, zeroed page by page, for the next tensor. That
-takes as long as computing with it: a call of the DDPM CIFAR-10 network at half its width, 256 images at once, takes 8.3 s so and 4.8 s with the block kept.
+can take as long as computing with it: see the rows "memory kept" of `benchmarks.evaluation`.
 """
 
 from __future__ import annotations
