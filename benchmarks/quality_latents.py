@@ -12,7 +12,18 @@ from benchmarks import confirm
 from benchmarks.common import Benchmark, Target
 from benchmarks.protocol import committed
 from benchmarks.quality import summary
-from benchmarks.recover import Row, Setting, by_interval, fine_tuned, genomes_of, judged, prepared, scored, specialists
+from benchmarks.recover import (
+    PIXELS,
+    Row,
+    Setting,
+    by_interval,
+    fine_tuned,
+    genomes_of,
+    judged,
+    prepared,
+    scored,
+    specialists,
+)
 from nas.contracts import Genome
 from nas.genomes.genetics import dearest
 
@@ -90,16 +101,19 @@ def main() -> None:
         }
     )
 
-    def of(name: str, tuned: bool) -> list[Row]:
+    def of(name: str, tuned: bool, by_pixels: bool = False) -> list[Row]:
         share = study.space.cost(tuple(genomes[name]))["macs_share"]
         found = [rows[keys[schedules[name].digest, seed, tuned]] for seed in PROTOCOL.seeds]
-        return [{**row, "macs_share": share} for row in found]
+        return [{**(row[PIXELS] if by_pixels else row), "macs_share": share} for row in found]
 
     losses: dict[tuple[str, bool], float] = {}
     for tuned in (False, True):
         for name in schedules:
             words = f"{name}, {'fine-tuned' if tuned else 'frozen'}"
-            told = bench.reckon(words, {"genome": genomes[name], **summary(of(name, tuned), of(FULL, tuned))})
+            pixels = summary(of(name, tuned, by_pixels=True), of(FULL, tuned, by_pixels=True))
+            told = bench.reckon(
+                words, {"genome": genomes[name], **summary(of(name, tuned), of(FULL, tuned)), PIXELS: pixels}
+            )
             losses[name, tuned] = told["loss"]
     worth = all(losses[UNIFORM, tuned] > 0 for tuned in (False, True))
     ratio = max(losses[FOUND, tuned] / losses[UNIFORM, tuned] for tuned in (False, True)) if worth else None

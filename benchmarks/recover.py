@@ -40,6 +40,8 @@ SETTINGS = PROTOCOL.settings
 WINNERS = SETTINGS["winners"]
 CLAIMED = f"recovered {SETTINGS['recovered'][-1]}"
 """The arm of the targets."""
+PIXELS = "pixels"
+"""Of a judged row, what the pixels' components say."""
 Array = npt.NDArray[np.float64]
 Row = dict[str, Any]
 
@@ -137,15 +139,18 @@ def fewest_steps(folder: Path, steps: int) -> int:
 
 
 def judged(setting: Setting, schedule: Schedule, seed: int, folder: Path | None) -> Row:
-    """The truth: of the networks in this folder that were trained, or of the supernet's, on noises and images that no arm has seen."""
+    """The truth: of the networks in this folder that were trained, or of the supernet's, on noises and images that no arm has seen. Under the classifier, and
+    of the same samples under what knows no labels."""
     torch.set_num_threads(1)
     net = setting.net()
-    judge = judges_of(setting.study)[0][0]
-    own = replace(judge, evaluator=replace(judge.evaluator, rungs=(setting.samples[1],)))
     if folder is not None:
         adopt(net, folder)
-    score = own.load(net, setting.run)(schedule, own.samples, derive_seed(0, seed, "truth's noise"))
-    return {"fd": [score.values["fd"]], "replicates": [score.replicates["fd"]]}
+    count, found = setting.samples[1], []
+    for judge in judges_of(setting.study)[0][:2]:
+        own = replace(judge, evaluator=replace(judge.evaluator, rungs=(count,)))
+        score = own.load(net, setting.run)(schedule, count, derive_seed(0, seed, "truth's noise"))
+        found.append({"fd": [score.values["fd"]], "replicates": [score.replicates["fd"]]})
+    return {**found[0], PIXELS: found[1]}
 
 
 def adopt(net: LoadedElastic, folder: Path) -> None:
@@ -228,10 +233,13 @@ def winners_of(bench: Benchmark, setting: Setting, rows: Mapping[str, Row]) -> d
 
 
 def prepared(setting: Setting) -> None:
-    """The trained network, linked, and its judge."""
+    """The trained network, linked, and its judges."""
     latent.lend(setting.confirmed.trained, setting.run)
     with open_session(setting.study, setting.run) as session:
         for _ in session.prepare(threads=1):
+            pass
+    for judge in judges_of(setting.study)[0][:2]:
+        for _ in judge.prepare(setting.run, 0, "cpu"):
             pass
 
 
@@ -285,7 +293,9 @@ def main() -> None:
     )
 
     bands = np.repeat(np.arange(len(SETTINGS["bands"])), len(genomes) // len(SETTINGS["bands"]))
-    truths = [np.array([truth[f"truth of {names[g, seed]}"]["fd"][0] for g in genomes]) for seed in PROTOCOL.seeds]
+    rows = {pair: truth[f"truth of {names[pair]}"] for pair in pairs}
+    truths = [np.array([rows[g, seed]["fd"][0] for g in genomes]) for seed in PROTOCOL.seeds]
+    by_pixels = [np.array([rows[g, seed][PIXELS]["fd"][0] for g in genomes]) for seed in PROTOCOL.seeds]
     predicted = {
         "macs": [-study.space.cost(genome)["macs"] for genome in genomes],
         "frozen": arms["frozen"]["fd"],
@@ -309,6 +319,9 @@ def main() -> None:
                 "over_ceiling": tau / ceiling[0] if ceiling[0] > 0 else None,
                 "less_macs": against(each, agreements["macs"], len(genomes)),
                 "macs_share_of_training": costs[name],
+                "tau_by_pixels": with_interval(agreement(predicted[name], by_pixels, bands), len(genomes), RESAMPLES)[
+                    0
+                ],
             },
         )
     compare_winners(bench, setting, winners_of(bench, setting, arms))
