@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ MOST = 2**16
 
 
 PerLevel = Literal["width", "depth", "layers"]
+Gradual = Literal["width", "depth", "attention", "layers", "middle"]
 
 LATER = ("channels", "layers", "middle")
 """Settings that were added later."""
@@ -72,6 +73,20 @@ class Options:
             raise UserError(
                 f"widths {self.widths} must name a share, and per_level {self.per_level} 'width', 'depth' or 'layers'"
             )
+
+    def holding(self, held: Sequence[Gradual]) -> Options:
+        """With these as the full network has them."""
+        last = slice(-1, None)
+        width, depth, layers = (last if name in held else slice(None) for name in ("width", "depth", "layers"))
+        return replace(
+            self,
+            widths=self.widths[width],
+            depths=self.depths[depth],
+            channels=tuple(level[width] for level in self.channels),
+            layers=self.layers[layers],
+            attention=self.attention and "attention" not in held,
+            middle=self.middle and "middle" not in held,
+        )
 
     def within(self, other: Options) -> bool:
         """Whether each of these subnets is among the other's."""
@@ -215,6 +230,17 @@ class Subnets:
         for indices in np.ndindex(*self.shape):
             table[indices] = self._cost(self.arch(indices)).macs
         return table
+
+    @cached_property
+    def spread_over_macs(self) -> npt.NDArray[np.float64]:
+        """For each subnet but the smallest and the largest how likely it is drawn, if all numbers of multiply-adds are as likely and the subnet nearest to one
+        is taken, any of those that cost the same. Their sum is 1."""
+        macs, inverse, counts = np.unique(self.macs.ravel()[1:-1], return_inverse=True, return_counts=True)
+        if len(macs) < 2:
+            return np.full(len(inverse), 1 / max(len(inverse), 1))
+        bounds = np.array([macs[0], *((macs[1:] + macs[:-1]) / 2), macs[-1]])
+        chances: npt.NDArray[np.float64] = np.diff(bounds) / (macs[-1] - macs[0]) / counts
+        return chances[inverse]
 
     def cost(self, indices: Sequence[int]) -> Cost:
         return self._cost(self.arch(indices))

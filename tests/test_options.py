@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -13,16 +14,18 @@ from hypothesis import strategies as st
 
 from benchmarks import published
 from benchmarks.cost import count_with_fvcore
+from evaluators.images import Digits
 from nas.contracts import WITHOUT_ATTENTION, UserError
 from nas.genomes.genetics import cheapest, dearest
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import equal, linear_budgets, uniform
 from search_spaces.networks.anatomy import predict
 from search_spaces.networks.slices import Arch
-from search_spaces.options import Options
+from search_spaces.options import Options, Subnets
 from search_spaces.patterns import Every
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
+from search_spaces.training import ZeroInit
 from tests.arithmetic import CALL
 from tests.conftest import TINY
 from tests.test_supernet import randomised
@@ -141,6 +144,47 @@ def test_a_shallow_subnet_equals_the_full_net_with_its_other_blocks_made_identit
                         tensor[:, : len(tensor), 0, 0] = torch.eye(len(tensor))
         x, t = inputs(net)
         assert torch.allclose(loaded.full(x, t).sample, loaded.forward(arch, x, t), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["two levels, attention", "three levels, three blocks, no attention"])
+def test_a_deep_network_begins_as_the_shallow_one(name: str) -> None:
+    net = NETS[name]
+    loaded = net.initial(0)
+    before = {key: tensor.clone() for key, tensor in loaded.full.named_parameters()}
+    shallow = Arch(net.anatomy.full.widths, (1,) * net.anatomy.levels)
+    x, t = inputs(net)
+    expected = loaded.forward(shallow, x, t)
+    list(ZeroInit().fit(loaded, Digits().load(), 0))
+    assert torch.equal(loaded.forward(shallow, x, t), expected)
+    assert torch.allclose(loaded.full(x, t).sample, expected, atol=CALL)
+    changed = {key for key, tensor in loaded.full.named_parameters() if not torch.equal(tensor, before[key])}
+    loaded.full.requires_grad_(True)
+    loaded.full(x, t).sample.square().sum().backward()
+    weights = dict(loaded.full.named_parameters())
+    assert all(weights[key].grad.abs().max() > 0 for key in changed if key.endswith("weight")), "and can learn"  # type: ignore[union-attr]
+
+
+def test_where_there_is_nothing_to_begin_with_it_is_refused() -> None:
+    with pytest.raises(UserError, match=r"all subnets are as deep, depths=\(\)"):
+        list(ZeroInit().fit(Elastic(TINY, widths=(0.5, 1.0)).initial(0), Digits().load(), 0))
+
+
+@settings(max_examples=100, deadline=None)
+@given(costs=st.lists(st.integers(1, 50), min_size=3, max_size=20))
+def test_subnets_spread_over_multiply_adds(costs: list[int]) -> None:
+    """Against numbers of multiply-adds all over the range, each of which takes the nearest."""
+    subnets = Subnets.__new__(Subnets)
+    subnets.__dict__["macs"] = np.array([1, *costs, 50])
+    chances = subnets.spread_over_macs
+    assert chances.sum() == pytest.approx(1)
+    least, most = min(costs), max(costs)
+    taken = np.zeros(len(costs))
+    for target in np.linspace(least, most, 2001) if most > least else [least]:
+        away = np.abs(np.array(costs) - target)
+        nearest = away == away.min()
+        taken += nearest / nearest.sum()
+    # Of each distinct cost two ends of its reach, each off by a point of the grid at most.
+    assert np.abs(taken / taken.sum() - chances).max() <= 2 / 2000 + 1e-9
 
 
 def test_a_subnet_without_attention_equals_the_full_net_with_silent_attention() -> None:

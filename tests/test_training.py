@@ -136,7 +136,7 @@ STAGES = Stages(
         replace(SHORT, steps=6, full_only=True),
         Order("magnitude"),
         replace(SHORT, steps=6, distillation=0.5),
-        Experts(replace(SHORT, steps=5, distillation=0.5)),
+        Experts(replace(SHORT, steps=5, distillation=0.5), order=Order(batch=8, stride=250)),
     ),
     checkpoint_every=4,
 )
@@ -154,9 +154,10 @@ def test_stages_killed_anywhere_resume_bit_identically(tiny_net: Elastic, tmp_pa
     net = with_experts(tiny_net)
     whole = [tick.what for tick in run_stages(net, tmp_path / "whole")]
     assert list(dict.fromkeys(whole)) == [
-        *("full network", "order", "supernet", "expert 0-299", "expert 300-699", "expert 700-999")
+        *("full network", "order", "supernet"),
+        *(f"{what}expert {name}" for name in ("0-299", "300-699", "700-999") for what in ("order of ", "")),
     ]
-    for _ in range(40):
+    for _ in range(80):
         if (tmp_path / "parts" / "weights.safetensors").exists():
             break
         list(islice(run_stages(net, tmp_path / "parts"), 5))  # killed after at most five ticks
@@ -170,7 +171,7 @@ def test_training_says_what_each_stage_took(tiny_net: Elastic, tmp_path: Path) -
     net = with_experts(tiny_net)
     list(run_stages(net, tmp_path))
     spent = json.loads((tmp_path / "training.json").read_text())
-    assert [stage["class"] for stage in spent] == ["Sandwich", "Order", *["Sandwich"] * 4]
+    assert [stage["class"] for stage in spent] == ["Sandwich", "Order", "Sandwich", *["Order", "Sandwich"] * 3]
     full = net.cost(net.anatomy.full).macs
     assert spent[0]["macs"] == 3 * 6 * 8 * full
     assert spent[1]["macs"] == 0
@@ -193,6 +194,64 @@ def test_experts_train_their_own_weights_on_their_own_timesteps(tiny_net: Elasti
     one = Stepwise(tiny_net, (900, 500, 100), (1, 1, 1))
     assert space.cost((2, 2, 2))["params"] == 3 * one.cost((2, 2, 2))["params"]
     check_supernet(loaded, space, samples=2)
+
+
+def test_each_expert_has_an_order_of_its_own(tiny_net: Elastic) -> None:
+    """It computes what the shared network does, its channels in an order that is not that of the others."""
+    net = with_experts(tiny_net)
+    loaded = net.initial(0)
+    order = Order(batch=8, stride=100)
+    for name in net.expert_names:
+        list(order.of(name).fit(loaded, Digits().load(), 0))
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    with torch.no_grad():
+        expected = loaded.full(x, t).sample
+        for expert in loaded.experts.values():
+            assert torch.allclose(expert(x, t).sample, expected, atol=CALL)
+    weights = [net.conv_in.weight for net in (loaded.full, *loaded.experts.values())]
+    assert all(not torch.equal(a, b) for a, b in combinations(weights, 2))
+    assert sum(order.of(name).macs(net) for name in net.expert_names) == order.macs(net)
+
+
+@pytest.mark.parametrize(("held", "depths", "widths"), [(("depth",), {2}, {0.5, 1.0}), (("width",), {1, 2}, {1.0})])
+def test_what_a_stage_holds_is_as_in_the_full_network(held: Any, depths: set[int], widths: set[float]) -> None:
+    from tests.conftest import TINY
+
+    config = {**TINY, "block_out_channels": (16, 32), "layers_per_block": 2}
+    net = Elastic(config, widths=(0.5, 1.0), depths=(1, 2), per_level=("width", "depth"))
+    every = net.subnets(net.options)
+    known = {every.flat(i) for i in range(len(every))}
+    held_options = net.options.holding(held)
+    assert held_options.within(net.options)
+    some = net.subnets(held_options)
+    subnets = [some.flat(i) for i in range(len(some))]
+    assert {*subnets} < known
+    assert subnets[-1] == net.anatomy.full
+    assert {depth for arch in subnets for depth in net.anatomy.depths(arch)} == depths
+    assert {share for arch in subnets for share in arch.widths} == widths
+    stage = replace(SHORT, steps=8, held=held)
+    ticks = list(stage.fit(net.initial(0), Digits().load(), 0))
+    labels = {label for tick in ticks for label in tick.values}
+    assert {"depth" not in label for label in labels} == ({True} if held == ("depth",) else {True, False})
+    assert {label.startswith("1") for label in labels} == ({True} if held == ("width",) else {True, False})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"between": 1}, {"between": 3}, {"drawn": "by macs"}, {"distillation": 0.5}),
+        {"full_only": True, "distillation": 0.5},
+    ],
+)
+def test_a_training_takes_what_it_is_expected_to(given: dict[str, Any]) -> None:
+    from tests.conftest import TINY
+
+    config = {**TINY, "block_out_channels": (16, 32)}
+    net = Elastic(config, widths=(0.25, 0.5, 0.75, 1.0), per_level=("width",))
+    stage = replace(SHORT, steps=150, batch=1, **given)
+    loaded = net.initial(0)
+    list(stage.fit(loaded, Digits().load(), 0))
+    assert loaded.trained_macs == pytest.approx(stage.macs(net), rel=0.1)
 
 
 def test_weights_without_experts_are_refused_where_some_are_wanted(tiny_net: Elastic, tmp_path: Path) -> None:

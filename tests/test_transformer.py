@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from evaluators.images import Digits
 from nas.contracts import UserError
 from search_spaces.networks.anatomy import predict, skeleton, unset
 from search_spaces.networks.slices import Arch
@@ -20,6 +21,8 @@ from search_spaces.networks.transformer import DiT, PixArt, Transformer
 from search_spaces.shipped.graph import TransformerGraph, graph_of
 from search_spaces.shipped.reuse import run
 from search_spaces.supernet import Elastic
+from search_spaces.training import ZeroInit
+from tests.arithmetic import CALL
 
 HEADS, BLOCKS = 4, 5
 COMMON = {
@@ -383,3 +386,16 @@ def test_costs_are_what_torch_counts(kind: str, share: float, depth: int, data: 
     names = net.cost.graph(arch).names(True)
     reuse = tuple(data.draw(st.sets(st.sampled_from(names), max_size=len(names) - 1)))
     assert net.cost.macs(arch, reuse) == counted(stock, reuse)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_deep_transformers_begin_as_their_shallowest(kind: str) -> None:
+    net = elastic(CONFIGS[kind])
+    loaded = drawn(net)
+    shallow = net.anatomy.canonical(Arch((1.0,), (1,)))
+    x, t, told = inputs(net)
+    with torch.no_grad():
+        expected = loaded.forward(shallow, x, t, told)
+        list(ZeroInit().fit(loaded, Digits().load(), 0))
+        found = predict(loaded.full.eval(), x, t, told)
+        assert torch.allclose(found, expected, atol=CALL * float(expected.abs().max().clamp(min=1)))

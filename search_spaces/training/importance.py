@@ -24,7 +24,7 @@ from search_spaces.networks.slices import Arch
 from search_spaces.networks.transformer import Transformer
 from search_spaces.supernet import Elastic
 from search_spaces.training.optimiser import Batches
-from search_spaces.training.stages import Checkpoints, OneStage
+from search_spaces.training.stages import Checkpoints, OneStage, own_copy
 
 Criterion = Literal["gradient", "magnitude", "random"]
 Scores = dict[str, torch.Tensor]
@@ -38,7 +38,8 @@ class Order(OneStage):
     `criterion`: "gradient" (Diff-Pruning), "magnitude" of the weights, or "random". `threshold`: the visit of timesteps, from the
     clean end, stops where the loss falls below this share of the largest so far; noisier ones say little. `stride`: of the visit.
     `squared`: sums (weight x gradient)^2 instead of the absolute value, norms and biases included. The code released for DDPM squares too,
-    but leaves biases out and norms unsquared.
+    but leaves biases out and norms unsquared. `expert`: orders that copy of the weights, by the timesteps that it serves; `Experts(..., order=Order())`
+    does it for each.
     """
 
     criterion: Criterion = "gradient"
@@ -46,13 +47,22 @@ class Order(OneStage):
     batch: Batch = 128
     stride: Count = 1
     squared: bool = False
+    expert: str = ""
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "Order", **asdict(self)}
+        settings = asdict(self)
+        return {"class": "Order", **{k: v for k, v in settings.items() if k != "expert" or v}}
+
+    def of(self, expert: str) -> Order:
+        return replace(self, expert=expert)
+
+    @property
+    def _name(self) -> str:
+        return f"order of expert {self.expert}" if self.expert else "order"
 
     def macs(self, supernet: Elastic) -> float:
         """At most: of the whole visit."""
-        visited = -(-supernet.noise.timesteps // self.stride) if self.criterion == "gradient" else 0
+        visited = len(range(*supernet.served_by(self.expert), self.stride)) if self.criterion == "gradient" else 0
         full = supernet.cost(supernet.anatomy.full).macs
         return 3.0 * visited * self.batch * full
 
@@ -61,16 +71,18 @@ class Order(OneStage):
     ) -> Iterator[Progress]:
         """Short enough to start again after a stop, so that it keeps no checkpoint."""
         anatomy = net.recipe.anatomy
+        own_copy(net, self.expert)
+        full = net.weights(self.expert)
         if net.recipe.network is not None:
             raise UserError(
                 "Order: which channels of a network of your own are joined is not known, so that none can be moved; leave it out of the training"
             )
         if self.criterion == "gradient":
             yield from self.accumulate(net, data, seed)
-            gradients = {name: p.grad for name, p in net.full.named_parameters() if p.grad is not None}
-            scores = channel_scores(anatomy, dict(net.full.named_parameters()), gradients, self.squared)
+            gradients = {name: p.grad for name, p in full.named_parameters() if p.grad is not None}
+            scores = channel_scores(anatomy, dict(full.named_parameters()), gradients, self.squared)
         elif self.criterion == "magnitude":
-            weights = dict(net.full.named_parameters())
+            weights = dict(full.named_parameters())
             scores = channel_scores(anatomy, weights, {name: w.sign() for name, w in weights.items()}, self.squared)
         else:
             generator = torch.Generator().manual_seed(derive_seed(seed, "random order"))
@@ -78,9 +90,9 @@ class Order(OneStage):
                 s.channels: s.size for t in anatomy.tensors.values() for axis in t.axes for s in axis if s.channels
             }
             scores = {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
-        net.full.zero_grad(set_to_none=True)
-        permute(net, permutations(anatomy, scores))
-        yield Progress("order", 1, 1)
+        full.zero_grad(set_to_none=True)
+        permute(net, permutations(anatomy, scores), self.expert)
+        yield Progress(self._name, 1, 1)
 
     def accumulate(self, net: LoadedElastic, data: ImageSet, seed: int) -> Iterator[Progress]:
         """Sums the gradients of the prediction error of one batch with one noise over the timesteps, into `.grad`."""
@@ -88,20 +100,22 @@ class Order(OneStage):
         batches = Batches(net, data, self.batch, flip=False)
         x0, condition = batches.images(generator)
         noise = torch.randn(x0.shape, generator=generator).to(net.device)
-        net.full.requires_grad_(True).eval()
-        largest, total = 0.0, net.recipe.noise.timesteps
-        for timestep in range(0, total, self.stride):
+        full, arch = net.weights(self.expert), net.full_arch.replace(expert=self.expert)
+        full.requires_grad_(True).eval()
+        first, last = net.recipe.served_by(self.expert)
+        largest = 0.0
+        for timestep in range(first, last, self.stride):
             t = torch.full((len(x0),), timestep, device=net.device)
             loss = torch.nn.functional.mse_loss(
-                net.forward(net.full_arch, batches.at(x0, t, noise), t, condition)[:, : x0.shape[1]],
+                net.forward(arch, batches.at(x0, t, noise), t, condition)[:, : x0.shape[1]],
                 batches.target(x0, t, noise),
             )
             largest = max(largest, loss.item())
             if loss.item() < self.threshold * largest:
                 break
             torch.autograd.backward(loss)
-            yield Progress("order", timestep, total, {"loss": loss.item()})
-        net.full.requires_grad_(False)
+            yield Progress(self._name, timestep - first, last - first, {"loss": loss.item()})
+        full.requires_grad_(False)
 
 
 def channel_scores(
@@ -152,10 +166,10 @@ def _order(anatomy: Anatomy, name: str, values: torch.Tensor) -> torch.Tensor:
     )
 
 
-def permute(net: LoadedElastic, order: Mapping[str, torch.Tensor]) -> None:
-    """Reorders the full network's channels in place, those of every tensor alike."""
+def permute(net: LoadedElastic, order: Mapping[str, torch.Tensor], expert: str = "") -> None:
+    """Reorders the full network's channels in place, those of every tensor alike; or those of an expert's."""
     with torch.no_grad():
-        for name, parameter in net.full.named_parameters():
+        for name, parameter in net.weights(expert).named_parameters():
             for dim, axis in enumerate(net.recipe.anatomy.tensors[name].axes):
                 index: list[torch.Tensor] = []
                 start = 0

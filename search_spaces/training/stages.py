@@ -18,6 +18,7 @@ from nas.contracts import Condition, Images, ImageSet, Progress, Schedule, UserE
 from nas.recipes import Batch, Count, Few, Natural, Positive, Share, Weight, recipe
 from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.slices import Arch
+from search_spaces.options import Gradual, Subnets
 from search_spaces.supernet import WEIGHTS, Elastic
 from search_spaces.training.optimiser import Batches, Optimiser, Teacher, check_recipe, gather, write_tensors
 from search_spaces.training.team import Team, team
@@ -41,6 +42,13 @@ class Stage(Protocol):
 
     def macs(self, supernet: Elastic) -> float:
         """What it takes in all, expected: forward and backward count thrice."""
+
+
+class OfExpert(Stage, Protocol):
+    """A stage of one copy of the weights."""
+
+    def of(self, expert: str) -> Stage:
+        """The same for that copy."""
 
 
 @dataclass(frozen=True)
@@ -195,8 +203,11 @@ class Sandwich(OneStage):
     moving average with decay min(`ema`, (1 + step) / (10 + step)).
 
     `full_only`: trains the full net alone. `distillation`: share of the target that is the prediction of the full net as it was
-    before this stage, instead of the noise. `expert`: trains that copy of the weights, made of the shared ones, on the timesteps
-    that it serves. `drop`: share of the conditions that say nothing, where the network takes any.
+    before this stage, instead of the noise. `expert`: trains that copy of the weights, made of the shared ones where no stage before has made it, on the
+    timesteps that it serves. `drop`: share of the conditions that say nothing, where the network takes any.
+
+    `drawn`: the random subnets "evenly", all as likely, or "by macs", so that multiply-adds are as likely; where many subnets cost about the same, the first
+    seldom draws a small or a large one. `held`: what all of this stage's subnets have as the full network has it, for progressive shrinking (Cai et al. 2020).
 
     `snr_cap`: min-SNR weighting (Hang et al. 2023, eq. 9), the signal-to-noise ratio from which on timesteps count no more than each other as
     predictions of the image; without it all count alike as they are predicted. For networks that are too large: `accumulate` runs each batch in
@@ -221,13 +232,15 @@ class Sandwich(OneStage):
     accumulate: Few = 1
     checkpointing: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    drawn: Literal["evenly", "by macs"] = "evenly"
+    held: tuple[Gradual, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """How a batch is run is no part of it, where that changes rounding alone. What was added later is left out where nothing is said of it."""
         settings = asdict(self)
         for name in ("checkpoint_every", "accumulate", "checkpointing"):
             del settings[name]
-        later = {"drop": DROP, "snr_cap": None, "precision": "float32"}
+        later = {"drop": DROP, "snr_cap": None, "precision": "float32", "drawn": "evenly", "held": ()}
         return {"class": "Sandwich", **{k: v for k, v in settings.items() if k not in later or v != later[k]}}
 
     def __post_init__(self) -> None:
@@ -240,8 +253,7 @@ class Sandwich(OneStage):
         self, net: LoadedElastic, data: ImageSet, seed: int, files: Checkpoints | None = None
     ) -> Iterator[Progress]:
         """Trains a loaded supernet in place; afterwards it holds the averaged weights."""
-        if self.expert:
-            net.experts[self.expert] = copy.deepcopy(net.full)
+        own_copy(net, self.expert)
         teacher = Teacher(net, self.distillation)
         optimiser = Optimiser(self, net, files.digest if files else "", [self.expert])
         if files:
@@ -290,11 +302,15 @@ class Sandwich(OneStage):
     def macs(self, supernet: Elastic) -> float:
         full = supernet.cost(supernet.anatomy.full).macs
         passes = 4.0 if self.checkpointing else 3.0
-        each = passes * full
-        if not self.full_only:
-            table = supernet.subnets(supernet.options).macs
-            each += passes * (float(table.min()) + self.between * float(table.mean()))
-        each += full if self.distillation else 0
+        each, members = passes * full, 1
+        subnets = self._subnets(supernet)
+        if not self.full_only and len(subnets) > 1:
+            macs = subnets.macs.ravel()
+            inner = macs[1:-1]
+            count = min(self.between, len(inner))
+            one = inner @ subnets.spread_over_macs if self.drawn == "by macs" else inner.mean() if count else 0
+            each, members = each + passes * float(macs[0] + count * one), 2 + count
+        each += members * full if self.distillation else 0
         return self.steps * self.batch * each
 
     def _parts_of(
@@ -312,10 +328,27 @@ class Sandwich(OneStage):
     def _members(self, recipe: Elastic, generator: torch.Generator) -> list[Arch]:
         if self.full_only:
             return [recipe.anatomy.full]
-        subnets = recipe.subnets(recipe.options)
+        subnets = self._subnets(recipe)
         last = len(subnets) - 1
-        drawn = torch.randperm(max(last - 1, 0), generator=generator)[: self.between].tolist()
+        inner = max(last - 1, 0)
+        if self.drawn == "by macs" and self.between and inner:
+            chances = torch.from_numpy(subnets.spread_over_macs)
+            drawn = torch.multinomial(chances, min(self.between, inner), generator=generator).tolist()
+        else:
+            drawn = torch.randperm(inner, generator=generator)[: self.between].tolist()
         return list(dict.fromkeys(subnets.flat(i) for i in (last, 0, *(i + 1 for i in drawn))))
+
+    def of(self, expert: str) -> Sandwich:
+        return replace(self, expert=expert)
+
+    def _subnets(self, recipe: Elastic) -> Subnets:
+        return recipe.subnets(recipe.options.holding(self.held))
+
+
+def own_copy(net: LoadedElastic, expert: str) -> None:
+    """Sees to it that the expert has weights of its own, those of the shared network where it had none."""
+    if expert and expert not in net.experts:
+        net.experts[expert] = copy.deepcopy(net.full)
 
 
 def _over_all(losses: dict[str, float], mates: Team, device: torch.device) -> dict[str, float]:
@@ -330,18 +363,22 @@ def _over_all(losses: dict[str, float], mates: Team, device: torch.device) -> di
 @recipe
 class Experts(OneStage):
     """Elastic fine-tuning of one copy of the weights for each interval of timesteps (DiffPruning; TDC): the sandwich rule on
-    that interval's timesteps alone, distilling from the full net of the stage before. `each`: the settings of every expert."""
+    that interval's timesteps alone, distilling from the full net of the stage before. `each`: the settings of every expert. `order`: such as `Order()`, by which each
+    copy's channels are ordered first, of its own timesteps."""
 
     each: Sandwich
+    order: OfExpert | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {"class": "Experts", "each": self.each.describe()}
+        own = {} if self.order is None else {"order": self.order.describe()}
+        return {"class": "Experts", "each": self.each.describe(), **own}
 
-    def parts(self, supernet: Elastic) -> list[Sandwich]:
-        """One stage for each expert. Raises UserError where the supernet has none."""
+    def parts(self, supernet: Elastic) -> list[Stage]:
+        """One stage for each expert, or two. Raises UserError where the supernet has none."""
         if not supernet.experts:
             raise UserError("a training of experts needs a supernet with experts=(timesteps where another takes over)")
-        return [replace(self.each, expert=name) for name in supernet.expert_names]
+        own = [self.each] if self.order is None else [self.order, self.each]
+        return [stage.of(name) for name in supernet.expert_names for stage in own]
 
     def macs(self, supernet: Elastic) -> float:
         return sum(part.macs(supernet) for part in self.parts(supernet))
