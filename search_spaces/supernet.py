@@ -277,6 +277,11 @@ class Elastic:
             **({} if self.in_pixels else {"codec": self.codec.describe()}),
         }
 
+    @property
+    def exportable(self) -> bool:
+        """Whether a folder of stock diffusers models can hold what is found."""
+        return self.network is None
+
     def _kind(self) -> dict[str, Any]:
         """Of transformers their stock class, which their settings do not always tell apart, and of your own what it is."""
         if self.network is not None:

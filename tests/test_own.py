@@ -187,6 +187,8 @@ def test_a_study_of_it_runs(attend: Elastic, tmp_path: Path) -> None:
     for step in schedule.steps:
         assert networks[step.timestep].config.channels == 32 * step.arch.widths[0]
     assert run.sample(chosen, 4).shape == (4, 1, 8, 8)
+    recommended = run.compare()["recommended"]
+    assert recommended["command"].startswith("nas sample STUDY.py --out ")
     with pytest.raises(UserError, match="a Attend is no network of diffusers"):
         run.export(chosen, tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -37,6 +37,7 @@ def write_facts(study: Study, folder: Path, storage: str | None) -> None:
         **what_is_searched(study),
         "choices": [[choice.name, choice.options] for choice in study.space.choices],
         **({"spans": study.space.spans} if hasattr(study.space, "spans") else {}),
+        **({} if getattr(study.supernet, "exportable", True) else {"exportable": False}),
         "seed": study.seed,
         "versions": package_versions(),
     }

@@ -23,7 +23,7 @@ from optuna.storages import BaseStorage
 
 from nas.contracts import Progress, Trial, UserError
 from nas.results.page import draw_once, samples_of, schedule_of
-from nas.results.recommendation import export_command
+from nas.results.recommendation import next_command
 from nas.results.report import Run, cost_in_words
 from nas.study import Study
 
@@ -95,7 +95,7 @@ def _note(study_file: str, run: Run, searcher: str, seed: int, trial: Trial) -> 
     return (
         f"Verified on {trial.rung:,} samples, {cost_in_words(trial)}.\n\n{values}\n"
         f"- spent: {spent.get('macs', 0):.3g} MACs, {spent.get('seconds', 0):.1f} s\n\n"
-        f"```\n{export_command(study_file, run, searcher, seed, trial.number)}\n```\n"
+        f"```\n{next_command(study_file, run, searcher, seed, trial.number)}\n```\n"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.contracts import Trial
-from nas.results.recommendation import export_command
+from nas.results.recommendation import next_command
 from nas.results.report import Run, cost_in_words, verified_front
 from nas.results.schedules import bars_of, drawn
 from nas.study import Study
@@ -54,7 +54,7 @@ def points(
                         "schedule": drawn(
                             bars_of(study.space.decode(trial.genome), loaded.supernet), "currentColor", ""
                         ),
-                        "command": export_command(study_file, run, searcher, seed, trial.number),
+                        "command": next_command(study_file, run, searcher, seed, trial.number),
                         "samples": None,
                     },
                 )

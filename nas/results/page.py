@@ -20,7 +20,7 @@ from nas.genomes.genetics import LATENCY, dearest
 from nas.results.explore import points
 from nas.results.grounds import keep_grounds, winner_of
 from nas.results.plots import INK, draw_audit, draw_curves, draw_scores
-from nas.results.recommendation import export_command, recommended
+from nas.results.recommendation import next_command, recommended
 from nas.results.report import (
     Run,
     Scale,
@@ -414,7 +414,7 @@ def _candidates(
                         {"value": value, "shown": shown, "text": title in text}
                         for title, (value, shown) in zip(titles, cells, strict=True)
                     ],
-                    "command": export_command(study_file, run, searcher, seeds[name], trial.number),
+                    "command": next_command(study_file, run, searcher, seeds[name], trial.number),
                 }
             )
     return {"columns": [{"title": title, "text": title in text} for title in titles], "rows": rows}

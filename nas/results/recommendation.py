@@ -17,7 +17,7 @@ INTERVAL = 1.96
 
 
 def recommended(run: Run, study_file: str = "STUDY.py") -> dict[str, Any] | None:
-    """Of all verified schedules within the limits: `words` with what it saves and what it loses, with its interval, and the `command` that exports it. None where
+    """Of all verified schedules within the limits: `words` with what it saves and what it loses, with its interval, and the `command` to go on with. None where
     none is verified yet."""
     quality, scale = run.facts["objectives"][0], run.scale
     uniform = [t for info, trials in run.ledgers if info.searcher == run.facts["baseline"] for t in trials]
@@ -41,7 +41,7 @@ def recommended(run: Run, study_file: str = "STUDY.py") -> dict[str, Any] | None
         "seed": info.seed,
         "trial": trial.number,
         scale.name: share,
-        "command": export_command(study_file, run, info.searcher, info.seed, trial.number),
+        "command": next_command(study_file, run, info.searcher, info.seed, trial.number),
     }
     called = f"{info.searcher}'s trial {trial.number}" + (f", seed {info.seed}" if info.seed else "")
     what = f"{1 - share:.0%} of the full network's {scale.words} saved, {quality} {trial.objectives((quality,))[0]:.4g}"
@@ -82,7 +82,9 @@ def _level(trial: Trial, full: Trial, quality: str) -> bool:
     return difference <= (CONFIDENCE * error if math.isfinite(error) else 0.0)
 
 
-def export_command(study_file: str, run: Run, searcher: str, seed: int, trial: int) -> str:
-    """Complete, for a shell."""
-    seeded = f" --seed {seed}" if seed else ""
-    return f"nas export {quote(study_file)} --out {quote(str(run.folder))} --searcher {quote(searcher)}{seeded} --trial {trial} --to exported"
+def next_command(study_file: str, run: Run, searcher: str, seed: int, trial: int) -> str:
+    """What to do with a trial, complete for a shell: its export; samples of a network that no folder of stock models can hold."""
+    what, to, seeded = "export", "exported", f" --seed {seed}"
+    if not run.facts.get("exportable", True):
+        what, to, seeded = "sample", "samples.png", f" --search-seed {seed}"
+    return f"nas {what} {quote(study_file)} --out {quote(str(run.folder))} --searcher {quote(searcher)}{seeded if seed else ''} --trial {trial} --to {to}"
