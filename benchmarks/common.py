@@ -14,8 +14,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from benchmarks.protocol import order
@@ -128,7 +130,8 @@ class Benchmark:
         a function of a module and its arguments."""
         missing = {key: job for key, job in jobs.items() if key not in self._rows}
         if missing:
-            with ProcessPoolExecutor(self.processes, mp_context=get_context("spawn")) as pool:
+            context = get_context("spawn")
+            with ProcessPoolExecutor(self.processes, mp_context=context, initializer=end_with_parent) as pool:
                 running = {pool.submit(*job): key for key, job in missing.items()}
                 for future in as_completed(running):
                     self.row(running[future], future.result)
@@ -165,6 +168,18 @@ class Benchmark:
             return {}
         held = order(protocol.name, protocol.digest, [row["commit"] for row in self._rows.values()])
         return {"protocol": {"name": protocol.name, "digest": protocol.digest, "order": held}}
+
+
+def end_with_parent() -> None:
+    """In a process of a pool: ends it with the one that started it, which would otherwise leave it at its job when it is stopped."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def digits_run(study: Study, quick: bool) -> tuple[Study, Path]:

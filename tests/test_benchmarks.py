@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from evaluators.sampling import DDIM, sample
 from nas.contracts import Schedule, Step
 from search_spaces.intervals import uniform
 from search_spaces.supernet import Elastic
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_published_loop_at_full_width_draws_what_the_stock_model_draws(
@@ -175,3 +180,31 @@ def test_published_networks_cost_what_is_printed_of_them(name: str) -> None:
 def test_replicates_stay_in_runs_however_deep_they_are() -> None:
     row = {"fd": 1.0, "replicates": [1], "of": {"a": {"loss": 2.0, "replicates": [2]}, "b": [{"scores": {}, "x": 1}]}}
     assert common.short(row) == {"fd": 1.0, "of": {"a": {"loss": 2.0}, "b": [{"x": 1}]}}
+
+
+POOL = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from benchmarks.common import end_with_parent
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 100).result()
+"""
+
+
+def test_work_ends_with_the_benchmark_that_started_it(tmp_path: Path) -> None:
+    """The worker holds the other end of the pipe, so that it ends with it."""
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as started:
+        assert started.stdout is not None
+        worker = int(started.stdout.readline())
+        started.kill()
+        try:
+            started.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.kill(worker, signal.SIGKILL)
+            raise
