@@ -370,30 +370,29 @@ class StudyRun:
         """Trains the schedule and the full network equally with each seed, by a protocol that is written first, to confirm/<name>, and says whether anything is
         lost. `training`: settings as `nas train` has them, such as {"steps": 1000}; nothing is distilled by default. `margin`: a share of what the full network's
         distance is above that of equally many real images. Raises UserError where the study holds no images out, or another protocol of that name was written."""
-        made = self.confirmation(chosen, name, seeds, margin, training)
-        return self.put_to_the_test(made)
+        [verdict] = self.put_to_the_test(self.confirmation([chosen], name, seeds, margin, training))
+        return verdict
 
-    def put_to_the_test(self, made: Confirmation) -> Verdict:
-        """Trains and judges what is missing."""
+    def put_to_the_test(self, made: Confirmation) -> tuple[Verdict, ...]:
+        """Trains and judges what is missing. A verdict for each schedule that was asked about, from the dearest on, up to the first that is not confirmed."""
         with open_session(self.study, self.folder, self._kept_storage, self.device):
             self.show.follow(made.run())
-        return made.verdict()
+        return made.verdicts()
 
     def confirmation(
         self,
-        chosen: Chosen,
+        chosen: Sequence[Chosen],
         name: str,
         seeds: int = 3,
         margin: float = 0.05,
         training: Mapping[str, Any] | None = None,
     ) -> Confirmation:
-        """What `confirm` will do; its protocol can be written down and read before anything is trained."""
+        """What `confirm` will do, of several schedules one after another; its protocol can be written down and read before anything is trained."""
         from nas.evidence.confirm import Confirmation, protocol_of
 
         given = {"distillation": 0.0, **(training or {})}
-        protocol = protocol_of(
-            self.study, self.folder, chosen.trial, chosen.ledger, name, seeds, margin, given, self.storage
-        )
+        trials = [(one.ledger, one.trial) for one in chosen]
+        protocol = protocol_of(self.study, self.folder, trials, name, seeds, margin, given, self.storage)
         return Confirmation(self.study, self.folder, protocol, self.device)
 
     def _session(self) -> AbstractContextManager[Session]:

@@ -23,7 +23,7 @@ from evaluators.scoring import Scores
 from nas.cli import app
 from nas.contracts import Score, UserError
 from nas.evidence.judges import judges_of
-from nas.evidence.verdict import Judged, Verdict, judged, seeds_needed
+from nas.evidence.verdict import Judged, Verdict, in_short, judged, seeds_needed
 from nas.study import Study
 from search_spaces.shipped.train_diffusers import Settings
 from search_spaces.supernet import Elastic
@@ -83,6 +83,16 @@ def test_a_verdict_needs_both_judges_and_says_who_contradicts() -> None:
     for lost in (verdict(fine, bad), verdict(fine, unsure)):
         assert not lost.confirmed
     assert verdict(fine, bad).advice == verdict(fine, fine).advice == ""
+
+
+def test_of_several_the_largest_saving_is_told_and_why_no_more() -> None:
+    def verdict(saved: float, *differences: float) -> Verdict:
+        return Verdict("name", "digest", saved, (of([*differences], 0.05),), False, "schedule")
+
+    small, more, lost = verdict(0.3, 0.0, 0.0), verdict(0.5, 0.01, 0.011), verdict(0.6, 0.2, 0.21)
+    assert in_short((small, more)).startswith("The largest saving shown to lose nothing: 50% of the MACs. No cheaper")
+    assert in_short((small, lost)).endswith("30% of the MACs. The next, 60%, is not; cheaper ones were not trained.")
+    assert in_short((lost,)).startswith("No saving is shown to lose nothing. The smallest, 60%, is not;")
 
 
 @pytest.mark.parametrize("deviation", [0.05, 0.12])
@@ -254,6 +264,41 @@ def test_a_claim_is_written_down_trained_equally_judged_and_shown(searched: Path
     assert "Put to the test" in (searched / "run" / "report" / "index.html").read_text()
 
 
+def test_several_are_asked_about_from_the_dearest_on_until_one_loses(searched: Path) -> None:
+    """The full network against itself, equally trained, loses nothing; what an untrained supernet finds is not shown to lose nothing by two seeds; and what would
+    come after is not trained."""
+    import nas
+
+    run = nas.open_run(searched / "study.py", searched / "run")
+    space, limit = run.study.space, {"steps": 6, "batch": 8}
+    found = {info.searcher: trials for info, trials in run.results.ledgers}
+    full = next(trial for trial in found["uniform"] if trial.cost["macs_share"] == 1)
+    others = sorted(found["random"], key=lambda trial: -trial.cost["macs_share"])
+    chosen = [run.trial(t.number, "random") for t in reversed(others[:2])] + [run.trial(full.number, "uniform")]
+    made = run.confirmation(chosen, "several", 2, 0.001, limit)
+    assert made.sequence == ("schedule-1", "schedule-2", "schedule-3")
+    shares = [space.cost(space.genome(made.schedule(arm)))["macs_share"] for arm in made.sequence]  # type: ignore[attr-defined]
+    assert shares == sorted(shares, reverse=True)
+    assert made.trained_as("schedule-1") == "schedule-1"
+    assert made.trained_as("full") == "schedule-1", "what is trained the same is trained once"
+    first, second = run.put_to_the_test(made)
+    assert first.confirmed
+    assert {difference for judge in first.judges for difference in judge.differences} == {0.0}
+    assert not second.confirmed
+    assert not list(made.place.glob("schedule-3-*"))
+    kept = json.loads((made.place / "verdict.json").read_text())
+    assert [one["words"] for one in kept["verdicts"]] == [first.words, second.words]
+    shown = (run.report()).read_text()
+    assert shown.count(f"Protocol several, {first.digest}") == 2
+
+    # Where one schedule is the best within both budgets, it is asked about once.
+    done = confirm(searched, "--within", "macs_share=0.9,0.9", "--protocol-only")
+    assert done.exit_code == 0, done.output
+    protocol = json.loads((searched / "run" / "confirm" / "macs_share-0.9-0.9" / "protocol.json").read_text())
+    assert list(protocol["arms"]) == ["schedule", "full"]
+    assert "each only where all before it were confirmed" in made.protocol.test
+
+
 def _digest(protocol: dict[str, Any]) -> str:
     from nas.evidence.protocol import Protocol
 
@@ -294,6 +339,7 @@ def test_both_are_trained_for_as_many_multiply_adds(tiny_net: Elastic, tiny_stud
         (("--within", "macs_share=0.6", "--name", "../x"), "no plain name"),
         ((), "say which trial"),
         (("--within", "macs_share=0.000001"), "macs_share"),
+        (("--within", "macs_share=0.5,half"), "COST=LIMIT,LIMIT"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_words(searched: Path, options: tuple[str, ...], words: str) -> None:

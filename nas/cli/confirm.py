@@ -1,4 +1,4 @@
-"""The command that puts one schedule to the test: trained beside the full network, by a protocol written down before."""
+"""The command that puts schedules to the test: trained beside the full network, by a protocol written down before."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from nas.cli.options import (
     StorageOption,
     StudyFile,
     TrialOption,
-    WithinOption,
     check_device,
-    chosen_of,
     print_json,
     resumable,
     run_folder,
+    several_of,
 )
 from nas.cli.progress import follow, progress_bars
 from nas.cli.terminal import notes, out
@@ -31,7 +30,14 @@ from nas.contracts import UserError
 
 def confirm(
     study_file: StudyFile,
-    within: WithinOption = None,
+    within: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COST=LIMIT[,LIMIT]",
+            help="The best verified trial within a budget, such as macs_share=0.5; of several, one after another, the dearest first, until something is lost.",
+            show_default=False,
+        ),
+    ] = None,
     trial: TrialOption = None,
     searcher: SearcherOption = None,
     seed: SeedOption = 0,
@@ -69,17 +75,18 @@ def confirm(
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Train one schedule and the full network equally, with several seeds, and say whether anything is lost: named before, judged on images and noises that
-    nothing was chosen on. The same command goes on after a stop."""
+    """Train a schedule and the full network equally, with several seeds, and say whether anything is lost: named before, judged on images and noises that
+    nothing was chosen on. Of several budgets: how much can be saved. The same command goes on after a stop."""
     from nas.engine.show import Show
     from nas.evidence.confirm import PROTOCOL
+    from nas.evidence.verdict import in_short
     from nas.library import StudyRun
     from nas.study import load_study
 
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
     check_device(device)
-    called = name or (within or f"trial-{trial}").replace("=", "-")
+    called = name or (within or f"trial-{trial}").replace("=", "-").replace(",", "-")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", called):
         raise UserError(f"--name {called} is no plain name; use letters, digits, dots, dashes and underscores")
     given = {"batch": batch, "learning_rate": learning_rate}
@@ -91,12 +98,12 @@ def confirm(
     bars = progress_bars(quiet or as_json)
     run = StudyRun(study, folder, storage, device, Show(partial(follow, bars)))
     with resumable(folder), bars:
-        chosen = chosen_of(run, searcher, seed, trial, within, again=False)
+        chosen = several_of(run, searcher, seed, trial, within)
         made = run.confirmation(chosen, called, seeds, margin, training)
         if protocol_only:
             made.write_down()
         else:
-            verdict = run.put_to_the_test(made)
+            verdicts = run.put_to_the_test(made)
     path = made.place / PROTOCOL
     if protocol_only:
         if as_json:
@@ -104,14 +111,18 @@ def confirm(
         else:
             out.print(f"{path}: {made.protocol.question} Nothing is trained yet.", highlight=False, soft_wrap=True)
         return
+    several = len(made.sequence) > 1
     if as_json:
-        print_json({**verdict.to_json(), "folder": str(made.place)})
+        told = [verdict.to_json() for verdict in verdicts]
+        whole = {"verdicts": told, "words": in_short(verdicts)} if several else told[0]
+        print_json({**whole, "folder": str(made.place)})
         return
-    out.print(verdict.words, highlight=False, soft_wrap=True)
-    for judge in verdict.judges:
-        out.print(f"  {judge.words}", highlight=False, soft_wrap=True)
-    if verdict.advice:
-        out.print(verdict.advice, highlight=False, soft_wrap=True)
+    for verdict in verdicts:
+        for line in (verdict.words, *(f"  {judge.words}" for judge in verdict.judges), verdict.advice):
+            if line:
+                out.print(line, highlight=False, soft_wrap=True)
+    if several:
+        out.print(in_short(verdicts), highlight=False, soft_wrap=True)
     if not quiet:
         notes.print(
             f"protocol {made.protocol.digest}, scores and trained networks: {made.place}",

@@ -75,11 +75,24 @@ def chosen_of(
         return run.trial(trial, searcher, seed)
     assert within is not None
     cost, _, limit = within.partition("=")
+    return run.best(searcher, seed, again, **{cost: _limit(limit, within, "COST=LIMIT, such as macs_share=0.5")})
+
+
+def several_of(run: StudyRun, searcher: str | None, seed: int, trial: int | None, within: str | None) -> list[Chosen]:
+    """As `chosen_of`, of each limit where there are several with commas."""
+    if trial is not None or within is None or "," not in within:
+        return [chosen_of(run, searcher, seed, trial, within, again=False)]
+    cost, _, limits = within.partition("=")
+    form = "COST=LIMIT or COST=LIMIT,LIMIT,..., such as macs_share=0.7,0.5"
+    each = [_limit(limit, within, form) for limit in limits.split(",")]
+    return [run.best(searcher, seed, again=False, **{cost: most}) for most in each]
+
+
+def _limit(written: str, within: str, form: str) -> float:
     try:
-        most = float(limit)
+        return float(written)
     except ValueError:
-        raise UserError(f"--within {within} is not COST=LIMIT, such as macs_share=0.5") from None
-    return run.best(searcher, seed, again, **{cost: most})
+        raise UserError(f"--within {within} is not {form}") from None
 
 
 def worker_pool(count: int, gpus: float, address: str | None, device: str) -> Workers | None:

@@ -1,15 +1,18 @@
-"""Is one schedule, named before it is trained, as good as the full network once both are trained equally?
+"""Is a schedule, named before it is trained, as good as the full network once both are trained equally? And of several, how cheap a one?
 
-RUN/confirm/NAME/protocol.json      the question, the schedule, seeds, judges and margin, before anything is trained
+Several are asked about in a fixed sequence, from the dearest on, until one is not shown to lose nothing: each is asked about only where all before it were
+confirmed, so that no correction for their number is needed (Maurer, Hothorn & Lehmacher 1995; Wiens 2003), and what comes after is not trained.
+
+RUN/confirm/NAME/protocol.json      the question, the schedules, seeds, judges and margin, before anything is trained
 RUN/confirm/NAME/schedule-0, ...    the schedule's networks as exported, and trained with each seed; full-0, ... the full network's
 RUN/confirm/NAME/scores.json        what the judges say of each
-RUN/confirm/NAME/verdict.json       no loss, a loss, or not decided
+RUN/confirm/NAME/verdict.json       no loss, a loss, or not decided; of several schedules all that were asked about
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,8 @@ from search_spaces.shipped.train_diffusers import TRAINED, Settings, settings_of
 
 SCHEDULE, FULL = "schedule", "full"
 PROTOCOL, SCORES = "protocol.json", "scores.json"
+SEQUENCE = "sequence"
+"""Of a protocol's settings: the arms that are asked about, in this order, where they are several."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,11 @@ class Confirmation:
         return Schedule.from_json(json.dumps(self.protocol.settings["schedules"][arm]))
 
     @property
+    def sequence(self) -> tuple[str, ...]:
+        """The arms that are asked about, in this order."""
+        return tuple(self.protocol.settings.get(SEQUENCE, (SCHEDULE,)))
+
+    @property
     def jobs(self) -> list[tuple[int, str]]:
         """Seeds and arms, whose trainings are independent of each other."""
         return [(seed, arm) for seed in self.protocol.seeds for arm in self.protocol.arms]
@@ -65,21 +75,41 @@ class Confirmation:
         return _served(self.schedule(arm), timesteps), self.protocol.settings["gradient_steps"][arm]
 
     def run(self) -> Iterator[Progress]:
-        """Trains and scores what is missing, and writes the verdict. Goes on where it stopped."""
+        """Trains and scores what is missing, and writes what comes of it. Goes on where it stopped."""
         self.write_down()
         judges, _ = judges_of(self.study)
         for judge in judges:
             yield from judge.prepare(self.folder, self.study.seed, self.device)
-        for seed, arm in self.jobs:
-            yield from self.trained(arm, seed)
+        found: list[Any] = []
+        for arm in self.sequence:
+            yield from self._measured(arm)
+            verdict = self.verdict(arm)
+            found.append(verdict.to_json())
+            write_json(self.place / VERDICT, {"verdicts": found} if SEQUENCE in self.protocol.settings else found[0])
+            if not verdict.confirmed:
+                break
+
+    def _measured(self, arm: str) -> Iterator[Progress]:
+        """The arm and the reference, with every seed."""
+        jobs = [(seed, one) for seed in self.protocol.seeds for one in (arm, self.protocol.reference)]
+        for seed, one in jobs:
+            yield from self.trained(one, seed)
         done = self._scores()
-        for number, (seed, arm) in enumerate(self.jobs):
-            yield Progress("judging", number, len(self.jobs))
-            if f"{arm}-{seed}" not in done:
-                done[f"{arm}-{seed}"] = {name: score.to_json() for name, score in self.judged(arm, seed).items()}
+        for number, (seed, one) in enumerate(jobs):
+            yield Progress("judging", number, len(jobs))
+            if f"{one}-{seed}" not in done:
+                done[f"{one}-{seed}"] = {name: score.to_json() for name, score in self.judged(one, seed).items()}
                 write_json(self.place / SCORES, done)
-        yield Progress("judging", len(self.jobs), len(self.jobs))
-        write_json(self.place / VERDICT, self.verdict().to_json())
+        yield Progress("judging", len(jobs), len(jobs))
+
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """Of those that were asked about, from the kept scores: up to the first that is not confirmed."""
+        found: list[Verdict] = []
+        for arm in self.sequence:
+            found.append(self.verdict(arm))
+            if not found[-1].confirmed:
+                break
+        return tuple(found)
 
     def keep(self, scores: Mapping[str, Any]) -> None:
         """Takes scores that were made elsewhere, by `judged`: of ARM-SEED, by judge, as JSON."""
@@ -184,30 +214,43 @@ class Confirmation:
 def protocol_of(
     study: Study,
     folder: Path,
-    trial: Trial,
-    ledger: str,
+    trials: Sequence[tuple[str, Trial]],
     name: str,
     seeds: int,
     margin: float,
     training: Mapping[str, Any],
     storage: str | None = None,
 ) -> Protocol:
-    """What `nas confirm` will do, in full. `training`: settings of `nas train` that differ from its own; `margin`: share of the full network's distance above
-    the floor. Raises UserError for fewer than two seeds."""
+    """What `nas confirm` will do, in full. `trials`: each with its ledger's name; those of one schedule are asked about once. `training`: settings of `nas train`
+    that differ from its own; `margin`: share of the full network's distance above the floor. Raises UserError for fewer than two seeds."""
     if seeds < 2:
         raise UserError(f"--seeds {seeds}: one training says nothing about the next; give 2 or more")
     judges, seen = judges_of(study)
     full = _full(study, folder, storage)
     net = study.supernet.load(folder / "supernet", "cpu")
     settings = settings_of({**dict(net.training_settings), **training})
-    schedule = study.space.decode(trial.genome)
-    steps = {FULL: settings.steps, SCHEDULE: equal_steps(net, schedule, settings)}
+    arms = _arms(study, trials)
+    schedules = {arm: study.space.decode(trial.genome) for arm, (_, trial) in arms.items()}
+    steps = {FULL: settings.steps, **{arm: equal_steps(net, one, settings) for arm, one in schedules.items()}}
     deciding, others = ([j.name for j in judges if j.decides is decides] for decides in (True, False))
+    asked = [
+        f"{ledger} trial {trial.number}, {trial.cost['macs_share']:.1%} of the MACs" for ledger, trial in arms.values()
+    ]
+    told = [
+        {"ledger": ledger, "number": trial.number, "schedule": schedules[arm].digest}
+        for arm, (ledger, trial) in arms.items()
+    ]
+    one = len(arms) == 1
     return Protocol(
         name=name,
-        question=f"Is the schedule of {ledger} trial {trial.number}, {trial.cost['macs_share']:.1%} of the MACs, trained, as good as the full network equally trained?",
+        question=f"Is the schedule of {asked[0]}, trained, as good as the full network equally trained?"
+        if one
+        else f"Which of these schedules are, trained, as good as the full network equally trained: {'; '.join(asked)}?",
         arms={
-            SCHEDULE: f"the networks of schedule {schedule.digest}, each fine-tuned on its timesteps, {steps[SCHEDULE]} gradient steps together",
+            **{
+                arm: f"the networks of schedule {schedule.digest}, each fine-tuned on its timesteps, {steps[arm]} gradient steps together"
+                for arm, schedule in schedules.items()
+            },
             FULL: f"the full network, fine-tuned for as many multiply-adds, {steps[FULL]} gradient steps",
         },
         reference=FULL,
@@ -216,19 +259,34 @@ def protocol_of(
         f"{judges[0].samples} samples of noises of each seed alone, under {' and '.join(deciding)}; reported beside it: {' and '.join(others)}",
         margin=margin,
         test="paired by noise, over training seeds of one supernet: the upper end of the 95 % interval (Student's t over the seeds, at least 1.96 errors of sampling) is "
-        "at most the margin, a share of what the full network's distance is above that of equally many real images, under both judges",
-        stopping="when every seed is trained and judged; no seed is added",
+        "at most the margin, a share of what the full network's distance is above that of equally many real images, under both judges"
+        + ("" if one else ". In the order of the arms, each only where all before it were confirmed"),
+        stopping="when every seed is trained and judged; no seed is added"
+        + ("" if one else ". At the first schedule that is not confirmed"),
         settings={
             "study": study.name,
             "supernet": study.supernet.digest(folder / "supernet"),
-            "trial": {"ledger": ledger, "number": trial.number, "schedule": schedule.digest},
-            "schedules": {SCHEDULE: json.loads(schedule.to_json()), FULL: json.loads(full.to_json())},
+            **({"trial": told[0]} if one else {SEQUENCE: list(arms), "trials": told}),
+            "schedules": {
+                **{arm: json.loads(schedule.to_json()) for arm, schedule in schedules.items()},
+                FULL: json.loads(full.to_json()),
+            },
             "timesteps": len(net.alphas_cumprod),
             "training": {name: value for name, value in settings.__dict__.items() if name not in ("seed", "steps")},
             "gradient_steps": steps,
             "judges": {judge.name: dict(judge.evaluator.describe()) for judge in judges},
         },
     )
+
+
+def _arms(study: Study, trials: Sequence[tuple[str, Trial]]) -> dict[str, tuple[str, Trial]]:
+    """From the dearest to the cheapest, of equal schedules the first."""
+    distinct: dict[str, tuple[str, Trial]] = {}
+    for ledger, trial in sorted(trials, key=lambda one: -one[1].cost["macs_share"]):
+        distinct.setdefault(study.space.decode(trial.genome).digest, (ledger, trial))
+    if len(distinct) == 1:
+        return {SCHEDULE: next(iter(distinct.values()))}
+    return {f"{SCHEDULE}-{number}": one for number, one in enumerate(distinct.values(), 1)}
 
 
 def _full(study: Study, folder: Path, storage: str | None) -> Schedule:

@@ -180,3 +180,17 @@ def seeds_needed(deviation: float, margin: float, power: float = 0.8) -> int:
         if beyond >= power:
             return count
     return MOST_SEEDS
+
+
+def in_short(verdicts: Sequence[Verdict]) -> str:
+    """Of schedules asked about from the dearest on: how much is saved at no loss, and why no more."""
+    confirmed = [verdict for verdict in verdicts if verdict.confirmed]
+    most = (
+        f"The largest saving shown to lose nothing: {confirmed[-1].saved:.0%} of the MACs."
+        if confirmed
+        else "No saving is shown to lose nothing."
+    )
+    if verdicts[-1].confirmed:
+        return f"{most} No cheaper schedule was asked about."
+    cheaper = f"the next, {verdicts[-1].saved:.0%}," if confirmed else f"the smallest, {verdicts[-1].saved:.0%},"
+    return f"{most} {cheaper[0].upper()}{cheaper[1:]} is not; cheaper ones were not trained."

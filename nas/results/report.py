@@ -94,7 +94,8 @@ def full_network(uniform: Sequence[Trial], quality: str) -> Trial | None:
 def verdicts(folder: Path) -> list[dict[str, Any]]:
     """What `nas confirm` has found of schedules of this run: `words` in a line, `judges` with theirs, the `schedule`'s digest, the `protocol`'s name."""
     found = sorted((folder / CONFIRMATIONS).glob(f"*/{VERDICT}"))
-    return [read_json(path, "delete it; `nas confirm` writes it again") for path in found]
+    kept = [read_json(path, "delete it; `nas confirm` writes it again") for path in found]
+    return [one for told in kept for one in told.get("verdicts", [told])]
 
 
 @dataclass(frozen=True)
