@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks import confirm
+from benchmarks import confirm_pilot
 from benchmarks.common import Benchmark, Target
 from benchmarks.protocol import committed
 from benchmarks.quality import summary
@@ -61,7 +61,7 @@ def main() -> None:
     genomes = {
         FULL: dearest(study.space),
         UNIFORM: (choices[0].options.index(SETTINGS["uniform"]),) * len(choices),
-        "by hand": confirm.by_hand(setting.confirmed, SETTINGS["budget"]),
+        "by hand": confirm_pilot.by_hand(setting.confirmed, SETTINGS["budget"]),
         "frozen": chosen(bench, setting, "frozen", 0),
         FOUND: chosen(bench, setting, FOUND, recovered),
     }

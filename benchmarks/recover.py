@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks import confirm, latent
+from benchmarks import confirm_pilot, latent
 from benchmarks.common import Benchmark, Target
 from benchmarks.handover import compared
 from benchmarks.protocol import committed
@@ -54,9 +54,9 @@ class Setting:
     quick: bool
 
     @property
-    def confirmed(self) -> confirm.Setting:
+    def confirmed(self) -> confirm_pilot.Setting:
         """Whose space and judge this one has."""
-        return confirm.Setting(self.folder, self.quick)
+        return confirm_pilot.Setting(self.folder, self.quick)
 
     @property
     def study(self) -> Study:
@@ -71,7 +71,7 @@ class Setting:
         """With a copy of the weights for each interval."""
         net = self.study.supernet.load(self.run / "supernet", "cpu")
         assert isinstance(net, LoadedElastic)
-        net.experts.update(dict.fromkeys(confirm.SPECIALISTS, net.full))
+        net.experts.update(dict.fromkeys(confirm_pilot.SPECIALISTS, net.full))
         return net
 
     def settings(self, net: LoadedSupernet, steps: int, seed: int) -> Settings:
@@ -91,8 +91,8 @@ class Setting:
 
 def by_interval(schedule: Schedule) -> Schedule:
     """With the weights of each step's interval."""
-    each = len(schedule.steps) // len(confirm.SPECIALISTS)
-    return confirm.started_as(schedule, [name for name in confirm.SPECIALISTS for _ in range(each)])
+    each = len(schedule.steps) // len(confirm_pilot.SPECIALISTS)
+    return confirm_pilot.started_as(schedule, [name for name in confirm_pilot.SPECIALISTS for _ in range(each)])
 
 
 def genomes_of(study: Study) -> list[Genome]:
@@ -227,7 +227,7 @@ def winners_of(bench: Benchmark, setting: Setting, rows: Mapping[str, Row]) -> d
         "frozen": within[int(np.argmin(frozen))],
         "recovered 300": within[int(np.argmin(recovered))],
         "additive 1000": within[int(np.argmin(added_up(study, rows["probes of 1000"], within)))],
-        "by hand": confirm.by_hand(setting.confirmed, WINNERS["budget"]),
+        "by hand": confirm_pilot.by_hand(setting.confirmed, WINNERS["budget"]),
     }
     return {name: tuple(genome) for name, genome in found.items()}
 

@@ -239,7 +239,7 @@ def scored(setting: Setting, schedules: Mapping[str, Any], arm: str, seed: int) 
 
 
 def main() -> None:
-    bench = Benchmark("confirm", __doc__ or "", ("nas/evidence", "evaluators/label_free.py"), PROTOCOL)
+    bench = Benchmark("confirm_pilot", __doc__ or "", ("nas/evidence", "evaluators/label_free.py"), PROTOCOL)
     setting = Setting(bench.folder, bench.quick)
     if not (setting.trained.run / "supernet" / "weights.safetensors").exists():
         if not bench.quick:
