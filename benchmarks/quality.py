@@ -172,7 +172,7 @@ def summary(rows: Sequence[Row], full: Sequence[Row]) -> Row:
 
 
 def main() -> None:
-    bench = Benchmark("quality", __doc__ or "", ("search_spaces/training/stages.py", "studies/digits.py"))
+    bench = Benchmark("quality", __doc__ or "", ("search_spaces/training", "studies/digits.py"))
     seeds = (0, 1) if bench.quick else (0, 1, 2)
     settings = {seed: Setting(bench.folder / f"seed-{seed}", seed, bench.quick) for seed in seeds}
     kinds: tuple[Kind, ...] = ("supernet", "alone")

@@ -6,6 +6,7 @@ slices of the shared weights, so gradients reach them; in evaluation it is a mat
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,6 +118,11 @@ class LoadedElastic:
         found = [(slices[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
         if found:
             torch.autograd.backward([tensor for tensor, _ in found], [gradient for _, gradient in found])
+
+    def begin_expert(self, name: str) -> None:
+        """Gives the expert weights of its own, a copy of the shared ones, where it has none yet. Nothing for the empty name, which the shared ones have."""
+        if name and name not in self.experts:
+            self.experts[name] = copy.deepcopy(self.full)
 
     def weights(self, expert: str) -> StockNet:
         """The full network of an expert, or the shared one where the name is empty. Raises UserError for a name it lacks."""

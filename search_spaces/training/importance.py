@@ -24,7 +24,7 @@ from search_spaces.networks.slices import Arch
 from search_spaces.networks.transformer import Transformer
 from search_spaces.supernet import Elastic
 from search_spaces.training.optimiser import Batches
-from search_spaces.training.stages import Checkpoints, OneStage, own_copy
+from search_spaces.training.stages import Checkpoints, OneStage
 
 Criterion = Literal["gradient", "magnitude", "random"]
 Scores = dict[str, torch.Tensor]
@@ -71,7 +71,7 @@ class Order(OneStage):
     ) -> Iterator[Progress]:
         """Short enough to start again after a stop, so that it keeps no checkpoint."""
         anatomy = net.recipe.anatomy
-        own_copy(net, self.expert)
+        net.begin_expert(self.expert)
         full = net.weights(self.expert)
         if net.recipe.network is not None:
             raise UserError(
