@@ -22,7 +22,7 @@ from benchmarks.digits import digits, images
 from evaluators.frechet import Frechet
 from nas.contracts import Schedule, Score, Step, Trial, derive_seed, jackknife_error
 from nas.engine.session import open_session
-from nas.results.report import best_within
+from nas.results.trials import best_within
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from search_spaces.intervals import linspace

@@ -42,7 +42,7 @@ from nas.engine.runner import run_here
 from nas.engine.session import open_session
 from nas.genomes.allocation import allocate
 from nas.genomes.pareto import front
-from nas.results.report import best_within, verified_front
+from nas.results.trials import best_within, verified_front
 from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack

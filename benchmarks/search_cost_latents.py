@@ -25,7 +25,7 @@ from nas.contracts import Genome, Searcher, Trial, derive_seed
 from nas.engine.runner import run_here
 from nas.engine.session import open_session
 from nas.genomes.pareto import hypervolume
-from nas.results.report import verified_front
+from nas.results.trials import verified_front
 from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack

@@ -39,7 +39,8 @@ from nas.contracts import Problem, Proposal, Search, Searcher
 from nas.engine.session import open_session
 from nas.genomes.genetics import random_genome
 from nas.genomes.pareto import front, hypervolume
-from nas.results.report import Run, area, verified_front
+from nas.results.report import Run
+from nas.results.trials import area, verified_front
 from nas.searchers.ddsm import DDSM
 from nas.searchers.enumerate import Enumerate
 from nas.searchers.evolution import Evolution

@@ -26,7 +26,7 @@ from evaluators.frechet import Frechet
 from evaluators.proxies import TeacherSimilarity
 from nas.contracts import Schedule, Score, Step, derive_seed, jackknife_error
 from nas.engine.session import open_session
-from nas.results.report import best_within
+from nas.results.trials import best_within
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from search_spaces.intervals import bounded, dissimilarity, equal, merged, per_step, segments

@@ -22,7 +22,7 @@ from benchmarks.protocol import committed
 from evaluators.frechet import Frechet
 from nas.contracts import derive_seed
 from nas.engine.session import open_session
-from nas.results.report import best_within
+from nas.results.trials import best_within
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study

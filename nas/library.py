@@ -29,7 +29,8 @@ from nas.engine.show import Called, Show
 from nas.genomes.genetics import dearest
 from nas.genomes.pareto import front
 from nas.results.recommendation import recommended
-from nas.results.report import Run, best_within, verdicts, verified_front
+from nas.results.report import Run, verdicts
+from nas.results.trials import best_within, verified_front
 from nas.study import BASELINE, Study, load_study
 
 if TYPE_CHECKING:

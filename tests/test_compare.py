@@ -21,7 +21,8 @@ from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from nas.genomes.genetics import dearest
 from nas.genomes.pareto import hypervolume
-from nas.results.report import Run, area, wall_seconds
+from nas.results.report import Run
+from nas.results.trials import area, wall_seconds
 from nas.study import Study
 from nas.testing import check_searcher
 from tests.test_cli import ROOT, nas, refused

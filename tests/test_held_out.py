@@ -21,7 +21,7 @@ from evaluators.grounds import nearer_than_held_out, nearest
 from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, load_once
 from nas.contracts import ImageSet, Schedule, Step, UserError
 from nas.library import open_run
-from nas.results.report import far_words
+from nas.results.trials import far_words
 from nas.study import Study
 from search_spaces.supernet import Elastic
 from tests.test_images import folder_of

@@ -18,7 +18,8 @@ from nas.engine.session import open_session
 from nas.genomes.genetics import cheapest, dearest, exact_cost
 from nas.genomes.timed import TimedSpace, calls, key
 from nas.results.plots import draw_scores
-from nas.results.report import Run, best_within, cost_in_words
+from nas.results.report import Run
+from nas.results.trials import best_within, cost_in_words
 from nas.study import Study
 from nas.testing import check_evaluator
 from search_spaces.intervals import uniform

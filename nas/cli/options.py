@@ -139,7 +139,7 @@ def resumable(folder: Path) -> Iterator[None]:
 
 def summary_of(chosen: Chosen, study: Study) -> str:
     """Which trial it is, its cost, and its objectives on noises on which nothing was chosen, or else as it was scored."""
-    from nas.results.report import cost_in_words
+    from nas.results.trials import cost_in_words
 
     shown = replace(chosen.trial, score=chosen.score)
     values = zip(study.objectives, shown.objectives(study.objectives), strict=True)

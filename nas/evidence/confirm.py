@@ -28,7 +28,8 @@ from nas.evidence.verdict import Verdict, judged
 from nas.genomes.genetics import dearest
 from nas.handover.export import export
 from nas.handover.training import fine_tune, keep_settings
-from nas.results.report import CONFIRMATIONS, VERDICT, Run, full_network
+from nas.results.report import CONFIRMATIONS, VERDICT, Run
+from nas.results.trials import full_network
 from nas.study import BASELINE, Study
 from search_spaces.shipped.train_diffusers import TRAINED, Settings, settings_of, train
 

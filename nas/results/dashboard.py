@@ -24,7 +24,8 @@ from optuna.storages import BaseStorage
 from nas.contracts import Progress, Trial, UserError
 from nas.results.page import draw_once, samples_of, schedule_of
 from nas.results.recommendation import next_command
-from nas.results.report import Run, cost_in_words
+from nas.results.report import Run
+from nas.results.trials import cost_in_words
 from nas.study import Study
 
 ARTIFACTS = "artifacts"

@@ -9,8 +9,9 @@ from typing import Any
 
 from nas.contracts import Trial
 from nas.results.recommendation import next_command
-from nas.results.report import Run, cost_in_words, verified_front
+from nas.results.report import Run
 from nas.results.schedules import bars_of, drawn
+from nas.results.trials import cost_in_words, verified_front
 from nas.study import Study
 
 PICTURED = 40

@@ -7,7 +7,8 @@ from typing import Any
 
 from nas.base.files import write_json
 from nas.contracts import Grounded, Trial
-from nas.results.report import GROUNDS, Run, full_network
+from nas.results.report import GROUNDS, Run
+from nas.results.trials import full_network
 from nas.study import BASELINE, Study
 
 LOOKED_AT = 512

@@ -21,18 +21,10 @@ from nas.results.explore import points
 from nas.results.grounds import keep_grounds, winner_of
 from nas.results.plots import INK, draw_audit, draw_curves, draw_scores
 from nas.results.recommendation import next_command, recommended
-from nas.results.report import (
-    Run,
-    Scale,
-    against,
-    cost_in_words,
-    far_words,
-    full_network,
-    verdicts,
-    verified_front,
-)
+from nas.results.report import Run, Scale, verdicts
 from nas.results.samples import class_by_class, draw_samples
 from nas.results.schedules import mapped
+from nas.results.trials import against, cost_in_words, far_words, full_network, verified_front
 from nas.study import BASELINE, Study
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nas.contracts import SAMPLER, Trial
-from nas.results.report import Scale, against, verified_front
+from nas.results.report import Scale
+from nas.results.trials import against, verified_front
 
 INK = "#0a0b0c"
 """What is neither data nor ground; a page that shows a picture replaces it by its own ink."""

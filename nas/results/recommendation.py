@@ -9,7 +9,8 @@ from typing import Any
 
 from nas.contracts import Trial
 from nas.engine.ladder import CONFIDENCE
-from nas.results.report import Run, full_network
+from nas.results.report import Run
+from nas.results.trials import full_network
 from nas.study import LedgerInfo
 
 INTERVAL = 1.96

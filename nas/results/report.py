@@ -14,81 +14,39 @@ import numpy as np
 from optuna.storages import BaseStorage
 
 from nas.base.files import read_json
-from nas.contracts import WITHOUT_ATTENTION, Score, Trial, UserError
+from nas.contracts import WITHOUT_ATTENTION, Score, Trial
 from nas.engine.facts import read_facts
-from nas.engine.ladder import CONFIDENCE
 from nas.engine.learning import learned_macs
 from nas.engine.ledger import read_ledgers
 from nas.engine.storage import open_storage
 from nas.engine.working import working_on
 from nas.genomes.genetics import LATENCY
 from nas.genomes.pareto import front, hypervolume
-from nas.results.audit import Agreement, bands_of
+from nas.results.audit import Agreement
+from nas.results.trials import (
+    against,
+    answers_of,
+    area,
+    beyond_limits,
+    cost_in_words,
+    far_words,
+    mean_and_spread,
+    prediction_of,
+    screening_of,
+    spent_on,
+    verified_front,
+    wall_seconds,
+)
 from nas.study import CONFIRMED, TRAINED, LedgerInfo
 
 SHARES = (0.25, 0.4, 0.5, 0.6)
 """Budgets, as shares of what the full net takes, at which searchers are compared."""
-
-POOR = 4.0
-"""Times the distance of real images at which the full network, and all that is compared with it, draws poorly."""
 
 GROUNDS = "grounds.json"
 """In <run>/report: how far real images and the full network are from the held-out ones, once a report was made."""
 
 CONFIRMATIONS, VERDICT = "confirm", "verdict.json"
 """In the run folder, where `nas confirm` writes."""
-
-
-def best_within(trials: Sequence[Trial], name: str, limit: float, objective: str) -> Trial:
-    """The verified trial of the lowest `objective` whose cost `name` is at most `limit`. Its score is the least of several on the same
-    noise, so it flatters; what is said of it is a score on another noise (`Run.confirmed`).
-
-    Raises UserError where there is none, naming the cheapest verified one.
-    """
-    verified = [trial for trial in trials if trial.status == "complete" and trial.score is not None]
-    if not verified:
-        raise UserError("no trial is verified yet; let `nas run` finish, or name one with --trial")
-    known = [*verified[0].cost, *([LATENCY] if LATENCY in verified[0].score.values else [])]  # type: ignore[union-attr]
-    if name not in known:
-        raise UserError(f"{name!r} is not a cost; use one of {', '.join(dict.fromkeys(known))}")
-    within = [trial for trial in verified if trial.objectives([name])[0] <= limit]
-    if not within:
-        least = min(trial.objectives([name])[0] for trial in verified)
-        raise UserError(f"no verified trial keeps {name}<={limit:g}; the cheapest has {name}={least:.4g}")
-    return min(within, key=lambda trial: (trial.objectives([objective])[0], trial.number))
-
-
-def cost_in_words(trial: Trial) -> str:
-    """Share of the MACs, and the time for an image where it is known."""
-    [milliseconds] = trial.objectives((LATENCY,))
-    time = "" if math.isnan(milliseconds) else f", {milliseconds:.3g} ms an image"
-    share = trial.cost.get(WITHOUT_ATTENTION)
-    attention = "" if share is None else f" ({share:.1%} without attention products)"
-    return f"{trial.cost['macs_share']:.1%} of the MACs{attention}{time}"
-
-
-def verified_front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
-    """Non-dominated feasible trials of the last rung, ordered by the last objective."""
-    done = [trial for trial in trials if trial.status == "complete"]
-    excess = [sum(max(0.0, v) for v in trial.violations.values()) for trial in done]
-    return [done[i] for i in front([trial.objectives(objectives) for trial in done], excess)]
-
-
-def far_words(full: float, floor: float) -> str:
-    """How far the full network is from real images, with a warning where that is far."""
-    words = f"{full / floor:.1f} times as far as real images"
-    if full < POOR * floor:
-        return words
-    return (
-        words
-        + ": the network draws poorly. Train it longer, or a larger one, before you believe what a search finds in it"
-    )
-
-
-def full_network(uniform: Sequence[Trial], quality: str) -> Trial | None:
-    """The full network at every step, guided as does it best where steps may be guided."""
-    done = [trial for trial in uniform if trial.status == "complete" and trial.cost["macs_share"] == 1]
-    return min(done, key=lambda trial: trial.objectives((quality,)), default=None)
 
 
 def verdicts(folder: Path) -> list[dict[str, Any]]:
@@ -250,13 +208,13 @@ class Run:
                     "curve": curves[_label(info)],
                     "area": area(curves[_label(info)], common),
                     "spent": {
-                        **_spent(done),
+                        **spent_on(done),
                         "learning_macs": learned_macs(self.folder, info),
                         "wall_seconds": wall_seconds(trials),
                     },
-                    "prediction": _prediction(done, quality),
-                    "screening": _screening(done),
-                    "answers": _answers(done),
+                    "prediction": prediction_of(done, quality),
+                    "screening": screening_of(done),
+                    "answers": answers_of(done),
                 }
             )
         self._mark_leaders(rows, quality)
@@ -315,7 +273,7 @@ class Run:
         scale = self.scale
 
         def first_rung(info: LedgerInfo, trials: Sequence[Trial]) -> list[tuple[float, ...]]:
-            within = [t for t in trials if t.scored and t.rung == info.rungs[0] and not _over(t)]
+            within = [t for t in trials if t.scored and t.rung == info.rungs[0] and not beyond_limits(t)]
             return [(*t.objectives((quality,)), scale.share(t)) for t in within]
 
         worst = max((value for ledger in self.ledgers for value, _ in first_rung(*ledger)), default=0.0) * 1.0001
@@ -402,105 +360,6 @@ def _member(trial: Trial, quality: str, scale: Scale) -> dict[str, Any]:
         **{name: trial.cost[name] for name in (WITHOUT_ATTENTION,) if name in trial.cost},
         quality: trial.score.values[quality],
         "error": trial.score.error(quality),
-    }
-
-
-def area(curve: Sequence[tuple[float, float]], until: float) -> float:
-    """Mean height of a step curve of (MACs spent, hypervolume) from 0 to `until`."""
-    if not curve or until <= 0:
-        return 0.0
-    starts = [min(spent, until) for spent, _ in curve]
-    widths = np.diff([*starts, until])
-    return float(sum(height * width for (_, height), width in zip(curve, widths, strict=True)) / until)
-
-
-def mean_and_spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, standard deviation over seeds, and their number; None for none."""
-    if not values:
-        return None
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return {"mean": float(np.mean(values)), "sd": spread, "seeds": len(values)}
-
-
-def wall_seconds(trials: Sequence[Trial]) -> float:
-    """Time during which at least one trial was under way; pauses between runs do not count."""
-    busy, end = 0.0, -math.inf
-    for start, stop in sorted(trial.clock for trial in trials if trial.clock is not None):
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return busy
-
-
-def _over(trial: Trial) -> bool:
-    return any(excess > 0 for excess in trial.violations.values())
-
-
-SPENT = ("calls", "macs", "seconds", "cached_calls", "cached_macs", "cache_hits")
-
-
-def _spent(trials: Sequence[Trial]) -> dict[str, float]:
-    """Sums over trials; a score taken from another searcher is charged in full."""
-    return {key: sum(t.score.spent.get(key, 0.0) for t in trials if t.score) for key in SPENT}
-
-
-def against(trial: Trial, other: Trial | None, quality: str, same: bool = False) -> dict[str, Any] | None:
-    """`trial` minus `other`: the paired difference, its error, and whether it is outside of that error. None where the two
-    are one schedule, unless its weights are others (`same`). An evaluator without replicates has no error, as for the ladder."""
-    if other is None or trial.score is None or other.score is None or (trial.digest == other.digest and not same):
-        return None
-    difference, error = trial.score.difference(other.score, quality)
-    known = math.isfinite(error)
-    conclusive = abs(difference) > CONFIDENCE * (error if known else 0.0)
-    words = f"at {trial.rung:,} samples: {difference:+.2g} ± {f'{error:.1g}' if known else 'an unknown error'}"
-    return {
-        "trial": other.number,
-        "difference": difference,
-        "error": error,
-        "conclusive": conclusive,
-        "words": f"told apart {words}" if conclusive else f"inconclusive {words}",
-    }
-
-
-def _prediction(trials: Sequence[Trial], quality: str) -> dict[str, float] | None:
-    """How well a searcher that predicts knows what it proposes: R^2 and Kendall's tau of predicted and measured scores, and
-    tau inside bands of equal MACs."""
-    known = [t for t in trials if "predicted" in t.origin]
-    if len(known) < 3:
-        return None
-    predicted = np.array([t.origin["predicted"] for t in known])
-    measured = np.array([t.objectives((quality,))[0] for t in known])
-    bands = bands_of(np.array([t.cost["macs"] for t in known]))
-    ones = np.ones((1, len(known)))
-    spread = float(((measured - measured.mean()) ** 2).sum())
-    return {
-        "schedules": len(known),
-        "r_squared": 1 - float(((measured - predicted) ** 2).sum()) / spread if spread else math.nan,
-        "tau": float(Agreement(predicted, measured).tau(ones)[0]),
-        "tau_in_band": float(Agreement(predicted, measured, bands).tau(ones)[0]),
-    }
-
-
-def _screening(trials: Sequence[Trial]) -> dict[str, float] | None:
-    """How many offspring a model screened, of how many, and its last held-out tau."""
-    known = [t.origin for t in trials if "screened" in t.origin]
-    if not known:
-        return None
-    return {
-        "offspring": len(known),
-        "screened": sum(origin["screened"] > 1 for origin in known),
-        "tau": known[-1]["tau"],
-    }
-
-
-def _answers(trials: Sequence[Trial]) -> dict[str, int] | None:
-    """What became of a proposer's answers."""
-    answers = [answer for t in trials for answer in t.origin.get("answers", ())]
-    if not answers:
-        return None
-    return {
-        "answers": len(answers),
-        "repaired": sum("repaired" in answer for answer in answers),
-        "refused": sum("refused" in answer for answer in answers),
     }
 
 
