@@ -1,12 +1,12 @@
 """Can a larger space be made to pay? A width and a depth for each level against one width for the network, each with mends of training and search.
 
-Arms, seeds, choice and test stand in `protocols/spaces-mended.json`, written down before any row; network, searcher and fine-tune are those of
-`benchmarks.spaces`. Some seven hours of one core.
+Arms, seeds, choice and test stand in `protocols/spaces-mended.json`, written down before any row; network and searcher are those of `benchmarks.spaces`.
+Some seven hours of one core.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,21 @@ from nas.results.trials import best_within
 from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.study import Study
+from search_spaces.intervals import equal
+from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
-from search_spaces.training import Experts, Order, Sandwich, Stage, Stages, ZeroInit
+from search_spaces.training import Experts, FineTune, Order, Sandwich, Stage, Stages, ZeroInit
 from studies.digits import steps
 
 PROTOCOL = committed("spaces-mended")
-BUDGET, TRIALS = PROTOCOL.settings["budget"], PROTOCOL.settings["trials"]
+SETTINGS = PROTOCOL.settings
 ALONE, LARGER = "width alone", "larger"
-CHOSEN_ON, JUDGED_ON = "chosen on", "judged on"
+SHARED = (f"{LARGER}, 16 options", f"{LARGER}, screened evolution")
+"""Arms on the weights of their space's own."""
+FULL_NETWORK = "the full network, frozen"
 Row = dict[str, Any]
+Pair = tuple[str, int]
+"""An arm and a training seed."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +59,34 @@ class Setting(spaces.Setting):
         takes_over = tuple(sorted(steps[size * place] + 1 for place in range(1, spaces.INTERVALS)))
         return replace(net, experts=takes_over) if self.mend == "order per interval" else net
 
+    def few(self, count: int) -> int:
+        return max(1, count // 25) if self.quick else count
+
+    def stage(self, count: int, rate: str) -> Sandwich:
+        batch = 32 if self.quick else SETTINGS["batch"]
+        return Sandwich(count, batch, learning_rate=SETTINGS["learning_rates"][rate], warmup=count // 20)
+
     @property
     def training(self) -> Stages:
-        first, second = super().training.stages
-        assert isinstance(first, Sandwich)
-        assert isinstance(second, Sandwich)
-        budget = replace(self, mend="", variant=spaces.VARIANTS[0])
-        left = sum(stage.macs(budget.net) for stage in (first, second))
-        whole = replace(first, steps=2 * first.steps) if self.mended("teacher") else first
+        plain = replace(self, mend="", variant=spaces.VARIANTS[0]).net
+        whole = replace(self.stage(self.few(SETTINGS["full_steps"]), "full"), full_only=True)
+        elastic = self.stage(self.few(SETTINGS["elastic_steps"]), "elastic")
+        left = whole.macs(plain) + elastic.macs(plain)
+        teacher = SETTINGS["teacher"]
+        if self.mend == "teacher":
+            whole = replace(self.stage(self.few(teacher["full_steps"]), "full"), full_only=True)
         elastic = replace(
-            second,
-            between=4 if self.mend == "several" else 1,
-            full_weight=3.0 if self.mended("full weight 3") else 1.0,
-            distillation=0.5 if self.mended("teacher") else 0.0,
+            elastic,
+            between=SETTINGS["several"] if self.mend == "several" else 1,
+            full_weight=SETTINGS["full_weight"] if self.mended("full weight 3") else 1.0,
+            distillation=teacher["distillation"] if self.mend == "teacher" else 0.0,
             drawn="by macs" if self.mended("by macs") else "evenly",
         )
         begun: list[Stage] = [*([ZeroInit()] if self.mended("zero units") else []), whole]
         left -= whole.macs(self.net)
         if self.mend == "order per interval":
-            own = replace(elastic, learning_rate=3e-4, warmup=10, ema=0.99)
-            order = Order(stride=200 if self.quick else 20, batch=64)
+            order = Order(**{**SETTINGS["order"], **({"stride": 200} if self.quick else {})})
+            own = replace(elastic, learning_rate=SETTINGS["learning_rates"]["experts"], ema=SETTINGS["experts_ema"])
             # The visit is of all timesteps, whatever copy it is for.
             each = self._as_many(own, (left / 4 - order.macs(self.net)) / spaces.INTERVALS)
             return Stages((*begun, self._as_many(elastic, 0.75 * left), Experts(each, order)))
@@ -83,7 +97,8 @@ class Setting(spaces.Setting):
 
     def _as_many(self, stage: Sandwich, macs: float) -> Sandwich:
         """For so many multiply-adds."""
-        return replace(stage, steps=max(1, round(macs / replace(stage, steps=1).macs(self.net))))
+        count = max(1, round(macs / replace(stage, steps=1).macs(self.net)))
+        return replace(stage, steps=count, warmup=count // 20)
 
     @property
     def study(self) -> Study:
@@ -91,13 +106,29 @@ class Setting(spaces.Setting):
         searcher: Any = Knapsack(around="full" if many else "both", options=16 if many else 4)
         if self.mend == "screened evolution":
             searcher = Evolution(screened=16)
-        return replace(
-            super().study,
+        return Study(
             name="spaces-mended",
+            space=Stepwise(self.net, steps, equal(steps, spaces.INTERVALS)),
+            supernet=self.net,
+            images=images,
+            training=self.training,
+            evaluator=Frechet(images, rungs=(32, 64) if self.quick else tuple(SETTINGS["samples"])),
             searchers={"search": searcher},
-            limits={"macs_share": BUDGET},
-            trials=60 if self.quick else TRIALS,
+            limits={"macs_share": SETTINGS["budget"]},
+            trials=140 if self.quick else SETTINGS["trials"],
+            verified=4 if self.quick else SETTINGS["verified"],
+            seed=self.seed,
         )
+
+    @property
+    def tune(self) -> FineTune:
+        given = SETTINGS["fine_tune"]
+        rate = SETTINGS["learning_rates"]["fine-tune"]
+        return FineTune(self.few(given["steps"]), learning_rate=rate, distillation=given["distillation"])
+
+    @property
+    def samples(self) -> int:
+        return 64 if self.quick else int(SETTINGS["judged"])
 
 
 def search(setting: Setting) -> Row:
@@ -106,12 +137,12 @@ def search(setting: Setting) -> Row:
         conductor = session.conductor("search")
         session.run(conductor)
         trials = conductor.ledger.trials
-    best = best_within(trials, "macs_share", BUDGET, "fd")
+    best = best_within(trials, "macs_share", SETTINGS["budget"], "fd")
     return {"evaluations": len(trials), "genome": best.genome, "macs_share": best.cost["macs_share"]}
 
 
 def judge(setting: Setting, genome: Sequence[int], tuned: bool) -> Row:
-    """FD of a schedule on both noises; of the full network's where there is no genome."""
+    """FD of a schedule on a noise that nothing was chosen on; of the full network's where there is no genome."""
     torch.set_num_threads(1)
     loaded = setting.net.load(setting.folder / "supernet", "cpu")
     space = setting.study.space
@@ -120,12 +151,8 @@ def judge(setting: Setting, genome: Sequence[int], tuned: bool) -> Row:
         for _ in setting.tune.fit(loaded, schedule, images.load(), seed=0):
             pass
     evaluate = Frechet(images, rungs=(setting.samples,)).load(loaded, setting.folder)
-    scores = {
-        noise: evaluate(schedule, setting.samples, derive_seed(setting.seed, noise)) for noise in (CHOSEN_ON, JUDGED_ON)
-    }
-    return {
-        noise: {"fd": [score.values["fd"]], "replicates": [score.replicates["fd"]]} for noise, score in scores.items()
-    }
+    score = evaluate(schedule, setting.samples, derive_seed(setting.seed, "spaces, mended"))
+    return {"fd": [score.values["fd"]], "replicates": [score.replicates["fd"]]}
 
 
 def arm(name: str, seed: int, folder: Path, quick: bool) -> Setting:
@@ -133,6 +160,29 @@ def arm(name: str, seed: int, folder: Path, quick: bool) -> Setting:
     variant = spaces.VARIANTS[0] if space == ALONE else "+ depth"
     own = folder / name.replace(",", "").replace(" ", "-") / f"seed-{seed}"
     return Setting(variant, seed, own, (), quick, mend)
+
+
+def measured(bench: Benchmark, pairs: Sequence[Pair]) -> dict[tuple[str, int, str], Row]:
+    """Trains and searches what each arm has with each seed, and judges it: by arm, seed and "frozen", "fine-tuned" or the full network."""
+    arms = {pair: arm(*pair, bench.folder, bench.quick) for pair in pairs}
+    trained = {pair: setting for pair, setting in arms.items() if pair[0] not in SHARED}
+    bench.rows({f"training: {n}, seed {s}": (spaces.train, setting) for (n, s), setting in trained.items()})
+    for (name, seed), setting in arms.items():
+        if name in SHARED:
+            borrow(arm(LARGER, seed, bench.folder, bench.quick).folder, setting.folder)
+    found = bench.rows({f"search: {n}, seed {s}": (search, setting) for (n, s), setting in arms.items()})
+    jobs: dict[tuple[str, int, str], tuple[Any, ...]] = {}
+    for (name, seed), setting in arms.items():
+        genome = found[f"search: {name}, seed {seed}"]["genome"]
+        jobs |= {
+            (name, seed, state): (judge, setting, genome, state == "fine-tuned") for state in ("fine-tuned", "frozen")
+        }
+        if name not in SHARED:
+            jobs[name, seed, FULL_NETWORK] = (judge, setting, (), False)
+    keys = {job: f"{job[0]}, seed {job[1]}, {job[2]}" for job in jobs}
+    rows = bench.rows({keys[job]: given for job, given in jobs.items()})
+    shares = {pair: found[f"search: {pair[0]}, seed {pair[1]}"]["macs_share"] for pair in pairs}
+    return {job: {**rows[key], "macs_share": shares[job[:2]]} for job, key in keys.items()}
 
 
 def interval(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -143,56 +193,42 @@ def interval(row: Mapping[str, Any]) -> tuple[float, float]:
 
 def main() -> None:
     bench = Benchmark("spaces_mended", __doc__ or "", ("benchmarks/spaces.py", "search_spaces/training"), PROTOCOL)
-    seeds = PROTOCOL.seeds[: 2 if bench.quick else None]
-    arms = {(name, seed): arm(name, seed, bench.folder, bench.quick) for name in PROTOCOL.arms for seed in seeds}
-    shared = (f"{LARGER}, 16 options", f"{LARGER}, screened evolution")
-    bench.rows({f"training: {n}, seed {s}": (spaces.train, a) for (n, s), a in arms.items() if n not in shared})
-    for name, seed in arms:
-        if name in shared:
-            borrow(arms[LARGER, seed].folder, arms[name, seed].folder)
-    found = bench.rows({f"search: {n}, seed {s}": (search, a) for (n, s), a in arms.items()})
-    jobs: dict[str, tuple[Any, ...]] = {}
-    for (name, seed), setting in arms.items():
-        genome = found[f"search: {name}, seed {seed}"]["genome"]
-        jobs |= {f"{name}, seed {seed}, fine-tuned": (judge, setting, genome, True)}
-        jobs |= {f"{name}, seed {seed}, frozen": (judge, setting, genome, False)}
-        if name not in shared:
-            jobs |= {f"{name}, seed {seed}, the full network, frozen": (judge, setting, (), False)}
-    rows = bench.rows(jobs)
+    few = 2 if bench.quick else None
+    seeds, others = PROTOCOL.seeds[:few], tuple(SETTINGS["judged_with"])[:few]
+    rows = measured(bench, [(name, seed) for name in PROTOCOL.arms for seed in seeds])
 
-    def of(name: str, state: str, noise: str = JUDGED_ON) -> list[Row]:
-        return [rows[f"{name}, seed {seed}, {state}"][noise] for seed in seeds]
+    def of(name: str, state: str, whose: Iterable[int]) -> list[Row]:
+        return [rows[name, seed, state] for seed in whose]
+
+    def mean(name: str, state: str, what: str = "fd") -> float:
+        return float(np.mean([row[what] for row in of(name, state, seeds)]))
 
     for name in PROTOCOL.arms:
         plain = LARGER if name.startswith(LARGER) else ALONE
-        weights = plain if name in shared else name
-        told = {state: compared(of(name, state), of(plain, state)) for state in ("frozen", "fine-tuned")}
-        bench.reckon(
-            name,
-            {
-                "macs_share": float(np.mean([found[f"search: {name}, seed {seed}"]["macs_share"] for seed in seeds])),
-                "full_fd": float(np.mean([row["fd"] for row in of(weights, "the full network, frozen")])),
-                **{
-                    state: {"fd": row["fd"], "less_plain": row["difference"], "interval": interval(row)}
-                    for state, row in told.items()
-                },
-            },
-        )
+        told: Row = {"macs_share": mean(name, "frozen", "macs_share")}
+        told["full_fd"] = mean(plain if name in SHARED else name, FULL_NETWORK)
+        for state in ("frozen", "fine-tuned"):
+            row = compared(of(name, state, seeds), of(plain, state, seeds))
+            told[state] = {"fd": row["fd"], "less_plain": row["difference"], "interval": interval(row)}
+        bench.reckon(name, told)
 
     def best(space: str) -> str:
-        names = [name for name in PROTOCOL.arms if name.startswith(space)]
-        return min(names, key=lambda name: np.mean([row["fd"] for row in of(name, "fine-tuned", CHOSEN_ON)]))
+        return min((one for one in PROTOCOL.arms if one.startswith(space)), key=lambda one: mean(one, "fine-tuned"))
 
     larger, alone = best(LARGER), best(ALONE)
-    last = compared(of(larger, "fine-tuned"), of(alone, "fine-tuned"))
-    bench.reckon("the best of each", {"larger": larger, "alone": alone, **last, "interval": interval(last)})
+    again = dict.fromkeys((ALONE, LARGER, alone, larger))
+    rows |= measured(bench, [(name, seed) for name in again for seed in others])
+    for mine, theirs in ((LARGER, ALONE), (larger, alone)):
+        row = compared(of(mine, "fine-tuned", others), of(theirs, "fine-tuned", others))
+        what = "the chosen of each" if (mine, theirs) == (larger, alone) else "without a mend"
+        told = bench.reckon(what, {"larger": mine, "alone": theirs, **row, "interval": interval(row)})
     bench.finish(
         [
             Target(
                 "larger_space_gain",
-                f"FD of the best of width alone ({alone}) less that of the best larger space ({larger}), both fine-tuned, within 40 % of the MACs, digits, four training seeds",
+                f"FD of the chosen of width alone ({alone}) less that of the chosen larger space ({larger}), both fine-tuned, within 40 % of the MACs, digits, four training seeds that chose nothing",
                 None,
-                -last["difference"],
+                -told["difference"],
                 at_most=False,
             )
         ]

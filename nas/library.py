@@ -375,7 +375,7 @@ class StudyRun:
         return verdict
 
     def put_to_the_test(self, made: Confirmation) -> tuple[Verdict, ...]:
-        """Trains and judges what is missing. A verdict for each schedule that was asked about, from the dearest on, up to the first that is not confirmed."""
+        """Trains and judges what is missing. A verdict for each schedule that was asked about, up to the first that is not confirmed."""
         with open_session(self.study, self.folder, self._kept_storage, self.device):
             self.show.follow(made.run())
         return made.verdicts()
@@ -388,7 +388,7 @@ class StudyRun:
         margin: float = 0.05,
         training: Mapping[str, Any] | None = None,
     ) -> Confirmation:
-        """What `confirm` will do, of several schedules one after another; its protocol can be written down and read before anything is trained."""
+        """What `confirm` will do, of several schedules one after another, begin with the one that is likeliest to lose nothing; its protocol can be written down and read before anything is trained."""
         from nas.evidence.confirm import Confirmation, protocol_of
 
         given = {"distillation": 0.0, **(training or {})}

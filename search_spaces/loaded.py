@@ -120,7 +120,11 @@ class LoadedElastic:
             torch.autograd.backward([tensor for tensor, _ in found], [gradient for _, gradient in found])
 
     def begin_expert(self, name: str) -> None:
-        """Gives the expert weights of its own, a copy of the shared ones, where it has none yet. Nothing for the empty name, which the shared ones have."""
+        """Gives the expert weights of its own, a copy of the shared ones, where it has none yet. Nothing for the empty name, which the shared ones have.
+        Raises UserError for an expert that the supernet does not have."""
+        if name and name not in self.recipe.expert_names:
+            known = ", ".join(self.recipe.expert_names) or "none; give it experts="
+            raise UserError(f"the supernet has no expert {name!r}; it has {known}")
         if name and name not in self.experts:
             self.experts[name] = copy.deepcopy(self.full)
 

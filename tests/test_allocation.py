@@ -61,7 +61,8 @@ def test_minimax_equals_brute_force_and_breaks_ties_by_the_sum(instance: Any, bu
     [found] = allocate(costs, errors, [budget], objective="minimax")
     assert bool(found) == bool(within)
     if within:
-        least, total = min(a.error for a in within)  # type: ignore[misc]
+        errors_and_sums: list[Any] = [a.error for a in within]
+        least, total = min(errors_and_sums)
         assert found[0].error == least
         chosen = [row[i] for row, i in zip(errors, found[0].options, strict=True)]
         assert sum(chosen) == pytest.approx(total, abs=1e-9)
@@ -130,6 +131,6 @@ def test_minimax_where_all_intervals_have_the_same_least_error() -> None:
 
 def test_thinning_keeps_the_best_of_each_cell_of_the_cost_axis() -> None:
     """Of 400 labels whose errors fall with their costs, 40 cells keep two each: the dearest two, which are the best."""
-    labels = _Labels(np.arange(400), 400.0 - np.arange(400), np.zeros(400, int), np.zeros(400, int), None)
+    labels = _Labels(np.arange(400), np.arange(400.0, 0.0, -1.0), np.zeros(400, int), np.zeros(400, int), None)
     kept = _thinned(labels, top=2, cells=40, room=399)
     assert kept.cost.tolist() == [10 * cell + place for cell in range(40) for place in (8, 9)]

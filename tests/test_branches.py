@@ -339,7 +339,7 @@ def test_no_more_states_are_held_at_once_than_may_be_kept() -> None:
         peak = max(peak, sum(alive.values()))
         return state
 
-    walk.advance = counted  # type: ignore[method-assign]
+    walk.advance = counted  # type: ignore[assignment, method-assign]
     walk.images(schedule, 0, 0, 4)
     one = 4 * 4 * loaded.kept_numbers(loaded.full_arch, ("b0", "b1", "b2"))
     assert peak <= most + 3 * one  # and what the step at hand and the one before it have
@@ -352,7 +352,7 @@ def test_what_is_kept_in_half_precision_differs_by_its_rounding() -> None:
     told = Labels(Digits()).load(Path())
     images = {}
     for precision in ("float32", "float16"):
-        walk = Trajectories(loaded, DDIM(), batch=4, conditions=told, reuse=Reuse(precision))  # type: ignore[arg-type]
+        walk = Trajectories(loaded, DDIM(), batch=4, conditions=told, reuse=Reuse(precision))
         first = walk.advance(schedule, 0, State(initial_noise(0, 0, 4, loaded.state_shape)), 0, 0)
         kept = {value.dtype for name, value in first.cache.items() if name != "prediction"}
         assert kept == {torch.float16 if precision == "float16" else torch.float32}

@@ -104,7 +104,7 @@ def test_what_a_network_is_trained_on_is_a_sample_of_the_posterior_or_its_mean(t
     for folder in (None, tmp_path / "run"):
         drawn = {}
         for name in ("mean", "sample"):
-            codec = Autoencoder(str(tmp_path / "vae"), posterior=name).load(folder, "cpu")  # type: ignore[arg-type]
+            codec = Autoencoder(str(tmp_path / "vae"), posterior=name).load(folder, "cpu")
             drawn[name] = codec.states(data).draw(chosen, mirrored, torch.Generator().manual_seed(1))
         assert torch.allclose(drawn["mean"], 0.7 * posterior.mean, atol=1e-5)
         noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(1))
@@ -156,7 +156,7 @@ def test_latents_are_encoded_once_and_known_by_images_and_weights(
 @pytest.mark.parametrize("sure", [True, False])
 def test_a_scaling_factor_that_nobody_chose_is_not_trusted(sure: bool, tmp_path: Path) -> None:
     """diffusers' default stands in a VQModel's config whether it is meant or not; a KL model's config may lack it."""
-    given = {"scale": 1.0} if sure else {}
+    given: dict[str, Any] = {"scale": 1.0} if sure else {}
     VQModel(**SHAPES, latent_channels=2, num_vq_embeddings=64).save_pretrained(tmp_path / "vq")
     made("KL", tmp_path / "kl")
     path = tmp_path / "kl" / "config.json"
@@ -350,7 +350,7 @@ def test_its_latents_have_mean_0_and_deviation_1_by_weights_alone(own: Path) -> 
 
 def test_a_training_that_is_stopped_goes_on_bit_for_bit(own: Path, tmp_path: Path) -> None:
     for stop in (7, 25):
-        ticks = OWN.prepare(IMAGES, tmp_path, 0, "cpu")
+        ticks: Any = OWN.prepare(IMAGES, tmp_path, 0, "cpu")
         for _ in range(stop):
             next(ticks)
         ticks.close()

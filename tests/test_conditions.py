@@ -111,7 +111,7 @@ def test_every_image_is_met_once_before_any_is_met_again_and_classes_are_spread_
 
 
 def test_images_without_labels_condition_nothing() -> None:
-    class Bare(Digits):  # type: ignore[misc]
+    class Bare(Digits):
         def load(self) -> ImageSet:
             return replace(super().load(), labels=None)
 
@@ -484,7 +484,7 @@ def test_gates_choose_among_options_that_are_guided_alike() -> None:
     least, most = chooser.budgets
     for way in ("bisection", "greedy", "knapsack"):
         for budget in np.linspace(least, most, 3):
-            schedule = space.decode(chooser.genome(way, budget))  # type: ignore[arg-type]
+            schedule = space.decode(chooser.genome(way, budget))
             assert {step.guidance for step in schedule.steps} == {Guidance(2.0)}
             assert sum(map(NET.macs, schedule.steps)) <= budget
 

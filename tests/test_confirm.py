@@ -90,9 +90,10 @@ def test_of_several_the_largest_saving_is_told_and_why_no_more() -> None:
         return Verdict("name", "digest", saved, (of([*differences], 0.05),), False, "schedule")
 
     small, more, lost = verdict(0.3, 0.0, 0.0), verdict(0.5, 0.01, 0.011), verdict(0.6, 0.2, 0.21)
-    assert in_short((small, more)).startswith("The largest saving shown to lose nothing: 50% of the MACs. No cheaper")
-    assert in_short((small, lost)).endswith("30% of the MACs. The next, 60%, is not; cheaper ones were not trained.")
-    assert in_short((lost,)).startswith("No saving is shown to lose nothing. The smallest, 60%, is not;")
+    assert in_short((small, more), 2).endswith("50% of the MACs. No other schedule was asked about.")
+    assert in_short((small, lost), 3).endswith("30% of the MACs. The next, 60%, is not; the others were not trained.")
+    assert in_short((small, lost), 2).endswith("The next, 60%, is not.")
+    assert in_short((lost,), 2).startswith("No saving is shown to lose nothing. The first, 60%, is not;")
 
 
 @pytest.mark.parametrize("deviation", [0.05, 0.12])
@@ -264,7 +265,7 @@ def test_a_claim_is_written_down_trained_equally_judged_and_shown(searched: Path
     assert "Put to the test" in (searched / "run" / "report" / "index.html").read_text()
 
 
-def test_several_are_asked_about_from_the_dearest_on_until_one_loses(searched: Path) -> None:
+def test_several_are_asked_about_one_after_another_until_one_loses(searched: Path) -> None:
     """The full network against itself, equally trained, loses nothing; what an untrained supernet finds is not shown to lose nothing by two seeds; and what would
     come after is not trained."""
     import nas
@@ -274,7 +275,7 @@ def test_several_are_asked_about_from_the_dearest_on_until_one_loses(searched: P
     found = {info.searcher: trials for info, trials in run.results.ledgers}
     full = next(trial for trial in found["uniform"] if trial.cost["macs_share"] == 1)
     others = sorted(found["random"], key=lambda trial: -trial.cost["macs_share"])
-    chosen = [run.trial(t.number, "random") for t in reversed(others[:2])] + [run.trial(full.number, "uniform")]
+    chosen = [run.trial(full.number, "uniform"), *(run.trial(trial.number, "random") for trial in others[:2])]
     made = run.confirmation(chosen, "several", 2, 0.001, limit)
     assert made.sequence == ("schedule-1", "schedule-2", "schedule-3")
     shares = [space.cost(space.genome(made.schedule(arm)))["macs_share"] for arm in made.sequence]  # type: ignore[attr-defined]

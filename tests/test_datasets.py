@@ -61,7 +61,7 @@ def test_what_is_held_out_is_a_split_or_a_share(folder: Path, tmp_path: Path) ->
     whole = table(folder)
     parts = {"train": whole.select(range(16)), "test": whole.select(range(4, COUNT))}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "data"))
-    given = {"path": str(tmp_path / "data"), "size": 8, "label": "kind"}
+    given: dict[str, Any] = {"path": str(tmp_path / "data"), "size": 8, "label": "kind"}
     told = DatasetFolder(**given, held_out="test").load()
     assert len(told) == len(told.reference) == 16
     assert np.array_equal(told.reference.pixels[:12], told.pixels[4:])

@@ -174,8 +174,8 @@ def test_the_spaces_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.Monkey
     digits_wide.net.initial(0).extract(digits_wide.net.uniform(1.0)).save_pretrained("model")
     wide, reuse, classes, *_ = blocks("networks.md")
     [timed] = [block for block in blocks("searching.md") if "Timed(" in block]
-    for block, module in ((wide, digits_wide), (reuse, digits_reuse), (classes, digits_classes), (timed, digits)):
-        exec(block.replace("    ...,\n", SAME), {**common, **vars(module)})
+    for block, study in ((wide, digits_wide), (reuse, digits_reuse), (classes, digits_classes), (timed, digits)):
+        exec(block.replace("    ...,\n", SAME), {**common, **vars(study)})
 
 
 def test_the_codecs_shown_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,11 @@ def test_what_is_shown_of_texts_can_be_made(tmp_path: Path, monkeypatch: pytest.
     """On a small pipeline of the folder's name, of Stable Diffusion's levels."""
     monkeypatch.chdir(tmp_path)
     levels = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    config = {"block_out_channels": (16, 32, 64, 64), "down_block_types": levels[0], "up_block_types": levels[1]}
+    config: dict[str, Any] = {
+        "block_out_channels": (16, 32, 64, 64),
+        "down_block_types": levels[0],
+        "up_block_types": levels[1],
+    }
     stable_diffusion(tmp_path / "sd15", layers_per_block=2, **config)
     save_file(
         {"unet.conv_in.lora_A.weight": torch.zeros(1, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.zeros(16, 1, 1, 1)},

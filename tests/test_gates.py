@@ -37,7 +37,8 @@ from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from tests.conftest import TINY
 from tests.test_cli import ROOT
-from tests.test_reuse import DEEP_NET, randomised
+from tests.test_reuse import DEEP_NET
+from tests.test_supernet import randomised
 
 STEPS = uniform(5)
 SPACE = Stepwise(DEEP_NET, STEPS, per_step(STEPS), Options((1.0,)), patterns=legal(4))
@@ -158,8 +159,8 @@ def chooser(seed: int, space: Stepwise = SPACE, limit: float = 1.0) -> tuple[Cho
     loaded = DEEP_NET.initial(0)
     from nas.searchers.choosers import meanings
 
-    meanings = meanings(problem, loaded, space.decode(dearest(space)), False)
-    return Chooser(problem, {"keep": keep, **meanings}), keep
+    told = meanings(problem, loaded, space.decode(dearest(space)), False)
+    return Chooser(problem, {"keep": keep, **told}), keep
 
 
 @pytest.mark.parametrize("way", ["bisection", "greedy", "knapsack"])
@@ -201,9 +202,9 @@ def test_the_knapsack_is_exact() -> None:
     loaded = DEEP_NET.initial(0)
     from nas.searchers.choosers import meanings
 
-    meanings = meanings(problem, loaded, space.decode(dearest(space)), False)
+    told = meanings(problem, loaded, space.decode(dearest(space)), False)
     keep = torch.rand((2, 9), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    made = Chooser(problem, {"keep": keep, **meanings})
+    made = Chooser(problem, {"keep": keep, **told})
     budget = 0.6 * space.cost(dearest(space))["macs"]
 
     def regret(genome: Any) -> float:
@@ -229,8 +230,8 @@ def test_choosers_reckon_in_the_time_that_is_limited() -> None:
     timed = TimedSpace(SPACE, {key(step): 1.0 + float(rng.random()) for step in calls(SPACE)})
     full = exact_cost(timed, dearest(timed))
     problem = Problem(timed, ("fd",), {"latency_ms": 0.7 * full / 1e6})
-    meanings = meanings(problem, DEEP_NET.initial(0), timed.decode(dearest(timed)), False)
-    made = Chooser(problem, {"keep": torch.rand((4, 9), dtype=torch.float64), **meanings})
+    told = meanings(problem, DEEP_NET.initial(0), timed.decode(dearest(timed)), False)
+    made = Chooser(problem, {"keep": torch.rand((4, 9), dtype=torch.float64), **told})
     assert made.budgets[1] == pytest.approx(0.7 * full)
     for share in (0.4, 0.5, 0.6):
         genome = made.genome("bisection", share * full)
@@ -243,7 +244,7 @@ def test_patterns_and_widths_too_and_within_limits() -> None:
     made, _ = chooser(2, space, limit=0.7)
     assert made.budgets[1] == pytest.approx(0.7 * space.cost(dearest(space))["macs"])
     for way in ("bisection", "greedy", "knapsack"):
-        schedule = space.decode(made.genome(way, made.budgets[1]))  # type: ignore[arg-type]
+        schedule = space.decode(made.genome(way, made.budgets[1]))
         assert schedule.archs == (DEEP_NET.uniform(1.0),)
 
 
@@ -280,7 +281,7 @@ def test_a_run_learns_once_and_proposes_within_the_limit(
     with open_session(gated_study, tmp_path) as session:
         for _ in session.prepare(threads=1):
             pass
-        learning = learn_once(gated_study, tmp_path, "cpu", "gates", 0)
+        learning: Any = learn_once(gated_study, tmp_path, "cpu", "gates", 0)
         for _, tick in zip(range(3), learning, strict=False):
             assert tick.done
         learning.close()

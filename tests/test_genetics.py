@@ -31,7 +31,7 @@ def problems(draw: st.DrawFn) -> Problem:
     tables = []
     for _ in range(draw(st.integers(1, 4))):
         shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
-        tables.append(draw(arrays(np.int64, shape, elements=st.integers(1, 50))))
+        tables.append(draw(arrays(np.int64, tuple(shape), elements=st.integers(1, 50))))
     least, most = (sum(int(end(table)) for table in tables) for end in (np.min, np.max))
     space = TableSpace(tuple(frozen(table.tolist()) for table in tables))
     return Problem(space, ("fd", "macs"), {"macs": draw(st.integers(least, most))})
@@ -152,7 +152,7 @@ def test_a_mutated_gene_moves_by_a_third_of_its_options_in_the_mean() -> None:
     rng = np.random.default_rng(0)
     steps = [mutate(space, (0,), rng, rate=1.0)[0] for _ in range(4000)]
     expected = sum((1 - 1 / 100) ** k for k in range(299))
-    assert np.mean(steps) == pytest.approx(expected, abs=4 * np.std(steps) / math.sqrt(len(steps)))
+    assert np.mean(steps) == pytest.approx(expected, abs=4 * float(np.std(steps)) / math.sqrt(len(steps)))
 
 
 @given(st.integers(0, 2**32 - 1))

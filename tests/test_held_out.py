@@ -124,6 +124,7 @@ def test_a_judge_says_how_much_of_the_held_out_images_it_gets_right(tmp_path: Pa
     judge = Agreement(images, SmallClassifier(steps=150), rungs=(64,), conditions=Labels(images))
     ticks = list(judge.prepare(tmp_path, 0, "cpu"))
     told = judge.judge.held_out_accuracy(tmp_path)
+    assert told is not None
     classify, held_out = judge.judge.classifier(tmp_path, torch.device("cpu")), load_once(images).reference
     assert held_out.labels is not None
     seen = classify(torch.from_numpy(held_out.pixels)).argmax(1).numpy()

@@ -64,7 +64,7 @@ def test_the_scores_sum_gradients_before_the_product(tiny_net: Elastic) -> None:
     loaded = randomised(tiny_net)
     settings = Order(batch=8, stride=250, threshold=0.0)
     ticks = list(settings.accumulate(loaded, data, 0))
-    summed = {name: p.grad.clone() for name, p in loaded.full.named_parameters()}  # type: ignore[union-attr]
+    summed = {name: p.grad.clone() for name, p in loaded.full.named_parameters()}
     assert [tick.done for tick in ticks] == [0, 250, 500, 750]
     again = randomised(tiny_net)
     again.full.requires_grad_(True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import combinations, pairwise, product
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given
@@ -54,9 +55,11 @@ def test_segmentation_equals_brute_force(effects: np.ndarray) -> None:
 
 
 def test_blocks_of_similar_timesteps_are_found_and_counted() -> None:
-    affinity = np.kron(np.eye(3), np.ones((4, 4)))
+    affinity: npt.NDArray[np.float64] = np.kron(np.eye(3), np.ones((4, 4))).astype(np.float64)
     found = segments(dissimilarity(affinity), 8)
-    assert found[2] == ((4, 8), pytest.approx(0.0))
+    places, error = found[2]
+    assert places == (4, 8)
+    assert error == pytest.approx(0.0)
     assert elbow([cost for _, cost in found]) == 3
     assert dissimilarity(affinity)[2, 5] == pytest.approx(8 / 4)  # two pairs of halves differ, both ways
 

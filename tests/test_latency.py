@@ -46,7 +46,12 @@ def test_a_schedules_time_is_the_sum_of_its_steps_each_measured_once(
     timer = Timer(SETTINGS, net, tmp_path)
     measured: list[Step] = []
     real = Timer._measure
-    monkeypatch.setattr(Timer, "_measure", lambda self, step: measured.append(step) or real(self, step))
+
+    def noted(self: Timer, step: Step) -> list[float]:
+        measured.append(step)
+        return real(self, step)
+
+    monkeypatch.setattr(Timer, "_measure", noted)
     small, full = tiny_net.uniform(0.25), tiny_net.uniform(1.0)
     schedule = Schedule((Step(900, full), Step(600, small), Step(300, full), Step(50, small)))
     value, replicates = timer.of_schedule(schedule)

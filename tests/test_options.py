@@ -25,7 +25,7 @@ from search_spaces.options import Options, Subnets
 from search_spaces.patterns import Every
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
-from search_spaces.training import ZeroInit
+from search_spaces.training import Sandwich, Stages, ZeroInit
 from tests.arithmetic import CALL
 from tests.conftest import TINY
 from tests.test_supernet import randomised
@@ -161,12 +161,19 @@ def test_a_deep_network_begins_as_the_shallow_one(name: str) -> None:
     loaded.full.requires_grad_(True)
     loaded.full(x, t).sample.square().sum().backward()
     weights = dict(loaded.full.named_parameters())
-    assert all(weights[key].grad.abs().max() > 0 for key in changed if key.endswith("weight")), "and can learn"  # type: ignore[union-attr]
+    assert all(weights[key].grad.abs().max() > 0 for key in changed if key.endswith("weight")), "and can learn"
 
 
-def test_where_there_is_nothing_to_begin_with_it_is_refused() -> None:
+def test_where_there_is_nothing_to_begin_with_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"all subnets are as deep, depths=\(\)"):
         list(ZeroInit().fit(Elastic(TINY, widths=(0.5, 1.0)).initial(0), Digits().load(), 0))
+    with pytest.raises(UserError, match="let it be the first"):
+        Stages((Sandwich(steps=1), ZeroInit()))
+    deep = {**TINY, "layers_per_block": 2}
+    Elastic(deep, widths=(1.0,)).initial(0).full.save_pretrained(tmp_path)
+    pretrained = Elastic.from_pretrained(tmp_path, widths=(1.0,), depths=(1, 2))
+    with pytest.raises(UserError, match="have learned; leave it out"):
+        list(ZeroInit().fit(pretrained.initial(0), Digits().load(), 0))
 
 
 @settings(max_examples=100, deadline=None)

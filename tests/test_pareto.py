@@ -77,7 +77,7 @@ def test_ranks_of_two_objectives_are_those_of_any_number(points: np.ndarray, wor
     two = points[:, :2] if points.shape[1] >= 2 else np.hstack([points, points])
     same = np.hstack([two, np.full((len(two), 1), 7.0)])
     assert ranks(two).tolist() == ranks(same).tolist()
-    violations = np.arange(len(two)) % (worse + 1)
+    violations = np.arange(len(two), dtype=np.float64) % (worse + 1)
     assert ranks(two, violations).tolist() == ranks(same, violations).tolist()
 
 

@@ -103,6 +103,8 @@ def schedule_for(net: LoadedSupernet, scale: float | None) -> Schedule:
     """Some steps reuse, some further ones too, one is not guided, and one reuses all that a network may."""
     blocks = net.blocks(net.full_arch)
     by = None if scale is None else Guidance(scale)
+    some: tuple[str, ...]
+    most: tuple[str, ...]
     if blocks[0] == "b0":
         some, most = ("b0", "b1.attn"), ("b0", "b1", "b2")
     else:
@@ -172,9 +174,12 @@ def test_nothing_is_left_over_from_a_call(kind: str, tool: Any, tmp_path: Path) 
 
     scheduler_steps = [0]
     own = pipeline.scheduler.step
-    pipeline.scheduler.step = lambda *given, **named: (
-        scheduler_steps.append(scheduler_steps[-1] + 1) or own(*given, **named)
-    )
+
+    def counted(*given: Any, **named: Any) -> Any:
+        scheduler_steps.append(scheduler_steps[-1] + 1)
+        return own(*given, **named)
+
+    pipeline.scheduler.step = counted
     for count in (3, 1, 3):
         hook = part.register_forward_pre_hook(stop)
         scheduler_steps[:] = [0]
@@ -430,7 +435,7 @@ def test_deepcache_computes_the_same(branch: int, tool: Any, tmp_path: Path) -> 
     pipeline = stable_diffusion(tmp_path / "sd", layers_per_block=2)
     net = loaded(tmp_path / "sd", tmp_path / "kept")
     graph, full = graph_of(pipeline.unet), net.full_arch
-    steps = layouts.deepcache(2, branch, graph).steps(5)
+    steps: Any = layouts.deepcache(2, branch, graph).steps(5)
     reuses = [
         graph.collapse(graph.expand(graph.blocks) - graph.expand(one), True) if one != ALL else () for one in steps
     ]

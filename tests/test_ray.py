@@ -132,11 +132,11 @@ def test_the_desk_sends_kin_the_same_way_and_waits_for_nobody_twice(monkeypatch:
     monkeypatch.setattr(ray_runner, "PATIENCE", 0.2)
     space = ToySpace(4)
 
-    def task(number: int, genome: tuple[int, ...], seed: int = 0) -> Any:
+    def task(number: Any, genome: tuple[int, ...], seed: int = 0) -> Any:
         return ray_runner._Task(number, space.decode(genome).to_json(), 8, seed)
 
     async def play() -> None:
-        desk = ray_runner._Desk.__ray_metadata__.modified_class(2)
+        desk = ray_runner._Desk.__ray_metadata__.modified_class(2)  # type: ignore[attr-defined]
         await desk.arrived("a")
         await desk.under_way(1)
         for number, genome in enumerate([(0, 0, 0, 0), (3, 3, 3, 3), (0, 0, 1, 1)]):

@@ -135,7 +135,7 @@ def test_a_value_stays_as_it_was_given() -> None:
         (lambda: Rounds(budgets=10**15), "Rounds: budgets"),
         (lambda: Routing(clip=10**30), f"Routing: clip={10**30}: it should be less than 2^63, or have a decimal point"),
         (lambda: Pruner(learning_rate=-(10**40)), f"learning_rate={-(10**40)}: it should be less than 2^63"),
-        (lambda: ImageFolder("x", 8, channels=True), "ImageFolder: channels=True: it should be 1 or 3"),
+        (lambda: ImageFolder("x", 8, channels=True), "ImageFolder: channels=True: it should be 1 or 3"),  # type: ignore[arg-type]
         (lambda: Evolution(crossover_rate=-1), "crossover_rate=-1"),
         (lambda: DDSM(mutation="both"), "'released' or 'intended'"),  # type: ignore[arg-type]
         (lambda: Knapsack(around="none"), "'full', 'smallest' or 'both'"),  # type: ignore[arg-type]
@@ -208,7 +208,7 @@ class Bare:
 
 def test_third_parties_recipes_are_checked_by_the_same_decorator_or_when_a_study_is_built() -> None:
     assert More(1, names=["a"]).names == ("a",)  # type: ignore[arg-type]
-    for wrong in (lambda: More(0), lambda: More(1, share=2), lambda: More(13), lambda: replace(More(1), more=0.5)):  # type: ignore[arg-type, list-item]
+    for wrong in (lambda: More(0), lambda: More(1, share=2), lambda: More(13), lambda: replace(More(1), more=0.5)):  # type: ignore[arg-type]
         with pytest.raises(UserError):
             wrong()
     with pytest.raises(UserError, match="Bare: count=0"):

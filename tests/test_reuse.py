@@ -335,7 +335,7 @@ def test_times_of_calls_add_up_to_at_most_what_intervals_take(name: str, data: s
 
 def test_genomes_that_come_to_the_same_share_a_digest() -> None:
     space = SPACES["sets and widths"]
-    sets = [frozenset(label.split()) for label in space.choices[1].options]
+    sets = [frozenset(str(label).split()) for label in space.choices[1].options]
     nothing, outer = sets.index(frozenset({"nothing"})), sets.index(frozenset({"u3"}))
     whole = len(sets) - 1
 

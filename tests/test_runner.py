@@ -223,7 +223,7 @@ def test_a_probe_may_exceed_the_limits_and_never_wins(tmp_path: Path) -> None:
             ask = search.ask
             dear = (3,) * len(problem.space.choices)
             told: list[Trial] = []
-            search.tell = told.append  # type: ignore[method-assign]
+            search.tell = told.append  # type: ignore[assignment, method-assign]
             search.ask = lambda pending: ask(pending) if told else Proposal(dear, {self.origin: True})  # type: ignore[method-assign]
             return search
 

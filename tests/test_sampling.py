@@ -251,7 +251,7 @@ def test_each_schedule_is_scored_sampled_and_exported_by_its_own_sampler(
         schedule = study.space.decode((option, *plain))
         one = replace(tiny_study.evaluator, sampler=sampler).load(evaluate.supernet, tiny_run)  # type: ignore[type-var]
         assert evaluate(schedule, rung, 0).values == one(replace(schedule, sampler=""), rung, 0).values
-        assert evaluate.sampler_of(schedule) == sampler.describe()
+        assert evaluate.sampler_of(schedule) == sampler.describe()  # type: ignore[attr-defined]
         folder = tmp_path / str(option)
         export(evaluate.supernet, schedule, evaluate.sampler_of(schedule), {}, folder)
         images = standing_alone(folder, monkeypatch)
@@ -269,7 +269,7 @@ def test_samplers_that_do_not_fit_are_refused(tiny_study: Study) -> None:
         UserError,
         match=r"Stepwise: samplers=\(nan,\): it is no NamedSampler, for it has no name, stochastic, multistep, describe",
     ):
-        replace(space, samplers=[math.nan])
+        replace(space, samplers=[math.nan])  # type: ignore[arg-type]
     with pytest.raises(UserError, match="steps that compute nothing are left out"):
         replace(space, samplers=CHOICE, patterns=(Every(1), Every(2)))
 

@@ -206,14 +206,15 @@ def test_ddsm_proceeds_in_generations_of_the_published_operators() -> None:
 
 def test_ddsm_waits_for_a_generation() -> None:
     problem = table_problem(genes=5, options=4, limit=1.0)
-    search, pending = DDSM(population=6).start(problem, 0), []
+    search = DDSM(population=6).start(problem, 0)
+    pending: list[Proposal] = []
     for _ in range(6):
         proposal = search.ask([p.genome for p in pending])
         assert isinstance(proposal, Proposal)
         pending.append(proposal)
     assert search.ask([p.genome for p in pending]) is WAIT
-    for number, proposal in enumerate(pending):
-        search.tell(closed(problem, number, proposal, toy_score(proposal.genome)))
+    for number, asked in enumerate(pending):
+        search.tell(closed(problem, number, asked, toy_score(asked.genome)))
     assert isinstance(search.ask([]), Proposal)
 
 
@@ -232,7 +233,7 @@ def test_screening_needs_the_full_net_whatever_is_probed_later() -> None:
 
     probed = {}
     for around in ("full", "smallest"):
-        told = drive(Knapsack(around=around, options=8), problem, score, 60)  # type: ignore[arg-type]
+        told = drive(Knapsack(around=around, options=8), problem, score, 60)
         kind = f"{around}, interval 0"
         probed[around] = {t.genome[:2] for t in told if t.origin.get("probe") == kind}
     ends = {(0, 0), *((i, 4) for i in range(4)), *((3, i) for i in range(5))}  # probed for other reasons too

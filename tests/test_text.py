@@ -551,6 +551,7 @@ def test_folders_in_half_precision_are_read(folder: Path, tmp_path: Path) -> Non
     recipe = Elastic.from_pretrained(tmp_path / "half", widths=(1.0,))
     net = recipe.initial(0)
     assert {parameter.dtype for parameter in net.full.parameters()} == {torch.float32}
+    assert net.text is not None
     told = net.text.rows(TEXTS)(torch.arange(4))["encoder_hidden_states"]
     theirs, _ = StableDiffusionPipeline.from_pretrained(folder / "sd").encode_prompt(TEXTS, "cpu", 1, False)
     assert torch.allclose(told, theirs, atol=0.02)
@@ -571,7 +572,8 @@ def test_low_rank_changes_are_added_before_anything_is_sliced(style: str, folder
     net = base.initial(0)
     layers = ["down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "up_blocks.1.resnets.0.conv1"]
     layers += ["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_out.0"]
-    tensors, factors = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]] = {}
     for layer in layers:
         weight = net.full.get_submodule(layer).weight
         down = torch.randn((2, *weight.shape[1:]), generator=generator)
@@ -761,14 +763,14 @@ study = Study(
         done = nas(command[0], tmp_path / "study.py", *command[1:], *where)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
     assert read_export(tmp_path / "model").texts == ("tokenizer", "text_encoder")
-    done = subprocess.run(
+    alone = subprocess.run(
         [sys.executable, "sample.py", "--count", "2", "--prompt", "a bag", "--negative-prompt", "a coat"],
         cwd=tmp_path / "model",
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert alone.returncode == 0, alone.stderr[-2000:]
     assert (tmp_path / "model" / "samples.png").exists()
 
 

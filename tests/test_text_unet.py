@@ -335,12 +335,12 @@ def test_macs_of_what_is_reused_equal_a_count_of_what_ran(config: dict[str, Any]
     for finer in (False, True, "layers"):
         for arch in some_archs(net, 6, seed=4):
             graph = net.cost.graph(arch)
-            names = graph.names(finer)  # type: ignore[arg-type]
+            names = graph.names(finer)
             wanted = [name for name in names if rng.random() < 0.7] + [names[-1]]
-            running = graph.live(wanted, finer)  # type: ignore[arg-type]
+            running = graph.live(wanted, finer)
             if not running:
                 continue
-            reuse = graph.collapse(graph.expand(graph.blocks) - running, finer)  # type: ignore[arg-type]
+            reuse = graph.collapse(graph.expand(graph.blocks) - running, finer)
             with torch.device("meta"):
                 model = net.anatomy.stock_class(arch)(**net.anatomy.subconfig(arch))
             x = torch.zeros((1, *net.state_shape), device="meta")
@@ -591,7 +591,7 @@ def test_heads_and_norm_groups_leave_stable_diffusion_its_widths() -> None:
     }
     for heads, said in (("whole", "legal for level 0: 0.5, 1"), ("slim", "legal for level 0: 0.1, 0.2, 0.3")):
         with pytest.raises(UserError, match=said):
-            Elastic(config, widths=(0.35, 1.0), per_level=("width",), heads=heads)
+            Elastic(config, widths=(0.35, 1.0), per_level=("width",), heads=heads)  # type: ignore[arg-type]
     Elastic(config, widths=(0.5, 1.0), per_level=("width",))
     Elastic(config, widths=(0.2, 0.7, 1.0), heads="slim")
 

@@ -135,7 +135,7 @@ def alone(script: Path, *options: object) -> subprocess.CompletedProcess[str]:
     assert {"optuna", "ray", "scipy"} <= set(refused)
     refused += ["nas", "search_spaces", "evaluators"]
     words = [sys.executable, "-c", ALONE, json.dumps(refused), script, *options]
-    return subprocess.run(map(str, words), capture_output=True, text=True, cwd=script.parent, check=False)
+    return subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=script.parent, check=False)
 
 
 def test_the_script_alone_trains_the_same(exported: Path) -> None:
@@ -210,7 +210,7 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
     study, run = tmp_path / "study.py", tmp_path / "run"
     study.write_text(STUDY)
     shutil.copytree(tiny_run, run)
-    trained = []
+    trained: list[Any] = []
     for share in (0.6, 0.4):
         folder = tmp_path / f"model-{share}"
         result = nas("export", study, "--within", f"macs_share={share}", "--to", folder, "--out", run)

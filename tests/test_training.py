@@ -260,6 +260,11 @@ def test_weights_without_experts_are_refused_where_some_are_wanted(tiny_net: Ela
         with_experts(tiny_net).load(tmp_path, "cpu")
     with pytest.raises(UserError, match="needs a supernet with experts"):
         next(Experts(SHORT).run(tiny_net, Digits(), tmp_path / "new", 0, "cpu"))
+    for stage in (replace(SHORT, expert="0-300"), Order("magnitude", expert="0-300")):
+        with pytest.raises(UserError, match="no expert '0-300'; it has 0-299, 300-699, 700-999"):
+            list(stage.fit(with_experts(tiny_net).initial(0), Digits().load(), 0))
+    with pytest.raises(UserError, match=r"held=\('depth',\): all subnets have that"):
+        replace(SHORT, held=("depth",)).macs(tiny_net)
     with pytest.raises(UserError, match=r"experts \(700, 300\) must be increasing"):
         replace(tiny_net, experts=(700, 300))
 

@@ -133,10 +133,10 @@ def test_what_judges_otherwise_shares_nothing(tiny_net: Elastic, tiny_run: Path,
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(torch.nn.Flatten(), torch.zeros(2, 1, 8, 8)), tmp_path / "pixels.pt")
         external = ExternalFeatures(str(tmp_path / "pixels.pt"), "pixels", rgb=False)
-        pairs = [
-            [Frechet(Digits(), rungs=(40,), features=replace(external, value_range=r)) for r in ("signed", "unit")],  # type: ignore[arg-type]
+        pairs: list[list[Any]] = [
+            [Frechet(Digits(), rungs=(40,), features=replace(external, value_range=r)) for r in ("signed", "unit")],
             [DenoisingLoss(images, rungs=(40,)) for images in (Digits(), ImageArray(str(tmp_path / "images.npz")))],
-            [DenoisingLoss(Digits(), rungs=(40,), precision=p) for p in ("float32", "bfloat16")],  # type: ignore[arg-type]
+            [DenoisingLoss(Digits(), rungs=(40,), precision=p) for p in ("float32", "bfloat16")],
         ]
         schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
         for pair in pairs:
@@ -185,7 +185,7 @@ def test_no_form_changes_what_is_computed(
 def test_lower_precision_is_a_score_of_its_own(tiny_net: Elastic, tiny_run: Path) -> None:
     net = tiny_net.load(tiny_run / "supernet", "cpu")
     schedule = schedule_of(tiny_net, 1, 0.5, 0.25)
-    recipes = [Frechet(Digits(), rungs=(40,), precision=precision) for precision in ("float32", "bfloat16")]  # type: ignore[arg-type]
+    recipes = [Frechet(Digits(), rungs=(40,), precision=precision) for precision in ("float32", "bfloat16")]
     exact, rough = (recipe.load(net, tiny_run)(schedule, 40, 0).values["fd"] for recipe in recipes)
     assert exact != rough
     assert rough == pytest.approx(exact, rel=0.2)

@@ -237,7 +237,7 @@ def test_gradients_reach_every_weight_of_the_full_network_once(kind: str) -> Non
     assert sums.keys() == held.keys()
     for name, total in sums.items():
         scale = float(total.abs().max())
-        assert torch.allclose(held[name].grad, total, rtol=1e-4, atol=1e-5 * scale), name  # type: ignore[arg-type]
+        assert torch.allclose(held[name].grad, total, rtol=1e-4, atol=1e-5 * scale), name
 
 
 def test_a_stock_network_whose_copies_differ_is_refused(tmp_path: Any) -> None:

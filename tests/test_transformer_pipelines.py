@@ -316,14 +316,14 @@ def test_a_training_that_was_interrupted_ends_as_one_that_was_not(garments: Imag
             return garments
 
     stage = Sandwich(steps=6, batch=4, warmup=0, checkpoint_every=2)
-    for _ in stage.run(recipe, Source(), tmp_path / "whole", 0, "cpu"):  # type: ignore[arg-type]
+    for _ in stage.run(recipe, Source(), tmp_path / "whole", 0, "cpu"):
         pass
-    ticks = stage.run(recipe, Source(), tmp_path / "stopped", 0, "cpu")  # type: ignore[arg-type]
+    ticks = stage.run(recipe, Source(), tmp_path / "stopped", 0, "cpu")
     for tick in ticks:
         if tick.done == 3:
             break
     ticks.close()  # type: ignore[attr-defined]
-    for _ in stage.run(recipe, Source(), tmp_path / "stopped", 0, "cpu"):  # type: ignore[arg-type]
+    for _ in stage.run(recipe, Source(), tmp_path / "stopped", 0, "cpu"):
         pass
     one, other = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "stopped"))
     assert one.keys() == other.keys()
@@ -351,7 +351,7 @@ def test_each_interval_may_have_an_expert_of_its_own(garments: ImageSet, tmp_pat
         def load(self) -> ImageSet:
             return garments
 
-    for _ in stages.run(recipe, Source(), tmp_path, 0, "cpu"):  # type: ignore[arg-type]
+    for _ in stages.run(recipe, Source(), tmp_path, 0, "cpu"):
         pass
     loaded = recipe.load(tmp_path, "cpu")
     assert [*loaded.experts] == ["0-499", "500-999"]

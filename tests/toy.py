@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.contracts import Choice, Genome, ImageSet, Progress, Schedule, Score, Step
+from nas.contracts import Choice, Genome, ImageSet, Price, Progress, Schedule, Score, Step
 from nas.searchers.evolution import Evolution
 from nas.searchers.random import Random
 from nas.study import Study
@@ -43,7 +43,7 @@ class ToySpace:
             "params": sum({gene + 1 for gene in genome}),
         }
 
-    def interval_costs(self) -> tuple[npt.NDArray[np.int64], ...]:
+    def interval_costs(self, price: Price | None = None) -> tuple[npt.NDArray[np.int64], ...]:
         return (np.arange(1, self.options + 1) ** 2,) * self.genes
 
     def describe(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def confirm(
         str | None,
         typer.Option(
             metavar="COST=LIMIT[,LIMIT]",
-            help="The best verified trial within a budget, such as macs_share=0.5; of several, one after another, the dearest first, until something is lost.",
+            help="The best verified trial within a budget, such as macs_share=0.5; of several, one after another, the largest first, until something is lost.",
             show_default=False,
         ),
     ] = None,
@@ -86,7 +86,7 @@ def confirm(
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
     check_device(device)
-    called = name or (within or f"trial-{trial}").replace("=", "-").replace(",", "-")
+    called = name or re.sub("[=,] *", "-", within or f"trial-{trial}")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", called):
         raise UserError(f"--name {called} is no plain name; use letters, digits, dots, dashes and underscores")
     given = {"batch": batch, "learning_rate": learning_rate}
@@ -111,10 +111,10 @@ def confirm(
         else:
             out.print(f"{path}: {made.protocol.question} Nothing is trained yet.", highlight=False, soft_wrap=True)
         return
-    several = len(made.sequence) > 1
+    several, short = "," in (within or ""), in_short(verdicts, len(made.sequence))
     if as_json:
         told = [verdict.to_json() for verdict in verdicts]
-        whole = {"verdicts": told, "words": in_short(verdicts)} if several else told[0]
+        whole = {"verdicts": told, "words": short} if several else told[0]
         print_json({**whole, "folder": str(made.place)})
         return
     for verdict in verdicts:
@@ -122,7 +122,7 @@ def confirm(
             if line:
                 out.print(line, highlight=False, soft_wrap=True)
     if several:
-        out.print(in_short(verdicts), highlight=False, soft_wrap=True)
+        out.print(short, highlight=False, soft_wrap=True)
     if not quiet:
         notes.print(
             f"protocol {made.protocol.digest}, scores and trained networks: {made.place}",

@@ -79,12 +79,12 @@ def chosen_of(
 
 
 def several_of(run: StudyRun, searcher: str | None, seed: int, trial: int | None, within: str | None) -> list[Chosen]:
-    """As `chosen_of`, of each limit where there are several with commas."""
+    """As `chosen_of`, of each limit where there are several with commas, the largest first."""
     if trial is not None or within is None or "," not in within:
         return [chosen_of(run, searcher, seed, trial, within, again=False)]
     cost, _, limits = within.partition("=")
     form = "COST=LIMIT or COST=LIMIT,LIMIT,..., such as macs_share=0.7,0.5"
-    each = [_limit(limit, within, form) for limit in limits.split(",")]
+    each = sorted((_limit(limit, within, form) for limit in limits.split(",")), reverse=True)
     return [run.best(searcher, seed, again=False, **{cost: most}) for most in each]
 
 

@@ -1,6 +1,6 @@
 """Is a schedule, named before it is trained, as good as the full network once both are trained equally? And of several, how cheap a one?
 
-Several are asked about in a fixed sequence, from the dearest on, until one is not shown to lose nothing: each is asked about only where all before it were
+Several are asked about in a fixed sequence, such as from the largest budget on, until one is not shown to lose nothing: each is asked about only where all before it were
 confirmed, so that no correction for their number is needed (Maurer, Hothorn & Lehmacher 1995; Wiens 2003), and what comes after is not trained.
 
 RUN/confirm/NAME/protocol.json      the question, the schedules, seeds, judges and margin, before anything is trained
@@ -222,7 +222,7 @@ def protocol_of(
     training: Mapping[str, Any],
     storage: str | None = None,
 ) -> Protocol:
-    """What `nas confirm` will do, in full. `trials`: each with its ledger's name; those of one schedule are asked about once. `training`: settings of `nas train`
+    """What `nas confirm` will do, in full. `trials`: each with its ledger's name, in the order in which they are asked about; those of one schedule once. `training`: settings of `nas train`
     that differ from its own; `margin`: share of the full network's distance above the floor. Raises UserError for fewer than two seeds."""
     if seeds < 2:
         raise UserError(f"--seeds {seeds}: one training says nothing about the next; give 2 or more")
@@ -281,9 +281,9 @@ def protocol_of(
 
 
 def _arms(study: Study, trials: Sequence[tuple[str, Trial]]) -> dict[str, tuple[str, Trial]]:
-    """From the dearest to the cheapest, of equal schedules the first."""
+    """As they are given, of equal schedules the first."""
     distinct: dict[str, tuple[str, Trial]] = {}
-    for ledger, trial in sorted(trials, key=lambda one: -one[1].cost["macs_share"]):
+    for ledger, trial in trials:
         distinct.setdefault(study.space.decode(trial.genome).digest, (ledger, trial))
     if len(distinct) == 1:
         return {SCHEDULE: next(iter(distinct.values()))}

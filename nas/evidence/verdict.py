@@ -182,15 +182,15 @@ def seeds_needed(deviation: float, margin: float, power: float = 0.8) -> int:
     return MOST_SEEDS
 
 
-def in_short(verdicts: Sequence[Verdict]) -> str:
-    """Of schedules asked about from the dearest on: how much is saved at no loss, and why no more."""
-    confirmed = [verdict for verdict in verdicts if verdict.confirmed]
+def in_short(verdicts: Sequence[Verdict], asked: int) -> str:
+    """Of schedules asked about one after another, `asked` of them had nothing been lost: how much is saved at no loss, and why no more."""
+    confirmed = [verdict.saved for verdict in verdicts if verdict.confirmed]
     most = (
-        f"The largest saving shown to lose nothing: {confirmed[-1].saved:.0%} of the MACs."
+        f"The largest saving shown to lose nothing: {max(confirmed):.0%} of the MACs."
         if confirmed
         else "No saving is shown to lose nothing."
     )
     if verdicts[-1].confirmed:
-        return f"{most} No cheaper schedule was asked about."
-    cheaper = f"the next, {verdicts[-1].saved:.0%}," if confirmed else f"the smallest, {verdicts[-1].saved:.0%},"
-    return f"{most} {cheaper[0].upper()}{cheaper[1:]} is not; cheaper ones were not trained."
+        return f"{most} No other schedule was asked about."
+    others = "; the others were not trained" if len(verdicts) < asked else ""
+    return f"{most} {'The next' if confirmed else 'The first'}, {verdicts[-1].saved:.0%}, is not{others}."

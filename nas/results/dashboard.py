@@ -38,7 +38,7 @@ def store_of(folder: Path) -> FileSystemArtifactStore:
 
 
 def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded: Any) -> Iterator[Progress]:
-    """Gives every verified trial its schedule's picture, a grid of samples and a note with the command that exports it, and every
+    """Gives every verified trial its schedule's picture, a grid of samples and a note with the command to go on with, and every
     study the fronts and the curves. What is there already stays. Raises UserError where the dashboard is not installed."""
     try:
         from optuna_dashboard import save_note

@@ -175,7 +175,11 @@ class Sandwich(OneStage):
         return replace(self, expert=expert)
 
     def _subnets(self, recipe: Elastic) -> Subnets:
-        return recipe.subnets(recipe.options.holding(self.held))
+        """Raises UserError where nothing of what is to be held differs anyway."""
+        options = recipe.options.holding(self.held)
+        if self.held and options == recipe.options:
+            raise UserError(f"held={self.held}: all subnets have that as the full network has it; leave it out")
+        return recipe.subnets(options)
 
 
 def _over_all(losses: dict[str, float], mates: Team, device: torch.device) -> dict[str, float]:

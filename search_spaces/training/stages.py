@@ -75,6 +75,13 @@ class Stages:
     stages: tuple[Stage, ...]
     checkpoint_every: Count = 250
 
+    def __post_init__(self) -> None:
+        late = next((stage for stage in self.stages[1:] if getattr(stage, "begins", False)), None)
+        if late is not None:
+            raise UserError(
+                f"{type(late).__name__} would undo what the stages before it have trained; let it be the first"
+            )
+
     def describe(self) -> dict[str, Any]:
         return {"class": "Stages", "stages": [stage.describe() for stage in self.stages]}
 

@@ -23,6 +23,9 @@ class ZeroInit(OneStage):
     branches are set to zero (Zhang, Dauphin & Ma 2019), and the shortcut of a concatenation hands on the trunk. The deep network then starts as the shallow one,
     and nothing relies on a unit before that has learned something."""
 
+    begins = True
+    """Stands first in a training alone."""
+
     def describe(self) -> dict[str, Any]:
         return {"class": "ZeroInit"}
 
@@ -32,8 +35,10 @@ class ZeroInit(OneStage):
     def fit(
         self, net: LoadedElastic, data: ImageSet, seed: int, files: Checkpoints | None = None
     ) -> Iterator[Progress]:
-        """Raises UserError where all subnets are as deep, or for a network whose residual branches are not known."""
+        """Raises UserError where all subnets are as deep, where the weights are pretrained, or for a network whose residual branches are not known."""
         recipe, anatomy = net.recipe, net.recipe.anatomy
+        if recipe.pretrained is not None:
+            raise UserError("ZeroInit: it would undo what the pretrained layers have learned; leave it out")
         if len(recipe.depths) < 2:
             raise UserError(
                 f"ZeroInit: all subnets are as deep, depths={recipe.depths}; give the supernet depths=, or leave it out"
