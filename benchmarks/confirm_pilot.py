@@ -26,7 +26,7 @@ from benchmarks.protocol import committed
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet
 from evaluators.images import HeldOutHalf, load_once
-from nas.contracts import Guidance, Schedule, Step
+from nas.contracts import Schedule
 from nas.engine.session import open_session
 from nas.evidence.confirm import FULL, SCHEDULE, Confirmation, equal_steps
 from nas.evidence.judges import judges_of
@@ -55,10 +55,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """`folder`: the benchmark's."""
+    """`folder`: the benchmark's. `guidance`: of every step, None for none."""
 
     folder: Path
     quick: bool
+    guidance: float | None = SETTINGS["guidance"]
 
     @cached_property
     def trained(self) -> latent.Setting:
@@ -68,14 +69,14 @@ class Setting:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def study(self, whole_steps: bool = False, guidance: float | None = SETTINGS["guidance"]) -> Study:
+    def study(self, whole_steps: bool = False) -> Study:
         """`whole_steps`: which of the steps the full network runs at, instead of which width each interval has."""
         net, grid, few = self.trained.net, uniform(SETTINGS["steps"]), self.quick
         images = self.trained.study.images
-        space: Any = Stepwise(net, grid, equal(grid, SETTINGS["intervals"]), guidance=(guidance,))
+        space: Any = Stepwise(net, grid, equal(grid, SETTINGS["intervals"]), guidance=(self.guidance,))
         if whole_steps:
             patterns = (Every(1), Only(()))
-            space = Stepwise(net, grid, per_step(grid), Options((1.0,)), patterns=patterns, guidance=(guidance,))
+            space = Stepwise(net, grid, per_step(grid), Options((1.0,)), patterns=patterns, guidance=(self.guidance,))
         judge = SmallClassifier(steps=40 if few else 4000, cells=4, decay=True)
         rungs = (16, 32) if few else tuple(SETTINGS["samples"])
         return Study(
@@ -139,32 +140,9 @@ def named(setting: Setting) -> Row:
     order(setting)
     run = setting.opened()
     run.search("evolution", "knapsack")
-    steps = setting.opened(whole_steps=True)
-    steps.search("evolution")
-    space, budget = run.study.space, SETTINGS["budget"]
-    chosen = run.best(macs_share=budget)
+    chosen = run.best(macs_share=SETTINGS["budget"])
     share = chosen.trial.cost["macs_share"]
-    count = max(1, math.floor(share * SETTINGS["steps"] + 1e-9))
-    full = space.decode(dearest(space))
-    rng = np.random.default_rng(0)
-    drawn = [random_genome(run.study.problem_in(run.folder), rng) for _ in range(200)]
-    nearest = min(drawn, key=lambda genome: abs(space.cost(genome)["macs_share"] - share))
-    static = full.steps[0].arch.replace(widths=tuple(SETTINGS["static_widths"]))
-    narrow = replace(full, steps=tuple(replace(step, arch=static) for step in full.steps))
-    specialists = [name for name in SPECIALISTS for _ in range(SETTINGS["steps"] // len(SPECIALISTS))]
-    schedules = {
-        SCHEDULE: run.schedule(chosen),
-        FULL: full,
-        LONGER: full,
-        "full, specialised": started_as(full, specialists),
-        "narrower": narrow,
-        PRUNED: started_as(narrow, [PRUNED] * SETTINGS["steps"]),
-        "by hand": space.decode(by_hand(setting, budget)),
-        "random": space.decode(nearest),
-        "fewer steps, uniform": on(full, uniform(count)),
-        "fewer steps, quadratic": on(full, quadratic(count)),
-        "fewer steps, searched": steps.schedule(steps.best(macs_share=count / SETTINGS["steps"])),
-    }
+    schedules = {SCHEDULE: run.schedule(chosen), **controls(setting, share)}
     return {
         "macs_share": share,
         "searcher": chosen.ledger,
@@ -172,6 +150,37 @@ def named(setting: Setting) -> Row:
         "frozen_fd": chosen.score.values["fd"],
         "schedules": {name: json.loads(one.to_json()) for name, one in schedules.items()},
     }
+
+
+def controls(setting: Setting, share: float) -> dict[str, Schedule]:
+    """What a schedule of this share of the multiply-adds is compared with, the full network among them."""
+    steps = setting.opened(whole_steps=True)
+    steps.search("evolution")
+    study = setting.study()
+    space, count = study.space, max(1, math.floor(share * SETTINGS["steps"] + 1e-9))
+    full = space.decode(dearest(space))
+    static = full.steps[0].arch.replace(widths=tuple(SETTINGS["static_widths"]))
+    narrow = replace(full, steps=tuple(replace(step, arch=static) for step in full.steps))
+    specialists = [name for name in SPECIALISTS for _ in range(SETTINGS["steps"] // len(SPECIALISTS))]
+    return {
+        FULL: full,
+        LONGER: full,
+        "full, specialised": started_as(full, specialists),
+        "narrower": narrow,
+        PRUNED: started_as(narrow, [PRUNED] * SETTINGS["steps"]),
+        "by hand": space.decode(by_hand(setting, SETTINGS["budget"])),
+        "random": space.decode(random_of(study, share, 0)),
+        "fewer steps, uniform": on(full, uniform(count)),
+        "fewer steps, quadratic": on(full, quadratic(count)),
+        "fewer steps, searched": steps.schedule(steps.best(macs_share=count / SETTINGS["steps"])),
+    }
+
+
+def random_of(study: Study, share: float, seed: int) -> tuple[int, ...]:
+    """Of 200 schedules drawn at random within the limits the one whose multiply-adds are nearest to this share."""
+    rng = np.random.default_rng(seed)
+    drawn = [random_genome(study.problem, rng) for _ in range(200)]
+    return min(drawn, key=lambda genome: abs(study.space.cost(genome)["macs_share"] - share))
 
 
 def by_hand(setting: Setting, budget: float) -> tuple[int, ...]:
@@ -194,9 +203,9 @@ def started_as(schedule: Schedule, starts: Sequence[str]) -> Schedule:
 
 
 def on(full: Schedule, timesteps: tuple[int, ...]) -> Schedule:
-    """The full network at these steps."""
+    """The full network at these steps, guided as it is."""
     step = full.steps[0]
-    return Schedule(tuple(Step(t, step.arch, (), Guidance(SETTINGS["guidance"])) for t in timesteps), full.sampler)
+    return Schedule(tuple(replace(step, timestep=t) for t in timesteps), full.sampler)
 
 
 def confirmation(setting: Setting, schedules: Mapping[str, Any]) -> Controlled:

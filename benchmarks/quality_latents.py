@@ -6,8 +6,6 @@ Arms, seeds, reference and test stand in `protocols/quality-latents.json`, writt
 
 from __future__ import annotations
 
-import numpy as np
-
 from benchmarks import confirm_pilot
 from benchmarks.common import Benchmark, Target
 from benchmarks.protocol import committed
@@ -17,30 +15,17 @@ from benchmarks.recover import (
     Row,
     Setting,
     by_interval,
+    chosen,
     fine_tuned,
-    genomes_of,
     judged,
     prepared,
-    scored,
     specialists,
 )
-from nas.contracts import Genome
 from nas.genomes.genetics import dearest
 
 PROTOCOL = committed("quality-latents")
 SETTINGS = PROTOCOL.settings
 FULL, UNIFORM, FOUND = "full", "uniform 0.75", f"recovered {SETTINGS['recovered']}"
-
-
-def chosen(bench: Benchmark, setting: Setting, name: str, recovered: int) -> Genome:
-    """Of all schedules within the budget, first on few samples, then the best of them on more."""
-    space = setting.study.space
-    within = [g for g in genomes_of(setting.study) if space.cost(g)["macs_share"] <= SETTINGS["budget"]]
-    few, many = (16, 32) if setting.quick else (SETTINGS["screened"], SETTINGS["scored"])
-    rough = bench.row(f"all within the budget, {name}", lambda: scored(setting, within, recovered, few))["fd"]
-    best = [within[place] for place in np.argsort(rough)[: SETTINGS["best"]]]
-    fine = bench.row(f"the best of these, {name}", lambda: scored(setting, best, recovered, many, "others"))["fd"]
-    return tuple(best[int(np.argmin(fine))])
 
 
 def main() -> None:
@@ -62,8 +47,8 @@ def main() -> None:
         FULL: dearest(study.space),
         UNIFORM: (choices[0].options.index(SETTINGS["uniform"]),) * len(choices),
         "by hand": confirm_pilot.by_hand(setting.confirmed, SETTINGS["budget"]),
-        "frozen": chosen(bench, setting, "frozen", 0),
-        FOUND: chosen(bench, setting, FOUND, recovered),
+        "frozen": chosen(bench, setting, "frozen", 0, SETTINGS["budget"], SETTINGS),
+        FOUND: chosen(bench, setting, FOUND, recovered, SETTINGS["budget"], SETTINGS),
     }
     schedules = {name: study.space.decode(tuple(genome)) for name, genome in genomes.items()}
     distinct = {schedule.digest: schedule for schedule in schedules.values()}

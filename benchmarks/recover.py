@@ -56,12 +56,12 @@ class Setting:
     @property
     def confirmed(self) -> confirm_pilot.Setting:
         """Whose space and judge this one has."""
-        return confirm_pilot.Setting(self.folder, self.quick)
+        return confirm_pilot.Setting(self.folder, self.quick, guidance=None)
 
     @property
     def study(self) -> Study:
         """Unguided: so is the full network's FD least."""
-        return replace(self.confirmed.study(guidance=None), name="recover")
+        return replace(self.confirmed.study(), name="recover")
 
     @property
     def run(self) -> Path:
@@ -215,6 +215,21 @@ def against(mine: Sequence[Agreement], theirs: Sequence[Agreement], count: int) 
     first, second = (np.mean([np.nan_to_num(one.tau(weights)) for one in each], axis=0) for each in (mine, theirs))
     low, high = np.quantile(first - second, (0.025, 0.975))
     return float(low), float(high)
+
+
+def chosen(
+    bench: Benchmark, setting: Setting, name: str, recovered: int, budget: float, sizes: Mapping[str, Any]
+) -> Genome:
+    """Of all schedules within the budget the one of the least FD, first on few samples, then the best of them on more. `sizes`: `screened`, `best` and
+    `scored`, of samples, schedules and samples."""
+    space = setting.study.space
+    within = [g for g in genomes_of(setting.study) if space.cost(g)["macs_share"] <= budget]
+    few, many = (16, 32) if setting.quick else (sizes["screened"], sizes["scored"])
+    what = f"within {budget:g}, {name}"
+    rough = bench.row(f"all {what}", lambda: scored(setting, within, recovered, few))["fd"]
+    best = [within[place] for place in np.argsort(rough)[: sizes["best"]]]
+    fine = bench.row(f"the best {what}", lambda: scored(setting, best, recovered, many, "others"))["fd"]
+    return tuple(best[int(np.argmin(fine))])
 
 
 def winners_of(bench: Benchmark, setting: Setting, rows: Mapping[str, Row]) -> dict[str, Genome]:
