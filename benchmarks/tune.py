@@ -11,14 +11,16 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.stats import norm
 
 from benchmarks import transformer
-from benchmarks.common import Benchmark, Target
+from benchmarks.common import RESULTS, Benchmark, Target
 from benchmarks.protocol import committed
 from benchmarks.tune_arms import SEARCHED, Cell, Row, learned_routes, routed, ruled, searched, there, timed, trained
 from evaluators.sampling import DDIM
@@ -27,6 +29,18 @@ from nas.handover.export import export
 
 PROTOCOL = committed("tune-2")
 SETTINGS = PROTOCOL.settings
+NAMES = {"latent": "class-conditional UNet", "transformer": "transformer", "text": "text UNet"}
+BEST_RULE = "best rule"
+LINES = {
+    "path": ("nas tune (path)", "#1f6f8b", "o-"),
+    "steps": ("searched whole steps", "#4a4a4a", "s-"),
+    BEST_RULE: ("best published rule", "#c8553d", "^--"),
+    "evolution": ("evolution", "#5b8c5a", "D:"),
+    "knapsack": ("knapsack", "#8d6a9f", "v:"),
+    "gates": ("DiP-GO's gates", "#d19c1d", "x:"),
+    "router": ("Learning-to-Cache's router", "#d19c1d", "P"),
+}
+"""Of a picture, by what a verdict calls it: words, colour and line. What is none of these is a rule."""
 
 
 def compared(rows: list[tuple[Row, Row]]) -> tuple[float, float]:
@@ -124,6 +138,31 @@ def verdict(cells: list[Cell], budget: float, bench: Benchmark) -> Row:
     }
 
 
+def draw(cells: Mapping[str, Mapping[float, Row]], path: Path) -> None:
+    """Loss over the share of the time, a panel for each model: the path, and what it is compared with. `cells`: of a model's name its verdicts by budget."""
+    figure = Figure(figsize=(4.2 * len(cells) + 1.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(cells), squeeze=False)[0]
+    for axes, (model, verdicts) in zip(panels, cells.items(), strict=True):
+        budgets = sorted(verdicts)
+        told = {budget: dict(verdicts[budget]["losses"]) for budget in budgets}
+        for losses in told.values():
+            rules = [name for name in losses if name not in LINES]
+            losses[BEST_RULE] = min(losses.pop(name) for name in rules)
+        for name, (words, colour, form) in LINES.items():
+            points = [(budget, told[budget][name]) for budget in budgets if name in told[budget]]
+            if points:
+                thick = 2.4 if name == "path" else 1.2
+                axes.plot(*zip(*points, strict=True), form, color=colour, linewidth=thick, markersize=5, label=words)
+        axes.set_yscale("log")
+        axes.set_xticks(budgets, [f"{budget:.0%}" for budget in budgets])
+        axes.set_xlabel("time of an image, of the full pipeline's")
+        axes.set_title(model, fontsize=10)
+    panels[0].set_ylabel("distance to the full pipeline's\nsample of the same noise (log)", fontsize=9)
+    handles = {line.get_label(): line for axes in panels for line in axes.get_lines()}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9)
+    figure.savefig(path)
+
+
 def measured(model: str, steps: int, bench: Benchmark) -> list[Cell]:
     """All rows of one model with so many steps."""
     seeds = PROTOCOL.seeds[:1] if bench.quick else PROTOCOL.seeds
@@ -162,6 +201,7 @@ def main() -> None:
     verdicts: list[Row] = []
     spent: list[float] = []
     done: list[str] = []
+    pictured: dict[str, dict[float, Row]] = {}
     for steps in SETTINGS["steps"][:1] if bench.quick else SETTINGS["steps"]:
         for model in models:
             if f"{model}-{steps}" in bench.without:
@@ -171,8 +211,11 @@ def main() -> None:
             for budget in cells[0].budgets:
                 key = f"{model}, {steps} steps, {budget:g} of the time"
                 verdicts.append(bench.reckon(key, verdict(cells, budget, bench)))
+                pictured.setdefault(f"{NAMES[model]}, {steps} steps", {})[budget] = verdicts[-1]
             for cell in cells:
                 spent += [one["spent_samples"] for one in bench.kept(f"{cell.key}: path")["of"].values()]
+    if pictured:
+        draw(pictured, (bench.folder if bench.quick else RESULTS) / "tune.png")
     clear = [row for row in verdicts if not row["tie"]]
     what = f"{', '.join(done)}; {len(verdicts)} cells, {len(verdicts) - len(clear)} of them ties"
     bench.finish(
