@@ -79,7 +79,8 @@ def test_a_verdict_needs_both_judges_and_says_who_contradicts() -> None:
     assert "though a loss under another" in verdict(fine, fine, beside).words
     assert verdict(fine, bad).words.startswith("A loss")
     assert verdict(fine, unsure).words.startswith("Not confirmed")
-    assert "seeds would show" in verdict(fine, unsure).advice
+    assert "seeds would show no loss in four of five tries" in verdict(fine, unsure).advice
+    assert "not even 1,000 seeds would show" in verdict(fine, of([9.0, -9.0], 0.05)).advice
     for lost in (verdict(fine, bad), verdict(fine, unsure)):
         assert not lost.confirmed
     assert verdict(fine, bad).advice == verdict(fine, fine).advice == ""

@@ -148,7 +148,9 @@ class Verdict:
         needed = [seeds_needed(j.spread * math.sqrt(len(j.differences)), j.margin) for j in wanted]
         if not needed:
             return ""
-        return f"With this spread, {max(needed)} seeds would show no loss in four of five tries if there is none; a second try is a protocol of its own, `--name`."
+        if max(needed) == MOST_SEEDS:
+            return f"With this spread, not even {MOST_SEEDS:,} seeds would show no loss; judge more samples, or ask for a wider --margin under another --name."
+        return f"With this spread, {max(needed)} seeds would show no loss in four of five tries if there is none; a second try is a protocol of its own, --name."
 
     def to_json(self) -> dict[str, Any]:
         return {

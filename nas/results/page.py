@@ -302,7 +302,7 @@ def _verdict(found: Mapping[str, Any]) -> dict[str, Any]:
             f"{judge['floor']:.4g}",
             f"{judge['interval'][0]:+.3g} to {judge['interval'][1]:+.3g}",
             f"{judge['margin']:.3g}",
-            judge["words"].rpartition(": ")[2],
+            judge["words"].rpartition(": ")[2].removesuffix(" beyond the margin"),
         )
         for judge in found["judges"]
     ]
