@@ -224,4 +224,4 @@ class LoadedTimed:
         return self.base.grounds(schedule, count, seed) if isinstance(self.base, Grounded) else None
 
     def seconds_of_images(self, count: int) -> float:
-        return self.base.seconds_of_images(count) if hasattr(self.base, "seconds_of_images") else math.inf
+        return self.base.seconds_of_images(count) if isinstance(self.base, Grounded) else math.inf

@@ -254,5 +254,5 @@ class LoadedScores:
 
     def seconds_of_images(self, count: int) -> float:
         """As the first part that can say it; endless where none can."""
-        told = (part.seconds_of_images(count) for part in self.parts if hasattr(part, "seconds_of_images"))
+        told = (part.seconds_of_images(count) for part in self.parts if isinstance(part, Grounded))
         return next(told, math.inf)

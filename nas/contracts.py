@@ -599,6 +599,9 @@ class Grounded(Protocol):
         """For a report: how many images are held out, how small the score can be, and whether samples repeat train images; None where it does
         not know."""
 
+    def seconds_of_images(self, count: int) -> float:
+        """Roughly how long it takes to look at so many real images for that; endless where nobody can say."""
+
 
 class Evaluator(Protocol):
     """Recipe of a score."""

@@ -273,11 +273,10 @@ class StudyRun:
         from nas.results.grounds import keep_grounds, samples_looked_at
 
         loaded, count = self.loaded, samples_looked_at(self.study)
-        seconds = getattr(loaded, "seconds_of_images", None)
-        if not isinstance(loaded, Grounded) or seconds is None:
+        if not isinstance(loaded, Grounded):
             return
         steps = self.study.space.decode(dearest(self.study.space)).steps
-        if count * sum(map(loaded.supernet.macs, steps)) <= GROUNDED and seconds(count) <= PATIENCE:
+        if count * sum(map(loaded.supernet.macs, steps)) <= GROUNDED and loaded.seconds_of_images(count) <= PATIENCE:
             keep_grounds(self.study, self.results, loaded)
 
     def compare(self) -> dict[str, Any]:
