@@ -31,6 +31,8 @@ RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "benchmarks"
 LONG = ("replicates", "scores")
 """Of a row, what stays in runs/ alone."""
+ON_ONE_LINE = ("schedule", "schedules")
+"""Of a row, what is written as JSON within the JSON, where a number a line would be thousands of them."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,13 @@ class Target:
 
 
 def short(row: Any) -> Any:
-    """A row, or a part of it, without what stays in runs/."""
+    """A row, or a part of it, without what stays in runs/, and schedules on one line."""
     if isinstance(row, dict):
-        return {name: short(value) for name, value in row.items() if name not in LONG}
+        kept = {name: value for name, value in row.items() if name not in LONG}
+        return {
+            name: json.dumps(value) if name in ON_ONE_LINE and isinstance(value, dict | list) else short(value)
+            for name, value in kept.items()
+        }
     return [short(value) for value in row] if isinstance(row, list) else row
 
 

@@ -250,10 +250,7 @@ def scored(setting: Setting, schedules: Mapping[str, Any], arm: str, seed: int) 
 def main() -> None:
     bench = Benchmark("confirm_pilot", __doc__ or "", ("nas/evidence", "evaluators/label_free.py"), PROTOCOL)
     setting = Setting(bench.folder, bench.quick)
-    if not (setting.trained.run / "supernet" / "weights.safetensors").exists():
-        if not bench.quick:
-            raise SystemExit("error: its network is not there; run `python -m benchmarks.latent`")
-        latent.prepare(setting.trained)
+    latent.lend(setting.trained, setting.run)
     with open_session(setting.study(), setting.opened().folder) as session:
         for _ in session.prepare(threads=1):
             pass

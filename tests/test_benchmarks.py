@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -180,6 +181,10 @@ def test_published_networks_cost_what_is_printed_of_them(name: str) -> None:
 def test_replicates_stay_in_runs_however_deep_they_are() -> None:
     row = {"fd": 1.0, "replicates": [1], "of": {"a": {"loss": 2.0, "replicates": [2]}, "b": [{"scores": {}, "x": 1}]}}
     assert common.short(row) == {"fd": 1.0, "of": {"a": {"loss": 2.0}, "b": [{"x": 1}]}}
+    assert json.loads(common.short({"of": {"schedule": [[900, [[1.0], []]]]}})["of"]["schedule"]) == [
+        [900, [[1.0], []]]
+    ]
+    assert common.short({"schedule": "3014bc923d406dbb"}) == {"schedule": "3014bc923d406dbb"}
 
 
 POOL = """

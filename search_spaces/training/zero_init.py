@@ -64,8 +64,7 @@ class ZeroInit(OneStage):
 
 def _ends_a_branch(name: str, weights: Container[str]) -> bool:
     around, inside, _ = name.partition(".transformer_blocks.")
-    if (
-        inside and f"{around}.proj_out.weight" in weights
-    ):  # what reads a text is one branch, ended by a layer of its own
+    # What reads a text is one branch, ended by a layer of its own.
+    if inside and f"{around}.proj_out.weight" in weights:
         return False
     return name.rpartition(".")[0].endswith(LAST)
