@@ -145,12 +145,15 @@ def judged(setting: Setting, schedule: Schedule, seed: int, folder: Path | None)
     net = setting.net()
     if folder is not None:
         adopt(net, folder)
-    count, found = setting.samples[1], []
-    for judge in judges_of(setting.study)[0][:2]:
-        own = replace(judge, evaluator=replace(judge.evaluator, rungs=(count,)))
-        score = own.load(net, setting.run)(schedule, count, derive_seed(0, seed, "truth's noise"))
-        found.append({"fd": [score.values["fd"]], "replicates": [score.replicates["fd"]]})
-    return {**found[0], PIXELS: found[1]}
+    count = setting.samples[1]
+    judges = [
+        replace(judge, evaluator=replace(judge.evaluator, rungs=(count,))) for judge in judges_of(setting.study)[0][:2]
+    ]
+    # Both are there before the first looks, so that the second finds its samples kept.
+    loaded = [judge.load(net, setting.run) for judge in judges]
+    scores = [judge(schedule, count, derive_seed(0, seed, "truth's noise")) for judge in loaded]
+    first, second = ({"fd": [score.values["fd"]], "replicates": [score.replicates["fd"]]} for score in scores)
+    return {**first, PIXELS: second}
 
 
 def adopt(net: LoadedElastic, folder: Path) -> None:
