@@ -13,13 +13,14 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
+from scipy.spatial.distance import cdist
 
 from evaluators.features import ExternalFeatures
 from evaluators.frechet import feature_rows, paired_frechet_with_replicates
 from evaluators.images import check_shape, load_once
 from evaluators.proxies import OfImages, Scale, Taught, beside_teacher
 from evaluators.sampling import predict, step_noise
-from evaluators.scoring import LoadedScore, Rows, mean_with_replicates
+from evaluators.scoring import BLOCKS, LoadedScore, Rows, mean_with_replicates
 from nas.contracts import LoadedSupernet, Schedule, Step, UserError, digest_of
 from nas.recipes import recipe
 
@@ -71,18 +72,13 @@ class TeacherPerceptual(Taught, OfImages):
 
 
 @recipe
-class NetworkFrechet(Taught, OfImages):
-    """Frechet distance of a schedule's samples to the full model's with the same noise, of features that the full network itself has of them: the output of its
-    middle block at a timestep of little noise, without condition, mean over places. Value: "fd_network".
-
-    It estimates how much of the full model's distribution is lost, for models that nobody has an extractor or images for. It misleads where the network does
-    not see what people do, and as `TeacherFrechet` does. `dimensions`: of more channels so many random projections are taken.
-    """
+class OfNetwork(Taught, OfImages):
+    """Fields of the scores by features that the full network itself has of samples: the output of its middle block at a timestep of little noise, without
+    condition, mean over places. `dimensions`: of more channels so many random projections are taken."""
 
     timesteps: tuple[int, ...] | None = None
     guidance: Scale | None = None
     dimensions: Annotated[int, Field(ge=2, le=4096)] = 64
-    metrics: ClassVar[tuple[str, ...]] = ("fd_network",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,23 +87,24 @@ class NetworkFrechet(Taught, OfImages):
     def describe(self) -> Mapping[str, Any]:
         return {**super().describe(), **self.describe_teacher(), "dimensions": self.dimensions}
 
-    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
-        check_shape(load_once(self.images), supernet.image_shape)
-        trajectories = self.trajectories(supernet, folder)
-        abar = supernet.alphas_cumprod
+    def compared(self, net: LoadedSupernet, folder: Path, statistic: Any, words: str) -> LoadedScore:
+        """A statistic of the features of a schedule's samples and of the full model's. `words`: what it is, for people."""
+        check_shape(load_once(self.images), net.image_shape)
+        trajectories = self.trajectories(net, folder)
+        abar = net.alphas_cumprod
         seen_at = int(np.abs(abar - SEEN_AT).argmin())
-        [block] = _middle(supernet)
-        step = Step(seen_at, supernet.full_arch)
+        [block] = _middle(net)
+        step = Step(seen_at, net.full_arch)
 
         def seen(schedule: Schedule, seed: int, start: int, stop: int) -> Rows32:
             x = trajectories.final(schedule, seed, start, stop)
-            noise = step_noise(seed, start, stop, supernet.state_shape, NOISE).to(x)
+            noise = step_noise(seed, start, stop, net.state_shape, NOISE).to(x)
             told = None if trajectories.conditions is None else trajectories.conditions.of(seed, start, stop)
-            null = None if told is None else supernet.null_condition(told)
+            null = None if told is None else net.null_condition(told)
             noised = sqrt(abar[seen_at]) * x + sqrt(1 - abar[seen_at]) * noise
-            _, kept = predict(supernet, step, noised, None, trajectories.precision, (block,), null)
+            _, kept = predict(net, step, noised, None, trajectories.precision, (block,), null)
             trajectories.meter.calls += len(x)
-            trajectories.meter.macs += len(x) * supernet.macs(step)
+            trajectories.meter.macs += len(x) * net.macs(step)
             # Channels stand second in a map, last in a sequence.
             output = next(rows for name, rows in kept.items() if name != "prediction").float()
             rows = output.mean((2, 3)) if output.ndim == 4 else output.mean(1)
@@ -115,13 +112,37 @@ class NetworkFrechet(Taught, OfImages):
 
         mine = Rows(f"the network's {block} at {seen_at}, {self.dimensions}", seen)
         return beside_teacher(
-            self,
-            supernet,
-            trajectories,
-            mine,
-            paired_frechet_with_replicates,
-            lambda count: f"FD to the full model's samples@{count} (by the network's own {block})",
+            self, net, trajectories, mine, statistic, lambda count: f"{words}@{count} (by the network's own {block})"
         )
+
+
+@recipe
+class NetworkFrechet(OfNetwork):
+    """Frechet distance of a schedule's samples to the full model's with the same noise, of features that the full network itself has of them. Value:
+    "fd_network".
+
+    It estimates how much of the full model's distribution is lost, for models that nobody has an extractor or images for. It misleads where the network does
+    not see what people do, and as `TeacherFrechet` does.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("fd_network",)
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
+        return self.compared(supernet, folder, paired_frechet_with_replicates, "FD to the full model's samples")
+
+
+@recipe
+class NetworkAgreement(OfNetwork):
+    """Share of a schedule's samples that, by features that the full network itself has of them, are nearer to another sample of the full model's than to that
+    of the same noise. Value: "teacher_disagreement", 0 where each is recognised.
+
+    It sees which samples have become others, and forgives what changes within each; it grows with the number of samples, among which each is looked for.
+    """
+
+    metrics: ClassVar[tuple[str, ...]] = ("teacher_disagreement",)
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
+        return self.compared(supernet, folder, _others, "samples nearer to another one of the full model's")
 
 
 def _middle(net: LoadedSupernet) -> tuple[str]:
@@ -146,3 +167,11 @@ def _relative(mine: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> tuple[float, 
     apart = 2 * float(theirs.astype(np.float64).var(0, ddof=1).sum())
     distance = np.square(mine.astype(np.float64) - theirs).sum(1)
     return mean_with_replicates(distance / max(apart, np.finfo(float).tiny))
+
+
+def _others(mine: npt.NDArray[Any], theirs: npt.NDArray[Any]) -> tuple[float, tuple[float, ...]]:
+    """Share of rows to which another row of `theirs` is nearer than that of the same place, and its jackknife replicates."""
+    own = np.square(mine.astype(np.float64) - theirs).sum(1)
+    nearest = [cdist(part, theirs, "sqeuclidean").min(1) for part in np.array_split(mine.astype(np.float64), BLOCKS)]
+    # Equal rows have a distance of rounding alone.
+    return mean_with_replicates(np.concatenate(nearest) < own * (1 - 1e-9))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -141,8 +142,8 @@ def gate_table(path: str | Path, graph: Graph) -> Listed:
 
 def cache_dit_yaml(schedule: Schedule, graph: Graph) -> str:
     """The schedule as a configuration of cache-dit, `cache_dit.load_configs(file)`. It knows steps that compute everything and steps that compute the first
-    n blocks, at least one; where none run here, the first runs there. Raises UserError for a schedule of other steps, of guidance that comes and goes, or of
-    a UNet."""
+    n blocks, at least one; where none run here, the first runs there. Raises UserError for a schedule of other steps, of timesteps that are not evenly
+    spaced, of guidance that comes and goes, or of a UNet."""
     _check_transformer(schedule, graph, "cache-dit's mask")
     running = [graph.expand(graph.blocks) - graph.expand(step.reuse) for step in schedule.steps]
     others = {one for one, step in zip(running, schedule.steps, strict=True) if step.reuse}
@@ -171,7 +172,7 @@ def cache_dit_yaml(schedule: Schedule, graph: Graph) -> str:
 
 def smoothcache_json(schedule: Schedule, graph: Graph) -> str:
     """The schedule as SmoothCache has it, a list for each part of a block, the same in all blocks. Raises UserError for a schedule that treats blocks
-    differently, of guidance that comes and goes, or of a UNet."""
+    differently, of timesteps that are not evenly spaced, of guidance that comes and goes, or of a UNet."""
     _check_transformer(schedule, graph, "SmoothCache's lists")
     parts = tuple(dict.fromkeys(name.partition(".")[2] for name in graph.names(True)))
     lists: dict[str, list[int]] = {part: [] for part in parts}
@@ -190,6 +191,12 @@ def smoothcache_json(schedule: Schedule, graph: Graph) -> str:
 def _check_transformer(schedule: Schedule, graph: Graph, what: str) -> None:
     if not graph.predicts_anew:
         raise UserError(f"{what} can say a transformer's schedule, and the network is a UNet; use schedule.json")
+    gaps = [before - after for before, after in pairwise(schedule.timesteps)]
+    if gaps and (max(gaps) > min(gaps) + 1 or schedule.timesteps[-1] > max(gaps)):
+        told = ", ".join(map(str, schedule.timesteps))
+        raise UserError(
+            f"{what} counts steps that a scheduler spaces evenly, and the schedule's are at the timesteps {told}; use schedule.json"
+        )
     if len({step.guidance for step in schedule.steps}) > 1:
         raise UserError(f"{what} cannot say guidance that comes and goes, as the schedule's does; use schedule.json")
 

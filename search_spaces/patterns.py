@@ -86,6 +86,16 @@ class Subset:
 
 
 @recipe
+class LeftOut:
+    """No step runs: the sampler goes from the step before to the one behind, whatever it remembers. The trajectory's first step stays, whole."""
+
+    label = "left out"
+
+    def steps(self, count: int) -> tuple[Computed, ...]:
+        return (None,) * count
+
+
+@recipe
 class Listed:
     """What each step computes by itself, noisy to clean, as a schedule says that was made elsewhere; of an interval of as many steps. `name`
     labels it. `branches`: how many the network has that it was made for, 0 where that is not known."""

@@ -40,7 +40,7 @@ from evaluators.proxies import (
 )
 from evaluators.sampling import DDIM, DDPM, initial_noise, sample, step_noise, trajectory
 from evaluators.scoring import BLOCKS, mean_with_replicates
-from evaluators.teacher import NetworkFrechet, TeacherPerceptual
+from evaluators.teacher import NetworkAgreement, NetworkFrechet, TeacherPerceptual
 from nas.contracts import Evaluator, Schedule, Step, UserError, jackknife_error
 from nas.testing import check_evaluator
 from search_spaces.intervals import leading, quadratic, uniform
@@ -263,6 +263,7 @@ EVALUATORS: list[Evaluator] = [
     TeacherFrechet(Digits(), **SMALL, timesteps=uniform(5)),
     TeacherDistance(Digits(), **SMALL),
     TeacherSimilarity(Digits(), **SMALL),
+    NetworkAgreement(images=Digits(), **SMALL),
     NetworkFrechet(images=Digits(), **SMALL),
     NetworkFrechet(images=Digits(), **SMALL, timesteps=uniform(5), dimensions=4),
     TrajectoryDistance(Digits(), **SMALL),
@@ -419,7 +420,8 @@ def test_scores_by_features_are_zero_for_the_full_model_alone(
     )
     features = ExternalFeatures(str(tmp_path / "mean.pt"), "mean colour", value_range="unit")
     perceptual = TeacherPerceptual(images=Digits(), features=features, **SMALL, timesteps=uniform(6))
-    for recipe in (perceptual, NetworkFrechet(images=Digits(), **SMALL, timesteps=uniform(6))):
+    given: dict[str, Any] = {"images": Digits(), **SMALL, "timesteps": uniform(6)}
+    for recipe in (perceptual, NetworkFrechet(**given), NetworkAgreement(**given)):
         score = recipe.load(net, tiny_run)
         assert score(full, 40, 0).values[recipe.metrics[0]] == pytest.approx(0, abs=1e-6)
         assert score(other, 40, 0).values[recipe.metrics[0]] > 1e-3

@@ -33,6 +33,7 @@ SHIPPED = Path(shipped.__file__).parent
 FILES = [SHIPPED / f"{name}.py" for name in ("graph", "walks", "reuse", "stepping")]
 CODE = module(FILES, SHIPPED / "apply.py")
 DDIM = {"class": "DDIM", "eta": 0.0, "clip": False}
+DPM_SOLVER = {"class": "DPMSolver", "clip": False}
 UNET: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 1,
@@ -130,25 +131,27 @@ def called(pipeline: Any, kind: str, seed: int = 0, count: int | None = None, **
     ).images
 
 
-def exported(net: Any, schedule: Schedule, folder: Path) -> Any:
-    export(net, schedule, DDIM, {}, folder)
+def exported(net: Any, schedule: Schedule, folder: Path, sampler: dict[str, Any]) -> Any:
+    export(net, schedule, sampler, {}, folder)
     pipeline = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_stock_pipeline_makes_the_exported_ones_images_bit_for_bit(kind: str, tool: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "sampler"), [*((kind, DDIM) for kind in KINDS), ("pixart", DPM_SOLVER)])
+def test_a_stock_pipeline_makes_the_exported_ones_images_bit_for_bit(
+    kind: str, sampler: dict[str, Any], tool: Any, tmp_path: Path
+) -> None:
     pipeline, net = made(kind, tmp_path)
     before = called(pipeline, kind)
     schedule = schedule_for(net, KINDS[kind][2])
-    plan = portable(net, schedule, DDIM, {})
+    plan = portable(net, schedule, sampler, {})
     write_portable(plan, CODE, tmp_path / "told")
     told = tool.apply_schedule(pipeline, tmp_path / "told" / "schedule.json")
     assert told == json.loads(json.dumps(plan))
     mine = called(pipeline, kind)
-    theirs = exported(net, schedule, tmp_path / "exported")
+    theirs = exported(net, schedule, tmp_path / "exported", sampler)
     arguments = {name: value for name, value in KINDS[kind][1].items() if name != "use_resolution_binning"}
     generator = torch.Generator().manual_seed(0)
     images = theirs(**(arguments or {"batch_size": 3}), generator=generator, output_type="np").images
@@ -265,6 +268,12 @@ def test_what_cannot_be_is_said(tool: Any, tmp_path: Path) -> None:
             called(pipeline, "stable diffusion", **arguments)
     with pytest.raises(refused, match="the pipeline is at timestep 3, the schedule at 999"):
         pipeline.unet(torch.zeros(1, 4, 8, 8), 3, torch.zeros(1, 12, 16))
+    pipeline.scheduler.set_timesteps(5)
+    pipeline.unet(torch.zeros(1, 4, 8, 8), 999, torch.zeros(1, 12, 16))
+    with pytest.raises(refused, match="calls the network twice at timestep 999"):
+        pipeline.unet(torch.zeros(1, 4, 8, 8), 999, torch.zeros(1, 12, 16))
+    with pytest.warns(UserWarning, match="found guided at 3, the pipeline guides at 9"):
+        called(pipeline, "stable diffusion", guidance_scale=9.0)
     tool.remove_schedule(pipeline)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     with pytest.raises(refused, match=r"DDIMScheduler\.from_config"):
@@ -379,7 +388,8 @@ GRAPH = TransformerGraph(3)
 
 
 def of_reuse(*reuses: tuple[str, ...]) -> Schedule:
-    return Schedule(tuple(Step(900 - 100 * place, ("a",), reuse) for place, reuse in enumerate(reuses)))
+    """Steps as a scheduler spaces them evenly, the last at timestep 0."""
+    return Schedule(tuple(Step(100 * (len(reuses) - 1 - n), ("a",), reuse) for n, reuse in enumerate(reuses)))
 
 
 REST = ("b1", "b2")
@@ -415,15 +425,26 @@ def test_smoothcache_lists_go_back_and_forth(tmp_path: Path) -> None:
 
 def test_what_a_format_cannot_say_is_refused() -> None:
     unet = UNetGraph((1, 1))
-    guided = Schedule((Step(900, ("a",), (), Guidance(2.0)), Step(800, ("a",), REST)))
+    guided = Schedule((Step(100, ("a",), (), Guidance(2.0)), Step(0, ("a",), REST)))
+    left_out = Schedule(tuple(Step(t, ("a",)) for t in (999, 949, 599, 49)))
+    early = Schedule(tuple(Step(t, ("a",)) for t in (999, 949, 899)))
     for schedule, graph, words in (
         (of_reuse((), REST, ("b2",)), GRAPH, "the schedule has 2"),
         (of_reuse((), ("b0",)), GRAPH, "between whole steps"),
         (of_reuse((), ("u0",)), unet, "the network is a UNet"),
         (guided, GRAPH, "comes and goes"),
+        (left_out, GRAPH, "at the timesteps 999, 949, 599, 49"),
+        (early, GRAPH, "spaces evenly"),
     ):
         with pytest.raises(UserError, match=words):
             layouts.cache_dit_yaml(schedule, graph)
+    with pytest.raises(UserError, match="spaces evenly"):
+        layouts.smoothcache_json(left_out, GRAPH)
+    for stock in (DDIMScheduler(timestep_spacing=spacing) for spacing in ("leading", "trailing", "linspace")):
+        for count in (7, 20, 50):
+            stock.set_timesteps(count)
+            own = Schedule(tuple(Step(int(t), ("a",)) for t in stock.timesteps))
+            assert json.loads(layouts.smoothcache_json(own, GRAPH))["attn"] == [1] * count
     with pytest.raises(UserError, match="all blocks alike"):
         layouts.smoothcache_json(of_reuse((), ("b0",)), GRAPH)
 

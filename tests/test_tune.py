@@ -14,18 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 
 from nas.contracts import Guidance, Schedule, Score, Step, UserError
+from nas.handover.portable import read_portable, schedule_of
 from nas.study import load_study
+from nas.tuning.page import write_found
 from nas.tuning.study import Wanted, sets
-from nas.tuning.tune import Candidate, Found, given_schedule
+from nas.tuning.tune import Candidate, Found, given_schedule, tune
 from search_spaces.shipped.graph import AROUND, TransformerGraph, UNetGraph
 from search_spaces.supernet import Elastic
 from tests.pipelines import LINEAR, dit, pixart, stable_diffusion
 from tests.test_cli import nas, refused
 from tests.test_portable import pixels
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 QUICK = ("--steps", "6", "--trials", "40", "--samples", "8,16", "--quiet")
 
 
@@ -52,6 +55,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.returncode == 0, result.stderr
     (folder / "said.json").write_text(result.stdout)
     return folder
+
+
+def quick(folder: Path, limit: float = 0.6) -> Wanted:
+    """As the command of `place` asks."""
+    return Wanted(folder, "macs", limit, 6, samples=(8, 16), trials=40)
 
 
 def said(place: Path) -> dict[str, Any]:
@@ -111,46 +119,67 @@ def test_the_study_goes_on_by_hand(place: Path) -> None:
 
 
 def test_where_nothing_is_lost_nothing_is_searched(place: Path) -> None:
-    """The schedule of a model, tried on itself, and on one whose weights differ, as a fine-tune's do."""
+    """The schedule of a model, tried on itself."""
     shutil.copytree(place / "dit", place / "same")
     start = place / "out" / "schedule.json"
-    result = nas(
-        "tune",
-        place / "same",
-        "--within",
-        "macs=0.6",
-        *QUICK,
-        "--start",
-        start,
-        "--to",
-        place / "moved",
-        "--out",
-        place / "run2",
-        "--json",
-    )
-    assert result.returncode == 0, result.stderr
-    [found] = json.loads(result.stdout)["schedules"]
-    assert "nothing is lost, so nothing was searched" in found["verdict"][-1]
-    steps = json.loads(start.read_text())["steps"]
-    assert json.loads((place / "moved" / "schedule.json").read_text())["steps"] == steps
-    plan = json.loads(start.read_text())
-    plan["measured"]["loss"] = 0.0
-    (place / "better.json").write_text(json.dumps(plan))
-    result = nas(
-        "tune",
-        place / "same",
-        "--within",
-        "macs=0.6",
-        *QUICK,
-        "--start",
-        place / "better.json",
-        "--to",
-        place / "moved",
-        "--out",
-        place / "run3",
-        "--json",
-    )
-    assert "more was searched for" in json.loads(result.stdout)["schedules"][0]["verdict"][-1]
+    found = tune(quick(place / "same"), place / "run2", start=read_portable(start))
+    assert not found.searched
+    assert "nothing is lost, so nothing was searched" in found.verdict[-1]
+    assert found.chosen.schedule == schedule_of(read_portable(start), found.wanted.net.anatomy.full)
+
+
+def test_a_schedule_goes_over_to_other_weights_and_sizes(place: Path) -> None:
+    """Tried first; searched where it loses, and where it takes more than is wanted there."""
+    start = read_portable(place / "out" / "schedule.json")
+    pipeline = dit(place / "tuned further", seed=0)
+    with torch.no_grad():
+        for name, weight in pipeline.transformer.named_parameters():
+            if ".ff." in name:
+                weight += 0.3 * weight.std() * torch.randn_like(weight)
+    pipeline.save_pretrained(place / "tuned further")
+    better = {**start, "measured": {**start["measured"], "loss": 0.0}}
+    found = tune(quick(place / "tuned further"), place / "run3", start=better)
+    assert found.searched
+    assert found.start is not None
+    assert found.start.loss > 0
+    assert found.best.loss <= found.start.loss + 2 * found.start.error
+    assert "more was searched for" in found.verdict[-1]
+    dit(place / "larger", sample_size=12)
+    found = tune(quick(place / "larger", limit=0.4), place / "run4", start=start)
+    assert found.searched
+    assert found.start is not None
+    assert found.best.share <= 0.4 < found.start.share
+    assert "more than is wanted" in found.verdict[-1]
+
+
+def test_where_all_is_far_nothing_is_left_to_be_used(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("nas.tuning.tune.FAR", 0.0)
+    found = tune(quick(place / "dit"), place / "run" / "6-macs-0.6")
+    shutil.copytree(place / "out", tmp_path / "out")
+    loaded = found.study.load(place / "run" / "6-macs-0.6", "cpu")
+    assert write_found(found, loaded.supernet, loaded.sampler_of(found.chosen.schedule), tmp_path / "out", place) == []
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "study.py"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "No gain: keep 6 steps" in page
+    assert "How to use it" not in page
+
+
+def test_a_sampler_with_a_memory_is_compared_with_fewer_steps(tmp_path: Path) -> None:
+    """And what a text asks for is verified on texts that nothing was chosen on."""
+    pixart(tmp_path / "pixart")
+    (tmp_path / "prompts.txt").write_text("a bag\na boot\na small coat\na dress\na photo of a shirt\na drawing\n")
+    wanted = Wanted(tmp_path / "pixart", "macs", 0.6, 5, prompts=tmp_path / "prompts.txt", samples=(4, 8), trials=24)
+    found = tune(wanted, tmp_path / "run")
+    assert found.fewer is not None
+    assert len(found.fewer.schedule.steps) == 3
+    assert not any(step.reuse for step in found.fewer.schedule.steps)
+    assert found.other_prompts == 1
+    assert (tmp_path / "run" / "prompts" / "verified.txt").read_text() == "a photo of a shirt\n"
+    assert "a photo of a shirt" not in (tmp_path / "run" / "prompts" / "searched.txt").read_text()
+    loaded = found.study.load(tmp_path / "run", "cpu")
+    write_found(found, loaded.supernet, loaded.sampler_of(found.chosen.schedule), tmp_path / "out", tmp_path / "run")
+    assert "noises and 1 prompts that nothing was chosen on" in (tmp_path / "out" / "report.html").read_text()
+    assert read_portable(tmp_path / "out" / "schedule.json")["sampler"]["class"] == "DPMSolver"
 
 
 @pytest.mark.slow
@@ -166,6 +195,8 @@ def test_several_numbers_of_steps_time_and_texts(place: Path) -> None:
         assert plan["measured"]["share"] <= 0.95
         assert plan["guidance_scale"] == 7.5
         assert len(plan["measured"]["grid"]) == count
+        [scores] = re.findall(r"(\d+) scores", (place / "sd out" / f"{count}-steps" / "report.html").read_text())
+        assert int(scores) >= 30
     first, second = (
         json.loads((place / "sd run" / f"{count}-time-0.95" / "latency.json").read_text()) for count in (4, 6)
     )
@@ -201,6 +232,7 @@ def test_what_cannot_be_tuned_is_refused(place: Path) -> None:
 
 def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> None:
     wanted = Wanted(place / "dit", "macs", 0.5, steps=10)
+    euler = {name: value for name, value in LINEAR.items() if name != "clip_sample"}
     stock = DDIMScheduler(**LINEAR)
     stock.set_timesteps(10)
     assert wanted.grid(10) == tuple(stock.timesteps.tolist())
@@ -213,7 +245,19 @@ def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> No
     multistep = Wanted(tmp_path / "pixart", "macs", 0.5, prompts=place / "prompts.txt")
     assert type(multistep.sampler).__name__ == "DPMSolver"
     assert multistep.study({}).space.choices[0].options[-1] == "whole"
-    assert not any("nothing" in pattern.label for pattern in multistep.patterns)
+    own = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "pixart" / "scheduler")
+    own.set_timesteps(10)
+    assert multistep.grid(10) == tuple(own.timesteps.tolist())
+    shutil.copytree(place / "dit", tmp_path / "euler")
+    EulerDiscreteScheduler(**euler).save_pretrained(tmp_path / "euler" / "scheduler")
+    instead = Wanted(tmp_path / "euler", "macs", 0.5)
+    assert instead.stepped_by == "by DDIM in place of its EulerDiscreteScheduler"
+    own = EulerDiscreteScheduler(**euler)
+    own.set_timesteps(10)
+    assert instead.grid(10) == tuple(own.timesteps.round().int().tolist())
+    LCMScheduler().save_pretrained(tmp_path / "euler" / "scheduler")
+    with pytest.raises(UserError, match=r"LCMScheduler, as networks do that were distilled to a few steps.* No gain"):
+        Wanted(tmp_path / "euler", "macs", 0.5).check()
 
 
 def test_sets_of_blocks_go_from_the_least_to_the_most() -> None:

@@ -103,7 +103,7 @@ def tune(
     from nas.engine.show import Show
     from nas.handover.portable import read_portable
     from nas.library import on_workers
-    from nas.tuning.page import compared, study_file, usage, write_found
+    from nas.tuning.page import SCHEDULE, compared, study_file, usage, write_found
     from nas.tuning.study import LOSS, Wanted
     from nas.tuning.tune import tune as search
 
@@ -124,6 +124,7 @@ def tune(
     pool = worker_pool(workers, gpus_per_worker, None, device)
     name = pipeline.resolve().name
     plan = None if start is None else read_portable(start)
+    also: dict[str, Any] | None = None
     told: list[dict[str, Any]] = []
     schedules: list[Found] = []
     beside: Path | None = None
@@ -147,12 +148,13 @@ def tune(
             target = (to or Path("tuned") / name) / (f"{count}-steps" if len(counts) > 1 else "")
             with resumable(folder), progress_bars(quiet or as_json) as bars:
                 show = Show(partial(follow, bars), partial(SearchBar, bars, objective=LOSS), pool)
-                found = search(wanted, folder, show, device, plan, beside)
+                found = search(wanted, folder, show, device, plan, beside, also)
                 evaluator = found.study.load(folder, device)
                 left_out = write_found(
                     found, evaluator.supernet, evaluator.sampler_of(found.chosen.schedule), target, folder
                 )
-                plan = read_portable(target / "schedule.json")  # tried first at another number of steps
+                made = None if found.far else target / SCHEDULE
+                also = also if made is None else read_portable(made)  # a first try at another number of steps
             beside = folder
             schedules.append(found)
             if write_study is not None:
@@ -162,10 +164,11 @@ def tune(
             told.append(
                 {
                     "steps": count,
-                    "schedule": str(target / "schedule.json"),
+                    "schedule": made and str(made),
                     "report": str(target / "report.html"),
                     "run": str(folder),
                     "verdict": found.verdict,
+                    "searched": found.searched,
                     "share": found.chosen.share,
                     "loss": found.chosen.loss,
                     "apart": found.apart,
@@ -178,8 +181,10 @@ def tune(
                     out.print(words, highlight=False, soft_wrap=True)
                 for words in left_out:
                     notes.print(words, highlight=False, soft_wrap=True)
-                out.print(f"{target / 'schedule.json'}, {target / 'report.html'}", highlight=False, soft_wrap=True)
-                notes.print(usage(found, target, folder), highlight=False, soft_wrap=True)
+                files = ([] if made is None else [str(made)]) + [str(target / "report.html")]
+                out.print(", ".join(files), highlight=False, soft_wrap=True)
+                if made is not None:
+                    notes.print(usage(found, target, folder), highlight=False, soft_wrap=True)
     together = compared(schedules)
     if as_json:
         print_json({"schedules": told, "together": together})

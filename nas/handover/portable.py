@@ -1,6 +1,6 @@
 """A schedule as one JSON file and one module that runs it on the pipeline that somebody has already, without this project.
 
-The file, version 1: "network", its class and branches; "sampler" with its settings; "prediction", what the network predicts; "guidance_scale", by which the
+The file, version 1 (docs/tune.md says more): "network", its class and branches; "sampler" with its settings; "prediction", what the network predicts; "guidance_scale", by which the
 pipeline is to be called, null for none; "final_alpha", abar that the last step arrives at; "steps", noisy to clean, each with its "timestep", its "alpha"
 (abar there), the blocks whose outputs it takes from the step before ("reuse"), and whether it is "guided"; "measured", what is known of it, on which model.
 """
@@ -109,7 +109,8 @@ def resampled(schedule: Schedule, grid: Sequence[int], timesteps: Sequence[int])
     which new steps run, and which of these compute everything, each as soon as a half of one is due. What the others take from the step before, and how they
     are guided, is as at the nearest step that does.
 
-    On its own grid a schedule is itself. The first step computes everything. This is a rule, and no search: what it loses is to be measured.
+    On its own grid a schedule is itself. The first step computes everything, and so does the first that is guided. This is a rule, and no search: what it
+    loses is to be measured.
     """
     old = {step.timestep: step for step in schedule.steps}
     share = _overlaps(grid, timesteps) * len(timesteps) / len(grid)
@@ -124,7 +125,9 @@ def resampled(schedule: Schedule, grid: Sequence[int], timesteps: Sequence[int])
         due_run -= 1
         like = min(schedule.steps, key=lambda step: abs(step.timestep - timestep))
         reusing = [step for step in schedule.steps if step.reuse]
-        if not steps or due_whole >= HALF or not reusing:
+        # What a step kept that was not guided is not enough for one that is.
+        begins = bool(steps) and steps[-1].guidance is None and like.guidance is not None
+        if not steps or due_whole >= HALF or not reusing or begins:
             due_whole -= 1
             steps.append(Step(timestep, like.arch, (), like.guidance))
         else:

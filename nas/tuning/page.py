@@ -24,9 +24,14 @@ METRICS = {
     LOSS: "loss",
     "teacher_dissimilarity": "1 - SSIM",
     "fd_network": "FD, network's features",
+    "teacher_disagreement": "nearer to another's",
     "teacher_perceptual": "perceptual",
 }
 """What people call them."""
+
+SCHEDULE = "schedule.json"
+FORMATS = {"cache_dit.yaml": cache_dit_yaml, "smoothcache.json": smoothcache_json}
+"""Of other projects."""
 
 
 def apply_module() -> str:
@@ -45,6 +50,7 @@ def measured(found: Found) -> dict[str, Any]:
         "loss_error": chosen.error,
         "apart": found.apart,
         "samples": found.study.evaluator.rungs[-1],
+        **({} if found.other_prompts is None else {"other_prompts": found.other_prompts}),
         "grid": list(wanted.grid(wanted.steps)),
         "full_timesteps": list(wanted.grid(wanted.full_steps or wanted.steps)),
         "full_guidance": wanted.scale,
@@ -65,17 +71,20 @@ def compared(found: Sequence[Found]) -> str:
 
 
 def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], folder: Path, run: Path) -> list[str]:
-    """Writes schedule.json, apply_schedule.py, study.py, samples.png, report.html, and cache_dit.yaml and smoothcache.json where these can say it; returned
-    is why they cannot, where so. `run`: the run folder."""
+    """Writes study.py and report.html; where the schedule is one to be used, schedule.json, apply_schedule.py, and cache_dit.yaml and smoothcache.json if
+    these can say it; returned is why they cannot, where so. What another search left there is not. `run`: the run folder."""
     chosen, graph = found.chosen.schedule, found.wanted.graph
-    write_portable(portable(net, chosen, sampler, measured(found)), apply_module(), folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (SCHEDULE, "apply_schedule.py", *FORMATS):
+        (folder / name).unlink(missing_ok=True)
     left_out = []
-    for name, write in (("cache_dit.yaml", cache_dit_yaml), ("smoothcache.json", smoothcache_json)):
-        try:
-            _write(folder / name, write(chosen, graph))
-        except UserError as error:
-            left_out.append(f"no {name}: {error}")
-            (folder / name).unlink(missing_ok=True)
+    if not found.far:
+        write_portable(portable(net, chosen, sampler, measured(found)), apply_module(), folder)
+        for name, write in FORMATS.items():
+            try:
+                _write(folder / name, write(chosen, graph))
+            except UserError as error:
+                left_out.append(f"no {name}: {error}")
     _write(folder / "study.py", study_file(found))
     _write(folder / "report.html", page(found, folder, run, left_out))
     return left_out
@@ -146,27 +155,52 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
         measure=f"share of the {wanted.measure}",
         metrics=[METRICS[name] for name in metrics],
         rows=[_row(found, candidate, metrics) for candidate in shown.values()],
-        grounds=f"On {found.study.evaluator.rungs[-1]} samples of noises that nothing was chosen on. Loss: mean squared distance to the full pipeline's own sample of the "
+        grounds=f"On {found.study.evaluator.rungs[-1]} samples of noises {_prompts(found)}that nothing was chosen on. Loss: mean squared distance to the full pipeline's own sample of the "
         f"same noise, as a share of that between two unrelated ones; ± {CONFIDENCE:g} standard errors.",
         profile=Markup(profile),
         grids=grids,
         use=usage(found, folder, run),
-        formats="; ".join(left_out) or "cache_dit.yaml and smoothcache.json say the same for these projects.",
+        formats="; ".join(left_out)
+        or ("" if found.far else f"{' and '.join(FORMATS)} say the same for these projects."),
     )
 
 
 def usage(found: Found, folder: Path, run: Path) -> str:
-    """What runs the chosen schedule: code for a stock pipeline; a command for a network without one, or with a pipeline of this project's."""
+    """What runs the chosen schedule: code for a stock pipeline; a command for a network without one, or with a pipeline of this project's; nothing where the
+    full pipeline is to be kept."""
+    if found.far:
+        return ""
     if found.wanted.kind in ("", "StepAwarePipeline"):
         [(cost, limit)] = found.study.limits.items()
         return f"nas export {folder / 'study.py'} --within {cost}={limit!r} --to model --out {run}  # no stock pipeline of diffusers samples with it"
     scale = next((s.guidance.scale for s in found.chosen.schedule.steps if s.guidance), None)
     guided = "" if scale is None else f", guidance_scale={scale:g}"
+    own = found.wanted.scheduler.get("_class_name")
+    swap = (
+        ""
+        if own in STEPPED
+        else f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # in place of its {own}\n"
+    )
     return (
         "from apply_schedule import apply_schedule, remove_schedule\n\n"
+        f"{swap}"
         'apply_schedule(pipeline, "schedule.json")  # your own, as diffusers loads it\n'
         f"pipeline(..., num_inference_steps={len(found.chosen.schedule.steps)}{guided})"
     )
+
+
+def _prompts(found: Found) -> str:
+    if found.wanted.prompts is None:
+        return ""
+    return (
+        f"and {found.other_prompts} prompts "
+        if found.other_prompts
+        else "(the prompts are the same, as there are few) "
+    )
+
+
+STEPPED = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
+"""Schedulers whose states are those of DDIM, so that the module takes over their steps as they are."""
 
 
 def _what(found: Found) -> str:
@@ -175,7 +209,7 @@ def _what(found: Found) -> str:
     time = "" if found.milliseconds is None else f", {found.milliseconds:.3g} ms an image"
     guided = "" if wanted.scale is None else f", guided at {wanted.scale:g}"
     return (
-        f"{wanted.kind or 'A network'} of {full} steps{guided}{time}; a schedule within {wanted.limit:.0%} of its {wanted.measure}. "
+        f"{wanted.kind or 'A network'} of {full} steps {wanted.stepped_by}{guided}{time}; a schedule within {wanted.limit:.0%} of its {wanted.measure}. "
         f"{found.trials} scores, {found.spent['samples']:,.0f} samples of the full pipeline's worth, {found.spent['seconds'] / 60:.1f} minutes."
     )
 
@@ -189,7 +223,7 @@ def _row(found: Found, candidate: Candidate, metrics: list[str]) -> dict[str, An
         return f"{percent(worth)} ± {percent(error)}" if name == LOSS else f"{worth:.3g} ± {error:.1g}"
 
     return {
-        "name": candidate.name + (" (chosen)" if candidate.schedule == found.chosen.schedule else ""),
+        "name": candidate.name + (" (chosen)" if candidate.schedule == found.chosen.schedule and not found.far else ""),
         "steps": len(steps),
         "whole": sum(not step.reuse for step in steps),
         "guided": sum(step.guidance is not None for step in steps) if found.wanted.scale is not None else "-",

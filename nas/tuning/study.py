@@ -6,6 +6,7 @@ pipeline's own of the same noise, condition and guidance.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from evaluators.captions import NoImages, TextsAlone
 from evaluators.conditions import Conditions, Labels, Prompts
@@ -24,7 +25,7 @@ from evaluators.latency import Latency, Timed
 from evaluators.proxies import TeacherDistance, TeacherSimilarity
 from evaluators.sampling import DDIM, DPMSolver
 from evaluators.scoring import Scores
-from evaluators.teacher import NetworkFrechet, TeacherPerceptual
+from evaluators.teacher import NetworkAgreement, NetworkFrechet, TeacherPerceptual
 from nas.base.files import read_json
 from nas.contracts import Evaluator, Images, UserError
 from nas.searchers.evolution import Evolution
@@ -32,7 +33,7 @@ from nas.searchers.path import Path as ShortestPath
 from nas.study import Study
 from search_spaces.intervals import Timesteps, per_step, uniform
 from search_spaces.options import Options
-from search_spaces.patterns import ALL, Every, Only, Pattern
+from search_spaces.patterns import ALL, Every, LeftOut, Only, Pattern
 from search_spaces.pretrained import INDEX
 from search_spaces.shipped.graph import AROUND, Graph
 from search_spaces.stepwise import Stepwise
@@ -47,6 +48,9 @@ USUAL = {
     "PixArtSigmaPipeline": 4.5,
 }
 """By how much these pipelines guide where nobody says otherwise."""
+
+DISTILLED = ("LCMScheduler", "TCDScheduler")
+"""Schedulers that networks of a few steps are used with."""
 
 LOSS = "teacher_mse"
 
@@ -114,12 +118,33 @@ class Wanted:
         clip = bool(config.get("clip_sample", True)) if self.net.in_pixels else None
         return DPMSolver(clip=clip) if multistep else DDIM(clip=clip)
 
+    def check(self) -> None:
+        """Raises UserError for a network that was distilled to a few steps, as its scheduler says."""
+        own = self.scheduler.get("_class_name")
+        if own in DISTILLED:
+            raise UserError(
+                f"{self.folder} samples by {own}, as networks do that were distilled to a few steps, each of which does what many did. "
+                "No gain: keep its steps; give the network that it was distilled from"
+            )
+
+    @property
+    def stepped_by(self) -> str:
+        """What samples, in words, and what the folder has in its place."""
+        mine, like = (
+            ("DPM-Solver++", "DPMSolverMultistepScheduler")
+            if isinstance(self.sampler, DPMSolver)
+            else ("DDIM", "DDIMScheduler")
+        )
+        own = self.scheduler.get("_class_name", like)
+        return f"by {mine}" if own == like or self.kind == "StepAwarePipeline" else f"by {mine} in place of its {own}"
+
     def grid(self, steps: int) -> Timesteps:
-        """Timesteps of the full pipeline in so many steps, as its scheduler spaces them."""
+        """Timesteps of the full pipeline in so many steps, as its scheduler spaces them: DPM-Solver++ where that samples, else DDIM with its settings."""
         if not self.scheduler or self.kind == "StepAwarePipeline":
             return uniform(steps, self.net.noise.timesteps)
-        known = ("timestep_spacing", "steps_offset", "num_train_timesteps")
-        stock = DDIMScheduler(**{name: self.scheduler[name] for name in known if name in self.scheduler})
+        kind = DDIMScheduler if isinstance(self.sampler, DDIM) else DPMSolverMultistepScheduler
+        known = inspect.signature(kind).parameters
+        stock = kind(**{name: value for name, value in self.scheduler.items() if name in known})
         stock.set_timesteps(steps)
         found = tuple(int(t) for t in stock.timesteps)
         if len(found) != steps or any(a <= b for a, b in pairwise(found)) or found[0] >= self.net.noise.timesteps:
@@ -170,12 +195,12 @@ class Wanted:
     @property
     def patterns(self) -> tuple[Pattern, ...]:
         """What a step may compute: all, or less and less, or nothing."""
-        return distinct((Every(1), *(Only(one) for one in (*sets(self.graph), *self.further)), *self.nothing))
+        return distinct((Every(1), *(Only(one) for one in (*sets(self.graph), *self.further)), self.nothing))
 
     @property
-    def nothing(self) -> tuple[Only, ...]:
-        """A step that is left out, which a sampler with a memory would notice."""
-        return (Only(()),) if isinstance(self.sampler, DDIM) else ()
+    def nothing(self) -> Pattern:
+        """A step that does not run. DDIM without memory does not tell it from one that holds the prediction."""
+        return Only(()) if isinstance(self.sampler, DDIM) else LeftOut()
 
     def study(self, limits: Mapping[str, float], enqueue: tuple[tuple[int, ...], ...] = ()) -> Study:
         """`limits`: on `macs_share` or `latency_ms`."""
@@ -191,7 +216,7 @@ class Wanted:
         parts: list[Evaluator] = [TeacherDistance(**given)]
         if min(self.net.image_shape[1:]) >= WINDOW:
             parts.append(TeacherSimilarity(**given))
-        parts.append(NetworkFrechet(**given))
+        parts += [NetworkFrechet(**given), NetworkAgreement(**given)]
         if self.extractor is not None:
             features = ExternalFeatures(str(self.extractor.resolve()), self.extractor.stem)
             parts.append(TeacherPerceptual(**given, features=features))

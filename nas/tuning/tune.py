@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from evaluators.conditions import lines_of
 from evaluators.latency import Timed, Timer
+from nas.base.files import written
 from nas.contracts import (
     Genome,
     Guidance,
@@ -30,15 +32,15 @@ from nas.study import Study
 from nas.tuning.study import LOSS, Wanted, computed
 from search_spaces.patterns import ALL, Every, Only, Pattern, Subset
 
-if TYPE_CHECKING:
-    pass
-
 SEARCHER = "path"
 CONFIDENCE = 1.645
 """Standard errors, of one side, beyond which a difference is said to be one."""
 
 FAR = 0.25
 """A schedule whose samples are this share of the way to unrelated ones is none."""
+
+KEPT_FOR_VERIFYING = 5
+"""Of so many prompts one."""
 
 PICTURES = 8
 
@@ -65,7 +67,8 @@ class Candidate:
 @dataclass(frozen=True)
 class Found:
     """What tuning came to. `apart`: mean squared distance of two unrelated samples of the full pipeline. `start`: of a schedule that was given. `spent`:
-    samples of the full pipeline that as many multiply-adds are, and seconds. `milliseconds`: an image of the full pipeline, where time is limited."""
+    samples of the full pipeline that as many multiply-adds are, and seconds. `milliseconds`: an image of the full pipeline, where time is limited.
+    `other_prompts`: how many, on which nothing was chosen, the scores are of; None where there are none."""
 
     wanted: Wanted
     study: Study
@@ -77,7 +80,13 @@ class Found:
     spent: Mapping[str, float]
     milliseconds: float | None = None
     searched: bool = True
+    other_prompts: int | None = None
     images: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def far(self) -> bool:
+        """Whether even the best is so far from the full pipeline's samples that it is no schedule for it."""
+        return self.chosen.loss > FAR * self.apart
 
     @property
     def chosen(self) -> Candidate:
@@ -106,7 +115,7 @@ class Found:
         share = f"{chosen.share:.0%} of the full pipeline's {self.wanted.measure}"
         lost = chosen.loss / self.apart
         near = f"its samples are {percent(lost)} (± {percent(CONFIDENCE * chosen.error / self.apart)}) of the way from the full pipeline's own to unrelated ones"
-        if lost > FAR:
+        if self.far:
             words = [f"No gain: keep {count} steps. The best schedule within {share} is too far: {near}."]
         elif self.gains or self.fewer is None:
             words = [
@@ -124,8 +133,9 @@ class Found:
                 f"loses {self.best.loss / self.fewer.loss:.2g} times as much; the difference is {percent(difference / self.apart)} ± {percent(CONFIDENCE * error / self.apart)}."
             )
         if self.start is not None:
+            over = ", more than is wanted," if self.start.share > self.wanted.limit * (1 + 1e-9) else ""
             words.append(
-                f"The schedule that was given takes {self.start.share:.0%} here, and its samples are {percent(self.start.loss / self.apart)} of the way; "
+                f"The schedule that was given takes {self.start.share:.0%} here{over} and its samples are {percent(self.start.loss / self.apart)} of the way; "
                 + ("nothing is lost, so nothing was searched." if not self.searched else "more was searched for.")
             )
         return words
@@ -143,40 +153,54 @@ def tune(
     device: str = "cpu",
     start: Mapping[str, Any] | None = None,
     beside: Path | None = None,
+    also: Mapping[str, Any] | None = None,
 ) -> Found:
-    """`folder`: the run folder; the same call goes on where it stopped. `start`: what a schedule file holds, which is tried first; where it loses here what it
-    lost where it was found, nothing is searched. `beside`: the run folder of the same pipeline in another number of steps, whose weights and times hold here
-    too. Raises UserError where the folder is no pipeline that this can be done with, or nothing fits the limit."""
+    """`folder`: the run folder; the same call goes on where it stopped. `start`: what a schedule file holds, which is tried first; where it keeps to the limit
+    and loses here what it lost where it was found, nothing is searched. `beside`: the run folder of the same pipeline in another number of steps, whose
+    weights and times hold here too, and `also`: what was found there, one more first try. Raises UserError where the folder is no pipeline that this can be
+    done with, or nothing fits the limit."""
+    wanted.check()
     if beside is not None:
         take_weights(beside, folder)
     with torch_threads(1):  # as calls are timed and samples scored
-        return _tune(wanted, folder, show or Show(), device, start)
+        return _tune(wanted, folder, show or Show(), device, start, also)
 
 
-def _tune(wanted: Wanted, folder: Path, show: Show, device: str, start: Mapping[str, Any] | None) -> Found:
+def _tune(
+    wanted: Wanted,
+    folder: Path,
+    show: Show,
+    device: str,
+    start: Mapping[str, Any] | None,
+    also: Mapping[str, Any] | None,
+) -> Found:
     given = None if start is None else given_schedule(wanted, start)
-    if given is not None:
-        patterns = dict.fromkeys(computed(wanted.graph, step.reuse) for step in given.steps if step.reuse)
-        wanted = replace(wanted, further=tuple(patterns))
+    further = [one for one in (given, None if also is None else given_schedule(wanted, also)) if one is not None]
+    patterns = dict.fromkeys(computed(wanted.graph, step.reuse) for one in further for step in one.steps if step.reuse)
+    wanted, elsewhere = apart_prompts(replace(wanted, further=tuple(patterns)), folder)
     study, milliseconds = limited(wanted, folder, show, device)
     with open_session(study, folder, None, device) as session:
         show.follow(session.prepare())
-        own = [] if given is None else [study.space.genome(given)]  # type: ignore[attr-defined]
-        first_tries = within(study, folder, baselines(wanted))
-        study = session.study = replace(study, enqueue=tuple(dict.fromkeys([*own, *first_tries])))
-        trials = _searched(session, show, len(own)) if own else []
-        searched = not (start is not None and _nothing_lost(trials, own, start))
-        if searched:
-            trials = _searched(session, show, study.trials + len(study.enqueue))
-        space = study.problem_in(folder).space
-        chosen = verified(study, trials) if searched else own[0]
+        space: Any = study.problem_in(folder).space
+        feasible = study.problem_in(folder).feasible
+        tried = {one: tuple(study.space.genome(one)) for one in further}  # type: ignore[attr-defined]
+        own = None if given is None else tried[given]
+        first_tries = [*filter(feasible, tried.values()), *within(study, folder, baselines(wanted))]
+        study = session.study = replace(study, enqueue=tuple(dict.fromkeys(first_tries)))
+        searched = True
+        if own is not None and start is not None and feasible(own):
+            searched = not _nothing_lost(_searched(session, show, 1), own, start)
+        trials = _searched(session, show, study.trials + len(study.enqueue) if searched else 1)
+        chosen = verified(study, trials) if searched or own is None else own
         few = _fewer_steps(space, trials) if searched else None
-        scores = _confirmed(session, show, list(dict.fromkeys([chosen, *([few] if few else []), *own])))
+        named = [genome for genome in (chosen, few, own) if genome is not None]
+        session.study = replace(study, evaluator=elsewhere.study(study.limits).evaluator)
+        scores = _confirmed(session, show, list(dict.fromkeys(named)))
     shares = shares_of(study, folder, device, list(scores))
     candidates = {
         genome: Candidate(name, space.decode(genome), shares[genome], scores[genome])
-        for genome, name in ((own[0] if own else chosen, "given"), (few or chosen, "fewer steps"), (chosen, "found"))
-        if genome in scores
+        for genome, name in ((own, "given"), (few, "fewer steps"), (chosen, "found"))
+        if genome is not None
     }
     apart, images = looked_at(study.load(folder, device), wanted, candidates)
     return Found(
@@ -184,7 +208,7 @@ def _tune(wanted: Wanted, folder: Path, show: Show, device: str, start: Mapping[
         study,
         candidates[chosen],
         candidates.get(few) if few else None,
-        candidates.get(own[0]) if own else None,
+        candidates.get(own) if own else None,
         apart,
         len(trials),
         {
@@ -193,8 +217,28 @@ def _tune(wanted: Wanted, folder: Path, show: Show, device: str, start: Mapping[
         },
         milliseconds,
         searched,
+        None if elsewhere.prompts in (None, wanted.prompts) else len(lines_of(elsewhere.prompts)),
         images,
     )
+
+
+def apart_prompts(wanted: Wanted, folder: Path) -> tuple[Wanted, Wanted]:
+    """Of what is searched on, and of what is verified: every fifth prompt is kept for it alone. Of few prompts it is the same."""
+    if wanted.prompts is None:
+        return wanted, wanted
+    lines = lines_of(wanted.prompts)
+    if len(lines) < KEPT_FOR_VERIFYING:
+        return wanted, wanted
+    kept = lines[KEPT_FOR_VERIFYING - 1 :: KEPT_FOR_VERIFYING]
+    rest = [line for place, line in enumerate(lines, 1) if place % KEPT_FOR_VERIFYING]
+    (folder / "prompts").mkdir(parents=True, exist_ok=True)
+    found = []
+    for name, part in (("searched", rest), ("verified", kept)):
+        path = folder / "prompts" / f"{name}.txt"
+        with written(path):
+            path.write_text("\n".join(part) + "\n", encoding="utf-8")
+        found.append(replace(wanted, prompts=path))
+    return found[0], found[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- the limit
@@ -341,15 +385,17 @@ def _fewer_steps(space: Any, trials: list[Trial]) -> Genome | None:
     return min(scored, key=lambda genome: scored[genome], default=None)
 
 
-def _nothing_lost(trials: list[Trial], own: list[Genome], start: Mapping[str, Any]) -> bool:
+def _nothing_lost(trials: list[Trial], own: Genome, start: Mapping[str, Any]) -> bool:
     """Whether a schedule that was given loses no more than where it was found, beyond two errors, at what samples verify it here."""
-    scores = [trial.score for trial in trials if trial.genome in own and trial.score]
+    scores = [trial.score for trial in trials if trial.genome == own and trial.score]
     before = start["measured"].get("loss")
     return bool(scores) and before is not None and scores[-1].values[LOSS] - 2 * scores[-1].error(LOSS) <= float(before)
 
 
 def _confirmed(session: Session, show: Show, genomes: list[Genome]) -> dict[Genome, Score]:
-    """On noises that nothing was chosen on."""
+    """On noises that nothing was chosen on, and what the session's study tells the samples."""
+    evaluator = session.study.evaluator
+    show.follow(session.on_one_thread(evaluator.prepare(session.folder, session.study.seed, session.device)))
     trials = _run(session, show, show.bar("confirming"), session.confirmation(genomes))
     return {t.genome: t.score for t in trials if t.score is not None and t.genome in genomes}
 

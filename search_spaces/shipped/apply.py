@@ -87,6 +87,7 @@ class _Applied:
         self.scheduler = pipeline.scheduler
         self.steps: Sequence[Mapping[str, Any]] = plan["steps"]
         self.number = 0
+        self.called = -1
         self.cache: Any = None
         self.memory: Any = None
         self.held: torch.Tensor | None = None
@@ -124,7 +125,8 @@ class _Applied:
                 f"the schedule has {len(self.steps)} steps, the pipeline asks for {asked}; call it with num_inference_steps={len(self.steps)}, "
                 "or make a schedule of as many"
             )
-        self.number, self.cache, self.memory, self.held = 0, None, None, None
+        self.number, self.called, self.cache, self.memory, self.held = 0, -1, None, None, None
+        self._compare_guidance()
         self.scheduler.num_inference_steps = len(self.steps)
         self.scheduler.timesteps = torch.tensor([step["timestep"] for step in self.steps], device=device)
 
@@ -173,11 +175,28 @@ class _Applied:
         as_dict = told.pop("return_dict", True)
         x = told[next(name for name in STATES if name in told)]
         step = self._here(told["timestep"])
+        if self.called == self.number:
+            raise ScheduleError(
+                f"the pipeline calls the network twice at timestep {step['timestep']}: what steps take from the step before is of one batch; give both, with "
+                "and without the condition, in one call, or remove_schedule(pipeline)"
+            )
+        self.called = self.number
         rows = self._rows(x) if step["guided"] is False else None
         noise = self._noise(step, x if rows is None else x[rows], self._condition(told, rows), told["timestep"])
         if rows is not None:
             noise = torch.cat([noise, noise])
         return SimpleNamespace(sample=noise) if as_dict else (noise,)
+
+    def _compare_guidance(self) -> None:
+        """Warns where the pipeline says that it guides by another scale: what that loses was not measured."""
+        wanted, asked = self.plan["guidance_scale"], getattr(self.pipeline, "guidance_scale", None)
+        guides = getattr(self.pipeline, "do_classifier_free_guidance", False)
+        if guides and asked is not None and asked != wanted:
+            warnings.warn(
+                f"the schedule was found {'without guidance' if wanted is None else f'guided at {wanted:g}'}, the pipeline guides at {asked:g}; what it "
+                "loses so was not measured",
+                stacklevel=2,
+            )
 
     def _here(self, timestep: Any) -> Mapping[str, Any]:
         asked = int(torch.as_tensor(timestep).reshape(-1)[0])
