@@ -14,7 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    LDMPipeline,
+    UNet2DModel,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +37,7 @@ from search_spaces.patterns import ALL
 from search_spaces.shipped.graph import TransformerGraph, UNetGraph, graph_of
 from search_spaces.supernet import Elastic
 from search_spaces.training import Stages
-from tests.pipelines import LINEAR, dit, pixart, stable_diffusion, stable_diffusion_xl
+from tests.pipelines import LINEAR, VAE, dit, pixart, stable_diffusion, stable_diffusion_xl
 
 SHIPPED = Path(shipped.__file__).parent
 FILES = [SHIPPED / f"{name}.py" for name in ("graph", "walks", "reuse", "stepping")]
@@ -62,7 +72,23 @@ def tool(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def pixels(folder: Path, seed: int = 0) -> DDIMPipeline:
     torch.manual_seed(seed)
-    pipeline = DDIMPipeline(unet=UNet2DModel(**UNET), scheduler=DDIMScheduler(**LINEAR, set_alpha_to_one=True))
+    return saved(
+        DDIMPipeline(unet=UNet2DModel(**UNET), scheduler=DDIMScheduler(**LINEAR, set_alpha_to_one=True)), folder
+    )
+
+
+def ancestral(folder: Path) -> DDPMPipeline:
+    torch.manual_seed(0)
+    return saved(DDPMPipeline(unet=UNet2DModel(**UNET), scheduler=DDPMScheduler(**LINEAR)), folder)
+
+
+def latents(folder: Path) -> LDMPipeline:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**{**VAE, "in_channels": 1, "out_channels": 1, "latent_channels": 1})
+    return saved(LDMPipeline(vqvae=vae, unet=UNet2DModel(**UNET), scheduler=DDIMScheduler(**LINEAR)), folder)
+
+
+def saved(pipeline: Any, folder: Path) -> Any:
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -71,6 +97,8 @@ def pixels(folder: Path, seed: int = 0) -> DDIMPipeline:
 Make = Callable[[Path], Any]
 KINDS: dict[str, tuple[Make, dict[str, Any], float | None]] = {
     "ddim": (pixels, {}, None),
+    "ddpm": (ancestral, {}, None),
+    "ldm": (latents, {}, None),
     "dit": (dit, {"class_labels": [0, 1, 1]}, 2.0),
     "stable diffusion": (
         stable_diffusion,
@@ -161,7 +189,7 @@ def test_a_stock_pipeline_makes_the_exported_ones_images_bit_for_bit(
     assert np.array_equal(called(pipeline, kind), before)
 
 
-@pytest.mark.parametrize("kind", ["ddim", "dit", "stable diffusion"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_left_over_from_a_call(kind: str, tool: Any, tmp_path: Path) -> None:
     """Three samples, one, three, with an interruption in between, as in a fresh process."""
     pipeline, net = made(kind, tmp_path)
