@@ -23,6 +23,11 @@ from search_spaces.shipped.graph import AROUND, Graph, UNetGraph
 PARTS = ("attn", "mlp")
 """Of a block of DiT."""
 
+DIFFUSERS = {"attn": "attn1", "text": "attn2", "mlp": "ff"}
+"""What the parts of a block are called in diffusers' modules, which SmoothCache wraps there."""
+
+PART_OF = {name: part for part, name in DIFFUSERS.items()}
+
 
 LAYERS = 3
 """Of a level, as DeepCache numbers branches: two residual blocks and the downsampling."""
@@ -76,11 +81,16 @@ def learning_to_cache(path: str | Path, steps: int, threshold: float = 0.1) -> L
 
 
 def smoothcache(path: str | Path, blocks: int, parts: Sequence[str] = PARTS) -> Listed:
-    """A schedule of SmoothCache: {"attn": [1, 0, ...], "mlp": [...]}, for each step, noisy to clean, whether these run in all of so many blocks. `parts`: of
-    a block, in their order; ("attn", "text", "mlp") of a PixArt. Raises UserError where the file is not that."""
+    """A schedule of SmoothCache: {"attn": [1, 0, ...], "mlp": [...]}, for each step, noisy to clean, whether these run in all of so many blocks; or named as in
+    diffusers' blocks, "attn1", "attn2" and "ff", of which those that are not listed always run. `parts`: of a block, in their order; ("attn", "text", "mlp")
+    of a PixArt. Raises UserError where the file is not that."""
     path = Path(path)
     try:
         told = json.loads(path.read_text())
+        if {*told} & {*DIFFUSERS.values()}:
+            [count, *_] = {len(row) for row in told.values()}
+            every = {DIFFUSERS[part]: [1] * count for part in parts}
+            told = {PART_OF.get(name, name): row for name, row in (every | told).items()}
         rows = [[int(value) for value in told[part]] for part in parts]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -171,7 +181,7 @@ def cache_dit_yaml(schedule: Schedule, graph: Graph) -> str:
 
 
 def smoothcache_json(schedule: Schedule, graph: Graph) -> str:
-    """The schedule as SmoothCache has it, a list for each part of a block, the same in all blocks. Raises UserError for a schedule that treats blocks
+    """The schedule as SmoothCache has it for diffusers' blocks, a list for each part of a block, the same in all blocks. Raises UserError for a schedule that treats blocks
     differently, of timesteps that are not evenly spaced, of guidance that comes and goes, or of a UNet."""
     _check_transformer(schedule, graph, "SmoothCache's lists")
     parts = tuple(dict.fromkeys(name.partition(".")[2] for name in graph.names(True)))
@@ -185,7 +195,7 @@ def smoothcache_json(schedule: Schedule, graph: Graph) -> str:
                     f"SmoothCache's lists mean all blocks alike, and at timestep {step.timestep} the schedule reuses {', '.join(step.reuse)}; use schedule.json"
                 )
             lists[part].append(0 if bits.pop() else 1)
-    return json.dumps(lists) + "\n"
+    return json.dumps({DIFFUSERS[part]: row for part, row in lists.items()}) + "\n"
 
 
 def _check_transformer(schedule: Schedule, graph: Graph, what: str) -> None:

@@ -148,7 +148,13 @@ def test_a_schedule_of_smoothcache_is_read(tmp_path: Path) -> None:
         Branches(Elastic(PIXART, (1.0,)), uniform(4)).genome(listed)
     path.write_text(json.dumps({"attn": [1, 0], "text": [1, 1], "mlp": [1, 0]}))
     assert smoothcache(path, 2, ("attn", "text", "mlp")).computed == (ALL, ("b0.text", "b1.text"))
+    path.write_text(json.dumps({"attn1": [1, 0]}))  # as released for diffusers' blocks
+    assert smoothcache(path, 2).computed == (ALL, ("b0.mlp", "b1.mlp"))
+    assert smoothcache(path, 1, ("attn", "text", "mlp")).computed == (ALL, ("b0.text", "b0.mlp"))
     for wrong in (
+        json.dumps({"attn1": [1, 0], "attn2": [1, 0]}),
+        json.dumps({"attn1": [1, 0], "ff": [1]}),
+        json.dumps({"attn1": 3}),
         "[]",
         "{",
         json.dumps({"attn": [0, 1], "mlp": [1, 1]}),

@@ -443,7 +443,7 @@ def test_smoothcache_lists_go_back_and_forth(tmp_path: Path) -> None:
     attention, everything = ("b0.attn", "b1.attn", "b2.attn"), ("b0", "b1", "b2")
     path = tmp_path / "smoothcache.json"
     path.write_text(layouts.smoothcache_json(of_reuse((), attention, everything, ()), GRAPH))
-    assert json.loads(path.read_text()) == {"attn": [1, 0, 0, 1], "mlp": [1, 1, 0, 1]}
+    assert json.loads(path.read_text()) == {"attn1": [1, 0, 0, 1], "ff": [1, 1, 0, 1]}
     listed = layouts.smoothcache(path, 3)
     assert [GRAPH.expand(GRAPH.blocks) - GRAPH.expand(one) for one in listed.computed[1:3]] == [
         GRAPH.expand(attention),
@@ -472,7 +472,7 @@ def test_what_a_format_cannot_say_is_refused() -> None:
         for count in (7, 20, 50):
             stock.set_timesteps(count)
             own = Schedule(tuple(Step(int(t), ("a",)) for t in stock.timesteps))
-            assert json.loads(layouts.smoothcache_json(own, GRAPH))["attn"] == [1] * count
+            assert json.loads(layouts.smoothcache_json(own, GRAPH))["attn1"] == [1] * count
     with pytest.raises(UserError, match="all blocks alike"):
         layouts.smoothcache_json(of_reuse((), ("b0",)), GRAPH)
 
