@@ -1,6 +1,6 @@
 """Cheaper scores, to be audited before they are trusted: distances to the full model, denoising loss, additive tables.
 
-The full model is the supernet's whole network on `timesteps`, guided at `guidance` throughout, or on the schedule's own and guided as that is where
+The full model is the supernet's whole network on `timesteps`, guided at `guidance` throughout, by the evaluator's first sampler, or on the schedule's own and guided as that is where
 `timesteps` is None. With the same noise it gives every sample a counterpart, so these scores are paired by construction and need few samples; none of them
 can show that a schedule is better than the full model.
 """
@@ -48,11 +48,11 @@ Scale = Annotated[float, Field(gt=0, le=1000)]
 def whole(
     arch: Arch, schedule: Schedule, timesteps: tuple[int, ...] | None = None, guidance: float | None = None
 ) -> Schedule:
-    """One arch on the given timesteps, guiding itself by this scale; or on the schedule's, where it guides itself as the schedule is guided. By the
-    schedule's sampler."""
+    """One arch on the given timesteps, guiding itself by this scale, by the evaluator's first sampler; or on the schedule's, where it guides itself as the
+    schedule is guided, by the schedule's sampler."""
     if timesteps is not None:
         by = None if guidance is None else Guidance(guidance)
-        return Schedule(tuple(Step(t, arch, (), by) for t in timesteps), schedule.sampler)
+        return Schedule(tuple(Step(t, arch, (), by) for t in timesteps))
     alone = [step.guidance and Guidance(step.guidance.scale) for step in schedule.steps]
     steps = tuple(Step(step.timestep, arch, (), by) for step, by in zip(schedule.steps, alone, strict=True))
     return Schedule(steps, schedule.sampler)

@@ -185,7 +185,9 @@ class Study:
             )
         given = getattr(self.evaluator, "sampler", None)
         samplers = given if isinstance(given, tuple) else (given,)
-        notices = any(getattr(one, "stochastic", False) or getattr(one, "multistep", False) for one in samplers)
+        # The first samples a schedule that names none.
+        run = samplers if getattr(self.space, "samplers", ()) else samplers[:1]
+        notices = any(getattr(one, "stochastic", False) or getattr(one, "multistep", False) for one in run)
         if getattr(self.space, "needs_deterministic", False) and notices:
             raise UserError(
                 "the space leaves out steps that compute nothing, which only a deterministic sampler without memory does not notice; give it "

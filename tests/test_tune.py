@@ -164,6 +164,34 @@ def test_where_all_is_far_nothing_is_left_to_be_used(place: Path, tmp_path: Path
     assert "How to use it" not in page
 
 
+def test_another_sampler_is_taken_where_it_is_nearer(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = place / "run" / "6-macs-0.6"
+    found = tune(quick(place / "dit"), folder)
+    assert found.other is not None
+    assert len(found.other.schedule.steps) == 3
+    assert found.other.share == 0.5
+    assert found.chosen != found.other
+    assert "Another sampler, DPM-Solver++ in 3 whole steps (50%), loses" in " ".join(found.verdict)
+    monkeypatch.setattr("nas.tuning.tune._less", lambda one, than: one == found.other)
+    assert found.verdict[0].startswith("Another sampler is nearer: 3 whole steps of DPM-Solver++ take 50%")
+    loaded = found.study.load(folder, "cpu")
+    schedule = found.chosen.schedule
+    write_found(found, loaded.supernet, loaded.sampler_of(schedule), tmp_path, folder)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "apply_schedule.py",
+        "report.html",
+        "schedule.json",
+        "study.py",
+    }
+    assert "another sampler (chosen)" in (tmp_path / "report.html").read_text()
+    pipeline = dit(place / "stock")
+    pipeline.transformer.eval()
+    plan = applied(tmp_path).apply_schedule(pipeline, tmp_path / "schedule.json")
+    assert plan["sampler"]["class"] == "DPMSolver"
+    assert pipeline([1], num_inference_steps=3, guidance_scale=4.0, output_type="np").images.shape == (1, 16, 16, 3)
+    assert given_schedule(quick(place / "dit"), plan).steps[0].reuse == ()
+
+
 def test_a_sampler_with_a_memory_is_compared_with_fewer_steps(tmp_path: Path) -> None:
     """And what a text asks for is verified on texts that nothing was chosen on."""
     pixart(tmp_path / "pixart")
@@ -280,7 +308,7 @@ def found_of(losses: tuple[float, float], apart: float = 1.0) -> Found:
     best, fewer = candidate(losses[0], ("b0",)), candidate(losses[1], ())
     wanted = Wanted(Path("none"), "macs", 0.5, steps=4)
     study: Any = None
-    return Found(wanted, study, best, fewer, None, apart, 10, {})
+    return Found(wanted, study, best, fewer, None, None, apart, 10, {})
 
 
 def test_the_verdict_is_in_words() -> None:

@@ -136,7 +136,7 @@ class Session:
         ledger = Ledger(self.storage, info, problem, check)
         ladder = Ladder(info.rungs, study.objectives, len(ledger.trials) + len(genomes), 1, everything=True)
         known = known_scores(self.storage, info)
-        return Conductor(ledger, UniformSearch(genomes), problem, ladder, study.seed, known, noise="confirmation noise")
+        return Conductor(ledger, UniformSearch(genomes), problem, ladder, study.seed, known, noise=CONFIRMING)
 
     def run(self, *conductors: Conductor, workers: Workers | None = None) -> None:
         """Runs the conductors' jobs: one after another in this process, on one CPU thread, or side by side on Ray workers."""
@@ -176,6 +176,8 @@ def open_session(study: Study, folder: Path, storage: str | None = None, device:
 
 
 TIMES = "latency.json"
+CONFIRMING = "confirmation noise"
+"""Purpose of the noises on which what was chosen is scored once more."""
 
 
 def take_weights(source: Path, folder: Path) -> None:
@@ -200,7 +202,7 @@ def take_weights(source: Path, folder: Path) -> None:
 def confirmed_ledger(study: Study, folder: Path) -> LedgerInfo:
     """Its scores are of other noises than those of searches, so no search may take them for its own."""
     like = study.ledger_info(folder, BASELINE, 0)
-    kept = {**like.provenance, "seed": f"{study.seed}, confirmation noise", "searcher": "none", "limits": ""}
+    kept = {**like.provenance, "seed": f"{study.seed}, {CONFIRMING}", "searcher": "none", "limits": ""}
     return replace(like, searcher=CONFIRMED, rungs=like.rungs[-1:], limits={}, provenance=kept)
 
 

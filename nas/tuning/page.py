@@ -51,7 +51,7 @@ def measured(found: Found) -> dict[str, Any]:
         "apart": found.apart,
         "samples": found.study.evaluator.rungs[-1],
         **({} if found.other_prompts is None else {"other_prompts": found.other_prompts}),
-        "grid": list(wanted.grid(wanted.steps)),
+        "grid": list(wanted.grid(wanted.steps) if chosen != found.other else chosen.schedule.timesteps),
         "full_timesteps": list(wanted.grid(wanted.full_steps or wanted.steps)),
         "full_guidance": wanted.scale,
         "loss_is": "mean squared distance of a sample in [-1, 1] to the full pipeline's own of the same noise; two unrelated ones are `apart`",
@@ -80,7 +80,9 @@ def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], f
     left_out = []
     if not found.far:
         write_portable(portable(net, chosen, sampler, measured(found)), apply_module(), folder)
-        for name, write in FORMATS.items():
+        if not any(step.reuse for step in chosen.steps):
+            left_out.append(f"no {' or '.join(FORMATS)}: no step reuses anything")
+        for name, write in FORMATS.items() if not left_out else ():
             try:
                 _write(folder / name, write(chosen, graph))
             except UserError as error:
@@ -131,7 +133,7 @@ def _settings(wanted: Wanted) -> dict[str, Any]:
 def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
     """One self-contained page."""
     wanted = found.wanted
-    candidates = [c for c in (found.best, found.fewer, found.start) if c is not None]
+    candidates = [c for c in (found.best, found.fewer, found.other, found.start) if c is not None]
     shown: dict[Schedule, Candidate] = {}
     for candidate in candidates:
         shown.setdefault(candidate.schedule, candidate)
@@ -144,7 +146,8 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
         grids.append({"name": name, "source": f"data:image/png;base64,{source}"})
         path.unlink()
     schedule = found.chosen.schedule
-    profile = mapped(wanted.grid(wanted.steps), {s.timestep: wanted.net.profile(s) for s in schedule.steps})
+    grid = wanted.grid(wanted.steps) if found.chosen != found.other else schedule.timesteps
+    profile = mapped(grid, {s.timestep: wanted.net.profile(s) for s in schedule.steps})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nas.tuning"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )

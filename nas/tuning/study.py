@@ -138,11 +138,17 @@ class Wanted:
         own = self.scheduler.get("_class_name", like)
         return f"by {mine}" if own == like or self.kind == "StepAwarePipeline" else f"by {mine} in place of its {own}"
 
-    def grid(self, steps: int) -> Timesteps:
+    @cached_property
+    def rival(self) -> DPMSolver | None:
+        """Another sampler, whose fewer steps are compared with, where the pipeline is one of diffusers' and DDIM samples."""
+        other = isinstance(self.sampler, DPMSolver) or self.kind in ("", "StepAwarePipeline")
+        return None if other else DPMSolver(clip=self.sampler.clip)
+
+    def grid(self, steps: int, sampler: DDIM | DPMSolver | None = None) -> Timesteps:
         """Timesteps of the full pipeline in so many steps, as its scheduler spaces them: DPM-Solver++ where that samples, else DDIM with its settings."""
         if not self.scheduler or self.kind == "StepAwarePipeline":
             return uniform(steps, self.net.noise.timesteps)
-        kind = DDIMScheduler if isinstance(self.sampler, DDIM) else DPMSolverMultistepScheduler
+        kind = DDIMScheduler if isinstance(sampler or self.sampler, DDIM) else DPMSolverMultistepScheduler
         known = inspect.signature(kind).parameters
         stock = kind(**{name: value for name, value in self.scheduler.items() if name in known})
         stock.set_timesteps(steps)
@@ -209,7 +215,7 @@ class Wanted:
             "images": self.images,
             "conditions": self.conditions,
             "rungs": self.samples,
-            "sampler": self.sampler,
+            "sampler": self.sampler if self.rival is None else (self.sampler, self.rival),
             "timesteps": full,
             "guidance": self.scale,
         }

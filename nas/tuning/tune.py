@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from nas.contracts import (
     Genome,
     Guidance,
     LoadedEvaluator,
+    Progress,
     Schedule,
     Score,
     Step,
@@ -24,7 +25,7 @@ from nas.contracts import (
     derive_seed,
 )
 from nas.engine.runner import Conductor
-from nas.engine.session import Session, open_session, take_weights, torch_threads
+from nas.engine.session import CONFIRMING, Session, open_session, take_weights, torch_threads
 from nas.engine.show import Bar, Show
 from nas.genomes.genetics import LATENCY, cheapest, dearest
 from nas.handover.portable import resampled, schedule_of
@@ -66,7 +67,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """What tuning came to. `apart`: mean squared distance of two unrelated samples of the full pipeline. `start`: of a schedule that was given. `spent`:
+    """What tuning came to. `other`: fewer whole steps by another sampler, as its scheduler spaces them. `apart`: mean squared distance of two unrelated samples of the full pipeline. `start`: of a schedule that was given. `spent`:
     samples of the full pipeline that as many multiply-adds are, and seconds. `milliseconds`: an image of the full pipeline, where time is limited.
     `other_prompts`: how many, on which nothing was chosen, the scores are of; None where there are none."""
 
@@ -74,6 +75,7 @@ class Found:
     study: Study
     best: Candidate
     fewer: Candidate | None
+    other: Candidate | None
     start: Candidate | None
     apart: float
     trials: int
@@ -90,7 +92,11 @@ class Found:
 
     @property
     def chosen(self) -> Candidate:
-        """Fewer steps where reuse is not shown to lose less: they are simpler."""
+        """Fewer steps where reuse is not shown to lose less: they are simpler. Those of another sampler where these are shown to lose less than both."""
+        return self._own if self.other is None or not _less(self.other, self._own) else self.other
+
+    @property
+    def _own(self) -> Candidate:
         return self.best if self.fewer is None or self.gains else self.fewer
 
     @property
@@ -98,8 +104,7 @@ class Found:
         """Whether the best loses less than fewer whole steps, beyond the error of the paired difference."""
         if self.fewer is None or self.fewer.schedule == self.best.schedule:
             return self.fewer is None
-        difference, error = self.best.score.difference(self.fewer.score, LOSS)
-        return difference + CONFIDENCE * error < 0
+        return _less(self.best, self.fewer)
 
     def _made_of(self, candidate: Candidate) -> str:
         """What its steps save, in words."""
@@ -117,6 +122,11 @@ class Found:
         near = f"its samples are {percent(lost)} (± {percent(CONFIDENCE * chosen.error / self.apart)}) of the way from the full pipeline's own to unrelated ones"
         if self.far:
             words = [f"No gain: keep {count} steps. The best schedule within {share} is too far: {near}."]
+        elif chosen == self.other:
+            words = [
+                f"Another sampler is nearer: {len(chosen.schedule.steps)} whole steps of DPM-Solver++ take {share}; {near}. The schedule that DDIM is best with "
+                f"loses {self._own.loss / chosen.loss:.2g} times as much."
+            ]
         elif self.gains or self.fewer is None:
             words = [
                 f"A schedule of {len(chosen.schedule.steps)} steps, {self._made_of(chosen)}, takes {share}; {near}."
@@ -132,6 +142,10 @@ class Found:
                 f"Beside {len(self.fewer.schedule.steps)} whole steps ({self.fewer.share:.0%}), the best of those within the limit, the best schedule found "
                 f"loses {self.best.loss / self.fewer.loss:.2g} times as much; the difference is {percent(difference / self.apart)} ± {percent(CONFIDENCE * error / self.apart)}."
             )
+        if self.other is not None and chosen != self.other:
+            words.append(
+                f"Another sampler, DPM-Solver++ in {len(self.other.schedule.steps)} whole steps ({self.other.share:.0%}), loses {self.other.loss / chosen.loss:.2g} times as much."
+            )
         if self.start is not None:
             over = ", more than is wanted," if self.start.share > self.wanted.limit * (1 + 1e-9) else ""
             words.append(
@@ -139,6 +153,12 @@ class Found:
                 + ("nothing is lost, so nothing was searched." if not self.searched else "more was searched for.")
             )
         return words
+
+
+def _less(one: Candidate, than: Candidate) -> bool:
+    """Whether it loses less, beyond the error of the paired difference."""
+    difference, error = one.score.difference(than.score, LOSS)
+    return difference + CONFIDENCE * error < 0
 
 
 def percent(share: float) -> str:
@@ -196,18 +216,22 @@ def _tune(
         named = [genome for genome in (chosen, few, own) if genome is not None]
         session.study = replace(study, evaluator=elsewhere.study(study.limits).evaluator)
         scores = _confirmed(session, show, list(dict.fromkeys(named)))
+        other: list[Candidate] = []
+        if searched:
+            show.follow(session.on_one_thread(_by_rival(wanted, session.study, folder, device, other)))
     shares = shares_of(study, folder, device, list(scores))
     candidates = {
         genome: Candidate(name, space.decode(genome), shares[genome], scores[genome])
         for genome, name in ((own, "given"), (few, "fewer steps"), (chosen, "found"))
         if genome is not None
     }
-    apart, images = looked_at(study.load(folder, device), wanted, candidates)
+    apart, images = looked_at(study.load(folder, device), wanted, [*candidates.values(), *other])
     return Found(
         wanted,
         study,
         candidates[chosen],
         candidates.get(few) if few else None,
+        next(iter(other), None),
         candidates.get(own) if own else None,
         apart,
         len(trials),
@@ -277,6 +301,15 @@ def shares_of(study: Study, folder: Path, device: str, genomes: list[Genome]) ->
         return {genome: float(cost["macs_share"]) for genome, cost in costs.items()}
     full, decoding = _full_time(study, folder, device)
     return {genome: (cost[LATENCY] + decoding) / (full + decoding) for genome, cost in costs.items()}
+
+
+def share_of(study: Study, folder: Path, device: str, schedule: Schedule) -> float:
+    """The same of whole steps, which need be none of the space's."""
+    full = study.space.decode(dearest(study.space))
+    if not study.limits_time:
+        return len(schedule.steps) / len(full.steps)
+    whole, decoding = _full_time(study, folder, device)
+    return (whole * len(schedule.steps) / len(full.steps) + decoding) / (whole + decoding)
 
 
 # --------------------------------------------------------------------------------------------------------- first tries
@@ -400,8 +433,26 @@ def _confirmed(session: Session, show: Show, genomes: list[Genome]) -> dict[Geno
     return {t.genome: t.score for t in trials if t.score is not None and t.genome in genomes}
 
 
+def _by_rival(wanted: Wanted, study: Study, folder: Path, device: str, found: list[Candidate]) -> Iterator[Progress]:
+    """Adds to `found` the most whole steps of another sampler that keep to the limit, scored on the noises that confirm."""
+    if wanted.rival is None:
+        return
+    yield Progress("another sampler", 0, 1)
+    guide = None if wanted.scale is None else Guidance(wanted.scale)
+    for count in range(wanted.steps - 1, 0, -1):
+        steps = tuple(Step(t, wanted.net.anatomy.full, (), guide) for t in wanted.grid(count, wanted.rival))
+        schedule = Schedule(steps, wanted.rival.name)
+        share = share_of(study, folder, device, schedule)
+        if share <= wanted.limit:
+            seed = derive_seed(study.seed, CONFIRMING)
+            score = study.load(folder, device)(schedule, study.evaluator.rungs[-1], seed)
+            found.append(Candidate("another sampler", schedule, share, score))
+            break
+    yield Progress("another sampler", 1, 1)
+
+
 def looked_at(
-    evaluator: LoadedEvaluator, wanted: Wanted, candidates: Mapping[Genome, Candidate]
+    evaluator: LoadedEvaluator, wanted: Wanted, candidates: Sequence[Candidate]
 ) -> tuple[float, dict[str, Any]]:
     """How far two unrelated samples of the full pipeline are apart, mean squared; and a few samples of each schedule, of the same noises."""
     seed = derive_seed(0, "pictures")
@@ -412,6 +463,6 @@ def looked_at(
     rows = evaluator.sample(full, max(PICTURES, wanted.samples[0]), seed).double().cpu().numpy()
     apart = 2 * float(rows.var(axis=0, ddof=1).mean())
     images = {"full pipeline": rows[:PICTURES].astype(np.float32)}
-    for candidate in candidates.values():
+    for candidate in candidates:
         images[candidate.name] = evaluator.sample(candidate.schedule, PICTURES, seed).cpu().numpy()
     return apart, images
