@@ -19,7 +19,7 @@ from pydantic import Field
 
 from evaluators.frechet import OfFeatures, feature_rows, paired_frechet_with_replicates
 from evaluators.images import check_shape, load_once
-from evaluators.sampling import State, predict, step_noise
+from evaluators.sampling import Sampler, State, predict, step_noise
 from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
 from evaluators.trajectories import Trajectories
 from nas.contracts import (
@@ -63,6 +63,7 @@ class Taught:
 
     timesteps: tuple[int, ...] | None
     guidance: float | None
+    sampler: Sampler | tuple[Sampler, ...]
 
     def check_teacher(self) -> None:
         """Raises UserError for a guidance without timesteps."""
@@ -72,8 +73,9 @@ class Taught:
             )
 
     def describe_teacher(self) -> dict[str, Any]:
-        """Guidance is left out where there is none, as before there was any."""
-        return {"timesteps": self.timesteps, **({} if self.guidance is None else {"guidance": self.guidance})}
+        """Guidance is left out where there is none, as before there was any; the sampler where there is one alone."""
+        first = {"sampled": "by the first"} if self.timesteps and isinstance(self.sampler, tuple) else {}
+        return {"timesteps": self.timesteps, **({} if self.guidance is None else {"guidance": self.guidance}), **first}
 
     def teacher(self, net: LoadedSupernet, schedule: Schedule) -> Schedule:
         """What the full model runs, beside this schedule."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -150,11 +149,11 @@ def gate_table(path: str | Path, graph: Graph) -> Listed:
     )
 
 
-def cache_dit_yaml(schedule: Schedule, graph: Graph) -> str:
+def cache_dit_yaml(schedule: Schedule, graph: Graph, timesteps: Sequence[int]) -> str:
     """The schedule as a configuration of cache-dit, `cache_dit.load_configs(file)`. It knows steps that compute everything and steps that compute the first
-    n blocks, at least one; where none run here, the first runs there. Raises UserError for a schedule of other steps, of timesteps that are not evenly
-    spaced, of guidance that comes and goes, or of a UNet."""
-    _check_transformer(schedule, graph, "cache-dit's mask")
+    n blocks, at least one; where none run here, the first runs there. `timesteps`: where the scheduler puts as many. Raises
+    UserError for a schedule of other steps or timesteps, of guidance that comes and goes, or of a UNet."""
+    _check_transformer(schedule, graph, timesteps, "cache-dit's mask")
     running = [graph.expand(graph.blocks) - graph.expand(step.reuse) for step in schedule.steps]
     others = {one for one, step in zip(running, schedule.steps, strict=True) if step.reuse}
     if len(others) > 1:
@@ -180,10 +179,10 @@ def cache_dit_yaml(schedule: Schedule, graph: Graph) -> str:
     return head + str(yaml.safe_dump({"cache_config": told}, default_flow_style=None, sort_keys=False))
 
 
-def smoothcache_json(schedule: Schedule, graph: Graph) -> str:
-    """The schedule as SmoothCache has it for diffusers' blocks, a list for each part of a block, the same in all blocks. Raises UserError for a schedule that treats blocks
-    differently, of timesteps that are not evenly spaced, of guidance that comes and goes, or of a UNet."""
-    _check_transformer(schedule, graph, "SmoothCache's lists")
+def smoothcache_json(schedule: Schedule, graph: Graph, timesteps: Sequence[int]) -> str:
+    """The schedule as SmoothCache has it for diffusers' blocks, a list for each part of a block, the same in all blocks. `timesteps`: where the
+    scheduler puts as many. Raises UserError for a schedule that treats blocks differently, of other timesteps, of guidance that comes and goes, or of a UNet."""
+    _check_transformer(schedule, graph, timesteps, "SmoothCache's lists")
     parts = tuple(dict.fromkeys(name.partition(".")[2] for name in graph.names(True)))
     lists: dict[str, list[int]] = {part: [] for part in parts}
     for step in schedule.steps:
@@ -198,14 +197,13 @@ def smoothcache_json(schedule: Schedule, graph: Graph) -> str:
     return json.dumps({DIFFUSERS[part]: row for part, row in lists.items()}) + "\n"
 
 
-def _check_transformer(schedule: Schedule, graph: Graph, what: str) -> None:
+def _check_transformer(schedule: Schedule, graph: Graph, timesteps: Sequence[int], what: str) -> None:
     if not graph.predicts_anew:
         raise UserError(f"{what} can say a transformer's schedule, and the network is a UNet; use schedule.json")
-    gaps = [before - after for before, after in pairwise(schedule.timesteps)]
-    if gaps and (max(gaps) > min(gaps) + 1 or schedule.timesteps[-1] > max(gaps)):
-        told = ", ".join(map(str, schedule.timesteps))
+    if tuple(schedule.timesteps) != tuple(timesteps):
+        mine, theirs = (", ".join(map(str, each)) for each in (schedule.timesteps, timesteps))
         raise UserError(
-            f"{what} counts steps that a scheduler spaces evenly, and the schedule's are at the timesteps {told}; use schedule.json"
+            f"{what} counts steps, which the pipeline's scheduler puts at the timesteps {theirs}, and the schedule's are at {mine}; use schedule.json"
         )
     if len({step.guidance for step in schedule.steps}) > 1:
         raise UserError(f"{what} cannot say guidance that comes and goes, as the schedule's does; use schedule.json")

@@ -16,12 +16,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 
-from nas.contracts import Guidance, Schedule, Score, Step, UserError
+from nas.contracts import Guidance, Schedule, Score, Step, UserError, derive_seed
+from nas.engine.session import open_session
 from nas.handover.portable import read_portable, schedule_of
 from nas.study import load_study
-from nas.tuning.page import write_found
+from nas.tuning.page import usage, write_found
 from nas.tuning.study import Wanted, sets
-from nas.tuning.tune import Candidate, Found, given_schedule, tune
+from nas.tuning.tune import Candidate, Found, full_samples, given_schedule, tune
 from search_spaces.shipped.graph import AROUND, TransformerGraph, UNetGraph
 from search_spaces.supernet import Elastic
 from tests.pipelines import LINEAR, dit, pixart, stable_diffusion
@@ -124,6 +125,7 @@ def test_where_nothing_is_lost_nothing_is_searched(place: Path) -> None:
     start = place / "out" / "schedule.json"
     found = tune(quick(place / "same"), place / "run2", start=read_portable(start))
     assert not found.searched
+    assert tune(quick(place / "same"), place / "run2", start=read_portable(start)).verdict == found.verdict
     assert "nothing is lost, so nothing was searched" in found.verdict[-1]
     assert found.chosen.schedule == schedule_of(read_portable(start), found.wanted.net.anatomy.full)
 
@@ -167,12 +169,12 @@ def test_where_all_is_far_nothing_is_left_to_be_used(place: Path, tmp_path: Path
 def test_another_sampler_is_taken_where_it_is_nearer(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
     folder = place / "run" / "6-macs-0.6"
     found = tune(quick(place / "dit"), folder)
-    assert found.other is not None
-    assert len(found.other.schedule.steps) == 3
-    assert found.other.share == 0.5
-    assert found.chosen != found.other
+    assert found.rival is not None
+    assert len(found.rival.schedule.steps) == 3
+    assert found.rival.share == 0.5
+    assert found.chosen != found.rival
     assert "Another sampler, DPM-Solver++ in 3 whole steps (50%), loses" in " ".join(found.verdict)
-    monkeypatch.setattr("nas.tuning.tune._less", lambda one, than: one == found.other)
+    monkeypatch.setattr("nas.tuning.tune._less", lambda one, than: one == found.rival)
     assert found.verdict[0].startswith("Another sampler is nearer: 3 whole steps of DPM-Solver++ take 50%")
     loaded = found.study.load(folder, "cpu")
     schedule = found.chosen.schedule
@@ -189,25 +191,37 @@ def test_another_sampler_is_taken_where_it_is_nearer(place: Path, tmp_path: Path
     plan = applied(tmp_path).apply_schedule(pipeline, tmp_path / "schedule.json")
     assert plan["sampler"]["class"] == "DPMSolver"
     assert pipeline([1], num_inference_steps=3, guidance_scale=4.0, output_type="np").images.shape == (1, 16, 16, 3)
-    assert given_schedule(quick(place / "dit"), plan).steps[0].reuse == ()
+    with pytest.raises(UserError, match="of the sampler DPMSolver, this pipeline's is DDIM"):
+        given_schedule(quick(place / "dit"), plan)
+    full = full_samples(loaded, found.wanted)
+    mine = loaded.sample(schedule, 8, derive_seed(0, "pictures")).double().numpy()
+    # Beside the full pipeline's own sampler, whatever the schedule's is.
+    distance = float(np.square(mine - full[:8]).mean())
+    score = loaded(schedule, 8, derive_seed(0, "pictures")).values["teacher_mse"]
+    assert score == pytest.approx(distance, rel=1e-4)
 
 
 def test_a_sampler_with_a_memory_is_compared_with_fewer_steps(tmp_path: Path) -> None:
     """And what a text asks for is verified on texts that nothing was chosen on."""
     pixart(tmp_path / "pixart")
-    (tmp_path / "prompts.txt").write_text("a bag\na boot\na small coat\na dress\na photo of a shirt\na drawing\n")
+    (tmp_path / "prompts.txt").write_text(
+        "a bag\na boot\na small coat\na dress\na photo of a shirt\na drawing\na bag\n"
+    )
     wanted = Wanted(tmp_path / "pixart", "macs", 0.6, 5, prompts=tmp_path / "prompts.txt", samples=(4, 8), trials=24)
     found = tune(wanted, tmp_path / "run")
     assert found.fewer is not None
     assert len(found.fewer.schedule.steps) == 3
     assert not any(step.reuse for step in found.fewer.schedule.steps)
-    assert found.other_prompts == 1
+    assert found.kept_prompts == 1
     assert (tmp_path / "run" / "prompts" / "verified.txt").read_text() == "a photo of a shirt\n"
     assert "a photo of a shirt" not in (tmp_path / "run" / "prompts" / "searched.txt").read_text()
     loaded = found.study.load(tmp_path / "run", "cpu")
     write_found(found, loaded.supernet, loaded.sampler_of(found.chosen.schedule), tmp_path / "out", tmp_path / "run")
-    assert "noises and 1 prompts that nothing was chosen on" in (tmp_path / "out" / "report.html").read_text()
+    assert "noises and 1 prompt that nothing was searched on" in (tmp_path / "out" / "report.html").read_text()
     assert read_portable(tmp_path / "out" / "schedule.json")["sampler"]["class"] == "DPMSolver"
+    by_hand = load_study(tmp_path / "out" / "study.py")
+    with open_session(by_hand, tmp_path / "run") as session:  # whose ledgers are not those of the kept prompts
+        session.confirmation([by_hand.enqueue[0]])
 
 
 @pytest.mark.slow
@@ -283,6 +297,10 @@ def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> No
     own = EulerDiscreteScheduler(**euler)
     own.set_timesteps(10)
     assert instead.grid(10) == tuple(own.timesteps.round().int().tolist())
+    assert instead.rival_grid(10) == (999, 899, 799, 699, 599, 500, 400, 300, 200, 100)  # linspace, as Euler's
+    how = usage(replace(found_of((0.01, 0.2)), wanted=instead), tmp_path, tmp_path)
+    assert "from diffusers import DDIMScheduler\n" in how
+    assert "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)" in how
     LCMScheduler().save_pretrained(tmp_path / "euler" / "scheduler")
     with pytest.raises(UserError, match=r"LCMScheduler, as networks do that were distilled to a few steps.* No gain"):
         Wanted(tmp_path / "euler", "macs", 0.5).check()

@@ -55,7 +55,9 @@ def tune(
     full_steps: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Steps of the full pipeline that they are compared with. Default: as many.", show_default=False
+            min=2,
+            help="Steps of the full pipeline that they are compared with; the limit stays a share of --steps. Default: as many.",
+            show_default=False,
         ),
     ] = None,
     guidance: Annotated[

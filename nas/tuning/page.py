@@ -50,8 +50,8 @@ def measured(found: Found) -> dict[str, Any]:
         "loss_error": chosen.error,
         "apart": found.apart,
         "samples": found.study.evaluator.rungs[-1],
-        **({} if found.other_prompts is None else {"other_prompts": found.other_prompts}),
-        "grid": list(wanted.grid(wanted.steps) if chosen != found.other else chosen.schedule.timesteps),
+        **({} if found.kept_prompts is None else {"kept_prompts": found.kept_prompts}),
+        "grid": list(wanted.grid(wanted.steps)) if chosen != found.rival else list(chosen.schedule.timesteps),
         "full_timesteps": list(wanted.grid(wanted.full_steps or wanted.steps)),
         "full_guidance": wanted.scale,
         "loss_is": "mean squared distance of a sample in [-1, 1] to the full pipeline's own of the same noise; two unrelated ones are `apart`",
@@ -84,7 +84,7 @@ def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], f
             left_out.append(f"no {' or '.join(FORMATS)}: no step reuses anything")
         for name, write in FORMATS.items() if not left_out else ():
             try:
-                _write(folder / name, write(chosen, graph))
+                _write(folder / name, write(chosen, graph, found.wanted.grid(len(chosen.steps))))
             except UserError as error:
                 left_out.append(f"no {name}: {error}")
     _write(folder / "study.py", study_file(found))
@@ -133,7 +133,7 @@ def _settings(wanted: Wanted) -> dict[str, Any]:
 def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
     """One self-contained page."""
     wanted = found.wanted
-    candidates = [c for c in (found.best, found.fewer, found.other, found.start) if c is not None]
+    candidates = [c for c in (found.best, found.fewer, found.rival, found.start) if c is not None]
     shown: dict[Schedule, Candidate] = {}
     for candidate in candidates:
         shown.setdefault(candidate.schedule, candidate)
@@ -146,7 +146,7 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
         grids.append({"name": name, "source": f"data:image/png;base64,{source}"})
         path.unlink()
     schedule = found.chosen.schedule
-    grid = wanted.grid(wanted.steps) if found.chosen != found.other else schedule.timesteps
+    grid = wanted.grid(wanted.steps) if found.chosen != found.rival else schedule.timesteps
     profile = mapped(grid, {s.timestep: wanted.net.profile(s) for s in schedule.steps})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nas.tuning"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
@@ -158,7 +158,7 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
         measure=f"share of the {wanted.measure}",
         metrics=[METRICS[name] for name in metrics],
         rows=[_row(found, candidate, metrics) for candidate in shown.values()],
-        grounds=f"On {found.study.evaluator.rungs[-1]} samples of noises {_prompts(found)}that nothing was chosen on. Loss: mean squared distance to the full pipeline's own sample of the "
+        grounds=f"On {found.study.evaluator.rungs[-1]} samples of noises {_prompts(found)}that nothing was searched on{_same(found)}. Loss: mean squared distance to the full pipeline's own sample of the "
         f"same noise, as a share of that between two unrelated ones; ± {CONFIDENCE:g} standard errors.",
         profile=Markup(profile),
         grids=grids,
@@ -179,27 +179,28 @@ def usage(found: Found, folder: Path, run: Path) -> str:
     scale = next((s.guidance.scale for s in found.chosen.schedule.steps if s.guidance), None)
     guided = "" if scale is None else f", guidance_scale={scale:g}"
     own = found.wanted.scheduler.get("_class_name")
-    swap = (
-        ""
+    load, swap = (
+        ("", "")
         if own in STEPPED
-        else f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # in place of its {own}\n"
+        else (
+            "from diffusers import DDIMScheduler\n",
+            f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # in place of its {own}\n",
+        )
     )
     return (
-        "from apply_schedule import apply_schedule, remove_schedule\n\n"
-        f"{swap}"
+        f"from apply_schedule import apply_schedule, remove_schedule\n{load}\n{swap}"
         'apply_schedule(pipeline, "schedule.json")  # your own, as diffusers loads it\n'
         f"pipeline(..., num_inference_steps={len(found.chosen.schedule.steps)}{guided})"
     )
 
 
 def _prompts(found: Found) -> str:
-    if found.wanted.prompts is None:
-        return ""
-    return (
-        f"and {found.other_prompts} prompts "
-        if found.other_prompts
-        else "(the prompts are the same, as there are few) "
-    )
+    return f"and {found.kept_prompts} prompt{'s' * (found.kept_prompts > 1)} " if found.kept_prompts else ""
+
+
+def _same(found: Found) -> str:
+    same = found.wanted.prompts and not found.kept_prompts
+    return "; the prompts are those of the search, as there are few" if same else ""
 
 
 STEPPED = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
@@ -212,7 +213,7 @@ def _what(found: Found) -> str:
     time = "" if found.milliseconds is None else f", {found.milliseconds:.3g} ms an image"
     guided = "" if wanted.scale is None else f", guided at {wanted.scale:g}"
     return (
-        f"{wanted.kind or 'A network'} of {full} steps {wanted.stepped_by}{guided}{time}; a schedule within {wanted.limit:.0%} of its {wanted.measure}. "
+        f"{wanted.kind or 'A network'} of {full} steps {wanted.stepped_by}{guided}{time}; a schedule within {wanted.limit:.0%} of {wanted.whole} {wanted.measure}. "
         f"{found.trials} scores, {found.spent['samples']:,.0f} samples of the full pipeline's worth, {found.spent['seconds'] / 60:.1f} minutes."
     )
 

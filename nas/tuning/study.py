@@ -52,6 +52,7 @@ USUAL = {
 DISTILLED = ("LCMScheduler", "TCDScheduler")
 """Schedulers that networks of a few steps are used with."""
 
+SPACING = ("timestep_spacing", "steps_offset", "num_train_timesteps")
 LOSS = "teacher_mse"
 
 
@@ -144,13 +145,29 @@ class Wanted:
         other = isinstance(self.sampler, DPMSolver) or self.kind in ("", "StepAwarePipeline")
         return None if other else DPMSolver(clip=self.sampler.clip)
 
-    def grid(self, steps: int, sampler: DDIM | DPMSolver | None = None) -> Timesteps:
+    @property
+    def sampler_name(self) -> str:
+        return type(self.sampler).__name__
+
+    @property
+    def whole(self) -> str:
+        """Of what a limit is a share, in words."""
+        return "the full pipeline's" if self.full_steps in (None, self.steps) else f"{self.steps} whole steps'"
+
+    def rival_grid(self, steps: int) -> Timesteps:
+        """Timesteps of so many steps of the other sampler, spaced as the pipeline's scheduler does it."""
+        told = {name: self.scheduler[name] for name in SPACING if name in self.scheduler}
+        return self._spaced(DPMSolverMultistepScheduler(**told), steps)
+
+    def grid(self, steps: int) -> Timesteps:
         """Timesteps of the full pipeline in so many steps, as its scheduler spaces them: DPM-Solver++ where that samples, else DDIM with its settings."""
         if not self.scheduler or self.kind == "StepAwarePipeline":
             return uniform(steps, self.net.noise.timesteps)
-        kind = DDIMScheduler if isinstance(sampler or self.sampler, DDIM) else DPMSolverMultistepScheduler
+        kind = DDIMScheduler if isinstance(self.sampler, DDIM) else DPMSolverMultistepScheduler
         known = inspect.signature(kind).parameters
-        stock = kind(**{name: value for name, value in self.scheduler.items() if name in known})
+        return self._spaced(kind(**{name: value for name, value in self.scheduler.items() if name in known}), steps)
+
+    def _spaced(self, stock: DDIMScheduler | DPMSolverMultistepScheduler, steps: int) -> Timesteps:
         stock.set_timesteps(steps)
         found = tuple(int(t) for t in stock.timesteps)
         if len(found) != steps or any(a <= b for a, b in pairwise(found)) or found[0] >= self.net.noise.timesteps:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from evaluators.conditions import lines_of
 from evaluators.latency import Timed, Timer
-from nas.base.files import written
+from nas.base.files import read_json, write_json, written
 from nas.contracts import (
     Genome,
     Guidance,
@@ -23,6 +24,7 @@ from nas.contracts import (
     Trial,
     UserError,
     derive_seed,
+    digest_of,
 )
 from nas.engine.runner import Conductor
 from nas.engine.session import CONFIRMING, Session, open_session, take_weights, torch_threads
@@ -44,6 +46,9 @@ KEPT_FOR_VERIFYING = 5
 """Of so many prompts one."""
 
 PICTURES = 8
+
+RIVAL = "another_sampler.json"
+"""Keeps its score in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +72,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """What tuning came to. `other`: fewer whole steps by another sampler, as its scheduler spaces them. `apart`: mean squared distance of two unrelated samples of the full pipeline. `start`: of a schedule that was given. `spent`:
+    """What tuning came to. `rival`: fewer whole steps by another sampler, as its scheduler spaces them. `apart`: mean squared distance of two unrelated samples of the full pipeline. `start`: of a schedule that was given. `spent`:
     samples of the full pipeline that as many multiply-adds are, and seconds. `milliseconds`: an image of the full pipeline, where time is limited.
-    `other_prompts`: how many, on which nothing was chosen, the scores are of; None where there are none."""
+    `kept_prompts`: how many, on which nothing was chosen, the scores are of; None where there are none."""
 
     wanted: Wanted
     study: Study
     best: Candidate
     fewer: Candidate | None
-    other: Candidate | None
+    rival: Candidate | None
     start: Candidate | None
     apart: float
     trials: int
     spent: Mapping[str, float]
     milliseconds: float | None = None
     searched: bool = True
-    other_prompts: int | None = None
+    kept_prompts: int | None = None
     images: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -93,7 +98,7 @@ class Found:
     @property
     def chosen(self) -> Candidate:
         """Fewer steps where reuse is not shown to lose less: they are simpler. Those of another sampler where these are shown to lose less than both."""
-        return self._own if self.other is None or not _less(self.other, self._own) else self.other
+        return self._own if self.rival is None or not _less(self.rival, self._own) else self.rival
 
     @property
     def _own(self) -> Candidate:
@@ -117,12 +122,12 @@ class Found:
     def verdict(self) -> list[str]:
         """In words, the most important first."""
         chosen, count = self.chosen, self.wanted.steps
-        share = f"{chosen.share:.0%} of the full pipeline's {self.wanted.measure}"
+        share = f"{chosen.share:.0%} of {self.wanted.whole} {self.wanted.measure}"
         lost = chosen.loss / self.apart
         near = f"its samples are {percent(lost)} (± {percent(CONFIDENCE * chosen.error / self.apart)}) of the way from the full pipeline's own to unrelated ones"
         if self.far:
             words = [f"No gain: keep {count} steps. The best schedule within {share} is too far: {near}."]
-        elif chosen == self.other:
+        elif chosen == self.rival:
             words = [
                 f"Another sampler is nearer: {len(chosen.schedule.steps)} whole steps of DPM-Solver++ take {share}; {near}. The schedule that DDIM is best with "
                 f"loses {self._own.loss / chosen.loss:.2g} times as much."
@@ -142,9 +147,9 @@ class Found:
                 f"Beside {len(self.fewer.schedule.steps)} whole steps ({self.fewer.share:.0%}), the best of those within the limit, the best schedule found "
                 f"loses {self.best.loss / self.fewer.loss:.2g} times as much; the difference is {percent(difference / self.apart)} ± {percent(CONFIDENCE * error / self.apart)}."
             )
-        if self.other is not None and chosen != self.other:
+        if self.rival is not None and chosen != self.rival:
             words.append(
-                f"Another sampler, DPM-Solver++ in {len(self.other.schedule.steps)} whole steps ({self.other.share:.0%}), loses {self.other.loss / chosen.loss:.2g} times as much."
+                f"Another sampler, DPM-Solver++ in {len(self.rival.schedule.steps)} whole steps ({self.rival.share:.0%}), loses {self.rival.loss / chosen.loss:.2g} times as much."
             )
         if self.start is not None:
             over = ", more than is wanted," if self.start.share > self.wanted.limit * (1 + 1e-9) else ""
@@ -195,43 +200,47 @@ def _tune(
     also: Mapping[str, Any] | None,
 ) -> Found:
     given = None if start is None else given_schedule(wanted, start)
-    further = [one for one in (given, None if also is None else given_schedule(wanted, also)) if one is not None]
+    before = None if also is None or also["sampler"]["class"] != wanted.sampler_name else given_schedule(wanted, also)
+    further = [one for one in (given, before) if one is not None]
     patterns = dict.fromkeys(computed(wanted.graph, step.reuse) for one in further for step in one.steps if step.reuse)
-    wanted, elsewhere = apart_prompts(replace(wanted, further=tuple(patterns)), folder)
+    wanted, elsewhere = split_prompts(replace(wanted, further=tuple(patterns)), folder)
     study, milliseconds = limited(wanted, folder, show, device)
+    verifying = replace(study, name=f"{study.name}-verified", evaluator=elsewhere.study(study.limits).evaluator)
     with open_session(study, folder, None, device) as session:
         show.follow(session.prepare())
+        show.follow(session.on_one_thread(verifying.evaluator.prepare(folder, study.seed, device)))
         space: Any = study.problem_in(folder).space
         feasible = study.problem_in(folder).feasible
         tried = {one: tuple(study.space.genome(one)) for one in further}  # type: ignore[attr-defined]
         own = None if given is None else tried[given]
         first_tries = [*filter(feasible, tried.values()), *within(study, folder, baselines(wanted))]
         study = session.study = replace(study, enqueue=tuple(dict.fromkeys(first_tries)))
+        full = full_samples(verifying.load(folder, device), wanted)
+        apart = 2 * float(full.var(axis=0, ddof=1).mean())
         searched = True
         if own is not None and start is not None and feasible(own):
-            searched = not _nothing_lost(_searched(session, show, 1), own, start)
-        trials = _searched(session, show, study.trials + len(study.enqueue) if searched else 1)
-        chosen = verified(study, trials) if searched or own is None else own
+            searched = not _nothing_lost(_confirmed(session, show, verifying, [own])[own], apart, start)
+        trials = _searched(session, show, study.trials + len(study.enqueue)) if searched else []
+        best = verified(study, trials) if searched or own is None else own
         few = _fewer_steps(space, trials) if searched else None
-        named = [genome for genome in (chosen, few, own) if genome is not None]
-        session.study = replace(study, evaluator=elsewhere.study(study.limits).evaluator)
-        scores = _confirmed(session, show, list(dict.fromkeys(named)))
-        other: list[Candidate] = []
+        named = [genome for genome in (best, few, own) if genome is not None]
+        scores = _confirmed(session, show, verifying, list(dict.fromkeys(named)))
+        rival: list[Candidate] = []
         if searched:
-            show.follow(session.on_one_thread(_by_rival(wanted, session.study, folder, device, other)))
+            show.follow(session.on_one_thread(_by_rival(wanted, verifying, folder, device, rival)))
     shares = shares_of(study, folder, device, list(scores))
     candidates = {
         genome: Candidate(name, space.decode(genome), shares[genome], scores[genome])
-        for genome, name in ((own, "given"), (few, "fewer steps"), (chosen, "found"))
+        for genome, name in ((own, "given"), (few, "fewer steps"), (best, "found"))
         if genome is not None
     }
-    apart, images = looked_at(study.load(folder, device), wanted, [*candidates.values(), *other])
+    images = pictures(verifying.load(folder, device), full, [*candidates.values(), *rival])
     return Found(
         wanted,
         study,
-        candidates[chosen],
+        candidates[best],
         candidates.get(few) if few else None,
-        next(iter(other), None),
+        next(iter(rival), None),
         candidates.get(own) if own else None,
         apart,
         len(trials),
@@ -246,11 +255,11 @@ def _tune(
     )
 
 
-def apart_prompts(wanted: Wanted, folder: Path) -> tuple[Wanted, Wanted]:
+def split_prompts(wanted: Wanted, folder: Path) -> tuple[Wanted, Wanted]:
     """Of what is searched on, and of what is verified: every fifth prompt is kept for it alone. Of few prompts it is the same."""
     if wanted.prompts is None:
         return wanted, wanted
-    lines = lines_of(wanted.prompts)
+    lines = list(dict.fromkeys(line.strip() for line in lines_of(wanted.prompts)))
     if len(lines) < KEPT_FOR_VERIFYING:
         return wanted, wanted
     kept = lines[KEPT_FOR_VERIFYING - 1 :: KEPT_FOR_VERIFYING]
@@ -303,15 +312,6 @@ def shares_of(study: Study, folder: Path, device: str, genomes: list[Genome]) ->
     return {genome: (cost[LATENCY] + decoding) / (full + decoding) for genome, cost in costs.items()}
 
 
-def share_of(study: Study, folder: Path, device: str, schedule: Schedule) -> float:
-    """The same of whole steps, which need be none of the space's."""
-    full = study.space.decode(dearest(study.space))
-    if not study.limits_time:
-        return len(schedule.steps) / len(full.steps)
-    whole, decoding = _full_time(study, folder, device)
-    return (whole * len(schedule.steps) / len(full.steps) + decoding) / (whole + decoding)
-
-
 # --------------------------------------------------------------------------------------------------------- first tries
 
 
@@ -320,9 +320,8 @@ def baselines(wanted: Wanted) -> dict[str, list[tuple[Pattern, int]]]:
     with others between, guided throughout; and all steps whole, guided up to one of them (TGATE)."""
     count = wanted.steps
     found: dict[str, list[tuple[Pattern, int]]] = {}
-    if wanted.nothing:
-        for spacing in ("uniform", "quadratic"):
-            found[f"{spacing} steps"] = [(Subset(n, spacing), count) for n in range(count - 1, 0, -1)]
+    for spacing in ("uniform", "quadratic"):
+        found[f"{spacing} steps"] = [(Subset(n, spacing), count) for n in range(count - 1, 0, -1)]
     for pattern in wanted.patterns:
         between = pattern.steps(1)[0]
         if isinstance(pattern, Only) and between:
@@ -367,8 +366,12 @@ def fixed(space: Any, pattern: Pattern, stop: int) -> Schedule:
 
 
 def given_schedule(wanted: Wanted, plan: Mapping[str, Any]) -> Schedule:
-    """A file's schedule on this grid of steps, and guided as this pipeline is. Raises UserError for one of another kind of network."""
+    """A file's schedule on this grid of steps, and guided as this pipeline is. Raises UserError for one of another kind of network, or of another sampler."""
     net = wanted.net
+    if plan["sampler"]["class"] != wanted.sampler_name:
+        raise UserError(
+            f"the schedule is of the sampler {plan['sampler']['class']}, this pipeline's is {wanted.sampler_name}; leave --start out"
+        )
     if plan["network"]["branches"] != list(wanted.graph.names(True)):
         raise UserError(
             f"the schedule was found for a network of {len(plan['network']['branches'])} branches, this one has {len(wanted.graph.names(True))}; search anew"
@@ -418,51 +421,67 @@ def _fewer_steps(space: Any, trials: list[Trial]) -> Genome | None:
     return min(scored, key=lambda genome: scored[genome], default=None)
 
 
-def _nothing_lost(trials: list[Trial], own: Genome, start: Mapping[str, Any]) -> bool:
-    """Whether a schedule that was given loses no more than where it was found, beyond two errors, at what samples verify it here."""
-    scores = [trial.score for trial in trials if trial.genome == own and trial.score]
-    before = start["measured"].get("loss")
-    return bool(scores) and before is not None and scores[-1].values[LOSS] - 2 * scores[-1].error(LOSS) <= float(before)
+def _nothing_lost(score: Score, apart: float, start: Mapping[str, Any]) -> bool:
+    """Whether a schedule that was given loses no larger share of the way to unrelated samples than where it was found, beyond two errors, and is near."""
+    before = start["measured"]
+    if before.get("loss") is None or not before.get("apart"):
+        return False
+    lost, error = score.values[LOSS] / apart, score.error(LOSS) / apart
+    return lost - 2 * error <= before["loss"] / before["apart"] and lost <= FAR
 
 
-def _confirmed(session: Session, show: Show, genomes: list[Genome]) -> dict[Genome, Score]:
-    """On noises that nothing was chosen on, and what the session's study tells the samples."""
-    evaluator = session.study.evaluator
-    show.follow(session.on_one_thread(evaluator.prepare(session.folder, session.study.seed, session.device)))
-    trials = _run(session, show, show.bar("confirming"), session.confirmation(genomes))
+def _confirmed(session: Session, show: Show, verifying: Study, genomes: list[Genome]) -> dict[Genome, Score]:
+    """On the noises, and what samples are told, that nothing was searched on."""
+    searching, session.study = session.study, verifying
+    try:
+        trials = _run(session, show, show.bar("confirming"), session.confirmation(genomes))
+    finally:
+        session.study = searching
     return {t.genome: t.score for t in trials if t.score is not None and t.genome in genomes}
 
 
 def _by_rival(wanted: Wanted, study: Study, folder: Path, device: str, found: list[Candidate]) -> Iterator[Progress]:
-    """Adds to `found` the most whole steps of another sampler that keep to the limit, scored on the noises that confirm."""
+    """Adds to `found` the most whole steps of another sampler that keep to the limit, scored on the noises that confirm; once for all calls."""
     if wanted.rival is None:
         return
     yield Progress("another sampler", 0, 1)
     guide = None if wanted.scale is None else Guidance(wanted.scale)
-    for count in range(wanted.steps - 1, 0, -1):
-        steps = tuple(Step(t, wanted.net.anatomy.full, (), guide) for t in wanted.grid(count, wanted.rival))
+    whole, decoding = _full_time(study, folder, device) if study.limits_time else (1.0, 0.0)
+    shares = {n: (whole * n / wanted.steps + decoding) / (whole + decoding) for n in range(1, wanted.steps)}
+    count = max((n for n, share in shares.items() if share <= wanted.limit), default=0)
+    if count:
+        steps = tuple(Step(t, wanted.net.anatomy.full, (), guide) for t in wanted.rival_grid(count))
         schedule = Schedule(steps, wanted.rival.name)
-        share = share_of(study, folder, device, schedule)
-        if share <= wanted.limit:
-            seed = derive_seed(study.seed, CONFIRMING)
-            score = study.load(folder, device)(schedule, study.evaluator.rungs[-1], seed)
-            found.append(Candidate("another sampler", schedule, share, score))
-            break
+        rung, kept = study.evaluator.rungs[-1], folder / RIVAL
+        key = digest_of([schedule.digest, study.evaluator.digest(folder), rung])
+        known = read_json(kept, "delete it") if kept.exists() else {}
+        if key not in known:
+            score = study.load(folder, device)(schedule, rung, derive_seed(study.seed, CONFIRMING))
+            known[key] = score.to_json()
+            write_json(kept, known)
+        found.append(Candidate("another sampler", schedule, shares[count], Score.from_json(known[key])))
     yield Progress("another sampler", 1, 1)
 
 
-def looked_at(
-    evaluator: LoadedEvaluator, wanted: Wanted, candidates: Sequence[Candidate]
-) -> tuple[float, dict[str, Any]]:
-    """How far two unrelated samples of the full pipeline are apart, mean squared; and a few samples of each schedule, of the same noises."""
-    seed = derive_seed(0, "pictures")
+def full_samples(evaluator: LoadedEvaluator, wanted: Wanted) -> npt.NDArray[np.float64]:
+    """Of the full pipeline, (samples, channels, height, width)."""
     guide = None if wanted.scale is None else Guidance(wanted.scale)
     full = Schedule(
         tuple(Step(t, wanted.net.anatomy.full, (), guide) for t in wanted.grid(wanted.full_steps or wanted.steps))
     )
-    rows = evaluator.sample(full, max(PICTURES, wanted.samples[0]), seed).double().cpu().numpy()
-    apart = 2 * float(rows.var(axis=0, ddof=1).mean())
-    images = {"full pipeline": rows[:PICTURES].astype(np.float32)}
+    found: npt.NDArray[np.float64] = (
+        evaluator.sample(full, max(PICTURES, wanted.samples[0]), derive_seed(0, "pictures")).double().cpu().numpy()
+    )
+    return found
+
+
+def pictures(
+    evaluator: LoadedEvaluator, full: npt.NDArray[np.float64], candidates: Sequence[Candidate]
+) -> dict[str, Any]:
+    """A few samples of each schedule, of the same noises as those of the full pipeline."""
+    images = {"full pipeline": full[:PICTURES].astype(np.float32)}
     for candidate in candidates:
-        images[candidate.name] = evaluator.sample(candidate.schedule, PICTURES, seed).cpu().numpy()
-    return apart, images
+        images[candidate.name] = (
+            evaluator.sample(candidate.schedule, PICTURES, derive_seed(0, "pictures")).cpu().numpy()
+        )
+    return images

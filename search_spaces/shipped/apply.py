@@ -189,12 +189,14 @@ class _Applied:
 
     def _compare_guidance(self) -> None:
         """Warns where the pipeline says that it guides by another scale: what that loses was not measured."""
-        wanted, asked = self.plan["guidance_scale"], getattr(self.pipeline, "guidance_scale", None)
-        guides = getattr(self.pipeline, "do_classifier_free_guidance", False)
-        if guides and asked is not None and asked != wanted:
+        asked = getattr(self.pipeline, "guidance_scale", None)  # others than Stable Diffusion's do not say it
+        if asked is None:
+            return
+        asked = asked if getattr(self.pipeline, "do_classifier_free_guidance", True) else 1.0
+        wanted = self.plan["guidance_scale"] or 1.0
+        if asked != wanted:
             warnings.warn(
-                f"the schedule was found {'without guidance' if wanted is None else f'guided at {wanted:g}'}, the pipeline guides at {asked:g}; what it "
-                "loses so was not measured",
+                f"the schedule was found guided at {wanted:g}, the pipeline guides at {asked:g} (1 is not at all); what it loses so was not measured",
                 stacklevel=2,
             )
 
