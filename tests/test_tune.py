@@ -20,9 +20,10 @@ from nas.contracts import Guidance, Schedule, Score, Step, UserError, derive_see
 from nas.engine.session import open_session
 from nas.handover.portable import read_portable, schedule_of
 from nas.study import load_study
+from nas.tuning.found import Candidate, Found
 from nas.tuning.page import usage, write_found
 from nas.tuning.study import Wanted, sets
-from nas.tuning.tune import Candidate, Found, full_samples, given_schedule, tune
+from nas.tuning.tune import full_samples, given_schedule, tune
 from search_spaces.shipped.graph import AROUND, TransformerGraph, UNetGraph
 from search_spaces.supernet import Elastic
 from tests.pipelines import LINEAR, dit, pixart, stable_diffusion
@@ -155,7 +156,7 @@ def test_a_schedule_goes_over_to_other_weights_and_sizes(place: Path) -> None:
 
 
 def test_where_all_is_far_nothing_is_left_to_be_used(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("nas.tuning.tune.FAR", 0.0)
+    monkeypatch.setattr("nas.tuning.found.FAR", 0.0)
     found = tune(quick(place / "dit"), place / "run" / "6-macs-0.6")
     shutil.copytree(place / "out", tmp_path / "out")
     loaded = found.study.load(place / "run" / "6-macs-0.6", "cpu")
@@ -174,7 +175,7 @@ def test_another_sampler_is_taken_where_it_is_nearer(place: Path, tmp_path: Path
     assert found.rival.share == 0.5
     assert found.chosen != found.rival
     assert "Another sampler, DPM-Solver++ in 3 whole steps (50%), loses" in " ".join(found.verdict)
-    monkeypatch.setattr("nas.tuning.tune._less", lambda one, than: one == found.rival)
+    monkeypatch.setattr("nas.tuning.found._less", lambda one, than: one == found.rival)
     assert found.verdict[0].startswith("Another sampler is nearer: 3 whole steps of DPM-Solver++ take 50%")
     loaded = found.study.load(folder, "cpu")
     schedule = found.chosen.schedule

@@ -23,7 +23,7 @@ from nas.cli.terminal import notes, out
 from nas.contracts import UserError
 
 if TYPE_CHECKING:
-    from nas.tuning.tune import Found
+    from nas.tuning.found import Found
 
 
 def tune(

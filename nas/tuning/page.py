@@ -15,8 +15,8 @@ from nas.contracts import LoadedSupernet, Schedule, UserError
 from nas.handover.portable import module, portable, write_portable
 from nas.results.samples import draw_samples
 from nas.results.schedules import mapped
+from nas.tuning.found import CONFIDENCE, Candidate, Found, percent
 from nas.tuning.study import LOSS, Wanted
-from nas.tuning.tune import CONFIDENCE, Candidate, Found, percent
 from search_spaces import shipped
 from search_spaces.layouts import cache_dit_yaml, smoothcache_json
 

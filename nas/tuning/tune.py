@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,11 @@ from nas.engine.show import Bar, Show
 from nas.genomes.genetics import LATENCY, cheapest, dearest
 from nas.handover.portable import resampled, schedule_of
 from nas.study import Study
+from nas.tuning.found import FAR, Candidate, Found
 from nas.tuning.study import LOSS, Wanted, computed
 from search_spaces.patterns import ALL, Every, Only, Pattern, Subset
 
 SEARCHER = "path"
-CONFIDENCE = 1.645
-"""Standard errors, of one side, beyond which a difference is said to be one."""
-
-FAR = 0.25
-"""A schedule whose samples are this share of the way to unrelated ones is none."""
-
 KEPT_FOR_VERIFYING = 5
 """Of so many prompts one."""
 
@@ -49,126 +44,6 @@ PICTURES = 8
 
 RIVAL = "another_sampler.json"
 """Keeps its score in the run folder."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A schedule with what is known of it on noises that nothing was chosen on. `share`: of the full pipeline's time, decoding included, or of its
-    multiply-adds."""
-
-    name: str
-    schedule: Schedule
-    share: float
-    score: Score
-
-    @property
-    def loss(self) -> float:
-        return self.score.values[LOSS]
-
-    @property
-    def error(self) -> float:
-        return self.score.error(LOSS)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What tuning came to. `rival`: fewer whole steps by another sampler, as its scheduler spaces them. `apart`: mean squared distance of two unrelated samples of the full pipeline. `start`: of a schedule that was given. `spent`:
-    samples of the full pipeline that as many multiply-adds are, and seconds. `milliseconds`: an image of the full pipeline, where time is limited.
-    `kept_prompts`: how many, on which nothing was chosen, the scores are of; None where there are none."""
-
-    wanted: Wanted
-    study: Study
-    best: Candidate
-    fewer: Candidate | None
-    rival: Candidate | None
-    start: Candidate | None
-    apart: float
-    trials: int
-    spent: Mapping[str, float]
-    milliseconds: float | None = None
-    searched: bool = True
-    kept_prompts: int | None = None
-    images: Mapping[str, Any] = field(default_factory=dict, compare=False)
-
-    @property
-    def far(self) -> bool:
-        """Whether even the best is so far from the full pipeline's samples that it is no schedule for it."""
-        return self.chosen.loss > FAR * self.apart
-
-    @property
-    def chosen(self) -> Candidate:
-        """Fewer steps where reuse is not shown to lose less: they are simpler. Those of another sampler where these are shown to lose less than both."""
-        return self._own if self.rival is None or not _less(self.rival, self._own) else self.rival
-
-    @property
-    def _own(self) -> Candidate:
-        return self.best if self.fewer is None or self.gains else self.fewer
-
-    @property
-    def gains(self) -> bool:
-        """Whether the best loses less than fewer whole steps, beyond the error of the paired difference."""
-        if self.fewer is None or self.fewer.schedule == self.best.schedule:
-            return self.fewer is None
-        return _less(self.best, self.fewer)
-
-    def _made_of(self, candidate: Candidate) -> str:
-        """What its steps save, in words."""
-        steps = candidate.schedule.steps
-        reusing, plain = sum(bool(step.reuse) for step in steps), sum(step.guidance is None for step in steps)
-        guided = f", {plain} not guided" if plain and self.wanted.scale is not None else ""
-        return (f"{reusing} of which reuse blocks" if reusing else "none of which reuses a block") + guided
-
-    @property
-    def verdict(self) -> list[str]:
-        """In words, the most important first."""
-        chosen, count = self.chosen, self.wanted.steps
-        share = f"{chosen.share:.0%} of {self.wanted.whole} {self.wanted.measure}"
-        lost = chosen.loss / self.apart
-        near = f"its samples are {percent(lost)} (± {percent(CONFIDENCE * chosen.error / self.apart)}) of the way from the full pipeline's own to unrelated ones"
-        if self.far:
-            words = [f"No gain: keep {count} steps. The best schedule within {share} is too far: {near}."]
-        elif chosen == self.rival:
-            words = [
-                f"Another sampler is nearer: {len(chosen.schedule.steps)} whole steps of DPM-Solver++ take {share}; {near}. The schedule that DDIM is best with "
-                f"loses {self._own.loss / chosen.loss:.2g} times as much."
-            ]
-        elif self.gains or self.fewer is None:
-            words = [
-                f"A schedule of {len(chosen.schedule.steps)} steps, {self._made_of(chosen)}, takes {share}; {near}."
-            ]
-        else:
-            kept = len(chosen.schedule.steps)
-            words = [
-                f"Reuse adds nothing here that is beyond the error: take {kept} of the {count} steps, whole. They take {share}; {near}."
-            ]
-        if self.fewer is not None and self.fewer.schedule != self.best.schedule:
-            difference, error = self.best.score.difference(self.fewer.score, LOSS)
-            words.append(
-                f"Beside {len(self.fewer.schedule.steps)} whole steps ({self.fewer.share:.0%}), the best of those within the limit, the best schedule found "
-                f"loses {self.best.loss / self.fewer.loss:.2g} times as much; the difference is {percent(difference / self.apart)} ± {percent(CONFIDENCE * error / self.apart)}."
-            )
-        if self.rival is not None and chosen != self.rival:
-            words.append(
-                f"Another sampler, DPM-Solver++ in {len(self.rival.schedule.steps)} whole steps ({self.rival.share:.0%}), loses {self.rival.loss / chosen.loss:.2g} times as much."
-            )
-        if self.start is not None:
-            over = ", more than is wanted," if self.start.share > self.wanted.limit * (1 + 1e-9) else ""
-            words.append(
-                f"The schedule that was given takes {self.start.share:.0%} here{over} and its samples are {percent(self.start.loss / self.apart)} of the way; "
-                + ("nothing is lost, so nothing was searched." if not self.searched else "more was searched for.")
-            )
-        return words
-
-
-def _less(one: Candidate, than: Candidate) -> bool:
-    """Whether it loses less, beyond the error of the paired difference."""
-    difference, error = one.score.difference(than.score, LOSS)
-    return difference + CONFIDENCE * error < 0
-
-
-def percent(share: float) -> str:
-    """With three digits that say something."""
-    return f"{100 * share:.3g} %"
 
 
 def tune(
