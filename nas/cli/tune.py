@@ -119,9 +119,9 @@ def tune(
     if not pipeline.is_dir():
         raise UserError(f"{pipeline} is no folder; give that of a local diffusers pipeline")
     check_device(device)
-    if measure == "time" and gpus_per_worker and not device.startswith("cuda"):
+    if gpus_per_worker and not device.startswith("cuda"):
         raise UserError(
-            f"calls are timed on --device {device}, but workers with GPUs compute on cuda; give --device cuda too"
+            f"calls are timed and pictures sampled on --device {device}, but workers with GPUs compute on cuda; give --device cuda too"
         )
     pool = worker_pool(workers, gpus_per_worker, None, device)
     name = pipeline.resolve().name
