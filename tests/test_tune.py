@@ -30,7 +30,6 @@ from tests.pipelines import LINEAR, dit, pixart, stable_diffusion
 from tests.test_cli import nas, refused
 from tests.test_portable import pixels
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 QUICK = ("--steps", "6", "--trials", "40", "--samples", "8,16", "--quiet")
 
 
@@ -273,6 +272,7 @@ def test_what_cannot_be_tuned_is_refused(place: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- the study
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of the stock scheduler asked here
 def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> None:
     wanted = Wanted(place / "dit", "macs", 0.5, steps=10)
     euler = {name: value for name, value in LINEAR.items() if name != "clip_sample"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,7 +169,9 @@ class Wanted:
         return self._spaced(kind(**{name: value for name, value in self.scheduler.items() if name in known}), steps)
 
     def _spaced(self, stock: DDIMScheduler | DPMSolverMultistepScheduler, steps: int) -> Timesteps:
-        stock.set_timesteps(steps)
+        with warnings.catch_warnings():  # diffusers makes arrays of tensors in a way that numpy will not know any more
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+            stock.set_timesteps(steps)
         found = tuple(int(t) for t in stock.timesteps)
         if len(found) != steps or any(a <= b for a, b in pairwise(found)) or found[0] >= self.net.noise.timesteps:
             return uniform(steps, self.net.noise.timesteps)
