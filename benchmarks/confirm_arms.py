@@ -50,7 +50,6 @@ class Claim:
             arms={name: self.protocol.arms.get(name, "as in confirm-pilot") for name in made},
             settings={
                 **settings,
-                "sequence": [name for name in made if name != FULL],
                 "schedules": dict(self.schedules),
                 "timesteps": len(net.alphas_cumprod),
                 "training": {name: value for name, value in given.__dict__.items() if name not in ("seed", "steps")},

@@ -1,7 +1,7 @@
 """Cheaper scores, to be audited before they are trusted: distances to the full model, denoising loss, additive tables.
 
-The full model is the supernet's whole network on `timesteps`, guided at `guidance` throughout, by the evaluator's first sampler, or on the schedule's own and guided as that is where
-`timesteps` is None. With the same noise it gives every sample a counterpart, so these scores are paired by construction and need few samples; none of them
+The full model is the supernet's whole network on `timesteps`, guided at `guidance` throughout, by the evaluator's first sampler, or on the schedule's own
+and guided as that is where `timesteps` is None. With the same noise it gives every sample a counterpart, so these scores are paired by construction and need few samples; none of them
 can show that a schedule is better than the full model.
 """
 

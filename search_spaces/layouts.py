@@ -87,8 +87,7 @@ def smoothcache(path: str | Path, blocks: int, parts: Sequence[str] = PARTS) -> 
     try:
         told = json.loads(path.read_text())
         if {*told} & {*DIFFUSERS.values()}:
-            [count, *_] = {len(row) for row in told.values()}
-            every = {DIFFUSERS[part]: [1] * count for part in parts}
+            every = {DIFFUSERS[part]: [1] * max(map(len, told.values())) for part in parts}
             told = {PART_OF.get(name, name): row for name, row in (every | told).items()}
         rows = [[int(value) for value in told[part]] for part in parts]
     except (OSError, ValueError, KeyError, TypeError) as error:

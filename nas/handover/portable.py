@@ -1,7 +1,7 @@
 """A schedule as one JSON file and one module that runs it on the pipeline that somebody has already, without this project.
 
-The file, version 1 (docs/tune.md says more): "network", its class and branches; "sampler" with its settings; "prediction", what the network predicts; "guidance_scale", by which the
-pipeline is to be called, null for none; "final_alpha", abar that the last step arrives at; "steps", noisy to clean, each with its "timestep", its "alpha"
+The file, version 1 (docs/tune.md says more): "network", its class and branches; "sampler" with its settings; "prediction", what the network predicts;
+"guidance_scale", by which the pipeline is to be called, null for none; "final_alpha", abar that the last step arrives at; "steps", noisy to clean, each with its "timestep", its "alpha"
 (abar there), the blocks whose outputs it takes from the step before ("reuse"), and whether it is "guided"; "measured", what is known of it, on which model.
 """
 

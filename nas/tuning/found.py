@@ -68,6 +68,11 @@ class Found:
         return self._own if self.rival is None or not _less(self.rival, self._own) else self.rival
 
     @property
+    def grid(self) -> tuple[int, ...]:
+        """Timesteps of which the chosen schedule's are some."""
+        return self.chosen.schedule.timesteps if self.chosen == self.rival else self.wanted.grid(self.wanted.steps)
+
+    @property
     def _own(self) -> Candidate:
         return self.best if self.fewer is None or self.gains else self.fewer
 
@@ -97,7 +102,7 @@ class Found:
         elif chosen == self.rival:
             words = [
                 f"Another sampler is nearer: {len(chosen.schedule.steps)} whole steps of DPM-Solver++ take {share}; {near}. The schedule that DDIM is best with "
-                f"loses {self._own.loss / chosen.loss:.2g} times as much."
+                f"loses {times(self._own, chosen)}."
             ]
         elif self.gains or self.fewer is None:
             words = [
@@ -112,11 +117,11 @@ class Found:
             difference, error = self.best.score.difference(self.fewer.score, LOSS)
             words.append(
                 f"Beside {len(self.fewer.schedule.steps)} whole steps ({self.fewer.share:.0%}), the best of those within the limit, the best schedule found "
-                f"loses {self.best.loss / self.fewer.loss:.2g} times as much; the difference is {percent(difference / self.apart)} ± {percent(CONFIDENCE * error / self.apart)}."
+                f"loses {times(self.best, self.fewer)}; the difference is {percent(difference / self.apart)} ± {percent(CONFIDENCE * error / self.apart)}."
             )
         if self.rival is not None and chosen != self.rival:
             words.append(
-                f"Another sampler, DPM-Solver++ in {len(self.rival.schedule.steps)} whole steps ({self.rival.share:.0%}), loses {self.rival.loss / chosen.loss:.2g} times as much."
+                f"Another sampler, DPM-Solver++ in {len(self.rival.schedule.steps)} whole steps ({self.rival.share:.0%}), loses {times(self.rival, chosen)}."
             )
         if self.start is not None:
             over = ", more than is wanted," if self.start.share > self.wanted.limit * (1 + 1e-9) else ""
@@ -131,6 +136,13 @@ def _less(one: Candidate, than: Candidate) -> bool:
     """Whether it loses less, beyond the error of the paired difference."""
     difference, error = one.score.difference(than.score, LOSS)
     return difference + CONFIDENCE * error < 0
+
+
+def times(one: Candidate, of: Candidate) -> str:
+    """How much it loses beside another, which may lose nothing: where what is reused would have come out the same."""
+    if of.loss > 0:
+        return f"{one.loss / of.loss:.2g} times as much"
+    return "more" if one.loss > 0 else "as much"
 
 
 def percent(share: float) -> str:

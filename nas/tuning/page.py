@@ -33,6 +33,9 @@ SCHEDULE = "schedule.json"
 FORMATS = {"cache_dit.yaml": cache_dit_yaml, "smoothcache.json": smoothcache_json}
 """Of other projects."""
 
+STEPPED = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
+"""Schedulers whose states are those of DDIM, so that the module takes over their steps as they are."""
+
 
 def apply_module() -> str:
     """The stand-alone module that runs a schedule file."""
@@ -51,7 +54,7 @@ def measured(found: Found) -> dict[str, Any]:
         "apart": found.apart,
         "samples": found.study.evaluator.rungs[-1],
         **({} if found.kept_prompts is None else {"kept_prompts": found.kept_prompts}),
-        "grid": list(wanted.grid(wanted.steps)) if chosen != found.rival else list(chosen.schedule.timesteps),
+        "grid": list(found.grid),
         "full_timesteps": list(wanted.grid(wanted.full_steps or wanted.steps)),
         "full_guidance": wanted.scale,
         "loss_is": "mean squared distance of a sample in [-1, 1] to the full pipeline's own of the same noise; two unrelated ones are `apart`",
@@ -146,8 +149,7 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
         grids.append({"name": name, "source": f"data:image/png;base64,{source}"})
         path.unlink()
     schedule = found.chosen.schedule
-    grid = wanted.grid(wanted.steps) if found.chosen != found.rival else schedule.timesteps
-    profile = mapped(grid, {s.timestep: wanted.net.profile(s) for s in schedule.steps})
+    profile = mapped(found.grid, {s.timestep: wanted.net.profile(s) for s in schedule.steps})
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nas.tuning"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
@@ -158,7 +160,7 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
         measure=f"share of the {wanted.measure}",
         metrics=[METRICS[name] for name in metrics],
         rows=[_row(found, candidate, metrics) for candidate in shown.values()],
-        grounds=f"On {found.study.evaluator.rungs[-1]} samples of noises {_prompts(found)}that nothing was searched on{_same(found)}. Loss: mean squared distance to the full pipeline's own sample of the "
+        grounds=f"On {found.study.evaluator.rungs[-1]} samples of {_apart(found)}. Loss: mean squared distance to the full pipeline's own sample of the "
         f"same noise, as a share of that between two unrelated ones; ± {CONFIDENCE:g} standard errors.",
         profile=Markup(profile),
         grids=grids,
@@ -178,15 +180,10 @@ def usage(found: Found, folder: Path, run: Path) -> str:
         return f"nas export {folder / 'study.py'} --within {cost}={limit!r} --to model --out {run}  # no stock pipeline of diffusers samples with it"
     scale = next((s.guidance.scale for s in found.chosen.schedule.steps if s.guidance), None)
     guided = "" if scale is None else f", guidance_scale={scale:g}"
-    own = found.wanted.scheduler.get("_class_name")
-    load, swap = (
-        ("", "")
-        if own in STEPPED
-        else (
-            "from diffusers import DDIMScheduler\n",
-            f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # in place of its {own}\n",
-        )
-    )
+    own, load, swap = found.wanted.scheduler.get("_class_name"), "", ""
+    if own not in STEPPED:
+        load = "from diffusers import DDIMScheduler\n"
+        swap = f"pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # in place of its {own}\n"
     return (
         f"from apply_schedule import apply_schedule, remove_schedule\n{load}\n{swap}"
         'apply_schedule(pipeline, "schedule.json")  # your own, as diffusers loads it\n'
@@ -194,17 +191,12 @@ def usage(found: Found, folder: Path, run: Path) -> str:
     )
 
 
-def _prompts(found: Found) -> str:
-    return f"and {found.kept_prompts} prompt{'s' * (found.kept_prompts > 1)} " if found.kept_prompts else ""
-
-
-def _same(found: Found) -> str:
-    same = found.wanted.prompts and not found.kept_prompts
-    return "; the prompts are those of the search, as there are few" if same else ""
-
-
-STEPPED = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
-"""Schedulers whose states are those of DDIM, so that the module takes over their steps as they are."""
+def _apart(found: Found) -> str:
+    """On what nothing was searched."""
+    kept = found.kept_prompts
+    prompts = f" and {kept} prompt{'s' * (kept > 1)}" if kept else ""
+    same = "; the prompts are those of the search, as there are few" if found.wanted.prompts and not kept else ""
+    return f"noises{prompts} that nothing was searched on{same}"
 
 
 def _what(found: Found) -> str:

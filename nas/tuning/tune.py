@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def _tune(
     verifying = replace(study, name=f"{study.name}-verified", evaluator=elsewhere.study(study.limits).evaluator)
     with open_session(study, folder, None, device) as session:
         show.follow(session.prepare())
-        show.follow(session.on_one_thread(verifying.evaluator.prepare(folder, study.seed, device)))
+        show.follow(verifying.evaluator.prepare(folder, study.seed, device))
         space: Any = study.problem_in(folder).space
         feasible = study.problem_in(folder).feasible
         tried = {one: tuple(study.space.genome(one)) for one in further}  # type: ignore[attr-defined]
@@ -100,22 +100,21 @@ def _tune(
         few = _fewer_steps(space, trials) if searched else None
         named = [genome for genome in (best, few, own) if genome is not None]
         scores = _confirmed(session, show, verifying, list(dict.fromkeys(named)))
-        rival: list[Candidate] = []
-        if searched:
-            show.follow(session.on_one_thread(_by_rival(wanted, verifying, folder, device, rival)))
+        judge = verifying.load(folder, device)
+        rival = show.follow(_by_rival(wanted, verifying, judge, folder, device)) if searched else None
     shares = shares_of(study, folder, device, list(scores))
     candidates = {
         genome: Candidate(name, space.decode(genome), shares[genome], scores[genome])
         for genome, name in ((own, "given"), (few, "fewer steps"), (best, "found"))
         if genome is not None
     }
-    images = pictures(verifying.load(folder, device), full, [*candidates.values(), *rival])
+    images = pictures(judge, full, [*candidates.values(), *([rival] if rival else [])])
     return Found(
         wanted,
         study,
         candidates[best],
         candidates.get(few) if few else None,
-        next(iter(rival), None),
+        rival,
         candidates.get(own) if own else None,
         apart,
         len(trials),
@@ -315,27 +314,30 @@ def _confirmed(session: Session, show: Show, verifying: Study, genomes: list[Gen
     return {t.genome: t.score for t in trials if t.score is not None and t.genome in genomes}
 
 
-def _by_rival(wanted: Wanted, study: Study, folder: Path, device: str, found: list[Candidate]) -> Iterator[Progress]:
-    """Adds to `found` the most whole steps of another sampler that keep to the limit, scored on the noises that confirm; once for all calls."""
+def _by_rival(
+    wanted: Wanted, study: Study, judge: LoadedEvaluator, folder: Path, device: str
+) -> Generator[Progress, None, Candidate | None]:
+    """Returns the most whole steps of another sampler that keep to the limit, scored on the noises that confirm; once for all calls. None where there is no
+    other sampler, or not one of its steps keeps to it."""
     if wanted.rival is None:
-        return
-    yield Progress("another sampler", 0, 1)
+        return None
     guide = None if wanted.scale is None else Guidance(wanted.scale)
     whole, decoding = _full_time(study, folder, device) if study.limits_time else (1.0, 0.0)
     shares = {n: (whole * n / wanted.steps + decoding) / (whole + decoding) for n in range(1, wanted.steps)}
     count = max((n for n, share in shares.items() if share <= wanted.limit), default=0)
-    if count:
-        steps = tuple(Step(t, wanted.net.anatomy.full, (), guide) for t in wanted.rival_grid(count))
-        schedule = Schedule(steps, wanted.rival.name)
-        rung, kept = study.evaluator.rungs[-1], folder / RIVAL
-        key = digest_of([schedule.digest, study.evaluator.digest(folder), rung])
-        known = read_json(kept, "delete it") if kept.exists() else {}
-        if key not in known:
-            score = study.load(folder, device)(schedule, rung, derive_seed(study.seed, CONFIRMING))
-            known[key] = score.to_json()
-            write_json(kept, known)
-        found.append(Candidate("another sampler", schedule, shares[count], Score.from_json(known[key])))
-    yield Progress("another sampler", 1, 1)
+    if not count:
+        return None
+    steps = tuple(Step(t, wanted.net.anatomy.full, (), guide) for t in wanted.rival_grid(count))
+    schedule = Schedule(steps, wanted.rival.name)
+    rung, kept = study.evaluator.rungs[-1], folder / RIVAL
+    key = digest_of([schedule.digest, study.evaluator.digest(folder), rung])
+    known = read_json(kept, "delete it") if kept.exists() else {}
+    if key not in known:
+        yield Progress("another sampler", 0, 1)
+        known[key] = judge(schedule, rung, derive_seed(study.seed, CONFIRMING)).to_json()
+        write_json(kept, known)
+        yield Progress("another sampler", 1, 1)
+    return Candidate("another sampler", schedule, shares[count], Score.from_json(known[key]))
 
 
 def full_samples(evaluator: LoadedEvaluator, wanted: Wanted) -> npt.NDArray[np.float64]:
