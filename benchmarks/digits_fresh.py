@@ -67,11 +67,9 @@ def verdict(bench: Benchmark, words: str, mine: Sequence[Row], theirs: Sequence[
     return bench.reckon(words, {"macs_share": share, **compared(mine, theirs)})
 
 
-def main() -> None:
-    bench = Benchmark("digits_fresh", __doc__ or "", ("benchmarks/handover.py", "nas/handover/export.py"), PROTOCOL)
+def measured(bench: Benchmark, settings: Sequence[Setting]) -> dict[str, list[Row]]:
+    """Trains and searches with these training seeds, and judges each arm: by arm, a row for each seed."""
     steps, fewer, tries = (4, 2, 2) if bench.quick else (STEPS, FEWER, TRIES)
-    seeds = PROTOCOL.seeds[: 2 if bench.quick else None]
-    settings: list[Setting] = [Try(bench.folder / f"seed-{seed}", seed, bench.quick) for seed in seeds]
     bench.rows({f"training, seed {s.seed}": (prepare, s) for s in settings})
     found = bench.rows({f"search over {steps} steps, seed {s.seed}": (search, s, uniform(steps)) for s in settings})
     named, winners, fulls = {}, {}, {}
@@ -81,17 +79,27 @@ def main() -> None:
         named[s] = space.decode(tuple(min(row["schedules"], key=lambda one: one["fd"])["genome"]))
         winners[s], _ = train_found(bench, s, steps, row)
         fulls[s] = best_full(bench, s, steps, tries)
-    full = dict.fromkeys(settings, full_net(uniform(steps)))
-    once = judge_each(bench, "full net, tuned once", full, True)
-    few = judge_each(
-        bench, f"full net, tuned once, {fewer} steps", dict.fromkeys(settings, full_net(uniform(fewer))), True
-    )
-    one = judge_each(bench, "named beforehand {}, tuned", named, True)
-    nine = judge_each(bench, "best of the tuned {}", winners, True)
-    best = judge_each(bench, "best of the full nets", dict.fromkeys(fulls.values(), full_net(uniform(steps))), True)
-    told = verdict(bench, "one schedule named beforehand against one full net", one, once)
-    both = verdict(bench, "best of the schedules against best of the full nets", nine, best)
-    verdict(bench, "fewer steps of the full net against all", few, once)
+    whole, less = full_net(uniform(steps)), full_net(uniform(fewer))
+    return {
+        "once": judge_each(bench, "full net, tuned once", dict.fromkeys(settings, whole), True),
+        "few": judge_each(bench, f"full net, tuned once, {fewer} steps", dict.fromkeys(settings, less), True),
+        "one": judge_each(bench, "named beforehand {}, tuned", named, True),
+        "nine": judge_each(bench, "best of the tuned {}", winners, True),
+        "best": judge_each(bench, "best of the full nets", dict.fromkeys(fulls.values(), whole), True),
+    }
+
+
+def main() -> None:
+    bench = Benchmark("digits_fresh", __doc__ or "", ("benchmarks/handover.py", "nas/handover/export.py"), PROTOCOL)
+    seeds = PROTOCOL.seeds[: 2 if bench.quick else None]
+    settings: list[Setting] = [Try(bench.folder / f"seed-{seed}", seed, bench.quick) for seed in seeds]
+    # A few seeds to their end and then the next: what a stop leaves are whole seeds, which need no weights any more.
+    for start in range(0, len(settings), bench.processes):
+        measured(bench, settings[start : start + bench.processes])
+    rows = measured(bench, settings)
+    told = verdict(bench, "one schedule named beforehand against one full net", rows["one"], rows["once"])
+    both = verdict(bench, "best of the schedules against best of the full nets", rows["nine"], rows["best"])
+    verdict(bench, "fewer steps of the full net against all", rows["few"], rows["once"])
     bench.finish(
         [
             Target(
