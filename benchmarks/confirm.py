@@ -51,7 +51,7 @@ def named(bench: Benchmark, setting: recover.Setting) -> Row:
 def main() -> None:
     bench = Benchmark("confirm", __doc__ or "", ("nas/evidence", "benchmarks/confirm_pilot.py"), PROTOCOL)
     setting = recover.Setting(bench.folder, bench.quick)
-    recover.prepared(setting)
+    recover.prepared(bench, setting)
     for judge in judges_of(setting.study)[0]:
         for _ in judge.prepare(setting.run, 0, "cpu"):
             pass

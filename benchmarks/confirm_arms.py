@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -59,26 +60,30 @@ class Claim:
         return confirm_pilot.Controlled(study, self.setting.run, protocol)
 
 
-def trained(claim: Claim, arm: str, seed: int) -> Row:
+def scored(claim: Claim, arm: str, seed: int) -> Row:
+    """Trains, unless it is there, and judges: a row that needs no weights any more."""
     torch.set_num_threads(1)
     made = claim.confirmation((seed,))
     for _ in made.trained(arm, seed):
         pass
-    return {"gradient_steps": made.protocol.settings["gradient_steps"][arm]}
-
-
-def scored(claim: Claim, arm: str, seed: int) -> Row:
-    torch.set_num_threads(1)
-    found = claim.confirmation((seed,)).judged(arm, seed)
-    return {"scores": {name: score.to_json() for name, score in found.items()}}
+    found = made.judged(arm, seed)
+    return {
+        "gradient_steps": made.protocol.settings["gradient_steps"][arm],
+        "scores": {name: score.to_json() for name, score in found.items()},
+    }
 
 
 def asked(bench: Benchmark, claim: Claim, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Verdict]:
     """The arms against the full network, with these seeds."""
     made = claim.confirmation(seeds)
     pairs = [(arm, seed) for seed in seeds for arm in dict.fromkeys((*arms, FULL))]
-    first = list(dict.fromkeys((made.trained_as(arm), seed) for arm, seed in pairs))
-    bench.rows({f"training of {arm}, seed {seed}": (trained, claim, arm, seed) for arm, seed in first})
-    rows = bench.rows({f"{arm}, seed {seed}": (scored, claim, arm, seed) for arm, seed in pairs})
+    of_training: dict[tuple[str, int], list[tuple[str, int]]] = {}
+    for arm, seed in pairs:
+        of_training.setdefault((made.trained_as(arm), seed), []).append((arm, seed))
+    rows: dict[str, Row] = {}
+    # Arms of one training after each other, so that no two processes make it.
+    for turn in zip_longest(*of_training.values()):
+        jobs = {f"{arm}, seed {seed}": (scored, claim, arm, seed) for arm, seed in filter(None, turn)}
+        rows |= bench.rows(jobs)
     made.keep({f"{arm}-{seed}": rows[f"{arm}, seed {seed}"]["scores"] for arm, seed in pairs})
     return {arm: made.verdict(arm) for arm in arms}

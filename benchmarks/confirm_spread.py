@@ -27,7 +27,7 @@ ARM = "within 0.51"
 def main() -> None:
     bench = Benchmark("confirm_spread", __doc__ or "", ("nas/evidence", "benchmarks/confirm_pilot.py"), PROTOCOL)
     setting = recover.Setting(bench.folder, bench.quick)
-    recover.prepared(setting)
+    recover.prepared(bench, setting)
     confirm_pilot.order(setting.confirmed)
     space = setting.study.space
     for judge in judges_of(setting.study)[0]:

@@ -137,10 +137,9 @@ class Setting:
 
 
 def lend(setting: Setting, run: Path) -> None:
-    """Links the trained network into another run folder; of small sizes it is trained first."""
+    """Links the trained network into another run folder. Where it is not there, it is trained first: some half an hour of two cores."""
     if not (setting.run / "supernet" / "weights.safetensors").exists():
-        if not setting.quick:
-            raise SystemExit("error: its network is not there; run `python -m benchmarks.latent`")
+        print(f"training the network of benchmarks.latent in {setting.run}", file=sys.stderr, flush=True)
         prepare(setting)
     run.mkdir(parents=True, exist_ok=True)
     if not (run / "supernet").exists():
@@ -148,7 +147,10 @@ def lend(setting: Setting, run: Path) -> None:
 
 
 def prepare(setting: Setting) -> Row:
-    """Autoencoder, latents, judge and supernet, as `nas run` makes them, on all cores."""
+    """Autoencoder, latents, judge and supernet, as `nas run` makes them, on all cores; what it took is kept, for others ask for them too."""
+    kept = setting.folder / "prepared.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
     seconds: dict[str, float] = {}
     with open_session(setting.study, setting.run) as session:
         started = time.perf_counter()
@@ -157,11 +159,13 @@ def prepare(setting: Setting) -> Row:
             seconds[tick.what] = seconds.get(tick.what, 0.0) + now - started
             started = now
     told = json.loads((setting.run / "supernet" / "autoencoder" / "training.json").read_text())
-    return {
+    row = {
         **{f"{name}_s": value for name, value in seconds.items()},
         "squared_error": told["squared_error"],
         "share_of_noise": told["share_of_noise"],
     }
+    kept.write_text(json.dumps(row))
+    return row
 
 
 def search(setting: Setting) -> Row:

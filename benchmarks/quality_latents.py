@@ -31,7 +31,7 @@ FULL, UNIFORM, FOUND = "full", "uniform 0.75", f"recovered {SETTINGS['recovered'
 def main() -> None:
     bench = Benchmark("quality_latents", __doc__ or "", ("benchmarks/recover.py", "nas/evidence"), PROTOCOL)
     setting = Setting(bench.folder, bench.quick)
-    prepared(setting)
+    prepared(bench, setting)
     study, recovered = setting.study, SETTINGS["recovered"]
     choices = study.space.choices
     for width in range(len(choices[0].options)):

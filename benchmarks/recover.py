@@ -138,6 +138,12 @@ def fewest_steps(folder: Path, steps: int) -> int:
     return int(steps * min(served) // plan["scheduler"]["num_train_timesteps"])
 
 
+def truth(setting: Setting, schedule: Schedule, seed: int, folder: Path) -> Row:
+    """Trains and judges: a row that needs no weights any more."""
+    trained = fine_tuned(setting, schedule, SETTINGS["training"]["steps"], seed, folder)
+    return {**trained, **judged(setting, schedule, seed, folder)}
+
+
 def judged(setting: Setting, schedule: Schedule, seed: int, folder: Path | None) -> Row:
     """The truth: of the networks in this folder that were trained, or of the supernet's, on noises and images that no arm has seen. Under the classifier, and
     of the same samples under what knows no labels."""
@@ -250,8 +256,8 @@ def winners_of(bench: Benchmark, setting: Setting, rows: Mapping[str, Row]) -> d
     return {name: tuple(genome) for name, genome in found.items()}
 
 
-def prepared(setting: Setting) -> None:
-    """The trained network, linked, and its judges."""
+def prepared(bench: Benchmark, setting: Setting) -> None:
+    """The trained network, linked, and its judges; the rows rest on them."""
     latent.lend(setting.confirmed.trained, setting.run)
     with open_session(setting.study, setting.run) as session:
         for _ in session.prepare(threads=1):
@@ -259,12 +265,14 @@ def prepared(setting: Setting) -> None:
     for judge in judges_of(setting.study)[0][:2]:
         for _ in judge.prepare(setting.run, 0, "cpu"):
             pass
+    study = setting.study
+    bench.rest_on(supernet=study.supernet.digest(setting.run / "supernet"), judge=study.evaluator.digest(setting.run))
 
 
 def main() -> None:
     bench = Benchmark("recover", __doc__ or "", ("nas/evidence", "search_spaces/shipped/train_diffusers.py"), PROTOCOL)
     setting = Setting(bench.folder, bench.quick)
-    prepared(setting)
+    prepared(bench, setting)
     study, genomes = setting.study, drawn(setting)
     schedules = {genome: study.space.decode(genome) for genome in genomes}
     budgets = SETTINGS["recovered"]
@@ -299,19 +307,13 @@ def main() -> None:
 
     pairs = [(genome, seed) for seed in PROTOCOL.seeds for genome in genomes]
     names = {pair: f"{schedules[pair[0]].digest}, seed {pair[1]}" for pair in pairs}
-    steps = SETTINGS["training"]["steps"]
-    trained = bench.rows(
-        {
-            f"training of {names[pair]}": (fine_tuned, setting, schedules[pair[0]], steps, pair[1], place(*pair))
-            for pair in pairs
-        }
-    )
-    truth = bench.rows(
-        {f"truth of {names[pair]}": (judged, setting, schedules[pair[0]], pair[1], place(*pair)) for pair in pairs}
+    winners = winners_of(bench, setting, arms)
+    known = bench.rows(
+        {f"truth of {names[pair]}": (truth, setting, schedules[pair[0]], pair[1], place(*pair)) for pair in pairs}
     )
 
     bands = np.repeat(np.arange(len(SETTINGS["bands"])), len(genomes) // len(SETTINGS["bands"]))
-    rows = {pair: truth[f"truth of {names[pair]}"] for pair in pairs}
+    rows = {pair: known[f"truth of {names[pair]}"] for pair in pairs}
     truths = [np.array([rows[g, seed]["fd"][0] for g in genomes]) for seed in PROTOCOL.seeds]
     by_pixels = [np.array([rows[g, seed][PIXELS]["fd"][0] for g in genomes]) for seed in PROTOCOL.seeds]
     predicted = {
@@ -324,7 +326,7 @@ def main() -> None:
     agreements = {name: agreement(values, truths, bands) for name, values in predicted.items()}
     ceiling = with_interval(agreement(truths[0], truths[1:], bands), len(genomes), RESAMPLES)
     bench.reckon("ceiling", {"tau": ceiling[0], "interval": ceiling[1]})
-    training = float(np.mean([row["training_macs"] for row in trained.values()]))
+    training = float(np.mean([row["training_macs"] for row in known.values()]))
     costs = costs_of(bench, arms, tables, len(genomes_of(study)), training)
     found = {}
     for name, each in agreements.items():
@@ -342,7 +344,7 @@ def main() -> None:
                 ],
             },
         )
-    compare_winners(bench, setting, winners_of(bench, setting, arms))
+    compare_winners(bench, setting, winners)
     claimed = found[CLAIMED] if found[CLAIMED]["macs_share_of_training"] <= 0.5 else {}
     bench.finish(
         [
@@ -393,30 +395,17 @@ def compare_winners(bench: Benchmark, setting: Setting, winners: Mapping[str, Ge
     """Each against the frozen supernet's, once trained."""
     study = setting.study
     schedules = {name: study.space.decode(genome) for name, genome in winners.items()}
-    steps, seeds = SETTINGS["training"]["steps"], WINNERS["seeds"]
+    seeds = WINNERS["seeds"]
 
     def place(name: str, seed: int) -> Path:
         return bench.folder / "truth" / f"{schedules[name].digest}-{seed}"
 
     distinct = {schedule.digest: name for name, schedule in schedules.items()}
     pairs = [(name, seed) for seed in seeds for name in distinct.values()]
-    bench.rows(
-        {
-            f"training of {schedules[name].digest}, seed {seed}": (
-                fine_tuned,
-                setting,
-                schedules[name],
-                steps,
-                seed,
-                place(name, seed),
-            )
-            for name, seed in pairs
-        }
-    )
     rows = bench.rows(
         {
             f"truth of {schedules[name].digest}, seed {seed}": (
-                judged,
+                truth,
                 setting,
                 schedules[name],
                 seed,

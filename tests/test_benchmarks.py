@@ -213,3 +213,40 @@ def test_work_ends_with_the_benchmark_that_started_it(tmp_path: Path) -> None:
         except subprocess.TimeoutExpired:
             os.kill(worker, signal.SIGKILL)
             raise
+
+
+@pytest.fixture
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where benchmarks lie, with rows of one that is not finished, made elsewhere. Returns that file."""
+    monkeypatch.setattr(common, "UNFINISHED", tmp_path / "unfinished")
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(common, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(sys, "argv", ["bench", "--json"])
+    path = tmp_path / "unfinished" / "bench.json"
+    for folder in (path.parent, tmp_path / "results"):
+        folder.mkdir()
+    row = {"row": "first", "commit": "elsewhere", "fd": 1.0, "replicates": [1.0, 2.0]}
+    path.write_text(json.dumps({"first": row, "rest on": {"row": "rest on", "commit": "elsewhere", "network": "a"}}))
+    return path
+
+
+def test_rows_that_another_machine_began_are_gone_on_with(begun: Path) -> None:
+    bench = common.Benchmark("bench", "")
+    bench.rest_on(network="a")
+    assert bench.row("first", lambda: {"fd": 9.0})["replicates"] == [1.0, 2.0]
+    bench.row("second", lambda: {"fd": 2.0})
+    assert begun.exists()
+    assert common.Benchmark("bench", "").kept("second")["fd"] == 2.0
+    bench.finish([])
+    assert not begun.exists()
+    rows = json.loads((common.RESULTS / "bench.json").read_text())["rows"]
+    assert {row["row"]: row["commit"] for row in rows}["first"] == "elsewhere"
+
+
+def test_rows_of_other_weights_are_not_gone_on_with(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match=r"of other weights \(network a, here b\).*--fresh"):
+        common.Benchmark("bench", "").rest_on(network="b")
+    monkeypatch.setattr(sys, "argv", ["bench", "--json", "--fresh"])
+    fresh = common.Benchmark("bench", "")
+    fresh.rest_on(network="b")
+    assert not fresh.has("first")
