@@ -269,14 +269,11 @@ def prepared(bench: Benchmark, setting: Setting) -> None:
     bench.rest_on(supernet=study.supernet.digest(setting.run / "supernet"), judge=study.evaluator.digest(setting.run))
 
 
-def main() -> None:
-    bench = Benchmark("recover", __doc__ or "", ("nas/evidence", "search_spaces/shipped/train_diffusers.py"), PROTOCOL)
-    setting = Setting(bench.folder, bench.quick)
-    prepared(bench, setting)
-    study, genomes = setting.study, drawn(setting)
-    schedules = {genome: study.space.decode(genome) for genome in genomes}
-    budgets = SETTINGS["recovered"]
-
+def scored_by_each(
+    bench: Benchmark, setting: Setting, genomes: Sequence[Genome]
+) -> tuple[dict[str, Row], dict[str, Row]]:
+    """The trainings of the subnets of all intervals, and what each arm says of these schedules."""
+    study, budgets = setting.study, SETTINGS["recovered"]
     widths = range(len(study.space.choices[0].options))
     everywhere = {width: by_interval(study.space.decode((width,) * len(study.space.choices))) for width in widths}
     tables = bench.rows(
@@ -301,49 +298,68 @@ def main() -> None:
             **{f"recovered {steps}": (scored, setting, genomes, steps) for steps in budgets},
         }
     )
+    return tables, arms
 
-    def place(genome: Genome, seed: int) -> Path:
-        return bench.folder / "truth" / f"{schedules[genome].digest}-{seed}"
 
-    pairs = [(genome, seed) for seed in PROTOCOL.seeds for genome in genomes]
-    names = {pair: f"{schedules[pair[0]].digest}, seed {pair[1]}" for pair in pairs}
-    winners = winners_of(bench, setting, arms)
-    known = bench.rows(
-        {f"truth of {names[pair]}": (truth, setting, schedules[pair[0]], pair[1], place(*pair)) for pair in pairs}
-    )
+def truths(
+    bench: Benchmark, setting: Setting, schedules: Sequence[Schedule], seeds: Sequence[int]
+) -> dict[tuple[str, int], Row]:
+    """What each schedule is worth once it is trained with each seed, by its digest and the seed."""
+    pairs = {(one.digest, seed): one for seed in seeds for one in schedules}
+    keys = {pair: "truth of {}, seed {}".format(*pair) for pair in pairs}
+    folders = {pair: bench.folder / "truth" / "{}-{}".format(*pair) for pair in pairs}
+    rows = bench.rows({keys[pair]: (truth, setting, one, pair[1], folders[pair]) for pair, one in pairs.items()})
+    return {pair: rows[key] for pair, key in keys.items()}
 
+
+def agreements(
+    bench: Benchmark, setting: Setting, genomes: Sequence[Genome], tables: Mapping[str, Row], arms: Mapping[str, Row]
+) -> dict[str, Row]:
+    """Of each arm, how it ranks the schedules within their bands, over what two trainings of them agree."""
+    study = setting.study
+    digests = [study.space.decode(genome).digest for genome in genomes]
+    rows = truths(bench, setting, [study.space.decode(genome) for genome in genomes], PROTOCOL.seeds)
     bands = np.repeat(np.arange(len(SETTINGS["bands"])), len(genomes) // len(SETTINGS["bands"]))
-    rows = {pair: known[f"truth of {names[pair]}"] for pair in pairs}
-    truths = [np.array([rows[g, seed]["fd"][0] for g in genomes]) for seed in PROTOCOL.seeds]
-    by_pixels = [np.array([rows[g, seed][PIXELS]["fd"][0] for g in genomes]) for seed in PROTOCOL.seeds]
+    known = [np.array([rows[digest, seed]["fd"][0] for digest in digests]) for seed in PROTOCOL.seeds]
+    by_pixels = [np.array([rows[digest, seed][PIXELS]["fd"][0] for digest in digests]) for seed in PROTOCOL.seeds]
     predicted = {
         "macs": [-study.space.cost(genome)["macs"] for genome in genomes],
         "frozen": arms["frozen"]["fd"],
         "frozen, additive": added_up(study, arms["probes, frozen"], genomes),
-        **{f"recovered {steps}": arms[f"recovered {steps}"]["fd"] for steps in budgets},
+        **{f"recovered {steps}": arms[f"recovered {steps}"]["fd"] for steps in SETTINGS["recovered"]},
         "additive 1000": added_up(study, arms["probes of 1000"], genomes),
     }
-    agreements = {name: agreement(values, truths, bands) for name, values in predicted.items()}
-    ceiling = with_interval(agreement(truths[0], truths[1:], bands), len(genomes), RESAMPLES)
+    each = {name: agreement(values, known, bands) for name, values in predicted.items()}
+    ceiling = with_interval(agreement(known[0], known[1:], bands), len(genomes), RESAMPLES)
     bench.reckon("ceiling", {"tau": ceiling[0], "interval": ceiling[1]})
-    training = float(np.mean([row["training_macs"] for row in known.values()]))
-    costs = costs_of(bench, arms, tables, len(genomes_of(study)), training)
+    training = float(np.mean([row["training_macs"] for row in rows.values()]))
+    costs = costs_of(arms, tables, len(genomes_of(study)), training)
     found = {}
-    for name, each in agreements.items():
-        tau, interval = with_interval(each, len(genomes), RESAMPLES)
+    for name, mine in each.items():
+        tau, interval = with_interval(mine, len(genomes), RESAMPLES)
+        pixels = agreement(predicted[name], by_pixels, bands)
         found[name] = bench.reckon(
             f"tau of {name}",
             {
                 "tau": tau,
                 "interval": interval,
                 "over_ceiling": tau / ceiling[0] if ceiling[0] > 0 else None,
-                "less_macs": against(each, agreements["macs"], len(genomes)),
+                "less_macs": against(mine, each["macs"], len(genomes)),
                 "macs_share_of_training": costs[name],
-                "tau_by_pixels": with_interval(agreement(predicted[name], by_pixels, bands), len(genomes), RESAMPLES)[
-                    0
-                ],
+                "tau_by_pixels": with_interval(pixels, len(genomes), RESAMPLES)[0],
             },
         )
+    return found
+
+
+def main() -> None:
+    bench = Benchmark("recover", __doc__ or "", ("nas/evidence", "search_spaces/shipped/train_diffusers.py"), PROTOCOL)
+    setting = Setting(bench.folder, bench.quick)
+    prepared(bench, setting)
+    genomes = drawn(setting)
+    tables, arms = scored_by_each(bench, setting, genomes)
+    winners = winners_of(bench, setting, arms)
+    found = agreements(bench, setting, genomes, tables, arms)
     compare_winners(bench, setting, winners)
     claimed = found[CLAIMED] if found[CLAIMED]["macs_share_of_training"] <= 0.5 else {}
     bench.finish(
@@ -366,9 +382,7 @@ def main() -> None:
     )
 
 
-def costs_of(
-    bench: Benchmark, arms: Mapping[str, Row], tables: Mapping[str, Row], ranked: int, training: float
-) -> dict[str, float]:
+def costs_of(arms: Mapping[str, Row], tables: Mapping[str, Row], ranked: int, training: float) -> dict[str, float]:
     """MACs of an arm for each schedule that it can rank, the space's, as a share of training one. Probes and trainings are shared by all."""
 
     def table(steps: int) -> float:
@@ -393,30 +407,12 @@ def costs_of(
 
 def compare_winners(bench: Benchmark, setting: Setting, winners: Mapping[str, Genome]) -> None:
     """Each against the frozen supernet's, once trained."""
-    study = setting.study
+    study, seeds = setting.study, WINNERS["seeds"]
     schedules = {name: study.space.decode(genome) for name, genome in winners.items()}
-    seeds = WINNERS["seeds"]
-
-    def place(name: str, seed: int) -> Path:
-        return bench.folder / "truth" / f"{schedules[name].digest}-{seed}"
-
-    distinct = {schedule.digest: name for name, schedule in schedules.items()}
-    pairs = [(name, seed) for seed in seeds for name in distinct.values()]
-    rows = bench.rows(
-        {
-            f"truth of {schedules[name].digest}, seed {seed}": (
-                truth,
-                setting,
-                schedules[name],
-                seed,
-                place(name, seed),
-            )
-            for name, seed in pairs
-        }
-    )
+    rows = truths(bench, setting, [*schedules.values()], seeds)
 
     def of(name: str) -> list[Row]:
-        return [rows[f"truth of {schedules[name].digest}, seed {seed}"] for seed in seeds]
+        return [rows[schedules[name].digest, seed] for seed in seeds]
 
     for name, genome in winners.items():
         share = study.space.cost(genome)["macs_share"]
