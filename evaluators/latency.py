@@ -7,10 +7,9 @@ is the sum over its steps. Sampling itself, next to the calls, is left out.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,12 +21,11 @@ from pydantic import Field
 
 from evaluators.device import fingerprint, wait
 from evaluators.sampling import Precision, predict
+from evaluators.scoring import AroundAnother, LoadedAroundAnother
 from nas.contracts import (
     Evaluator,
-    Grounded,
     LoadedEvaluator,
     LoadedSupernet,
-    Progress,
     Schedule,
     Score,
     Step,
@@ -137,7 +135,7 @@ class Timer:
 
 
 @recipe
-class Timed:
+class Timed(AroundAnother):
     """An evaluator whose scores carry "latency_ms" too, an objective like any other: `objectives=("fd", "latency_ms")`. A limit,
     `limits={"latency_ms": 40}`, is kept by what each call of the space takes, measured before the search begins.
 
@@ -149,20 +147,8 @@ class Timed:
     latency: Latency = Latency()
 
     @property
-    def rungs(self) -> tuple[int, ...]:
-        return tuple(self.base.rungs)
-
-    @property
     def metrics(self) -> tuple[str, ...]:
         return (*self.base.metrics, "latency_ms")
-
-    @property
-    def sampler(self) -> Any:
-        return getattr(self.base, "sampler", None)
-
-    @property
-    def conditions(self) -> Any:
-        return getattr(self.base, "conditions", None)
 
     def describe(self) -> Mapping[str, Any]:
         return {"class": "Timed", "base": self.base.describe(), "latency": self.latency.describe()}
@@ -185,22 +171,13 @@ class Timed:
     def _digest(self, base: str) -> str:
         return digest_of({"base": base, "latency": self.latency.describe()})
 
-    def check(self) -> None:
-        """As the base's."""
-        getattr(self.base, "check", lambda: None)()
-
-    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
-        yield from self.base.prepare(folder, seed, device)
-
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedTimed:
         return LoadedTimed(self.base.load(supernet, folder), Timer(self.latency, supernet, folder), self.latency)
 
 
-class LoadedTimed:
+class LoadedTimed(LoadedAroundAnother):
     def __init__(self, base: LoadedEvaluator, timer: Timer, settings: Latency) -> None:
-        self.base = base
-        self.supernet = base.supernet
-        self.sampler_of = base.sampler_of
+        super().__init__(base)
         self._timer = timer
         self._settings = settings
 
@@ -216,12 +193,3 @@ class LoadedTimed:
             score.spent,
             {**score.labels, "latency_ms": label},
         )
-
-    def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
-        return self.base.sample(schedule, count, seed)
-
-    def grounds(self, schedule: Schedule, count: int, seed: int) -> Mapping[str, Any] | None:
-        return self.base.grounds(schedule, count, seed) if isinstance(self.base, Grounded) else None
-
-    def seconds_of_images(self, count: int) -> float:
-        return self.base.seconds_of_images(count) if isinstance(self.base, Grounded) else math.inf

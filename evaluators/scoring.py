@@ -166,6 +166,58 @@ def mean_with_replicates(rows: npt.NDArray[Any]) -> tuple[float, tuple[float, ..
     return float(values.mean()), tuple(float((total - part.sum()) / (len(values) - len(part))) for part in parts)
 
 
+class AroundAnother:
+    """What an evaluator that stands around another one, its `base`, has of that one."""
+
+    base: Evaluator
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        return tuple(self.base.rungs)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self.base.metrics)
+
+    @property
+    def sampler(self) -> Any:
+        return getattr(self.base, "sampler", None)
+
+    @property
+    def conditions(self) -> Any:
+        return getattr(self.base, "conditions", None)
+
+    @property
+    def not_reckoned(self) -> tuple[str, ...]:
+        """In words, what scores take that a dry run does not reckon with."""
+        return tuple(getattr(self.base, "not_reckoned", ()))
+
+    def check(self) -> None:
+        """As the base's."""
+        getattr(self.base, "check", lambda: None)()
+
+    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from self.base.prepare(folder, seed, device)
+
+
+class LoadedAroundAnother:
+    """The same, loaded."""
+
+    def __init__(self, base: LoadedEvaluator) -> None:
+        self.base = base
+        self.supernet = base.supernet
+        self.sampler_of = base.sampler_of
+
+    def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+        return self.base.sample(schedule, count, seed)
+
+    def grounds(self, schedule: Schedule, count: int, seed: int) -> Mapping[str, Any] | None:
+        return self.base.grounds(schedule, count, seed) if isinstance(self.base, Grounded) else None
+
+    def seconds_of_images(self, count: int) -> float:
+        return self.base.seconds_of_images(count) if isinstance(self.base, Grounded) else math.inf
+
+
 @recipe
 class Scores:
     """Several scores of the same samples, each an objective of its own: `Scores((Frechet(...), Agreement(...)))`. What one of them has

@@ -356,6 +356,7 @@ OPTIONAL = {
     "Supernet": ("profile", "outline"),
     "Training": ("macs",),
     "LoadedSupernet": (
+        "apart",
         "autoencoder",
         "conditions_of",
         "in_pixels",
@@ -370,7 +371,7 @@ OPTIONAL = {
     ),
 }
 """Members of a protocol that a search does without: a dry run asks for the outline and for what training takes, pictures of schedules for
-the profile; a loaded supernet without the last ones works in pixels, predicts the noise alone and takes no conditions; a sampler without a
+the profile; a loaded supernet without the last ones works in pixels, predicts the noise alone and takes no conditions, and a search scores it as it is; a sampler without a
 name goes by that of its class."""
 
 
@@ -504,6 +505,9 @@ class LoadedSupernet(Protocol):
 
     def adopt(self, arch: Arch, model: torch.nn.Module) -> None:
         """From now on this stock model is what serves the arch."""
+
+    def apart(self, arch: Arch, name: str) -> Arch:
+        """The same subnet under a name of its own, so that a model may be adopted for it alone."""
 
     def run_as(self, channels_last: bool, compiled: bool) -> tuple[bool, bool]:
         """How denoisers run from now on, a matter of speed alone; how they did before is returned."""

@@ -316,6 +316,12 @@ class LoadedElastic:
         self._adopted[Arch(*arch)] = model.to(self.device).eval().requires_grad_(False)
         self.forget()
 
+    def apart(self, arch: Arch, name: str) -> Arch:
+        own = Arch(*arch)
+        other = f"{own.expert}/{name}"
+        self.experts.setdefault(other, self.weights(own.expert))
+        return own.replace(expert=other)
+
     def forget(self) -> None:
         """Drops the materialised subnets and starts a new version; for whoever has changed the weights."""
         self._subnets.clear()

@@ -136,6 +136,7 @@ def forecast(
         searches[name] = (shared * first + verified) / rate
         confirming += CONFIRMED * leading * last / rate
     words = ["calls are timed when the run begins, which is not reckoned"] if study.limits_time else []
+    words += getattr(study.evaluator, "not_reckoned", ())
     words += [
         f"{name} learns first, which is not reckoned"
         for name in searchers

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -133,13 +133,14 @@ def train(
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
     labels: npt.NDArray[np.int64] | None = None,
     captions: Sequence[str] | None = None,
+    timesteps: Mapping[str, Sequence[Sequence[int]]] | None = None,
 ) -> Generator[dict[str, Any], None, None]:
     """Trains what `folder/trained` lacks; yields after each step the network's name, its step, how many there are, the loss, and the
     average of its weights, which the next step changes. Closed early, it keeps its state first.
 
     pixels: (n, channels, height, width) in [-1, 1]. `changed_weights`: takes networks that are not those that were exported. `whole`: makes
     a context in which nobody is interrupted. `labels`: (n,), where the networks take labels, `captions`, where they read a text; a share
-    `settings.drop` of them is dropped. Raises ExportError where the folder is damaged, and for what the networks need or do not take.
+    `settings.drop` of them is dropped. `timesteps`: of these networks alone, on these ranges (from, up to) in place of those that they serve. Raises ExportError where the folder is damaged, and for what the networks need or do not take.
     """
     export = read_export(folder)
     plan = export.training
@@ -158,7 +159,7 @@ def train(
         for file in exported
         if file.startswith(("teacher/", f"{AUTOENCODER}/", "text_encoder", "tokenizer"))
     }
-    for name, ranges in plan["timesteps"].items():
+    for name, ranges in (timesteps or plan["timesteps"]).items():
         if not (into / name / "config.json").exists():
             yield from _train_one(folder, name, ranges, teacher, data, scheduler, settings, accelerator, whole)
             if accelerator.is_main_process:

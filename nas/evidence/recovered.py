@@ -1,0 +1,215 @@
+"""What a schedule is worth once it is trained a little: a rung above the counts of samples.
+
+A frozen supernet tells little about which of its schedules are good after a fine-tune. `Recovered` fine-tunes shortly what leads: each subnet, in each
+of a few intervals of timesteps, by itself, so that one training serves every schedule that has this subnet there.
+
+RUN/recovered/NAME/    the stock network of one subnet and interval, trained
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import time
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import filelock
+
+from evaluators.scoring import AroundAnother, LoadedAroundAnother
+from nas.base.exported import CLASSES, read_export, read_network
+from nas.base.interrupts import whole
+from nas.contracts import (
+    Arch,
+    Evaluator,
+    Images,
+    LoadedEvaluator,
+    LoadedSupernet,
+    Schedule,
+    Score,
+    Step,
+    UserError,
+    derive_seed,
+    digest_of,
+)
+from nas.evidence.confirm import gradient_macs
+from nas.handover.export import export
+from nas.recipes import Batch, Count, Few, Natural, Positive, Share, recipe
+from search_spaces.shipped.train_diffusers import TRAINED, Settings, settings_of, train
+
+FOLDER = "recovered"
+
+
+@recipe
+class Recovered(AroundAnother):
+    """An evaluator that scores a schedule on more than `above` samples with subnets that are fine-tuned first, and on fewer as they are:
+    `Recovered(Frechet(images, rungs=(512, 2048)), images, above=512)`.
+
+    Training timesteps are cut into `intervals` equal ones. A subnet that runs in one of them is trained on its timesteps alone, on the study's `images`, from the
+    supernet's weights, for so long that a schedule's subnets take, all intervals together, as many multiply-adds as `steps` gradient steps of the full network. What is
+    trained is kept in the run folder and counts, in `spent`, for the score that first needs it. All of it stays in a worker's memory. Subnets that
+    were trained otherwise, as an exported schedule's by `nas train`, are scored as they are.
+    """
+
+    base: Evaluator
+    images: Images
+    above: Count
+    steps: Count = 100
+    intervals: Few = 5
+    batch: Batch = 64
+    learning_rate: Positive = 2e-4
+    distillation: Share = 0.0
+    seed: Natural = 0
+
+    @property
+    def not_reckoned(self) -> tuple[str, ...]:
+        words = f"each verified schedule's subnets are fine-tuned first, for up to {self.steps} gradient steps of the full network, which is not reckoned"
+        return (*super().not_reckoned, words)
+
+    def describe(self) -> dict[str, Any]:
+        own = {name: value for name, value in self.__dict__.items() if name not in ("base", "images")}
+        return {
+            "class": "Recovered",
+            "base": self.base.describe(),
+            "images": self.images.load().digest,
+            **own,
+        }
+
+    def digest(self, folder: Path) -> str:
+        return digest_of({**self.describe(), "base": self.base.digest(folder)})
+
+    def check(self) -> None:
+        """As the base's. Raises UserError where `above` is not between two rungs."""
+        if not self.rungs[0] <= self.above < self.rungs[-1]:
+            raise UserError(
+                f"Recovered: above={self.above} must be at least the first of the rungs {self.rungs} and less than the last, which alone have trained subnets"
+            )
+        super().check()
+
+    def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedRecovered:
+        """Raises UserError for a supernet whose subnets cannot be trained so."""
+        if not hasattr(supernet, "apart"):
+            raise UserError(
+                f"Recovered needs a supernet with `apart`, as `Elastic` has; {type(supernet).__name__} has none"
+            )
+        smallest = supernet.extract(supernet.smallest_arch)
+        if (kind := type(smallest).__name__) not in CLASSES:
+            raise UserError(f"Recovered trains networks of diffusers, and a {kind} is none; leave Recovered out")
+        return LoadedRecovered(self, self.base.load(supernet, folder), folder / FOLDER, _weights_of(smallest))
+
+
+@dataclass
+class _Kept:
+    """Of one loaded supernet: the subnets that were adopted by any `Recovered`, by the name under which they are kept, and the version that it then had."""
+
+    version: int
+    archs: dict[str, Arch] = field(default_factory=dict)
+
+
+_KEPT: WeakKeyDictionary[LoadedSupernet, _Kept] = WeakKeyDictionary()
+
+
+class LoadedRecovered(LoadedAroundAnother):
+    """`folder`: where trained subnets are kept. `weights`: identifies those that they are trained from."""
+
+    def __init__(self, recipe: Recovered, base: LoadedEvaluator, folder: Path, weights: str) -> None:
+        super().__init__(base)
+        self.recipe = recipe
+        self._folder = folder
+        training = {name: value for name, value in recipe.describe().items() if name not in ("base", "above")}
+        self._own = {**training, "weights": weights}
+        self._kept = _KEPT.setdefault(self.supernet, _Kept(self.supernet.version))
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        if rung <= self.recipe.above or self.supernet.version != self._kept.version:
+            return self.base(schedule, rung, seed)
+        started = time.perf_counter()
+        macs = {"macs": 0.0, "cached_macs": 0.0}
+        steps = []
+        for step in schedule.steps:
+            interval = step.timestep * self.recipe.intervals // len(self.supernet.alphas_cumprod)
+            guidance = step.guidance
+            if guidance is not None and guidance.arch:
+                guidance = guidance._replace(arch=self._recovered(guidance.arch, interval, macs))
+            steps.append(replace(step, arch=self._recovered(step.arch, interval, macs), guidance=guidance))
+        seconds = time.perf_counter() - started
+        score = self.base(replace(schedule, steps=tuple(steps)), rung, seed)
+        spent = dict(score.spent)
+        for name, value in {**macs, "seconds": seconds}.items():
+            spent[name] = spent.get(name, 0.0) + value
+        labels = {name: f"{label} after {self.recipe.steps} steps of fine-tune" for name, label in score.labels.items()}
+        return replace(score, spent=spent, labels=labels)
+
+    def _recovered(self, arch: Arch, interval: int, macs: dict[str, float]) -> Arch:
+        """The subnet as it is trained in this interval, under a name of its own. Adds to `macs` what that took, or would have taken where it was there."""
+        name = digest_of([self._own, arch, interval])
+        new = False
+        if name not in self._kept.archs:
+            new = self._train(arch, interval, name)
+            own = self.supernet.apart(arch, name)
+            self.supernet.adopt(own, read_network(self._folder / name))
+            self._kept.archs[name], self._kept.version = own, self.supernet.version
+        settings, steps = self._settings(arch, interval)
+        macs["macs" if new else "cached_macs"] += steps * settings.batch * gradient_macs(self.supernet, arch, settings)
+        return self._kept.archs[name]
+
+    def _range(self, interval: int) -> tuple[int, int]:
+        """Of training timesteps, from, up to."""
+        count, intervals = len(self.supernet.alphas_cumprod), self.recipe.intervals
+        return -(-interval * count // intervals), -(-(interval + 1) * count // intervals)
+
+    def _settings(self, arch: Arch, interval: int) -> tuple[Settings, int]:
+        """Of the training, whose steps are of all timesteps together; and how many of them this interval has."""
+        net, mine = self.supernet, self.recipe
+        given = {name: getattr(mine, name) for name in ("batch", "learning_rate", "distillation", "seed")}
+        whole = settings_of({**dict(net.training_settings), **given})
+        equal = gradient_macs(net, net.full_arch, whole) / gradient_macs(net, arch, whole)
+        settings = replace(whole, steps=max(1, round(mine.steps * equal)))
+        start, stop = self._range(interval)
+        steps = max(1, round(settings.steps * (stop - start) / len(net.alphas_cumprod)))
+        seed = derive_seed(mine.seed, interval, digest_of(arch), "recovery") % 2**31
+        return replace(settings, warmup=max(1, steps // 20), seed=seed), steps
+
+    def _train(self, arch: Arch, interval: int, name: str) -> bool:
+        """Trains the subnet where the run folder lacks it; whether it did."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(self._folder / f"{name}.lock"):
+            if (self._folder / name).exists():
+                return False
+            work, alone = self._folder / f".{name}", Schedule((Step(0, arch),))
+            if not (work / "provenance.json").exists():
+                export(self.supernet, alone, self.base.sampler_of(alone), {}, work)
+            exported, data = read_export(work), self.recipe.images.load()
+            [network] = exported.networks
+            ticks = train(
+                work,
+                data.pixels,
+                self._settings(arch, interval)[0],
+                self.supernet.device.type == "cpu",
+                whole=whole,
+                labels=data.labels if "null_label" in exported.training else None,
+                captions=data.texts if "text" in exported.training else None,
+                timesteps={network: [self._range(interval)]},
+            )
+            with closing(ticks):  # stopped in its midst, it keeps its state now
+                for tick in ticks:
+                    if not math.isfinite(tick["loss"]):
+                        raise UserError(
+                            f"Recovered: the loss of a subnet is {tick['loss']} at step {tick['step']}; lower learning_rate={self.recipe.learning_rate:g}"
+                        )
+            os.replace(work / TRAINED / network, self._folder / name)
+            shutil.rmtree(work)
+            return True
+
+
+def _weights_of(network: Any) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
