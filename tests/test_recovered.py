@@ -14,15 +14,18 @@ from evaluators.images import Digits
 from evaluators.latency import Latency, Timed
 from nas.base.exported import read_network
 from nas.contracts import Schedule, UserError, derive_seed, digest_of
-from nas.evidence.confirm import equal_steps
+from nas.evidence.confirm import equal_steps, gradient_macs
 from nas.evidence.recovered import FOLDER, Recovered
 from nas.handover.export import export
 from nas.handover.training import adopt
 from nas.library import StudyRun
 from nas.results.forecast import forecast
+from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from nas.testing import check_evaluator
+from search_spaces.intervals import uniform
 from search_spaces.shipped.train_diffusers import TRAINED, settings_of, train
+from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from tests.test_own import ATTEND
@@ -83,7 +86,11 @@ def test_more_samples_are_of_what_an_exported_schedule_becomes_by_training(
 def test_a_training_serves_every_schedule_with_that_subnet_in_that_interval(tiny_study: Study, run: Path) -> None:
     evaluator = loaded(tiny_study, run)
     first, second = (tiny_study.space.decode(genome) for genome in ((0, 0, 1, 1), (1, 1, 1, 1)))
-    evaluator(first, 32, 0)
+    net, plain = evaluator.supernet, loaded(tiny_study, run, FROZEN)
+    paid = evaluator(first, 32, 0).spent["macs"] - plain(first, 32, 0).spent["macs"]
+    settings = settings_of({**net.training_settings, "distillation": 0.0})
+    equal = RECOVERED.steps * RECOVERED.batch * gradient_macs(net, net.full_arch, settings)
+    assert paid == pytest.approx(equal, rel=0.2)  # as many as of the full network, but for whole steps
     before = networks(run)
     assert len(before) == 2
     score = evaluator(second, 32, 0)
@@ -149,10 +156,29 @@ def test_a_search_verifies_what_leads_by_it(tiny_study: Study, run: Path, tmp_pa
     assert all(torch.equal(network[name], tensor) for name, tensor in frozen.items())  # what is exported is not trained
 
 
-@pytest.mark.parametrize("above", [8, 32])
-def test_the_rungs_must_lie_on_both_sides(above: int) -> None:
-    with pytest.raises(UserError, match=f"above={above} must be at least the first of the rungs"):
-        replace(RECOVERED, above=above).check()
+def test_the_exact_solver_adds_up_what_trained_subnets_lose(tiny_study: Study, run: Path) -> None:
+    """Nine schedules of three subnets in two intervals are made of six trainings."""
+    grid = uniform(4)
+    space = Stepwise(tiny_study.supernet, grid, (2, 2))  # type: ignore[arg-type]
+    recipe = replace(RECOVERED, above=0)
+    study = replace(
+        tiny_study,
+        space=space,
+        evaluator=recipe,
+        searchers={"knapsack": Knapsack()},
+        limits={"macs_share": 1.0},
+        trials=9,
+    )
+    searched = StudyRun(study, run)
+    searched.search("knapsack")
+    assert len(networks(run)) == 6
+    scored = searched.trials()
+    assert (scored.searcher == "knapsack").sum() >= 9
+
+
+def test_some_rung_must_be_above() -> None:
+    with pytest.raises(UserError, match="above=32 must be less than the last of the rungs"):
+        replace(RECOVERED, above=32).check()
     RECOVERED.check()
 
 

@@ -54,11 +54,14 @@ class Recovered(AroundAnother):
     supernet's weights, for so long that a schedule's subnets take, all intervals together, as many multiply-adds as `steps` gradient steps of the full network. What is
     trained is kept in the run folder and counts, in `spent`, for the score that first needs it. All of it stays in a worker's memory. Subnets that
     were trained otherwise, as an exported schedule's by `nas train`, are scored as they are.
+
+    With `above=0` all scores are of trained subnets: of n in each of k intervals k x n trainings are all that the schedules need, of which `Knapsack`, which adds up what each interval
+    loses by itself, asks for few more than it probes.
     """
 
     base: Evaluator
     images: Images
-    above: Count
+    above: Natural
     steps: Count = 100
     intervals: Few = 5
     batch: Batch = 64
@@ -68,7 +71,7 @@ class Recovered(AroundAnother):
 
     @property
     def not_reckoned(self) -> tuple[str, ...]:
-        words = f"each verified schedule's subnets are fine-tuned first, for up to {self.steps} gradient steps of the full network, which is not reckoned"
+        words = f"subnets of schedules that are scored on more than {self.above} samples are fine-tuned first, for up to {self.steps} gradient steps of the full network each, which is not reckoned"
         return (*super().not_reckoned, words)
 
     def describe(self) -> dict[str, Any]:
@@ -84,10 +87,10 @@ class Recovered(AroundAnother):
         return digest_of({**self.describe(), "base": self.base.digest(folder)})
 
     def check(self) -> None:
-        """As the base's. Raises UserError where `above` is not between two rungs."""
-        if not self.rungs[0] <= self.above < self.rungs[-1]:
+        """As the base's. Raises UserError where no rung is above `above`."""
+        if self.above >= self.rungs[-1]:
             raise UserError(
-                f"Recovered: above={self.above} must be at least the first of the rungs {self.rungs} and less than the last, which alone have trained subnets"
+                f"Recovered: above={self.above} must be less than the last of the rungs {self.rungs}, or nothing is trained"
             )
         super().check()
 
@@ -129,24 +132,33 @@ class LoadedRecovered(LoadedAroundAnother):
         if rung <= self.recipe.above or self.supernet.version != self._kept.version:
             return self.base(schedule, rung, seed)
         started = time.perf_counter()
-        macs = {"macs": 0.0, "cached_macs": 0.0}
+        known: dict[tuple[Arch, int], Arch] = {}
+        charged = {"macs": 0.0, "cached_macs": 0.0}
+
+        def recovered(arch: Arch, timestep: int) -> Arch:
+            pair = (arch, timestep * self.recipe.intervals // len(self.supernet.alphas_cumprod))
+            if pair not in known:
+                known[pair], macs, new = self._recovered(*pair)
+                charged["macs" if new else "cached_macs"] += macs
+            return known[pair]
+
         steps = []
         for step in schedule.steps:
-            interval = step.timestep * self.recipe.intervals // len(self.supernet.alphas_cumprod)
             guidance = step.guidance
             if guidance is not None and guidance.arch:
-                guidance = guidance._replace(arch=self._recovered(guidance.arch, interval, macs))
-            steps.append(replace(step, arch=self._recovered(step.arch, interval, macs), guidance=guidance))
-        seconds = time.perf_counter() - started
+                guidance = guidance._replace(arch=recovered(guidance.arch, step.timestep))
+            steps.append(replace(step, arch=recovered(step.arch, step.timestep), guidance=guidance))
+        charged["seconds"] = time.perf_counter() - started
         score = self.base(replace(schedule, steps=tuple(steps)), rung, seed)
-        spent = dict(score.spent)
-        for name, value in {**macs, "seconds": seconds}.items():
-            spent[name] = spent.get(name, 0.0) + value
+        spent = {
+            name: value + charged.get(name, 0.0)
+            for name, value in {**dict.fromkeys(charged, 0.0), **score.spent}.items()
+        }
         labels = {name: f"{label} after {self.recipe.steps} steps of fine-tune" for name, label in score.labels.items()}
         return replace(score, spent=spent, labels=labels)
 
-    def _recovered(self, arch: Arch, interval: int, macs: dict[str, float]) -> Arch:
-        """The subnet as it is trained in this interval, under a name of its own. Adds to `macs` what that took, or would have taken where it was there."""
+    def _recovered(self, arch: Arch, interval: int) -> tuple[Arch, float, bool]:
+        """The subnet as it is trained in this interval, under a name of its own; the multiply-adds of that; and whether it was done now."""
         name = digest_of([self._own, arch, interval])
         new = False
         if name not in self._kept.archs:
@@ -155,8 +167,11 @@ class LoadedRecovered(LoadedAroundAnother):
             self.supernet.adopt(own, read_network(self._folder / name))
             self._kept.archs[name], self._kept.version = own, self.supernet.version
         settings, steps = self._settings(arch, interval)
-        macs["macs" if new else "cached_macs"] += steps * settings.batch * gradient_macs(self.supernet, arch, settings)
-        return self._kept.archs[name]
+        return (
+            self._kept.archs[name],
+            steps * settings.batch * gradient_macs(self.supernet, arch, settings),
+            new,
+        )
 
     def _range(self, interval: int) -> tuple[int, int]:
         """Of training timesteps, from, up to."""
