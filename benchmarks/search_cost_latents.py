@@ -251,6 +251,10 @@ def main() -> None:
     with open_session(setting.study(Random(), setting.rungs, setting.trials[0]), setting.prepared) as session:
         for _ in session.prepare(threads=1):
             pass
+    study = setting.study(Random(), setting.rungs, setting.trials[0])
+    bench.rest_on(
+        supernet=study.supernet.digest(setting.prepared / "supernet"), judge=study.evaluator.digest(setting.prepared)
+    )
     published = literal(bench, setting, PROTOCOL.seeds)
     goal = (1 - PROTOCOL.margin) * float(np.mean(published["hypervolumes"]))
     ratios: dict[str, float | None] = {}

@@ -162,27 +162,27 @@ def arm(name: str, seed: int, folder: Path, quick: bool) -> Setting:
     return Setting(variant, seed, own, (), quick, mend)
 
 
-def measured(bench: Benchmark, pairs: Sequence[Pair]) -> dict[tuple[str, int, str], Row]:
-    """Trains and searches what each arm has with each seed, and judges it: by arm, seed and "frozen", "fine-tuned" or the full network."""
-    arms = {pair: arm(*pair, bench.folder, bench.quick) for pair in pairs}
-    trained = {pair: setting for pair, setting in arms.items() if pair[0] not in SHARED}
-    bench.rows({f"training: {n}, seed {s}": (spaces.train, setting) for (n, s), setting in trained.items()})
-    for (name, seed), setting in arms.items():
-        if name in SHARED:
-            borrow(arm(LARGER, seed, bench.folder, bench.quick).folder, setting.folder)
-    found = bench.rows({f"search: {n}, seed {s}": (search, setting) for (n, s), setting in arms.items()})
-    jobs: dict[tuple[str, int, str], tuple[Any, ...]] = {}
-    for (name, seed), setting in arms.items():
-        genome = found[f"search: {name}, seed {seed}"]["genome"]
-        jobs |= {
-            (name, seed, state): (judge, setting, genome, state == "fine-tuned") for state in ("fine-tuned", "frozen")
-        }
-        if name not in SHARED:
-            jobs[name, seed, FULL_NETWORK] = (judge, setting, (), False)
-    keys = {job: f"{job[0]}, seed {job[1]}, {job[2]}" for job in jobs}
-    rows = bench.rows({keys[job]: given for job, given in jobs.items()})
-    shares = {pair: found[f"search: {pair[0]}, seed {pair[1]}"]["macs_share"] for pair in pairs}
-    return {job: {**rows[key], "macs_share": shares[job[:2]]} for job, key in keys.items()}
+def measured(name: str, seed: int, folder: Path, quick: bool) -> Row:
+    """Trains and searches what the arm has, and judges it; a row that needs no weights any more."""
+    setting = arm(name, seed, folder, quick)
+    trained = arm(LARGER, seed, folder, quick) if name in SHARED else setting
+    told = spaces.train(trained)
+    if trained is not setting:
+        borrow(trained.folder, setting.folder)
+    found = search(setting)
+    states = {state: judge(setting, found["genome"], state == "fine-tuned") for state in ("fine-tuned", "frozen")}
+    return {**told, **found, **states, FULL_NETWORK: judge(setting, (), False)}
+
+
+def rows_of(bench: Benchmark, pairs: Sequence[Pair]) -> dict[Pair, Row]:
+    """Arms that share weights after each other, so that no two processes make them."""
+    turns = [[pair for pair in pairs if pair[0] not in SHARED], *([p for p in pairs if p[0] == one] for one in SHARED)]
+    found: dict[Pair, Row] = {}
+    for turn in turns:
+        keys = {pair: f"{pair[0]}, seed {pair[1]}" for pair in turn}
+        rows = bench.rows({key: (measured, *pair, bench.folder, bench.quick) for pair, key in keys.items()})
+        found |= {pair: rows[key] for pair, key in keys.items()}
+    return found
 
 
 def interval(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -195,18 +195,20 @@ def main() -> None:
     bench = Benchmark("spaces_mended", __doc__ or "", ("benchmarks/spaces.py", "search_spaces/training"), PROTOCOL)
     few = 2 if bench.quick else None
     seeds, others = PROTOCOL.seeds[:few], tuple(SETTINGS["judged_with"])[:few]
-    rows = measured(bench, [(name, seed) for name in PROTOCOL.arms for seed in seeds])
+    rows = rows_of(bench, [(name, seed) for name in PROTOCOL.arms for seed in seeds])
 
     def of(name: str, state: str, whose: Iterable[int]) -> list[Row]:
-        return [rows[name, seed, state] for seed in whose]
+        return [rows[name, seed][state] for seed in whose]
 
-    def mean(name: str, state: str, what: str = "fd") -> float:
-        return float(np.mean([row[what] for row in of(name, state, seeds)]))
+    def mean(name: str, state: str) -> float:
+        return float(np.mean([row["fd"] for row in of(name, state, seeds)]))
 
     for name in PROTOCOL.arms:
         plain = LARGER if name.startswith(LARGER) else ALONE
-        told: Row = {"macs_share": mean(name, "frozen", "macs_share")}
-        told["full_fd"] = mean(plain if name in SHARED else name, FULL_NETWORK)
+        told: Row = {
+            "macs_share": float(np.mean([rows[name, seed]["macs_share"] for seed in seeds])),
+            "full_fd": mean(name, FULL_NETWORK),
+        }
         for state in ("frozen", "fine-tuned"):
             row = compared(of(name, state, seeds), of(plain, state, seeds))
             told[state] = {"fd": row["fd"], "less_plain": row["difference"], "interval": interval(row)}
@@ -216,8 +218,7 @@ def main() -> None:
         return min((one for one in PROTOCOL.arms if one.startswith(space)), key=lambda one: mean(one, "fine-tuned"))
 
     larger, alone = best(LARGER), best(ALONE)
-    again = dict.fromkeys((ALONE, LARGER, alone, larger))
-    rows |= measured(bench, [(name, seed) for name in again for seed in others])
+    rows |= rows_of(bench, [(name, seed) for name in dict.fromkeys((ALONE, LARGER, alone, larger)) for seed in others])
     for mine, theirs in ((LARGER, ALONE), (larger, alone)):
         row = compared(of(mine, "fine-tuned", others), of(theirs, "fine-tuned", others))
         what = "the chosen of each" if (mine, theirs) == (larger, alone) else "without a mend"
