@@ -376,8 +376,8 @@ class StudyRun:
     def put_to_the_test(self, made: Confirmation) -> tuple[Verdict, ...]:
         """Trains and judges what is missing. A verdict for each schedule that was asked about, up to the first that is not confirmed."""
         with open_session(self.study, self.folder, self._kept_storage, self.device):
-            self.show.follow(made.run())
-        return made.verdicts()
+            found: tuple[Verdict, ...] = self.show.follow(made.run())
+        return found
 
     def confirmation(
         self,

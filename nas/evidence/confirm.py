@@ -12,7 +12,7 @@ RUN/confirm/NAME/verdict.json       no loss, a loss, or not decided; of several 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,20 +75,21 @@ class Confirmation:
         timesteps = int(self.protocol.settings["timesteps"])
         return _served(self.schedule(arm), timesteps), self.protocol.settings["gradient_steps"][arm]
 
-    def run(self) -> Iterator[Progress]:
-        """Trains and scores what is missing, and writes what comes of it. Goes on where it stopped."""
+    def run(self) -> Generator[Progress, None, tuple[Verdict, ...]]:
+        """Trains and scores what is missing, and writes what comes of it, up to the first arm that is not confirmed. Goes on where it stopped."""
         self.write_down()
         judges, _ = judges_of(self.study)
         for judge in judges:
             yield from judge.prepare(self.folder, self.study.seed, self.device)
-        found: list[Any] = []
+        found: list[Verdict] = []
         for arm in self.sequence:
             yield from self._measured(arm)
-            verdict = self.verdict(arm)
-            found.append(verdict.to_json())
-            write_json(self.place / VERDICT, {"verdicts": found} if SEQUENCE in self.protocol.settings else found[0])
-            if not verdict.confirmed:
+            found.append(self.verdict(arm))
+            told = [verdict.to_json() for verdict in found]
+            write_json(self.place / VERDICT, {"verdicts": told} if SEQUENCE in self.protocol.settings else told[0])
+            if not found[-1].confirmed:
                 break
+        return tuple(found)
 
     def _measured(self, arm: str) -> Iterator[Progress]:
         """The arm and the reference, with every seed."""
@@ -102,15 +103,6 @@ class Confirmation:
                 done[f"{one}-{seed}"] = {name: score.to_json() for name, score in self.judged(one, seed).items()}
                 write_json(self.place / SCORES, done)
         yield Progress("judging", len(jobs), len(jobs))
-
-    def verdicts(self) -> tuple[Verdict, ...]:
-        """Of those that were asked about, from the kept scores: up to the first that is not confirmed."""
-        found: list[Verdict] = []
-        for arm in self.sequence:
-            found.append(self.verdict(arm))
-            if not found[-1].confirmed:
-                break
-        return tuple(found)
 
     def keep(self, scores: Mapping[str, Any]) -> None:
         """Takes scores that were made elsewhere, by `judged`: of ARM-SEED, by judge, as JSON."""
