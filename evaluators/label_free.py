@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.linalg import eigh
 from torch import nn
 
 from evaluators.features import LoadedFeatures
@@ -49,7 +50,9 @@ class PixelComponents:
             total, products = total + rows.sum(0), products + rows.T @ rows
         mean = total / count
         covariance = products / count - torch.outer(mean, mean)
-        vectors = torch.linalg.eigh(covariance)[1].flip(1)[:, : self.dimensions]
+        size = len(mean)
+        first = max(0, size - self.dimensions)
+        vectors = torch.from_numpy(eigh(covariance.numpy(), subset_by_index=[first, size - 1])[1]).flip(1)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         with written(path):

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import filelock
 
+from evaluators.images import load_once
 from evaluators.scoring import AroundAnother, LoadedAroundAnother
 from nas.base.exported import CLASSES, read_export, read_network
 from nas.base.interrupts import whole
@@ -79,7 +80,7 @@ class Recovered(AroundAnother):
         return {
             "class": "Recovered",
             "base": self.base.describe(),
-            "images": self.images.load().digest,
+            "images": load_once(self.images).digest,
             **own,
         }
 
@@ -199,7 +200,7 @@ class LoadedRecovered(LoadedAroundAnother):
             work, alone = self._folder / f".{name}", Schedule((Step(0, arch),))
             if not (work / "provenance.json").exists():
                 export(self.supernet, alone, self.base.sampler_of(alone), {}, work)
-            exported, data = read_export(work), self.recipe.images.load()
+            exported, data = read_export(work), load_once(self.recipe.images)
             [network] = exported.networks
             ticks = train(
                 work,
