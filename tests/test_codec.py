@@ -480,6 +480,39 @@ def test_latents_of_the_script_are_those_of_the_project(tmp_path: Path) -> None:
     assert torch.allclose(one, other, atol=1e-5)
 
 
+def test_the_next_training_of_the_same_images_finds_them_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+    for kind in ("KL", "VQ"):
+        (tmp_path / kind).mkdir()
+        exported(kind, tmp_path / kind)
+        folders.append(tmp_path / kind / "model")
+    calls: list[int] = []
+    plain = train_data.moments
+
+    def counted(network: Any, part: torch.Tensor) -> torch.Tensor:
+        calls.append(len(part))
+        return plain(network, part)
+
+    monkeypatch.setattr(train_data, "moments", counted)
+
+    def prepared(folder: Path, pixels: Any, flip: bool = False) -> torch.Tensor:
+        plan = json.loads((folder / "train.json").read_text())
+        return train_data.prepared(folder, plan, pixels, train_data.Told(), flip, "cpu").pixels
+
+    pixels, other = IMAGES.load().pixels[:10], IMAGES.load().pixels[10:20]
+    first = prepared(folders[0], pixels)
+    assert torch.equal(prepared(folders[0], pixels.copy(), flip=True), first)
+    assert calls == [10, 10]  # and the mirrored ones
+    assert not torch.equal(prepared(folders[0], other), first)
+    assert not torch.equal(prepared(folders[1], other), prepared(folders[0], other))
+    assert torch.equal(prepared(folders[0], pixels), first)
+    assert len(calls) == 6
+    del pixels
+    assert not train_data._ENCODED  # nobody has them any more
+
+
 @pytest.mark.parametrize("change", ["class", "posterior", "shape", "agreement"])
 def test_what_is_wrong_with_an_exported_autoencoder_is_named(change: str, tmp_path: Path) -> None:
     exported("KL", tmp_path)

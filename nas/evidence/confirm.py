@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from evaluators.images import load_once
 from nas.base.exported import read_export, read_network
 from nas.base.files import read_json, write_json
 from nas.base.interrupts import whole
@@ -171,7 +172,7 @@ class Confirmation:
                 export(net, schedule, sampler, {"study": self.study.name, "protocol": self.protocol.digest}, folder)
         settings = self.settings(arm, seed)
         exported = read_export(folder)
-        data = self.study.images.load()
+        data = load_once(self.study.images)
         classes = data.labels if "null_label" in exported.training else None
         texts = data.texts if "text" in exported.training else None
         keep_settings(folder, settings.__dict__)

@@ -4,7 +4,9 @@ needs; an exported folder holds a copy of this file.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from nas.base.exported import AUTOENCODER, AUTOENCODERS, INDEX, ExportError, read_network
+from nas.base.exported import AUTOENCODER, AUTOENCODERS, INDEX, WEIGHTS, ExportError, read_network
 from nas.base.pictures import PictureError, find_pictures, read_caption, read_picture
 from search_spaces.shipped.latents import drawn, moments
 from search_spaces.shipped.texts import encoded, nothing_said
@@ -111,15 +113,36 @@ class Data(NamedTuple):
         return x if self.autoencoder is None else drawn(self.autoencoder, x, self.posterior, generator)
 
 
-@torch.no_grad()
 def prepared(folder: Path, plan: Any, pixels: npt.NDArray[np.float32], told: Told, flip: bool, device: Any) -> Data:
     if "image_shape" not in plan:
         return Data(torch.from_numpy(pixels).to(device), told)
     autoencoder = read_network(folder / AUTOENCODER, AUTOENCODERS).to(device).requires_grad_(False)
-    parts = [torch.from_numpy(pixels[start : start + 256]) for start in range(0, len(pixels), 256)]
-    plain = torch.cat([moments(autoencoder, part.to(device)) for part in parts])
-    other = torch.cat([moments(autoencoder, part.to(device).flip(-1)) for part in parts]) if flip else None
+    of = hashlib.sha256((folder / AUTOENCODER / WEIGHTS).read_bytes())
+    of.update(np.ascontiguousarray(pixels).data)
+    plain = _encoded(autoencoder, pixels, False, of.hexdigest())
+    other = _encoded(autoencoder, pixels, True, of.hexdigest()) if flip else None
     return Data(plain, told, other, autoencoder, plan["posterior"])
+
+
+_ENCODED: dict[tuple[Any, ...], torch.Tensor] = {}
+"""Of the images that were encoded last, for the next training of the same, as long as somebody has them."""
+
+
+@torch.no_grad()
+def _encoded(autoencoder: Any, pixels: npt.NDArray[np.float32], mirrored: bool, of: str) -> torch.Tensor:
+    """Mean and log-variance of all posteriors. `of`: identifies the autoencoder and the images."""
+    device = autoencoder.device
+    mine = (of, str(device))
+    if (*mine, mirrored) not in _ENCODED:
+        if any(known[:2] != mine for known in _ENCODED):
+            _ENCODED.clear()
+        weakref.finalize(pixels, _ENCODED.clear)
+        made = []
+        for start in range(0, len(pixels), 256):
+            part = torch.from_numpy(pixels[start : start + 256]).to(device)
+            made.append(moments(autoencoder, part.flip(-1) if mirrored else part))
+        _ENCODED[*mine, mirrored] = torch.cat(made)
+    return _ENCODED[*mine, mirrored]
 
 
 def read_images(
