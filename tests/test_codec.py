@@ -30,6 +30,7 @@ from search_spaces.codec import Autoencoder, LoadedAutoencoder, Pixels
 from search_spaces.intervals import uniform
 from search_spaces.loaded import LoadedElastic
 from search_spaces.shipped import train_data
+from search_spaces.shipped.latents import moments
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich, TrainAutoencoder
@@ -489,7 +490,7 @@ def test_the_next_training_of_the_same_images_finds_them_encoded(
         exported(kind, tmp_path / kind)
         folders.append(tmp_path / kind / "model")
     calls: list[int] = []
-    plain = train_data.moments
+    plain = moments
 
     def counted(network: Any, part: torch.Tensor) -> torch.Tensor:
         calls.append(len(part))
