@@ -1,6 +1,6 @@
 """What a schedule is worth once it is trained a little: a rung above the counts of samples.
 
-A frozen supernet tells little about which of its schedules are good after a fine-tune. `Recovered` fine-tunes shortly what leads: each subnet, in each
+A frozen supernet tells only in part which of its schedules are good after a fine-tune. `Recovered` fine-tunes shortly what leads: each subnet, in each
 of a few intervals of timesteps, by itself, so that one training serves every schedule that has this subnet there.
 
 RUN/recovered/NAME/    the stock network of one subnet and interval, trained
