@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -107,12 +107,12 @@ class Recovered(AroundAnother):
         return LoadedRecovered(self, self.base.load(supernet, folder), folder / FOLDER, _weights_of(smallest))
 
 
-@dataclass
 class _Kept:
     """Of one loaded supernet: the subnets that were adopted by any `Recovered`, by the name under which they are kept, and the version that it then had."""
 
-    version: int
-    archs: dict[str, Arch] = field(default_factory=dict)
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.archs: dict[str, Arch] = {}
 
 
 _KEPT: WeakKeyDictionary[LoadedSupernet, _Kept] = WeakKeyDictionary()
