@@ -29,7 +29,7 @@ from search_spaces.training import Sandwich
 
 RESULTS = Path(__file__).parent / "results"
 UNFINISHED = Path(__file__).parent / "unfinished"
-"""NAME.json: rows of a benchmark that is not finished, committed so that another machine goes on with them."""
+"""NAME/: of a benchmark that is not finished its rows, and the weights that they rest on, committed so that another machine goes on with them."""
 RUNS = Path("runs") / "benchmarks"
 LONG = ("replicates", "scores")
 """Of a row, what stays in runs/ alone."""
@@ -69,9 +69,9 @@ def short(row: Any) -> Any:
 class Benchmark:
     """Parses the command line and keeps rows in runs/benchmarks/NAME[-quick]/rows.json as they finish.
 
-    The same command goes on after a stop, and, where no rows are there, with those in `benchmarks/unfinished`; `--fresh` starts again. `files`: those of the project on which the result depends most, besides
-    the benchmark's own; a result that is older than they are is told by `benchmarks.table --check`. `protocol`: what was written down before any row; rows
-    of another one are not gone on with.
+    The same command goes on after a stop, and, where no rows are there, with what lies in `benchmarks/unfinished/NAME`; `--fresh` starts again. `files`:
+    those of the project on which the result depends most, besides the benchmark's own; a result that is older than they are is told by
+    `benchmarks.table --check`. `protocol`: what was written down before any row; rows of another one are not gone on with.
     """
 
     def __init__(
@@ -103,20 +103,19 @@ class Benchmark:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / "rows.json"
-        kept = self._path
-        if not (kept.exists() or self.quick or options.fresh):
-            kept = self._unfinished
-        self._rows: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+        if self._unfinished.exists() and not (self._path.exists() or self.quick or options.fresh):
+            shutil.copytree(self._unfinished, self.folder, dirs_exist_ok=True)
+        self._rows: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
         self._protocol = protocol
         others = {row.get("protocol") for row in self._rows.values()} - {protocol and protocol.digest}
         if protocol and others:
             raise SystemExit(
-                f"error: {kept} holds rows of another protocol than {protocol.name}; keep them elsewhere, or begin with --fresh"
+                f"error: {self._path} holds rows of another protocol than {protocol.name}; keep them elsewhere, or begin with --fresh"
             )
 
     @property
     def _unfinished(self) -> Path:
-        return UNFINISHED / f"{self.name}.json"
+        return UNFINISHED / self.name
 
     def rest_on(self, **digests: str) -> None:
         """Keeps, as a row, of which networks and judges the rows are. Raises SystemExit where those that are kept are of others."""
@@ -184,7 +183,7 @@ class Benchmark:
         text = json.dumps(result, indent=1, allow_nan=False)
         if not self.quick:
             (RESULTS / f"{self.name}.json").write_text(text + "\n")
-            self._unfinished.unlink(missing_ok=True)
+            shutil.rmtree(self._unfinished, ignore_errors=True)
         print(text)
 
     def _told_before(self) -> dict[str, Any]:

@@ -102,9 +102,9 @@ class Setting:
         name = "steps" if whole_steps else "run"
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
-        for part, source in (("supernet", self.trained.run), ("features", self.run)):
-            if (source / part).exists() and not (folder / part).exists():
-                (folder / part).symlink_to(source / part)
+        for part in ("supernet", "features"):
+            if (self.run / part).exists() and not (folder / part).exists():
+                (folder / part).symlink_to(self.run / part)
         return StudyRun(self.study(whole_steps), folder)
 
 

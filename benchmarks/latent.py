@@ -137,13 +137,14 @@ class Setting:
 
 
 def lend(setting: Setting, run: Path) -> None:
-    """Links the trained network into another run folder. Where it is not there, it is trained first: some half an hour of two cores."""
+    """Links the trained network into another run folder that has none. Where there is none to link, it is trained first: some half an hour of two cores."""
+    if (run / "supernet").exists():
+        return
     if not (setting.run / "supernet" / "weights.safetensors").exists():
         print(f"training the network of benchmarks.latent in {setting.run}", file=sys.stderr, flush=True)
         prepare(setting)
     run.mkdir(parents=True, exist_ok=True)
-    if not (run / "supernet").exists():
-        (run / "supernet").symlink_to(setting.run / "supernet")
+    (run / "supernet").symlink_to(setting.run / "supernet")
 
 
 def prepare(setting: Setting) -> Row:

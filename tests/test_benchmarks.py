@@ -217,21 +217,24 @@ def test_work_ends_with_the_benchmark_that_started_it(tmp_path: Path) -> None:
 
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where benchmarks lie, with rows of one that is not finished, made elsewhere. Returns that file."""
+    """Where benchmarks lie, with rows and weights of one that is not finished, made elsewhere. Returns their folder."""
     monkeypatch.setattr(common, "UNFINISHED", tmp_path / "unfinished")
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(common, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(sys, "argv", ["bench", "--json"])
-    path = tmp_path / "unfinished" / "bench.json"
-    for folder in (path.parent, tmp_path / "results"):
-        folder.mkdir()
+    folder = tmp_path / "unfinished" / "bench"
+    (folder / "run" / "supernet").mkdir(parents=True)
+    (folder / "run" / "supernet" / "weights.safetensors").write_bytes(b"weights")
+    (tmp_path / "results").mkdir()
     row = {"row": "first", "commit": "elsewhere", "fd": 1.0, "replicates": [1.0, 2.0]}
-    path.write_text(json.dumps({"first": row, "rest on": {"row": "rest on", "commit": "elsewhere", "network": "a"}}))
-    return path
+    rows = {"first": row, "rest on": {"row": "rest on", "commit": "elsewhere", "network": "a"}}
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
 
 
 def test_rows_that_another_machine_began_are_gone_on_with(begun: Path) -> None:
     bench = common.Benchmark("bench", "")
+    assert (bench.folder / "run" / "supernet" / "weights.safetensors").read_bytes() == b"weights"
     bench.rest_on(network="a")
     assert bench.row("first", lambda: {"fd": 9.0})["replicates"] == [1.0, 2.0]
     bench.row("second", lambda: {"fd": 2.0})
@@ -250,3 +253,4 @@ def test_rows_of_other_weights_are_not_gone_on_with(begun: Path, monkeypatch: py
     fresh = common.Benchmark("bench", "")
     fresh.rest_on(network="b")
     assert not fresh.has("first")
+    assert not (fresh.folder / "run").exists()
