@@ -1,6 +1,3 @@
 """One script per claim: `python -m benchmarks.NAME [--quick] [--json]`. Each ends with one JSON object."""
 
-import os
-
-# As `nas` sets it: CPU threads that wait soon sleep, so that whatever else runs does not slow training down many times over.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import nas  # noqa: F401  first, so that CPU threads wait as it says

@@ -115,6 +115,11 @@ class Setting:
         return net
 
     @property
+    def prepared(self) -> Path:
+        """What the run's preparation took."""
+        return self.folder / "prepared.json"
+
+    @property
     def judged(self) -> Path:
         """Where the judge lies."""
         return self.folder / "judge"
@@ -148,8 +153,8 @@ def lend(setting: Setting, run: Path) -> None:
 
 
 def prepare(setting: Setting) -> Row:
-    """Autoencoder, latents, judge and supernet, as `nas run` makes them, on all cores; what it took is kept, for others ask for them too."""
-    kept = setting.folder / "prepared.json"
+    """Autoencoder, latents, judge and supernet, as `nas run` makes them, on all cores; what it took from nothing is kept, for others ask for them too."""
+    kept, from_nothing = setting.prepared, not setting.run.exists()
     if kept.exists():
         return dict(json.loads(kept.read_text()))
     seconds: dict[str, float] = {}
@@ -165,7 +170,8 @@ def prepare(setting: Setting) -> Row:
         "squared_error": told["squared_error"],
         "share_of_noise": told["share_of_noise"],
     }
-    kept.write_text(json.dumps(row))
+    if from_nothing:
+        kept.write_text(json.dumps(row))
     return row
 
 
@@ -310,7 +316,7 @@ def main() -> None:
         file = str(bench.folder / "small.py")
         Path(file).write_text(SMALL)
     # What is timed begins at nothing: a row that was not finished is made whole.
-    if not bench.has("prepare"):
+    if not (bench.has("prepare") or setting.prepared.exists()):
         shutil.rmtree(setting.run, ignore_errors=True)
     if not bench.has("search"):
         for left in setting.run.glob("journal.*"):

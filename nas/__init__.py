@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-# Read by OpenMP when torch is imported: threads that wait soon sleep instead of spinning, or training on all cores would
-# slow down many times over as soon as anything else wants a core.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+LOOKS = 3_000
+"""How often a CPU thread of torch that waits for others looks before it sleeps. Of OpenMP's own 300,000 training on all cores slows down many times over
+as soon as anything else wants a core; of a third of these it is half as fast alone where a look is short (`benchmarks.threads`)."""
+# Read by OpenMP when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", str(LOOKS))
 
 if TYPE_CHECKING:
     from nas.contracts import UserError

@@ -4,7 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import nas  # noqa: F401  first, so that CPU threads wait as it says
+
 # Ray asks a cloud's metadata service which cloud it is in, unless its cluster file in the home folder says; the clusters
 # of these tests are in none and report to nobody.
 _home = tempfile.mkdtemp(prefix="nas-test-home-")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import nas
 from nas.contracts import UserError
 from nas.study import MOVED, load_study
 
@@ -72,4 +73,4 @@ sys.meta_path.insert(0, Seen())
 import torch
 """
     done = subprocess.run([sys.executable, "-c", code], env=without, check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["1000"]
+    assert done.stdout.split() == [str(nas.LOOKS)]
