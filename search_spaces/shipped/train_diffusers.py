@@ -31,6 +31,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nas.base.exported import (
     AUTOENCODER,
@@ -201,12 +202,15 @@ def _train_one(
     total = max(1, round(settings.steps * len(served) / scheduler.config.num_train_timesteps))
     # In evaluation mode: a stock transformer in training mode drops labels by itself, each of its blocks others.
     net = tied(read_network(folder / name))
-    optimiser = torch.optim.Adam(net.parameters(), settings.learning_rate)
+    # On a CPU Adam's own default is a loop over the weights, of some ten operations each.
+    fused = True if accelerator.device.type == "cpu" else None
+    optimiser = torch.optim.Adam(net.parameters(), settings.learning_rate, fused=fused)
     net, optimiser = accelerator.prepare(net, optimiser)
     bare = accelerator.unwrap_model(net)
     if settings.checkpointing:
         bare.enable_gradient_checkpointing()
-    average = {key: tensor.detach().clone() for key, tensor in bare.state_dict().items()}
+    trained = bare.state_dict()
+    average = {key: tensor.clone() for key, tensor in trained.items()}
     state = folder / TRAINED / f".{name}.safetensors"
     done = _restore(state, bare, optimiser, average)
     try:
@@ -214,8 +218,7 @@ def _train_one(
             with whole():
                 loss = _step(net, bare, teacher, data, served, scheduler, settings, accelerator, optimiser, done, total)
                 decay = min(settings.ema, (1 + done) / (10 + done))
-                for key, tensor in bare.state_dict().items():
-                    average[key].lerp_(tensor.detach().to(average[key]), 1 - decay)
+                get_ema_multi_avg_fn(decay)(list(average.values()), list(trained.values()), done)
                 done += 1
                 if done % settings.checkpoint_every == 0 and accelerator.is_main_process:
                     _keep(state, bare, optimiser, average, done)

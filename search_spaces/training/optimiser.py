@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nas.base.files import first_line, written
 from nas.contracts import Condition, ImageSet, UserError
@@ -204,7 +205,9 @@ class Optimiser:
             for name, parameter in full.train().requires_grad_(True).named_parameters()
         }
         self._average = {name: p.detach().clone() for name, p in self._named.items()}
-        self._adam = torch.optim.Adam(self._named.values(), lr=settings.learning_rate)
+        # On a CPU Adam's own default is a loop over the weights, of some ten operations each.
+        fused = True if net.device.type == "cpu" else None
+        self._adam = torch.optim.Adam(self._named.values(), lr=settings.learning_rate, fused=fused)
 
     def update(self, mates: Team | None = None) -> None:
         """`mates`: processes, each of which has gradients of its share."""
@@ -219,9 +222,7 @@ class Optimiser:
         self._adam.step()
         self._adam.zero_grad()
         decay = min(settings.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for name, parameter in self._named.items():
-                self._average[name].lerp_(parameter, 1 - decay)
+        get_ema_multi_avg_fn(decay)(list(self._average.values()), list(self._named.values()), self.step)
         self.step += 1
 
     def adopt_average(self) -> None:
