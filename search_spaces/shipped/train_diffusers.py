@@ -218,7 +218,8 @@ def _train_one(
             with whole():
                 loss = _step(net, bare, teacher, data, served, scheduler, settings, accelerator, optimiser, done, total)
                 decay = min(settings.ema, (1 + done) / (10 + done))
-                get_ema_multi_avg_fn(decay)(list(average.values()), list(trained.values()), done)
+                averaged = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+                averaged(list(average.values()), list(trained.values()), done)
                 done += 1
                 if done % settings.checkpoint_every == 0 and accelerator.is_main_process:
                     _keep(state, bare, optimiser, average, done)

@@ -222,7 +222,8 @@ class Optimiser:
         self._adam.step()
         self._adam.zero_grad()
         decay = min(settings.ema, (1 + self.step) / (10 + self.step))
-        get_ema_multi_avg_fn(decay)(list(self._average.values()), list(self._named.values()), self.step)
+        averaged = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        averaged(list(self._average.values()), list(self._named.values()), self.step)
         self.step += 1
 
     def adopt_average(self) -> None:
