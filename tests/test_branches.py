@@ -324,7 +324,8 @@ def test_a_batch_keeps_no_more_than_it_may() -> None:
         Scores((Frechet(Digits(), judge, **common), Agreement(Digits(), judge, reuse_precision="bfloat16", **common)))
     whole = free.images(schedule, 0, 0, 8)
     parts = torch.cat([bounded.images(schedule, 0, *ends) for ends in bounded.batches(8, (), schedule)])
-    assert torch.allclose(whole, parts, atol=1e-5)
+    # Batches of another size may take other kernels: some 1e-6 of a guided prediction, which a step at abar 0.003 multiplies by 17.
+    assert torch.allclose(whole, parts, atol=1e-4)
 
 
 def test_no_more_states_are_held_at_once_than_may_be_kept() -> None:
