@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 LOOKS = 3_000
 """How often a CPU thread of torch that waits for others looks before it sleeps. Of OpenMP's own 300,000 training on all cores slows down many times over
-as soon as anything else wants a core; of 1,000 two cores may be slower than one thread, where a look is short (`benchmarks.threads`)."""
+as soon as anything else wants a core; of 1,000 two threads were slower than one where that was measured (`benchmarks.threads`)."""
 # Read by OpenMP when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", str(LOOKS))
 

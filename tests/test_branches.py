@@ -306,7 +306,8 @@ def test_what_is_kept_to_be_reused_is_counted() -> None:
 
 def test_a_batch_keeps_no_more_than_it_may() -> None:
     loaded = drawn(net())
-    space = Branches(net(), uniform(4), guidance=1.5)
+    # Batches of another size may take other kernels, and 1 / sqrt(abar) multiplies by how much these differ: no steps where that is much.
+    space = Branches(net(), (400, 300, 200, 100), guidance=1.5)
     schedule = space.decode((0,) * 18)
     each = Reuse().bytes_of(loaded, schedule)
     assert each == 2 * 4 * loaded.kept_numbers(loaded.full_arch, ("b0", "b1", "b2"))
@@ -324,8 +325,7 @@ def test_a_batch_keeps_no_more_than_it_may() -> None:
         Scores((Frechet(Digits(), judge, **common), Agreement(Digits(), judge, reuse_precision="bfloat16", **common)))
     whole = free.images(schedule, 0, 0, 8)
     parts = torch.cat([bounded.images(schedule, 0, *ends) for ends in bounded.batches(8, (), schedule)])
-    # Batches of another size may take other kernels: some 1e-6 of a guided prediction, which a step at abar 0.003 multiplies by 17.
-    assert torch.allclose(whole, parts, atol=1e-4)
+    assert torch.allclose(whole, parts, atol=1e-5)
 
 
 def test_no_more_states_are_held_at_once_than_may_be_kept() -> None:
