@@ -19,8 +19,8 @@ from benchmarks.digits import digits, images
 from evaluators.frechet import Frechet, KernelDistance
 from evaluators.proxies import Additive, DenoisingLoss, TeacherDistance, TeacherFrechet, TrajectoryDistance
 from nas.contracts import Evaluator, Genome, Score, Trial, derive_seed
+from nas.engine.cluster import Workers
 from nas.engine.ladder import clearly_beaten
-from nas.engine.ray_runner import Workers
 from nas.engine.session import open_session
 from nas.results.audit import REFERENCES, TABLE, measure, read_table, schedules_to_audit, summary
 from nas.results.plots import draw_audit

@@ -98,7 +98,7 @@ def local(folder: Path, trials: int, seconds: float) -> dict[str, float]:
 
 def under_ray(folder: Path, trials: int, seconds: float, workers: int) -> dict[str, float]:
     """Start-up (Ray, Tune, the workers' imports) is what lies before the first trial is settled, less its second."""
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
 
     shutil.rmtree(folder, ignore_errors=True)
     settled: list[float] = []
@@ -273,6 +273,7 @@ def main() -> None:
             "nas/engine/journal.py",
             "nas/engine/ladder.py",
             "nas/engine/ledger.py",
+            "nas/engine/cluster.py",
             "nas/engine/ray_runner.py",
             "nas/engine/runner.py",
             "nas/engine/writers.py",

@@ -35,7 +35,7 @@ from evaluators.images import PhotoPatches, load_once
 from evaluators.sampling import Precision
 from nas.base.memory import KEPT, set_thresholds
 from nas.contracts import Genome, Images, LoadedEvaluator, Progress, Schedule, Score, Step, derive_seed
-from nas.engine.ray_runner import Workers
+from nas.engine.cluster import Workers
 from nas.engine.session import open_session
 from nas.genomes.genetics import feasible_genomes
 from nas.results.audit import Agreement

@@ -36,7 +36,7 @@ from nas.study import BASELINE, Study, load_study
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
     from nas.evidence.confirm import Confirmation
     from nas.evidence.verdict import Verdict
 
@@ -435,8 +435,8 @@ def _pool(workers: int | Workers, device: str) -> Workers | None:
         return workers
     if workers == 0:
         return None
-    from nas.engine.ray_runner import Workers as Pool
-    from nas.engine.ray_runner import check_workers
+    from nas.engine.cluster import Workers as Pool
+    from nas.engine.cluster import check_workers
 
     pool = Pool(workers, device=device)
     check_workers(pool)
@@ -449,7 +449,7 @@ def on_workers(pool: Workers | None) -> Iterator[None]:
     if pool is None:
         yield
         return
-    from nas.engine.ray_runner import cluster
+    from nas.engine.cluster import cluster
 
     with cluster(pool):
         yield

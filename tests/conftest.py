@@ -78,7 +78,7 @@ def tiny_run(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
     """Two nodes of one CPU each on this machine, joined by this process."""
-    import nas.engine.ray_runner  # noqa: F401  sets Ray's environment before Ray is imported
+    import nas.engine.cluster  # noqa: F401  sets Ray's environment before Ray is imported
     import ray  # isort: skip
     from ray.cluster_utils import Cluster  # isort: skip
 

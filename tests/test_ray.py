@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 
 def run_on_ray(study: Study, folder: Path, searcher: str = "evolution", count: int = 2) -> list[Trial]:
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
 
     with open_session(study, folder) as session:
         conductor = session.conductor(searcher)
@@ -110,7 +110,7 @@ def test_a_real_network_scores_the_same_on_a_worker(
 
 
 def test_an_audit_on_workers_has_the_rows_of_a_local_one(ray_cluster: Any, tmp_path: Path) -> None:
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
     from nas.results.audit import TABLE, measure, read_table
     from tests.toy import ToyEvaluator
 
@@ -160,7 +160,7 @@ def test_the_desk_sends_kin_the_same_way_and_waits_for_nobody_twice(monkeypatch:
 
 
 def test_impossible_workers_are_refused(ray_cluster: Any, tmp_path: Path) -> None:
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
 
     with pytest.raises(UserError, match="0 workers"):
         Workers(0)
@@ -211,7 +211,7 @@ def test_ctrl_c_stops_a_ray_run_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_searchers_that_keep_state_share_two_workers(ray_cluster: Any, tmp_path: Path) -> None:
     """Answers come back out of order: nobody proposes what is pending, or waits where nothing is."""
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
 
     names = ("ddsm", "nevergrad", "optuna_sampler", "rounds", "routing")
     searchers = {point.name: point.load()() for point in entry_points(group="nas.searchers") if point.name in names}
@@ -225,7 +225,7 @@ def test_searchers_that_keep_state_share_two_workers(ray_cluster: Any, tmp_path:
 
 
 def test_a_searcher_learns_on_a_worker(ray_cluster: Any, tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
 
     study = warm(tiny_study)
     folders = {"here": None, "ray": Workers(1)}
@@ -248,7 +248,7 @@ SOCKETS = """
 import json, os, socket, sys, threading, time
 from pathlib import Path
 import psutil
-from nas.engine.ray_runner import Workers, cluster
+from nas.engine.cluster import Workers, cluster
 from nas.engine.session import open_session
 from tests.toy import toy_study
 
@@ -347,7 +347,7 @@ def test_a_dead_part_of_the_cluster_ends_the_run_in_a_line(part: str, tmp_path: 
 def test_an_address_where_nobody_listens_and_too_long_a_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nas.engine.ray_runner import Workers, check_workers
+    from nas.engine.cluster import Workers, check_workers
 
     for address, words in (
         ("127.0.0.1:9", "nobody listens at the Ray address"),

@@ -17,7 +17,7 @@ from nas.cli.terminal import notes
 from nas.contracts import UserError
 
 if TYPE_CHECKING:
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
     from nas.library import Chosen, StudyRun
     from nas.study import Study
 
@@ -101,7 +101,7 @@ def worker_pool(count: int, gpus: float, address: str | None, device: str) -> Wo
         return None
     if address:
         os.environ["RAY_ADDRESS"] = address
-    from nas.engine.ray_runner import Workers, check_workers
+    from nas.engine.cluster import Workers, check_workers
 
     pool = Workers(count or 1, gpus, address, device)
     check_workers(pool)

@@ -38,7 +38,7 @@ from nas.searchers.uniform import UniformSearch
 from nas.study import BASELINE, CONFIRMED, LedgerInfo, Study
 
 if TYPE_CHECKING:
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
 
 
 class Session:

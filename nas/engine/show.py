@@ -11,7 +11,7 @@ from nas.contracts import Progress, Trial
 from nas.engine.runner import Conductor
 
 if TYPE_CHECKING:
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
 
 
 class Bar(Protocol):

@@ -34,7 +34,7 @@ from nas.contracts import (
 from nas.genomes.genetics import IntervalCosts, cheapest, dearest, feasible_genomes, repair
 
 if TYPE_CHECKING:
-    from nas.engine.ray_runner import Workers
+    from nas.engine.cluster import Workers
     from nas.study import Study
 
 Array = npt.NDArray[np.float64]
