@@ -31,16 +31,17 @@ from hypothesis import strategies as st
 from evaluators.captions import NoImages
 from nas.contracts import Guidance, LoadedSupernet, Schedule, Step, UserError
 from nas.handover.export import export
-from nas.handover.portable import module, portable, read_portable, resampled, schedule_of, write_portable
+from nas.handover.portable import module, portable, resampled, schedule_of, write_portable
 from search_spaces import layouts, shipped
 from search_spaces.patterns import ALL
 from search_spaces.shipped.graph import TransformerGraph, UNetGraph, graph_of
+from search_spaces.shipped.schedule_file import ScheduleError, read_schedule
 from search_spaces.supernet import Elastic
 from search_spaces.training import Stages
 from tests.pipelines import LINEAR, VAE, dit, pixart, stable_diffusion, stable_diffusion_xl
 
 SHIPPED = Path(shipped.__file__).parent
-FILES = [SHIPPED / f"{name}.py" for name in ("graph", "walks", "reuse", "stepping")]
+FILES = [SHIPPED / f"{name}.py" for name in ("graph", "walks", "reuse", "stepping", "schedule_file")]
 CODE = module(FILES, SHIPPED / "apply.py")
 DDIM = {"class": "DDIM", "eta": 0.0, "clip": False}
 DPM_SOLVER = {"class": "DPMSolver", "clip": False}
@@ -238,6 +239,27 @@ def test_layers_of_low_rank_stay_in_use(tool: Any, tmp_path: Path) -> None:
     assert np.abs(fused - after).max() < 1e-4
 
 
+def test_what_the_walks_do_not_follow_is_refused_and_not_left_out(tool: Any, tmp_path: Path) -> None:
+    """FreeU and an IP-Adapter change what a stock network computes."""
+    pipeline, net = made("stable diffusion", tmp_path)
+    plan = portable(net, schedule_for(net, KINDS["stable diffusion"][2]), DDIM, {})
+    tool.apply_schedule(pipeline, plan)
+    before = called(pipeline, "stable diffusion")
+    pipeline.enable_freeu(0.9, 0.2, 1.5, 1.6)
+    with pytest.raises(tool.ScheduleError, match="FreeU"):
+        called(pipeline, "stable diffusion")
+    pipeline.disable_freeu()
+    assert np.array_equal(called(pipeline, "stable diffusion"), before)
+    pipeline.unet.encoder_hid_proj = torch.nn.Identity()
+    with pytest.raises(tool.ScheduleError, match="IP-Adapter"):
+        called(pipeline, "stable diffusion")
+    pipeline.unet.encoder_hid_proj = None
+    told = {"encoder_hidden_states": torch.zeros(2, 8, 32), "added_cond_kwargs": {"image_embeds": [torch.zeros(2, 4)]}}
+    pipeline.scheduler.set_timesteps(5)
+    with pytest.raises(tool.ScheduleError, match="image_embeds"):
+        pipeline.unet(torch.zeros(2, 4, 8, 8), torch.tensor(999), **told)
+
+
 NINE = 9
 
 
@@ -271,12 +293,12 @@ def test_what_cannot_be_is_said(tool: Any, tmp_path: Path) -> None:
     pipeline, net = made("stable diffusion", tmp_path)
     schedule = schedule_for(net, 3.0)
     plan = portable(net, schedule, DDIM, {})
-    refused = tool.ScheduleError
+    refused, more = tool.ScheduleError, [*plan["network"]["branches"], "u9.0"]
     for wrong, words in (
         ({**plan, "version": 2}, "version 2"),
         ({**plan, "format": "other"}, "is no step-aware schedule"),
         ({**plan, "network": {**plan["network"], "class": "UNet2DModel"}}, "found for a UNet2DModel"),
-        ({**plan, "network": {**plan["network"], "branches": ["mid"]}}, "network of 1 branches"),
+        ({**plan, "network": {**plan["network"], "branches": more}}, f"network of {len(more)} branches"),
         (
             {**plan, "steps": [{**step, "alpha": step["alpha"] * 1.01} for step in plan["steps"]]},
             "another noise process",
@@ -360,13 +382,69 @@ def test_a_file_is_read_back(tmp_path: Path) -> None:
     _, net = made("dit", tmp_path)
     schedule = schedule_for(net, 2.0)
     write_portable(portable(net, schedule, DDIM, {"loss": 0.5}), CODE, tmp_path / "told")
-    plan = read_portable(tmp_path / "told" / "schedule.json")
+    plan = read_schedule(tmp_path / "told" / "schedule.json")
     assert schedule_of(plan, net.full_arch) == schedule
     assert plan["measured"] == {"loss": 0.5}
-    for wrong in ("{", "[]", "{}", json.dumps({**plan, "version": 3}), json.dumps({**plan, "steps": [{}]})):
+    unmeasured = {name: value for name, value in plan.items() if name != "measured"}
+    assert read_schedule(unmeasured)["measured"] == {}
+    for wrong in ("{", "[]", "{}", json.dumps({**plan, "version": 3})):
         (tmp_path / "wrong.json").write_text(wrong)
-        with pytest.raises(UserError, match=r"wrong\.json"):
-            read_portable(tmp_path / "wrong.json")
+        with pytest.raises(ScheduleError, match=r"wrong\.json"):
+            read_schedule(tmp_path / "wrong.json")
+
+
+WRONG: dict[str, Any] = {
+    "steps": (None, [], [{}], "steps", [1]),
+    "network": (None, {}, "UNet2DModel", {"class": "UNet2DModel"}, {"class": "UNet2DModel", "branches": [1]}),
+    "sampler": (
+        None,
+        "DDIM",
+        {"class": "DDPM", "clip": True},
+        {"class": "DDIM"},
+        {"class": "DDIM", "clip": False, "eta": 1},
+    ),
+    "prediction": (None, "noise"),
+    "guidance_scale": ("2", 0, float("nan")),
+    "final_alpha": (None, 0, 2),
+    "num_inference_steps": (1,),
+    "measured": (None, [], {"grid": []}, {"grid": [1, 2]}, {"grid": "all"}, {"loss": "small"}),
+}
+WRONG_STEPS: dict[str, Any] = {
+    "timestep": (None, "a", -1, 2.5, 0),
+    "alpha": (None, "a", 2, float("inf")),
+    "reuse": (None, "b0", [1], ["b9"], ["b0.nothing.else"]),
+    "guided": (None, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field, values in (WRONG | WRONG_STEPS).items() for value in values],
+    ids=str,
+)
+def test_a_file_that_somebody_wrote_wrongly_is_refused_by_name(field: str, value: Any, tmp_path: Path) -> None:
+    _, net = made("dit", tmp_path)
+    plan = portable(net, schedule_for(net, 2.0), DDIM, {})
+    assert read_schedule(plan)["steps"] == plan["steps"]
+    steps = [dict(step) for step in plan["steps"]]
+    if field in WRONG_STEPS:
+        steps[1][field] = value
+        plan = {**plan, "steps": steps}
+        field = field if value != 0 else "timesteps"
+    else:
+        plan = {**plan, field: value}
+    with pytest.raises(ScheduleError, match=rf"the schedule: .*{field}.* must "):
+        read_schedule(plan)
+
+
+def test_the_first_step_reuses_nothing_and_none_is_guided_without_a_scale(tmp_path: Path) -> None:
+    _, net = made("dit", tmp_path)
+    plan = portable(net, schedule_for(net, 2.0), DDIM, {})
+    first = [{**plan["steps"][0], "reuse": ["b0"]}, *plan["steps"][1:]]
+    with pytest.raises(ScheduleError, match="step 0's reuse"):
+        read_schedule({**plan, "steps": first})
+    with pytest.raises(ScheduleError, match="guided"):
+        read_schedule({**plan, "guidance_scale": None})
 
 
 # ------------------------------------------------------------------------------------------------------ other steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -18,12 +19,12 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from nas.contracts import Guidance, Schedule, Score, Step, UserError, derive_seed
 from nas.engine.session import open_session
-from nas.handover.portable import read_portable, schedule_of
+from nas.handover.portable import schedule_of
 from nas.study import load_study
 from nas.tuning.found import Candidate, Found
 from nas.tuning.page import usage, write_found
 from nas.tuning.study import Wanted, sets
-from nas.tuning.tune import full_samples, given_schedule, tune
+from nas.tuning.tune import baselines, fixed, full_samples, given_schedule, read_file, tune, within
 from search_spaces.patterns import LeftOut
 from search_spaces.shipped.graph import AROUND, TransformerGraph, UNetGraph
 from search_spaces.supernet import Elastic
@@ -124,16 +125,16 @@ def test_where_nothing_is_lost_nothing_is_searched(place: Path) -> None:
     """The schedule of a model, tried on itself."""
     shutil.copytree(place / "dit", place / "same")
     start = place / "out" / "schedule.json"
-    found = tune(quick(place / "same"), place / "run2", start=read_portable(start))
+    found = tune(quick(place / "same"), place / "run2", start=read_file(start))
     assert not found.searched
-    assert tune(quick(place / "same"), place / "run2", start=read_portable(start)).verdict == found.verdict
+    assert tune(quick(place / "same"), place / "run2", start=read_file(start)).verdict == found.verdict
     assert "nothing is lost, so nothing was searched" in found.verdict[-1]
-    assert found.chosen.schedule == schedule_of(read_portable(start), found.wanted.net.anatomy.full)
+    assert found.chosen.schedule == schedule_of(read_file(start), found.wanted.net.anatomy.full)
 
 
 def test_a_schedule_goes_over_to_other_weights_and_sizes(place: Path) -> None:
     """Tried first; searched where it loses, and where it takes more than is wanted there."""
-    start = read_portable(place / "out" / "schedule.json")
+    start = read_file(place / "out" / "schedule.json")
     pipeline = dit(place / "tuned further", seed=0)
     with torch.no_grad():
         for name, weight in pipeline.transformer.named_parameters():
@@ -219,7 +220,7 @@ def test_a_sampler_with_a_memory_is_compared_with_fewer_steps(tmp_path: Path) ->
     loaded = found.study.load(tmp_path / "run", "cpu")
     write_found(found, loaded.supernet, loaded.sampler_of(found.chosen.schedule), tmp_path / "out", tmp_path / "run")
     assert "noises and 1 prompt that nothing was searched on" in (tmp_path / "out" / "report.html").read_text()
-    assert read_portable(tmp_path / "out" / "schedule.json")["sampler"]["class"] == "DPMSolver"
+    assert read_file(tmp_path / "out" / "schedule.json")["sampler"]["class"] == "DPMSolver"
     by_hand = load_study(tmp_path / "out" / "study.py")
     with open_session(by_hand, tmp_path / "run") as session:  # whose ledgers are not those of the kept prompts
         session.confirmation([by_hand.enqueue[0]])
@@ -270,8 +271,43 @@ def test_what_cannot_be_tuned_is_refused(place: Path) -> None:
         ((place / "dit", "--within", "macs=0.001", *QUICK), "macs_share"),
         ((place / "ddim", "--within", "macs=0.6", "--start", place / "out" / "schedule.json", *QUICK), "search anew"),
         ((place / "dit", "--within", "macs=0.6", "--start", place / "prompts.txt"), "cannot be read"),
+        ((place / "dit", "--within", "macs=0.6", "--steps", "2000"), "2000 steps .* more than the 1000 timesteps"),
+        ((place / "dit", "--within", "macs=0.6", "--full-steps", "2000"), "2000 steps .* more than the 1000 timesteps"),
     ):
         refused(nas("tune", *arguments, "--out", place / "refused", "--to", place / "nothing"), message)
+
+
+def test_nothing_of_somebody_elses_is_overwritten(place: Path, tmp_path: Path) -> None:
+    common = ("tune", place / "dit", "--within", "macs=0.6", *QUICK, "--out", place / "run", "-q")
+    other = tmp_path / "exported"
+    other.mkdir()
+    (other / "schedule.json").write_text('{"steps": []}')
+    for folder in (place / "dit", other):
+        refused(nas(*common, "--to", folder), "would be overwritten; give another --to")
+    assert (other / "schedule.json").read_text() == '{"steps": []}'
+    mine = tmp_path / "mine.py"
+    mine.write_text("# changed by hand\n")
+    for kept in (0, 1, 1):
+        done = nas(*common, "--to", tmp_path / "out", "--write-study", mine)
+        assert done.returncode == 0, done.stderr
+        assert len([*tmp_path.glob("mine.before*")]) == 1
+        assert len([*(tmp_path / "out").glob("study.before*")]) == kept
+        if not kept:
+            (tmp_path / "out" / "study.py").write_text("# changed by hand\n")
+    assert (tmp_path / "mine.before.py").read_text() == "# changed by hand\n"
+    assert (tmp_path / "out" / "study.before.py").read_text() == "# changed by hand\n"
+
+
+def test_the_dearest_schedule_of_each_rule_is_that_of_trying_all(place: Path) -> None:
+    wanted = quick(place / "dit")
+    study = wanted.study({"macs_share": 0.6})
+    space: Any = study.space
+    tried = []
+    for schedules in baselines(wanted).values():
+        genomes = (space.genome(fixed(space, pattern, stop)) for pattern, stop in schedules)
+        tried += [*itertools.islice(filter(study.problem.feasible, genomes), 1)]
+    assert within(study, place / "run", baselines(wanted)) == tried
+    assert len(tried) > 2
 
 
 # --------------------------------------------------------------------------------------------------------- the study

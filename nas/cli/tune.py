@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,10 +104,11 @@ def tune(
 ) -> None:
     """Make a faster schedule for the pipeline in a folder, without training: which steps run, which blocks at each, and where guidance is on."""
     from nas.engine.show import Show
-    from nas.handover.portable import read_portable
     from nas.library import on_workers
-    from nas.tuning.page import SCHEDULE, compared, study_file, usage, write_found
+    from nas.tuning.page import SCHEDULE, check_target, compared, study_file, usage, write_found
+    from nas.tuning.page import write_study as write_kept
     from nas.tuning.study import LOSS, Wanted
+    from nas.tuning.tune import read_file
     from nas.tuning.tune import tune as search
 
     measure, _, share = within.partition("=")
@@ -125,13 +127,17 @@ def tune(
         )
     pool = worker_pool(workers, gpus_per_worker, None, device)
     name = pipeline.resolve().name
-    plan = None if start is None else read_portable(start)
-    also: dict[str, Any] | None = None
+    into = to or Path("tuned") / name
+    targets = [into / f"{count}-steps" for count in counts] if len(counts) > 1 else [into]
+    for target in targets:
+        check_target(target)
+    plan = None if start is None else read_file(start)
+    also: Mapping[str, Any] | None = None
     told: list[dict[str, Any]] = []
     schedules: list[Found] = []
     beside: Path | None = None
     with on_workers(pool):
-        for count in counts:
+        for count, target in zip(counts, targets, strict=True):
             wanted = Wanted(
                 pipeline.resolve(),
                 measure,  # type: ignore[arg-type]
@@ -147,22 +153,27 @@ def tune(
                 trials,
             )
             folder = ((out_dir or Path("runs") / f"tune-{name}") / f"{count}-{measure}-{share}").resolve()
-            target = (to or Path("tuned") / name) / (f"{count}-steps" if len(counts) > 1 else "")
             with resumable(folder), progress_bars(quiet or as_json) as bars:
                 show = Show(partial(follow, bars), partial(SearchBar, bars, objective=LOSS), pool)
                 found = search(wanted, folder, show, device, plan, beside, also)
+                target.mkdir(parents=True, exist_ok=True)
+                studies = [target / "study.py"]
+                if write_study is not None:
+                    studies.append(
+                        write_study if len(counts) == 1 else write_study.with_stem(f"{write_study.stem}-{count}")
+                    )
+                    studies[-1].parent.mkdir(parents=True, exist_ok=True)
+                for path in studies:
+                    if aside := write_kept(path, study_file(found)):
+                        notes.print(f"{path} was another study, which is now {aside}", highlight=False, soft_wrap=True)
                 evaluator = found.study.load(folder, device)
                 left_out = write_found(
                     found, evaluator.supernet, evaluator.sampler_of(found.chosen.schedule), target, folder
                 )
                 made = None if found.far else target / SCHEDULE
-                also = also if made is None else read_portable(made)  # a first try at another number of steps
+                also = also if made is None else read_file(made)  # a first try at another number of steps
             beside = folder
             schedules.append(found)
-            if write_study is not None:
-                where = write_study if len(counts) == 1 else write_study.with_stem(f"{write_study.stem}-{count}")
-                where.parent.mkdir(parents=True, exist_ok=True)
-                where.write_text(study_file(found))
             told.append(
                 {
                     "steps": count,

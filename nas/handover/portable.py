@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.base.files import first_line, written
+from nas.base.files import written
 from nas.contracts import Guidance, LoadedSupernet, Schedule, Step, UserError
 
 FORMAT, VERSION = "step-aware schedule", 1
@@ -75,32 +75,6 @@ def schedule_of(plan: Mapping[str, Any], arch: Any) -> Schedule:
             for step in plan["steps"]
         )
     )
-
-
-def read_portable(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is none of this version."""
-    try:
-        plan = json.loads(path.read_text())
-        known = isinstance(plan, dict) and plan.get("format") == FORMAT
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}); give a schedule.json that `nas tune` wrote"
-        ) from error
-    if not known or plan.get("version") != VERSION:
-        raise UserError(f"{path} is no {FORMAT} of version {VERSION}; give a schedule.json that `nas tune` wrote")
-    steps = plan.get("steps")
-    if (
-        not isinstance(steps, list)
-        or not steps
-        or not all(isinstance(one, dict) and one.keys() >= STEP for one in steps)
-    ):
-        raise UserError(f"{path}: its steps must each have {', '.join(sorted(STEP))}; write it anew with `nas tune`")
-    if missing := sorted({"network", "sampler", "guidance_scale", "final_alpha", "measured"} - plan.keys()):
-        raise UserError(f"{path} lacks {', '.join(missing)}; write it anew with `nas tune`")
-    return dict(plan)
-
-
-STEP = frozenset({"timestep", "alpha", "reuse", "guided"})
 
 
 def resampled(schedule: Schedule, grid: Sequence[int], timesteps: Sequence[int]) -> Schedule:

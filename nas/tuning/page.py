@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from nas.base.files import written
+from nas.base.files import read_json, written
 from nas.contracts import LoadedSupernet, Schedule, UserError
 from nas.handover.portable import module, portable, write_portable
 from nas.results.samples import draw_samples
@@ -19,6 +21,7 @@ from nas.tuning.found import CONFIDENCE, Candidate, Found, percent
 from nas.tuning.study import LOSS, Wanted
 from search_spaces import shipped
 from search_spaces.layouts import cache_dit_yaml, smoothcache_json
+from search_spaces.shipped.schedule_file import FORMAT
 
 METRICS = {
     LOSS: "loss",
@@ -40,7 +43,9 @@ STEPPED = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultiste
 def apply_module() -> str:
     """The stand-alone module that runs a schedule file."""
     here = Path(shipped.__file__).parent
-    return module([here / f"{name}.py" for name in ("graph", "walks", "reuse", "stepping")], here / "apply.py")
+    return module(
+        [here / f"{name}.py" for name in ("graph", "walks", "reuse", "stepping", "schedule_file")], here / "apply.py"
+    )
 
 
 def measured(found: Found) -> dict[str, Any]:
@@ -90,9 +95,31 @@ def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], f
                 _write(folder / name, write(chosen, graph, found.wanted.grid(len(chosen.steps))))
             except UserError as error:
                 left_out.append(f"no {name}: {error}")
-    _write(folder / "study.py", study_file(found))
+    write_study(folder / "study.py", study_file(found))
     _write(folder / "report.html", page(found, folder, run, left_out))
     return left_out
+
+
+def check_target(folder: Path) -> None:
+    """Raises UserError for a folder whose files are not those of another search."""
+    schedule = folder / SCHEDULE
+    known = read_json(schedule, "give another --to") if schedule.exists() else {"format": FORMAT}
+    if (folder / "model_index.json").exists() or not isinstance(known, dict) or known.get("format") != FORMAT:
+        raise UserError(
+            f"{folder} holds a pipeline or a {SCHEDULE} of another kind, which would be overwritten; give another --to"
+        )
+
+
+def write_study(path: Path, text: str) -> Path | None:
+    """Another one that is there is not lost, since studies are changed by hand: returned is where it is kept."""
+    if not path.exists() or path.read_text() == text:
+        _write(path, text)
+        return None
+    names = (path.with_name(f"{path.stem}.before{'' if n == 1 else f'-{n}'}{path.suffix}") for n in count(1))
+    aside = next(name for name in names if not name.exists())
+    os.replace(path, aside)
+    _write(path, text)
+    return aside
 
 
 def _write(path: Path, text: str) -> None:

@@ -169,6 +169,10 @@ class Wanted:
         return self._spaced(kind(**{name: value for name, value in self.scheduler.items() if name in known}), steps)
 
     def _spaced(self, stock: DDIMScheduler | DPMSolverMultistepScheduler, steps: int) -> Timesteps:
+        if steps > self.net.noise.timesteps:
+            raise UserError(
+                f"{steps} steps (--steps, --full-steps) are more than the {self.net.noise.timesteps} timesteps that the model was trained on; ask for fewer"
+            )
         with warnings.catch_warnings():  # diffusers makes arrays of tensors in a way that numpy will not know any more
             warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
             stock.set_timesteps(steps)

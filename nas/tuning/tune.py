@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from nas.study import Study
 from nas.tuning.found import FAR, Candidate, Found
 from nas.tuning.study import LOSS, Wanted, computed
 from search_spaces.patterns import ALL, Every, Only, Pattern, Subset
+from search_spaces.shipped.schedule_file import ScheduleError, read_schedule
 
 SEARCHER = "path"
 KEPT_FOR_VERIFYING = 5
@@ -213,11 +216,10 @@ def within(study: Study, folder: Path, rules: Mapping[str, list[tuple[Pattern, i
     space: Any = study.space
     found = []
     for schedules in rules.values():
-        for pattern, stop in schedules:
-            genome = space.genome(fixed(space, pattern, stop))
-            if problem.feasible(genome):
-                found.append(genome)
-                break
+        genomes = [partial(space.genome, fixed(space, pattern, stop)) for pattern, stop in schedules]
+        # The schedules of a rule fall in cost, so that few of them have to be looked for in the space, which takes a while.
+        first = bisect_left(genomes, True, key=lambda genome: problem.feasible(genome()))
+        found += [genome() for genome in genomes[first : first + 1]]
     return found
 
 
@@ -237,6 +239,14 @@ def fixed(space: Any, pattern: Pattern, stop: int) -> Schedule:
         )
         steps.append(Step(one.timestep, one.arch, reused, guide))
     return Schedule(tuple(steps))
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """What a schedule's file holds. Raises UserError where it is none of this version, or damaged."""
+    try:
+        return read_schedule(path)
+    except ScheduleError as error:
+        raise UserError(str(error)) from error
 
 
 def given_schedule(wanted: Wanted, plan: Mapping[str, Any]) -> Schedule:

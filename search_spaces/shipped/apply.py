@@ -10,7 +10,6 @@ Needs torch alone. Networks: UNet2DModel, UNet2DConditionModel, DiTTransformer2D
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,9 +21,10 @@ import torch
 
 from .graph import graph_of, holds
 from .reuse import PREDICTION, as_noise, run
+from .schedule_file import ScheduleError, read_schedule
 from .stepping import update
+from .walks import ADDED, SIZES
 
-FORMAT, VERSION = "step-aware schedule", 1
 COMPONENTS = ("transformer", "unet")
 """What a pipeline calls its network."""
 
@@ -35,10 +35,6 @@ CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask")
 EXTRA = "added_cond_kwargs"
 CLOSE = 1e-4
 """By how much abar may differ, relatively, between the model that the schedule was found for and this one."""
-
-
-class ScheduleError(ValueError):
-    """A schedule that this pipeline cannot run, or a call that it was not made for; the message says what to do."""
 
 
 def apply_schedule(
@@ -54,7 +50,7 @@ def apply_schedule(
     Raises ScheduleError where the file is no schedule of this version, or was found for another kind of network, sampler or noise process.
     """
     remove_schedule(pipeline)
-    plan = _read(schedule)
+    plan = read_schedule(schedule)
     component = next((name for name in COMPONENTS if getattr(pipeline, name, None) is not None), None)
     if component is None:
         raise ScheduleError(f"the pipeline has neither a {' nor a '.join(COMPONENTS)}; give one of diffusers' own")
@@ -126,6 +122,7 @@ class _Applied:
                 "or make a schedule of as many"
             )
         self.number, self.called, self.cache, self.memory, self.held = 0, -1, None, None, None
+        self._check_network()
         self._compare_guidance()
         self.scheduler.num_inference_steps = len(self.steps)
         self.scheduler.timesteps = torch.tensor([step["timestep"] for step in self.steps], device=device)
@@ -187,6 +184,16 @@ class _Applied:
             noise = torch.cat([noise, noise])
         return SimpleNamespace(sample=noise) if as_dict else (noise,)
 
+    def _check_network(self) -> None:
+        """Raises ScheduleError where the network was given what blocks one by one do not follow, before or since the schedule was applied."""
+        freed = any(getattr(block, "s1", None) is not None for block in getattr(self.net, "up_blocks", ()))
+        adapted = getattr(self.net, "encoder_hid_proj", None) is not None
+        if adapted or freed:
+            what, off = ("an IP-Adapter", "unload_ip_adapter") if adapted else ("FreeU", "disable_freeu")
+            raise ScheduleError(
+                f"the network has {what}, which steps that take blocks from the step before cannot follow; pipeline.{off}() first, or remove_schedule(pipeline)"
+            )
+
     def _compare_guidance(self) -> None:
         """Warns where the pipeline says that it guides by another scale: what that loses was not measured."""
         asked = getattr(self.pipeline, "guidance_scale", None)  # others than Stable Diffusion's do not say it
@@ -224,9 +231,11 @@ class _Applied:
 
     def _condition(self, told: dict[str, Any], rows: slice | None) -> dict[str, torch.Tensor]:
         found = {name: told[name] for name in CONDITIONS if told.get(name) is not None}
-        found |= {name: value for name, value in (told.get(EXTRA) or {}).items() if value is not None}
+        extra = {name: value for name, value in (told.get(EXTRA) or {}).items() if value is not None}
         known = {*STATES, *TIMES, *CONDITIONS, EXTRA}
         strange = [name for name, value in told.items() if name not in known and value is not None and value != {}]
+        strange += [name for name in extra if name not in (*ADDED, *SIZES)]
+        found |= extra
         if strange:
             raise ScheduleError(
                 f"the network is given {', '.join(strange)}, which steps that take blocks from the step before cannot follow; leave that out, or "
@@ -291,23 +300,6 @@ def _call(
             return graph(*given)
 
     return call
-
-
-def _read(schedule: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    where = "the schedule"
-    if isinstance(schedule, str | Path):
-        where = str(schedule)
-        try:
-            schedule = json.loads(Path(schedule).read_text())
-        except (OSError, ValueError) as error:
-            raise ScheduleError(f"{where} cannot be read ({error}); give a schedule.json") from error
-    if not isinstance(schedule, Mapping) or schedule.get("format") != FORMAT:
-        raise ScheduleError(f"{where} is no {FORMAT}; give one that `nas tune` wrote")
-    if schedule.get("version") != VERSION:
-        raise ScheduleError(
-            f"{where} is of version {schedule.get('version')}, this file reads {VERSION}; take the module that came with it"
-        )
-    return schedule
 
 
 def _check(plan: Mapping[str, Any], net: Any, scheduler: Any) -> None:
