@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
@@ -40,7 +42,8 @@ class PixelComponents:
         path = self._path(folder)
         recipe = digest_of({**self.describe(), "images": images.digest})
         if path.exists():
-            if self._opened(path)[0].get("recipe") != recipe:
+            kept = self._opened(path)[0]
+            if kept.get("recipe") != recipe and kept.get("pixels") != _pixels_digest(images):
                 raise UserError(f"{path} was made of other images; use another --out, or delete it")
             return
         yield Progress("pixel components", 0, 1)
@@ -57,7 +60,7 @@ class PixelComponents:
         partial = path.with_suffix(".partial")
         with written(path):
             tensors = {"mean": mean.float(), "components": vectors.float().contiguous()}
-            save_file(tensors, partial, {"recipe": recipe})
+            save_file(tensors, partial, {"recipe": recipe, "pixels": _pixels_digest(images)})
         os.replace(partial, path)
         yield Progress("pixel components", 1, 1)
 
@@ -137,6 +140,11 @@ class _Features:
         with torch.inference_mode():
             features: torch.Tensor = self._seen(images)
             return features.float()
+
+
+def _pixels_digest(images: ImageSet) -> str:
+    """Of those to train on alone: which images are held out makes no difference here."""
+    return hashlib.sha256(np.ascontiguousarray(images.pixels).data).hexdigest()[:16]
 
 
 def _flat(images: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,10 @@ from sklearn.decomposition import PCA
 from typer.testing import CliRunner
 
 from evaluators.features import SmallClassifier
-from evaluators.frechet import Frechet
+from evaluators.frechet import Frechet, KernelDistance
 from evaluators.images import Digits, HeldOutHalf
 from evaluators.label_free import PixelComponents, RandomFeatures
+from evaluators.proxies import DenoisingLoss
 from evaluators.scoring import Scores
 from nas.cli import app
 from nas.contracts import Score, UserError
@@ -84,6 +85,16 @@ def test_a_verdict_needs_both_judges_and_says_who_contradicts() -> None:
     for lost in (verdict(fine, bad), verdict(fine, unsure)):
         assert not lost.confirmed
     assert verdict(fine, bad).advice == verdict(fine, fine).advice == ""
+
+
+def test_seeds_that_happen_to_agree_are_no_advice_to_take_fewer() -> None:
+    """What sampling alone leaves of three seeds' mean is as wide as the margin, however near they are to each other."""
+    lucky = of([0.001, -0.001, 0.0], 0.05, error=0.05)
+    assert not lucky.no_loss
+    said = Verdict("name", "digest", 0.6, (lucky,), False, "schedule").advice
+    [count] = [int(word) for word in said.split() if word.isdigit()]
+    # As many as bring 1.96 errors of so many seeds below the margin, at the least.
+    assert 1.96 * 0.05 * math.sqrt(3 / count) <= 0.05
 
 
 def test_of_several_the_largest_saving_is_told_and_why_no_more() -> None:
@@ -173,6 +184,57 @@ def test_judges_look_at_images_that_the_search_did_not_see(tiny_study: Study) ->
     assert judges[0].evaluator.features == SmallClassifier()
     with pytest.raises(UserError, match="holds no images out"):
         judges_of(tiny_study)
+
+
+def test_a_file_of_statistics_is_no_held_out_images(tiny_study: Study, tmp_path: Path) -> None:
+    """Nobody knows of which images it is."""
+    given = Frechet(Digits(), PixelComponents(), rungs=(32, 64), reference=str(tmp_path / "stats.npz"))
+    with pytest.raises(UserError, match="holds no images out"):
+        judges_of(replace(tiny_study, evaluator=given))
+    halved = replace(given, images=HeldOutHalf(IMAGES, "first"))
+    judges, seen = judges_of(replace(tiny_study, images=IMAGES, evaluator=halved))
+    assert seen
+    assert all(judge.evaluator.images == HeldOutHalf(IMAGES, "second") for judge in judges)
+    own = judges[0].evaluator
+    assert isinstance(own, Frechet)
+    assert own.reference is None
+
+
+EVALUATORS: dict[str, Any] = {
+    "no features": DenoisingLoss(IMAGES, rungs=(16, 32)),
+    "a kernel distance": KernelDistance(HeldOutHalf(IMAGES, "first"), RandomFeatures(), rungs=(16, 32)),
+    "components": Frechet(HeldOutHalf(IMAGES, "first"), PixelComponents(), rungs=(16, 32)),
+    "a classifier": Frechet(HeldOutHalf(IMAGES, "first"), rungs=(16, 32)),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_every_judge_can_judge_once_it_is_prepared_and_two_of_different_kind_decide(
+    name: str, tiny_study: Study, tmp_path: Path
+) -> None:
+    evaluator = EVALUATORS[name]
+    study = replace(tiny_study, images=IMAGES, evaluator=evaluator, objectives=(evaluator.metrics[0], "macs"))
+    net = study.supernet.initial(0)  # type: ignore[attr-defined]
+    list(study.evaluator.prepare(tmp_path, study.seed, "cpu"))
+    judges, _ = judges_of(study)
+    for judge in judges:
+        list(judge.prepare(tmp_path, study.seed, "cpu"))
+        loaded = judge.load(net, tmp_path)
+        assert math.isfinite(loaded(study.space.decode((0,) * 4), 16, 0).values[judge.metric])
+    kinds = [type(judge.evaluator.features) for judge in judges if judge.decides]
+    assert len(kinds) == len(set(kinds)) == 2
+    # What was made of the images that the search was scored against serves for the others: both are made of the train images.
+    list(study.evaluator.prepare(tmp_path, study.seed, "cpu"))
+
+
+def test_the_floor_says_how_many_real_images_there_are(tiny_study: Study) -> None:
+    few, many = (
+        judges_of(replace(tiny_study, images=IMAGES, evaluator=Frechet(IMAGES, rungs=(32, rung))))[0][0]
+        for rung in (64, 4096)
+    )
+    assert (few.reals, many.reals) == (64, len(IMAGES.load()))
+    assert "(equally many real images" in of([0.0, 0.1], 0.05).words
+    assert "(all 1,257 real images" in replace(of([0.0, 0.1], 0.05), reals=1257).words
 
 
 # ------------------------------------------------------------------------------------------------------------ the command
@@ -342,6 +404,7 @@ def test_both_are_trained_for_as_many_multiply_adds(tiny_net: Elastic, tiny_stud
         ((), "say which trial"),
         (("--within", "macs_share=0.000001"), "macs_share"),
         (("--within", "macs_share=0.5,half"), "COST=LIMIT,LIMIT"),
+        (("--within", "seed=0.5"), "'seed' is not a cost"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_words(searched: Path, options: tuple[str, ...], words: str) -> None:

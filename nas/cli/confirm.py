@@ -75,8 +75,8 @@ def confirm(
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Train a schedule and the full network equally, with several seeds, and say whether anything is lost: named before, judged on images and noises that
-    nothing was chosen on. Of several budgets: how much can be saved. The same command goes on after a stop."""
+    """Train a schedule and the full network equally, with several seeds, and say whether anything is lost: named before, judged on held-out images
+    and on noises that nothing was chosen on. Of several budgets: how much can be saved. The same command goes on after a stop."""
     from nas.engine.show import Show
     from nas.evidence.confirm import PROTOCOL
     from nas.evidence.verdict import in_short
@@ -86,7 +86,7 @@ def confirm(
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
     check_device(device)
-    called = name or re.sub("[=,] *", "-", within or f"trial-{trial}")
+    called = name or re.sub(r"\s*[=,]\s*", "-", (within or f"trial-{trial}").strip())
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", called):
         raise UserError(f"--name {called} is no plain name; use letters, digits, dots, dashes and underscores")
     given = {"batch": batch, "learning_rate": learning_rate}

@@ -208,7 +208,7 @@ def train(
     from nas.base.exported import check_hashes, read_export
     from nas.base.interrupts import whole
     from nas.handover.export import PROGRAM, write_programs
-    from nas.handover.training import Validation, check_origin, fine_tune, keep_settings, score_and_book
+    from nas.handover.training import Validation, check_origin, fine_tune, keep_settings, score_and_book, train_on
     from nas.study import load_study
 
     folder = export_dir.resolve()
@@ -239,10 +239,7 @@ def train(
         from search_spaces.shipped.train_diffusers import settings_of
         from search_spaces.shipped.train_diffusers import train as begin
 
-        if device.startswith("cuda:"):
-            import torch
-
-            torch.cuda.set_device(device)
+        train_on(device)
         chosen = settings_of(settings)
         conditional, reads = "null_label" in plan or labels is not None, "text" in plan or captions is not None
         if images is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +75,7 @@ def chosen_of(
     if trial is not None:
         return run.trial(trial, searcher, seed)
     assert within is not None
-    cost, _, limit = within.partition("=")
+    cost, limit = _parted(run, within)
     return run.best(searcher, seed, again, **{cost: _limit(limit, within, "COST=LIMIT, such as macs_share=0.5")})
 
 
@@ -82,10 +83,19 @@ def several_of(run: StudyRun, searcher: str | None, seed: int, trial: int | None
     """As `chosen_of`, of each limit where there are several with commas, the largest first."""
     if trial is not None or within is None or "," not in within:
         return [chosen_of(run, searcher, seed, trial, within, again=False)]
-    cost, _, limits = within.partition("=")
+    cost, limits = _parted(run, within)
     form = "COST=LIMIT or COST=LIMIT,LIMIT,..., such as macs_share=0.7,0.5"
     each = sorted((_limit(limit, within, form) for limit in limits.split(",")), reverse=True)
     return [run.best(searcher, seed, again=False, **{cost: most}) for most in each]
+
+
+def _parted(run: StudyRun, within: str) -> tuple[str, str]:
+    cost, _, limit = (part.strip() for part in within.partition("="))
+    if not cost.isidentifier() or cost in inspect.signature(run.best).parameters:
+        raise UserError(
+            f"--within {within}: {cost!r} is not a cost; use one that `nas compare` shows, such as macs_share=0.5"
+        )
+    return cost, limit
 
 
 def _limit(written: str, within: str, form: str) -> float:

@@ -28,7 +28,7 @@ from nas.evidence.protocol import Protocol
 from nas.evidence.verdict import Verdict, judged
 from nas.genomes.genetics import dearest
 from nas.handover.export import export
-from nas.handover.training import fine_tune, keep_settings
+from nas.handover.training import fine_tune, keep_settings, train_on
 from nas.results.report import CONFIRMATIONS, VERDICT, Run
 from nas.results.trials import full_network
 from nas.study import BASELINE, Study
@@ -82,6 +82,9 @@ class Confirmation:
         judges, _ = judges_of(self.study)
         for judge in judges:
             yield from judge.prepare(self.folder, self.study.seed, self.device)
+        net = self.net()
+        for judge in judges:  # what one of them lacks is said before anything is trained
+            judge.load(net, self.folder)
         found: list[Verdict] = []
         for arm in self.sequence:
             yield from self._measured(arm)
@@ -123,7 +126,9 @@ class Confirmation:
                 for arm in (arm, reference)
             )
             floor = judge.floor(net, self.folder, self.study.seed)
-            said.append(judged(judge.name, mine, full, judge.metric, floor, self.protocol.margin, judge.decides))
+            fewer = None if judge.reals == judge.samples else judge.reals
+            margin = self.protocol.margin
+            said.append(judged(judge.name, mine, full, judge.metric, floor, margin, judge.decides, fewer))
         share = sum(map(net.macs, self.schedule(arm).steps)) / sum(map(net.macs, self.schedule(reference).steps))
         digest = self.schedule(arm).digest
         return Verdict(self.protocol.name, self.protocol.digest, 1 - share, tuple(said), seen, digest)
@@ -176,6 +181,7 @@ class Confirmation:
         classes = data.labels if "null_label" in exported.training else None
         texts = data.texts if "text" in exported.training else None
         keep_settings(folder, settings.__dict__)
+        train_on(self.device)
         ticks = train(folder, data.pixels, settings, self.device == "cpu", False, whole, classes, texts)
         for tick in fine_tune(ticks, folder):
             yield replace(tick, what=f"{arm}, seed {seed}: {tick.what}")

@@ -20,11 +20,13 @@ from nas.study import Study
 
 @dataclass(frozen=True)
 class Judge:
-    """A distance to real images. `decides`: whether no loss has to be shown under it; the others are reported."""
+    """A distance to real images. `decides`: whether no loss has to be shown under it; the others are reported. `prepared`: its features are those that the
+    study's run has prepared."""
 
     name: str
     evaluator: OfFeatures
     decides: bool = False
+    prepared: bool = False
 
     @property
     def metric(self) -> str:
@@ -34,9 +36,14 @@ class Judge:
     def samples(self) -> int:
         return self.evaluator.rungs[-1]
 
+    @property
+    def reals(self) -> int:
+        """As many real images as samples, or all that there are to train on. Fewer lie further away, which makes the margin smaller, not larger."""
+        return min(self.samples, len(load_once(self.evaluator.images)))
+
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
-        """What is made of the train images alone. The study's own features are there."""
-        if isinstance(self.evaluator.features, PixelComponents | RandomFeatures):
+        """What is made of the train images alone."""
+        if not self.prepared:
             yield from self.evaluator.prepare(folder, seed, device)
 
     def load(self, net: LoadedSupernet, folder: Path) -> LoadedScore:
@@ -44,45 +51,62 @@ class Judge:
         return loaded
 
     def floor(self, net: LoadedSupernet, folder: Path, seed: int) -> float:
-        """The distance of equally many real images, drawn from those to train on, to the ones that samples are compared with."""
+        """The distance of `reals` real images, drawn from those to train on, to the ones that samples are compared with."""
         data = load_once(self.evaluator.images)
         rng = np.random.default_rng(derive_seed(seed, "images of the floor"))
-        chosen = np.sort(rng.permutation(len(data))[: self.samples])
+        chosen = np.sort(rng.permutation(len(data))[: self.reals])
         features = self.evaluator.load_features(net, folder)
         rows = [rows_of(features, part, net.device) for part in in_batches(data.pixels[chosen])]
         return float(self.load(net, folder).statistic(np.concatenate(rows))[0])
 
 
 def judges_of(study: Study) -> tuple[tuple[Judge, ...], bool]:
-    """The judges, the first two of which decide; and whether the search was scored against the same real images. Raises UserError for a study that holds
-    no images out."""
-    own = _distance(study.evaluator) or Frechet(study.images, SmallClassifier(), **_sampling(study.evaluator))
-    images, seen = own.images, True
+    """The judges, the first two of which decide: the study's distance, or where it has none, its features or else a classifier's, and one of another kind.
+    And whether the search was scored against the same real images, or may have been, of which a file of statistics says nothing. Raises UserError for a
+    study that holds no images out."""
+    found = _features(study.evaluator)
+    images = study.images if found is None else found.images
+    features = SmallClassifier() if found is None else found.features
+    own = found if isinstance(found, Frechet) else Frechet(images, features, **_sampling(study.evaluator))
+    seen = True
     if isinstance(images, HeldOutHalf) and images.half == "first":
-        images, seen = replace(images, half="second"), False
-    if own.reference is None and load_once(images).held_out is None:
+        images, seen = replace(images, half="second"), own.reference is not None
+    if load_once(images).held_out is None:
         raise UserError(
             f"study {study.name} holds no images out, so that nothing can be judged by images that the networks have not seen; give its images a holdout, such as holdout=0.2"
         )
     given = {one.name: getattr(own, one.name) for one in fields(Sampled)}
-    of_components = Frechet(images, PixelComponents(), **given)
-    of_random = Frechet(images, RandomFeatures(), **given)
-    kernel = KernelDistance(images, own.features, **given)
+    prepared = found is not None
+    label_free = [
+        (f"FD of {name}", Frechet(images, kind, **given))
+        for name, kind in (("pixel components", PixelComponents()), ("random features", RandomFeatures()))
+        if not isinstance(features, type(kind))
+    ]
     return (
-        Judge("the study's FD", replace(own, images=images), decides=True),
-        Judge("FD of pixel components", of_components, decides=True),
-        Judge("FD of random features", of_random),
-        Judge("the kernel distance", kernel),
+        Judge(
+            "the study's FD" if prepared else "FD of a classifier",
+            replace(own, images=images, reference=None),
+            decides=True,
+            prepared=prepared,
+        ),
+        *(Judge(name, one, decides=number == 0) for number, (name, one) in enumerate(label_free)),
+        Judge("the kernel distance", KernelDistance(images, features, **given), prepared=prepared),
     ), seen
 
 
-def _distance(evaluator: Any) -> Frechet | None:
-    """The study's Frechet distance, alone, among others, or timed."""
-    if isinstance(evaluator, Frechet):
-        return evaluator
-    inner = [*getattr(evaluator, "parts", ()), *([evaluator.base] if hasattr(evaluator, "base") else [])]
-    found = (_distance(one) for one in inner if not isinstance(one, str))
-    return next((one for one in found if one is not None), None)
+def _features(evaluator: Any) -> OfFeatures | None:
+    """The study's Frechet distance, alone, among others, or timed; else another score of features of its samples."""
+    inside = list(_inside(evaluator))
+    distances = [one for one in inside if isinstance(one, Frechet)]
+    others = [one for one in inside if isinstance(one, OfFeatures)]
+    return next(iter(distances + others), None)
+
+
+def _inside(evaluator: Any) -> Iterator[Any]:
+    yield evaluator
+    for one in [*getattr(evaluator, "parts", ()), *([evaluator.base] if hasattr(evaluator, "base") else [])]:
+        if not isinstance(one, str):
+            yield from _inside(one)
 
 
 def _sampling(evaluator: Any) -> dict[str, Any]:

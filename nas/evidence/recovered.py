@@ -40,6 +40,7 @@ from nas.contracts import (
 )
 from nas.evidence.confirm import gradient_macs
 from nas.handover.export import export
+from nas.handover.training import train_on
 from nas.recipes import Batch, Count, Few, Natural, Positive, Share, recipe
 from search_spaces.shipped.train_diffusers import TRAINED, Settings, settings_of, train
 
@@ -202,6 +203,7 @@ class LoadedRecovered(LoadedAroundAnother):
                 export(self.supernet, alone, self.base.sampler_of(alone), {}, work)
             exported, data = read_export(work), load_once(self.recipe.images)
             [network] = exported.networks
+            train_on(self.supernet.device)
             ticks = train(
                 work,
                 data.pixels,

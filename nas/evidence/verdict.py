@@ -22,7 +22,8 @@ MOST_SEEDS = 1000
 @dataclass(frozen=True)
 class Judged:
     """What one judge says of a schedule and of the reference, both trained with the same seeds. `value`, `reference`: means over the seeds; `floor`: of equally
-    many real images; `differences`: of each seed, paired by noise; `error`: of their mean from sampling alone; `margin`: in the judge's unit."""
+    many real images, or of `reals`, where there are no more; `differences`: of each seed, paired by noise; `error`: of their mean from sampling alone; `margin`:
+    in the judge's unit."""
 
     judge: str
     value: float
@@ -32,6 +33,7 @@ class Judged:
     error: float
     margin: float
     decides: bool
+    reals: int | None = None
 
     @property
     def difference(self) -> float:
@@ -42,6 +44,11 @@ class Judged:
         """Standard error of the mean over training seeds, sampling included."""
         each, count = self.differences, len(self.differences)
         return jackknife_error([(sum(each) - x) / (count - 1) for x in each])
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of a seed's difference, and no less than sampling alone leaves of it."""
+        return max(self.spread, self.error) * math.sqrt(len(self.differences))
 
     @property
     def half_width(self) -> float:
@@ -65,9 +72,10 @@ class Judged:
     @property
     def words(self) -> str:
         least, most = self.interval
+        real = "equally many" if self.reals is None else f"all {self.reals:,}"
         return (
             f"{self.judge}: {self.value:.4g} against {self.reference:.4g}, difference {self.difference:+.3g}, 95 % interval {least:+.3g} to {most:+.3g}, "
-            f"margin {self.margin:.3g} (equally many real images {self.floor:.3g}): "
+            f"margin {self.margin:.3g} ({real} real images {self.floor:.3g}): "
             + ("no loss beyond the margin" if self.no_loss else "a loss" if self.loss else "not decided")
         )
 
@@ -83,6 +91,7 @@ def judged(
     floor: float,
     share: float,
     decides: bool,
+    reals: int | None = None,
 ) -> Judged:
     """`mine`, `reference`: of each seed, on the same noises. `share`: of the reference's distance above the floor that is the margin. Raises ValueError for
     fewer than two seeds."""
@@ -99,6 +108,7 @@ def judged(
         math.hypot(*(error for _, error in pairs)) / len(pairs),
         share * max(0.0, other - floor),
         decides,
+        reals,
     )
 
 
@@ -145,7 +155,7 @@ class Verdict:
         wanted = [judge for judge in self.judges if judge.decides and not judge.no_loss and not judge.loss]
         if any(judge.loss and not judge.no_loss for judge in self.judges if judge.decides):
             return ""
-        needed = [seeds_needed(j.spread * math.sqrt(len(j.differences)), j.margin) for j in wanted]
+        needed = [seeds_needed(j.deviation, j.margin) for j in wanted]
         if not needed:
             return ""
         if max(needed) == MOST_SEEDS:

@@ -12,10 +12,12 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from nas.base.exported import WEIGHTS, Export, check_hashes, read_export, read_network
-from nas.base.files import read_json, tensors_digest
+from nas.base.files import read_json, tensors_digest, write_json
 from nas.contracts import LoadedEvaluator, Progress, Proposal, Score, UserError, derive_seed, digest_of, frozen
 from nas.engine.facts import read_facts
 from nas.engine.ledger import Ledger
@@ -23,9 +25,6 @@ from nas.engine.session import open_session, torch_threads
 from nas.results.plots import draw_losses
 from nas.results.report import Run
 from nas.study import BASELINE, TRAINED, LedgerInfo, Study, noise_of
-
-if TYPE_CHECKING:
-    import torch
 
 
 def adopt(evaluator: LoadedEvaluator, folder: Path) -> None:
@@ -64,9 +63,9 @@ class Validation:
 
 
 def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Notes how `folder/trained` is trained. Raises UserError where it was begun otherwise."""
+    """Notes how `folder/trained` is trained. Raises UserError where it was begun otherwise; what was refused before anything was trained is no beginning."""
     path = folder / "trained" / "settings.json"
-    if path.exists():
+    if path.exists() and any(other != path for other in path.parent.iterdir()):
         before = read_json(path, f"delete {path.parent} to train again")
         changed = [
             f"{name} was {before.get(name)}, now {value}"
@@ -77,8 +76,15 @@ def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{folder / 'trained'} was trained otherwise: {'; '.join(changed)}. Delete it to train again"
             )
+        return
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(dict(settings), indent=1) + "\n")
+    write_json(path, dict(settings))
+
+
+def train_on(device: str | torch.device) -> None:
+    """Has the training of what was exported take this GPU, where it is one: of its own it takes the process's present one."""
+    if (chosen := torch.device(device)).type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
 
 
 def fine_tune(
@@ -211,18 +217,29 @@ def check_origin(study: Study, folder: Path, export: Export) -> LedgerInfo:
         raise UserError(
             f"{export.folder} was exported from study {provenance['study']} with another supernet than {folder} holds; give its study and --out"
         )
-    steps = [[step["timestep"], frozen(step["arch"]), frozen(step["reuse"])] for step in export.plan["steps"]]
+    steps = [
+        (step["timestep"], frozen(step["arch"]), frozen(step["reuse"]), frozen(_guide(step)))
+        for step in export.plan["steps"]
+    ]
     try:
         decoded = study.space.decode(provenance["genome"])
     except (ValueError, IndexError):
         decoded = None
-    if decoded is None or steps != [[step.timestep, frozen(step.arch), step.reuse] for step in decoded.steps]:
+    if decoded is None or steps != [
+        (step.timestep, frozen(step.arch), step.reuse, step.guidance and (step.guidance.scale, step.archs[-1]))
+        for step in decoded.steps
+    ]:
         raise UserError(
             f"{export.folder} was exported from another search space than study {study.name} has now; restore its study file"
         )
     # Its scores are not the supernet's: no search may take them for its own.
     kept = {**like.provenance, "supernet": "networks fine-tuned after export", "searcher": "none"}
     return replace(like, searcher=TRAINED, rungs=like.rungs[-1:], limits={}, provenance=kept)
+
+
+def _guide(step: Mapping[str, Any]) -> tuple[float, Any] | None:
+    """Of a step as schedule.json has it."""
+    return (step["guidance"]["scale"], step["guidance"]["arch"]) if "guidance" in step else None
 
 
 def _origin(export: Export) -> dict[str, Any]:
