@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -454,3 +455,45 @@ def test_the_exported_script_runs_by_itself(tmp_path: Path) -> None:
     script, picture = tmp_path / "model" / "sample.py", tmp_path / "samples.png"
     subprocess.run([sys.executable, script, "--count", "3", "--to", picture], check=True, cwd=tmp_path)
     assert picture.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--count", "0"), "--count 0 must be at least 1"),
+        (("--seed", "-1"), "--seed -1 at least 0"),
+        (("--prompt",), "--prompt has one text or more"),
+        (("--to", "nowhere/x.png"), "--to nowhere/x.png must be a picture's name"),
+        (("--to", "x.txt"), "--to x.txt must be a picture's name"),
+        (("--device", "meteor"), "--device meteor cannot be used"),
+    ],
+)
+def test_the_exported_script_says_what_it_cannot_do(
+    options: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = randomised(DEEP_NET)
+    export(net, SPACES["a legal set for each step"].decode((46,) * 6), DDIM().describe(), {}, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path / "model"))
+    monkeypatch.setattr(sys, "argv", ["sample.py", *options])
+    try:
+        with pytest.raises(SystemExit, match=words):
+            runpy.run_path(str(tmp_path / "model" / "sample.py"), run_name="__main__")
+    finally:
+        sys.modules.pop("exported", None)
+
+
+def test_given_noise_says_how_many_images_there_are(tmp_path: Path) -> None:
+    """Each with noise of its own on the way."""
+    sampler = {"class": "DDPM", "variance": "fixed_small", "clip": False}
+    export(randomised(DEEP_NET), SPACES["a legal set for each step"].decode((46,) * 6), sampler, {}, tmp_path / "model")
+    from diffusers import DiffusionPipeline
+
+    model = str(tmp_path / "model")
+    pipeline = DiffusionPipeline.from_pretrained(model, custom_pipeline=model, trust_remote_code=True)
+    drawn = torch.randn(1, *pipeline.config.schedule["shape"]).expand(3, -1, -1, -1)
+    images = pipeline(latents=drawn, seed=0, output_type="pt").images
+    assert torch.equal(images, pipeline(latents=drawn, batch_size=3, seed=0, output_type="pt").images)
+    assert not torch.equal(images[0], images[1])
+    with pytest.raises(ValueError, match="latents are of shape"):
+        pipeline(latents=drawn, batch_size=2, seed=0)

@@ -295,9 +295,16 @@ def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> N
     (tmp_path / "broken" / "a.png").write_text("no picture")
     refused(nas("train", exported, "--images", tmp_path / "broken"), "cannot be read as an image")
     assert nas("train", exported, "--images", "digits", "--precision", "bf15").returncode == 2
+    refused(nas("train", exported, "--images", "digits", "--precision", "fp16"), "fp16 needs a GPU")
+    assert json.loads((exported / "trained" / "settings.json").read_text())["precision"] == "fp16"
+    # Nothing was trained, so that nothing was trained otherwise.
     quick = ("train", exported, "--images", "digits", "--batch", 8, "-q")
     assert nas(*quick, "--steps", 6).returncode == 0
     refused(nas(*quick, "--steps", 60), "was trained otherwise: steps was 6, now 60. Delete it to train again")
+    # What is known of a training is not written again, which a full disk would end in its midst.
+    kept = (exported / "trained" / "settings.json").stat()
+    assert nas(*quick, "--steps", 6).returncode == 0
+    assert (exported / "trained" / "settings.json").stat().st_mtime_ns == kept.st_mtime_ns
 
 
 @pytest.mark.long

@@ -301,18 +301,29 @@ parser.add_argument("--device", default="cpu")
 parser.add_argument("--to", default="samples.png")
 arguments = parser.parse_args()
 
+if arguments.count < 1 or arguments.seed < 0 or not arguments.prompt:
+    raise SystemExit(f"error: --count {arguments.count} must be at least 1, --seed {arguments.seed} at least 0, and --prompt has one text or more")
+if not Path(arguments.to).absolute().parent.is_dir() or Path(arguments.to).suffix.lower() not in Image.registered_extensions():
+    raise SystemExit(f"error: --to {arguments.to} must be a picture's name, such as samples.png, in a folder that exists")
 folder = str(Path(__file__).resolve().parent)
 try:
     read_export(Path(folder))
 except ExportError as error:
     raise SystemExit(f"error: {error}") from error
-pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True).to(arguments.device)
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+try:
+    pipeline.to(arguments.device)
+except (AssertionError, RuntimeError) as error:  # as torch says that there is no such device
+    raise SystemExit(f"error: --device {arguments.device} cannot be used ({str(error).splitlines()[0]}); use cpu") from error
 classes = pipeline.config.schedule.get("null_label")
 labels = None if classes is None else [arguments.labels[i % len(arguments.labels)] if arguments.labels else i % classes for i in range(arguments.count)]
 told = {}
 if pipeline.config.schedule.get("text") is not None:
     told = {"prompt": [arguments.prompt[i % len(arguments.prompt)] for i in range(arguments.count)], "negative_prompt": arguments.negative_prompt}
-images = pipeline(batch_size=arguments.count, seed=arguments.seed, class_labels=labels, guidance_scale=arguments.guidance_scale, **told).images
+try:
+    images = pipeline(batch_size=arguments.count, seed=arguments.seed, class_labels=labels, guidance_scale=arguments.guidance_scale, **told).images
+except ValueError as error:  # as the pipeline says what it cannot be told
+    raise SystemExit(f"error: {error}") from error
 columns = min(8, len(images))
 scale = max(1, -(-64 // max(images[0].size)))  # small ones are enlarged, to be looked at
 images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]

@@ -81,7 +81,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         is the batch size.
 
         `generator`: where the noise comes from, one or a list with one for each image; `seed` instead: image i depends on the seed and i
-        alone, and equals image i of `nas sample` of this seed where it was told the same; `latents`: the first noise itself.
+        alone, and equals image i of `nas sample` of this seed where it was told the same; `latents`: the first noise itself, a row for each image.
         `num_inference_steps`: evenly so many of the schedule's steps; all by default. `guidance_scale`: in place of the schedule's own at the steps
         that it guides; 1 guides none. `negative_prompt`: what takes the prompt's place where a guided step predicts without it.
         `prompt_embeds`: a row for each image by the names of the networks' arguments, "negative_" before those of the negative prompt, instead
@@ -99,9 +99,13 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
             reuse_dtype = getattr(torch, plan["sampler"]["reuse_precision"])
         told = self._told(plan, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, guides, device)
         told |= _labelled(plan.get("null_label"), class_labels, batch_size, device)
-        count = len(next(iter(told.values()))) if told else batch_size or 1
+        count = len(next(iter(told.values()))) if told else batch_size or (1 if latents is None else len(latents))
         if (batch_size or count) != count or any(len(rows) != count for rows in told.values()):
             raise ValueError(f"{count} prompts or labels for {batch_size or count} images; give one for each")
+        if latents is not None and tuple(latents.shape) != (count, *plan["shape"]):
+            raise ValueError(
+                f"latents are of shape {tuple(latents.shape)}, {count} images need {(count, *plan['shape'])}"
+            )
         noise = _noise(count, plan["shape"], generator, seed)
         # Where no signal is left at all, what is divided by must not be zero.
         alphas = [max(a, 1e-12) for a in self.scheduler.alphas_cumprod.double().tolist()]

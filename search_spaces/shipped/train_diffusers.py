@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -145,7 +146,9 @@ def train(
     """
     export = read_export(folder)
     plan = export.training
-    accelerator = Accelerator(mixed_precision=settings.precision, cpu=cpu)
+    accelerator = _accelerator(settings.precision, cpu)
+    if settings.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ExportError("precision fp16 needs a GPU, and this is a CPU; take bf16, or no")
     if not changed_weights:
         check_hashes(folder, export.parts, export.provenance, "--changed-weights")
     into = folder / TRAINED
@@ -179,6 +182,15 @@ def train(
                 shutil.rmtree(partial, ignore_errors=True)
                 (shutil.copytree if part.is_dir() else shutil.copy)(part, partial)
                 os.replace(partial, into / part.name)
+
+
+def _accelerator(precision: str, cpu: bool) -> Accelerator:
+    """Accelerate keeps what the first one of a process was made with, and refuses others; where a process trains alone, it may begin anew."""
+    if AcceleratorState._shared_state:
+        known = AcceleratorState()
+        if known.num_processes == 1 and (known.mixed_precision != precision or (known.device.type == "cpu") != cpu):
+            AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision=precision, cpu=cpu)
 
 
 def _replace(path: Path, text: str) -> None:
