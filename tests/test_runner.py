@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import itertools
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import FrozenTrial, create_trial
 
 from nas.contracts import DONE, WAIT, Proposal, Schedule, Score, Step, Trial, UserError, derive_seed
 from nas.engine.ladder import Ladder
@@ -21,6 +23,7 @@ from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job, attempt
 from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from nas.results.report import Run
+from nas.results.trials import wall_seconds
 from nas.searchers.random import RandomSearch
 from nas.study import Study
 from tests.toy import ToyEvaluator, ToySpace, toy_study
@@ -361,12 +364,41 @@ def test_searching_verifying_and_confirming_have_noises_of_their_own(tmp_path: P
         )
 
 
-def test_a_run_ends_after_so_many_failures_in_a_row_and_not_before(tmp_path: Path) -> None:
+def test_a_run_ends_after_so_many_candidates_in_a_row_failed_and_not_before(tmp_path: Path) -> None:
     every = tuple(itertools.product(range(4), repeat=3))
-    with pytest.raises(UserError, match=f"^{FAILURES_IN_A_ROW} evaluations in a row failed"):
+    with pytest.raises(UserError, match=f"^{FAILURES_IN_A_ROW} candidates in a row failed.* tries them again$"):
         run(toy_study(space__genes=3, evaluator__failing=every), tmp_path)
     [(_, trials)] = read_ledgers(open_storage(tmp_path))
-    assert sum(trial.status == "failed" for trial in trials) == FAILURES_IN_A_ROW
+    failed = [trial.digest for trial in trials if trial.status == "failed"]
+    assert len(set(failed)) == FAILURES_IN_A_ROW
+    assert len(set(failed[:-1])) < FAILURES_IN_A_ROW
+
+
+def test_a_few_bad_candidates_in_a_row_end_nothing(tmp_path: Path) -> None:
+    """They are as many failures as end a run, each tried twice, yet say nothing of others."""
+    bad = tuple((i,) * 6 for i in range(3))
+    trials = run(toy_study(evaluator__not_a_number=bad), tmp_path, "uniform")
+    assert sorted(t.genome for t in trials if t.status == "failed") == [genome for genome in bad for _ in range(2)]
+    assert {t.genome for t in trials if t.status == "complete"} == {(3,) * 6}
+    again = run(toy_study(evaluator__not_a_number=bad), tmp_path, "uniform")
+    assert facts(again) == facts(trials), "what failed for good is not tried for ever"
+
+
+def test_a_stop_is_no_time_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study, hour = toy_study(trials=3, verified=1), datetime.timedelta(hours=1)
+
+    def made_an_hour_ago(**given: Any) -> FrozenTrial:
+        trial = create_trial(**given)
+        assert trial.datetime_start is not None
+        trial.datetime_start -= hour
+        return trial
+
+    with monkeypatch.context() as patch, open_session(study, tmp_path) as session:
+        patch.setattr("nas.engine.ledger.create_trial", made_an_hour_ago)
+        assert isinstance(session.conductor("random").next(), Job)
+    assert len(run(study, tmp_path, "random")) == 4
+    [(_, trials)] = read_ledgers(open_storage(tmp_path))
+    assert wall_seconds(trials) < hour.total_seconds() / 2
 
 
 def test_failures_of_jobs_that_ran_side_by_side_end_a_run_too(tmp_path: Path) -> None:
@@ -377,7 +409,7 @@ def test_failures_of_jobs_that_ran_side_by_side_end_a_run_too(tmp_path: Path) ->
             assert isinstance(job, Job)
             conductor.settle(job.trial.number, "Traceback\nRuntimeError: no")
         with pytest.raises(
-            UserError, match=f"^{len(jobs)} evaluations in a row failed, the last with: RuntimeError: no"
+            UserError, match=f"^{len(jobs)} candidates in a row failed, the last with: RuntimeError: no"
         ):
             conductor.next()
 

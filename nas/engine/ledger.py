@@ -8,6 +8,7 @@ trials of lower rungs close as PRUNED, their scores beside them. One Optuna stud
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,6 +28,8 @@ RECORD = "nas:record"
 SCORE = "nas:score"
 REASON = "nas:reason"
 STUDY = "nas:study"
+AGAIN = "nas:again"
+"""When a trial that a stop had left was handed out again, in seconds since 1970."""
 
 _STATES: dict[TrialState, Status] = {
     TrialState.RUNNING: "running",
@@ -109,6 +112,11 @@ class Ledger:
         self._ids[number] = trial_id
         self._trials[number] = Trial(number, genome, digest, rung, "running", None, cost, violations, origin)
         return self._trials[number]
+
+    def begin_again(self, number: int) -> None:
+        """Notes that a trial that was under way when a run stopped is handed out again: its clock begins anew."""
+        self._check()
+        self._storage.set_trial_system_attr(self._ids[number], AGAIN, time.time())
 
     def close(self, number: int, score: Score) -> Trial:
         """Books the score: COMPLETE on the last rung, PRUNED below it."""
@@ -237,7 +245,10 @@ def read_trial(frozen: FrozenTrial) -> Trial | None:
         violations=record["violations"],
         origin=record["origin"],
         reason=frozen.system_attrs.get(REASON, {}).get("reason", ""),
-        clock=(frozen.datetime_start.timestamp(), frozen.datetime_complete.timestamp())
+        clock=(
+            frozen.system_attrs.get(AGAIN, frozen.datetime_start.timestamp()),
+            frozen.datetime_complete.timestamp(),
+        )
         if frozen.datetime_start and frozen.datetime_complete
         else None,
     )

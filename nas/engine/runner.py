@@ -28,6 +28,7 @@ from nas.study import noise_of
 
 FAILURES_PER_GENOME = 2
 FAILURES_IN_A_ROW = 5
+"""So many candidates, and not one success between them, have a cause outside of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Conductor:
         self._on_settled = on_settled
         self._rungs = ledger.info.rungs
         self._failures: Counter[tuple[str, int]] = Counter()
-        self._failed_in_a_row = 0
+        self._failed_in_a_row: list[tuple[str, int]] = []
         self._retries: deque[Trial] = deque()
         self._search_done = False
         self._replay(ledger.finished)
@@ -83,7 +84,7 @@ class Conductor:
 
     def _replay(self, finished: Sequence[Trial]) -> None:
         """Tells what was told before. Failures of a streak that ended a run had a cause outside of the candidates: they
-        do not count, and those of the last one are tried again. What an earlier streak left for good is told."""
+        do not count, and those of the last one are tried again. What an earlier streak left for good, or one of too few candidates to end a run, is told."""
         last = {(trial.digest, trial.rung): trial for trial in finished}
         for failed, group in groupby(finished, lambda trial: trial.status == "failed"):
             streak = list(group)
@@ -96,6 +97,7 @@ class Conductor:
                 self._retries.extend(left)
             else:
                 for trial in left:
+                    self._failures[trial.digest, trial.rung] = FAILURES_PER_GENOME
                     self._tell(trial)
 
     @property
@@ -115,17 +117,18 @@ class Conductor:
     def next(self) -> Job | Signal:
         """The next evaluation, WAIT while it depends on one that is running, or DONE.
 
-        Raises UserError after several failures in a row without any success.
+        Raises UserError after failures of several candidates in a row without any success; of fewer, where there are no others.
         """
-        if self._failed_in_a_row >= FAILURES_IN_A_ROW:
-            last = next(trial.reason for trial in reversed(self.ledger.finished) if trial.status == "failed")
-            raise UserError(
-                f"{self._failed_in_a_row} evaluations in a row failed, the last with: {last.strip().splitlines()[-1]}"
-            )
+        if len(set(self._failed_in_a_row)) >= FAILURES_IN_A_ROW:
+            raise self._failing()
         if self._stale:
-            return self._job(self._stale.popleft())
+            trial = self._stale.popleft()
+            self.ledger.begin_again(trial.number)
+            return self._job(trial)
         while True:
             opened = self._open_next()
+            if opened is DONE and len(self._failed_in_a_row) >= FAILURES_IN_A_ROW:
+                raise self._failing()
             if isinstance(opened, Signal):
                 return opened
             known = self._known.get((opened.digest, opened.rung))
@@ -136,6 +139,13 @@ class Conductor:
             )  # another genome of the same schedule: paid for already
             self.settle(opened.number, replace(known[1], spent={}) if mine else known[1].charged_in_full())
 
+    def _failing(self) -> UserError:
+        last = next(trial.reason for trial in reversed(self.ledger.finished) if trial.status == "failed")
+        return UserError(
+            f"{len(set(self._failed_in_a_row))} candidates in a row failed, the last with: {last.strip().splitlines()[-1]}; once the cause is mended, the same "
+            "command tries them again"
+        )
+
     def settle(self, number: int, outcome: Score | str) -> Trial:
         """Books a score, or the reason of a failure, and tells the search what it should know."""
         del self._running[number]
@@ -144,7 +154,8 @@ class Conductor:
             if not all(math.isfinite(value) for value in objectives):
                 outcome = f"a score is not finite: {dict(outcome.values)}"
         trial = self.ledger.fail(number, outcome) if isinstance(outcome, str) else self.ledger.close(number, outcome)
-        self._failed_in_a_row = self._failed_in_a_row + 1 if trial.status == "failed" else 0
+        failed = trial.status == "failed"
+        self._failed_in_a_row = [*self._failed_in_a_row, (trial.digest, trial.rung)] if failed else []
         self._climb.note(trial)
         self._absorb(trial)
         self._on_settled(trial)
