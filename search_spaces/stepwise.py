@@ -411,8 +411,8 @@ class Stepwise:
                     total += whole
                 before = expert
             elif not computed and computed is not None and not self.deterministic:
-                # Holds a prediction that is priced wherever its subnet is.
-                total += price(Step(0, arch, self._everything(arch)))
+                # Holds a prediction, guided as it was, that is priced wherever its subnet is.
+                total += price(Step(0, arch, self._everything(arch), self._guided_by(guide, arch)))
         return total
 
     # ----------------------------------------------------------------------------------------------------- genomes

@@ -8,6 +8,7 @@ import nevergrad
 import numpy as np
 import optuna
 import pytest
+from optuna.distributions import BaseDistribution, IntDistribution
 from scipy.special import ndtri
 from scipy.stats import norm
 
@@ -35,6 +36,27 @@ def test_optimizers_of_every_kind_keep_the_laws(optimizer: str) -> None:
 )
 def test_samplers_of_every_kind_keep_the_laws(searcher: OptunaSampler) -> None:
     check_searcher(searcher, trials=24)
+
+
+def test_a_sequence_of_low_discrepancy_is_one() -> None:
+    """Each proposal is its next point."""
+    problem = alone(table_problem(genes=8, options=4))
+    told = drive(OptunaSampler("QMCSampler", {"scramble": True}), problem, toy_score, 32)
+    assert len({trial.genome for trial in told}) == 32
+    # The middle of 4 options is 1.5, of 32 points' means of 8 genes sd 0.07; the cheapest and its neighbours are below 0.5.
+    assert np.mean([trial.genome for trial in told]) == pytest.approx(1.5, abs=0.3)
+    # Optuna's own, of as many dimensions; the first is drawn at random, as nothing is known of the space then.
+    study = optuna.create_study(
+        sampler=optuna.samplers.QMCSampler(scramble=True, seed=derive_seed(0, 0, "optuna sampler"))
+    )
+    space: dict[str, BaseDistribution] = {choice.name: IntDistribution(0, 3) for choice in problem.space.choices}
+    theirs = []
+    for _ in range(32):
+        asked = study.ask(space)
+        theirs.append(tuple(asked.params[choice.name] for choice in problem.space.choices))
+        study.tell(asked, 0.0)
+    same = [mine.genome == point for mine, point in zip(told[1:], theirs[1:], strict=False)]
+    assert sum(same) >= 28, "all but those that were taken and moved to a neighbour"
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from nas.base.exported import ExportError, read_export
 from nas.base.pictures import PictureError
 from nas.contracts import Guidance, ImageSet, Problem, Schedule, Step, UserError
 from nas.genomes.genetics import IntervalCosts, uniform_genomes
+from nas.genomes.timed import TimedSpace, calls, key
 from nas.handover.export import export
 from nas.results.samples import class_by_class
 from nas.searchers.choosers import Chooser
@@ -43,7 +45,7 @@ from search_spaces.intervals import uniform
 from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.slices import Arch
 from search_spaces.options import Options
-from search_spaces.patterns import Every
+from search_spaces.patterns import Every, Only
 from search_spaces.shipped.graph import graph_of
 from search_spaces.shipped.reuse import run
 from search_spaces.shipped.train_data import folder_labels
@@ -264,6 +266,21 @@ def test_spaces_with_guidance_keep_the_laws(name: str) -> None:
                 assert before is not None
                 assert before.guidance is not None
                 assert not before.guidance.arch, "who guides itself reuses of who did"
+
+
+@pytest.mark.parametrize("guidance", [(2.0,), (None, 2.0)])
+def test_steps_that_hold_a_guided_prediction_have_a_time(guidance: tuple[float | None, ...]) -> None:
+    """They call nothing, whatever was called before."""
+    space = Stepwise(
+        NET, uniform(4), (2, 2), guidance=guidance, patterns=(Every(1), Every(2), Only(())), deterministic=False
+    )
+    times = {key(step): 0.0 if not space.net.macs(step) else 1.0 + len(key(step)) for step in calls(space)}
+    timed = TimedSpace(space, times)
+    for genome in itertools.product(*(range(len(choice.options)) for choice in space.choices)):
+        steps = timed.decode(genome).steps
+        known = sum(times[key(step)] for step in steps if space.net.macs(step))
+        assert timed.cost(genome)["latency_ms"] == pytest.approx(known)
+        assert IntervalCosts(timed).total(genome) / 1e6 >= known - 1e-6
 
 
 @pytest.mark.parametrize("name", SPACES)

@@ -23,6 +23,7 @@ from nas.genomes.genetics import (
     uniform_genomes,
 )
 from nas.testing import TableSpace, limited_problem, table_problem, timed_limited_problem
+from tests.toy import ToySpace
 
 
 @st.composite
@@ -92,6 +93,14 @@ def test_a_new_genome_is_found_in_bounded_time_when_one_is_left() -> None:
     assert novel(problem, lambda: random_genome(problem, rng), taken.__contains__) == left
     assert novel(problem, lambda: random_genome(problem, rng), set(every).__contains__) is None
     assert time.monotonic() - started < 5
+
+
+def test_a_limit_that_does_not_add_up_ends_the_search_for_a_new_genome_too() -> None:
+    """One of 4^20 genomes keeps to it, and it is taken."""
+    problem = Problem(ToySpace(20), ("macs",), {"params": 1})
+    only = (0,) * 20
+    assert next(feasible_genomes(problem)) == only
+    assert novel(problem, lambda: only, {only}.__contains__) is None
 
 
 def test_an_unreachable_budget_names_the_cheapest() -> None:

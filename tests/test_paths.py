@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 
 from nas.contracts import Genome, Problem, Proposal, Schedule, Score, SearchSpace, Trial
 from nas.genomes.paths import ReusePath, Steps, paths, together
+from nas.results.trials import prediction_of
 from nas.searchers.path import Path
+from nas.testing import closed, table_problem, toy_score
 from search_spaces.branches import Branches
 from search_spaces.intervals import per_step, uniform
 from search_spaces.options import Options
@@ -239,6 +242,25 @@ def test_what_was_scored_corrects_the_model() -> None:
     # What runs longer than were probed is not known so well.
     assert all(0.6 < one < 1.4 for one in off[9:])
     assert len(off) > 9
+
+
+def test_what_is_not_predicted_is_not_said_to_be() -> None:
+    """Neighbours of a schedule of the user's own, of options that no probe has."""
+    problem = replace(table_problem(genes=5, options=6), objectives=("fd", "macs"))
+    search = Path(options=3, probes=20).start(problem, 0)
+    trials = []
+    for number in range(60):
+        own = {0: (1, 1, 1, 1, 1), 1: (2, 1, 2, 1, 2)}.get(number)
+        asked = Proposal(own) if own else search.ask([])
+        if not isinstance(asked, Proposal):
+            break
+        trials.append(closed(problem, number, asked, toy_score(asked.genome)))
+        search.tell(trials[-1])
+    said = [trial.origin["predicted"] for trial in trials if "predicted" in trial.origin]
+    assert len(said) > 3
+    assert all(map(math.isfinite, said))
+    assert any(trial.origin.get("operator") == "neighbour of one of the best" for trial in trials)
+    assert math.isfinite((prediction_of(trials, "fd") or {})["tau"])
 
 
 def test_few_probes_are_spread_over_all_steps() -> None:

@@ -138,6 +138,7 @@ def test_a_value_stays_as_it_was_given() -> None:
         (lambda: ImageFolder("x", 8, channels=True), "ImageFolder: channels=True: it should be 1 or 3"),  # type: ignore[arg-type]
         (lambda: Evolution(crossover_rate=-1), "crossover_rate=-1"),
         (lambda: DDSM(mutation="both"), "'released' or 'intended'"),  # type: ignore[arg-type]
+        (lambda: Knapsack(top=65), "top=65"),
         (lambda: Knapsack(around="none"), "'full', 'smallest' or 'both'"),  # type: ignore[arg-type]
         (lambda: Routing(hidden=0), "Routing: hidden=0"),
         (lambda: Pruner(dimension=6), "Pruner: dimension=6: it should be a multiple of 4"),

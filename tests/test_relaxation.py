@@ -21,6 +21,10 @@ from nas.searchers.relaxation import Relaxation, learn, option_weights
 from nas.searchers.routing import Routing, RoutingSearch
 from nas.study import Study
 from nas.testing import check_searcher, joint_problem, table_problem
+from search_spaces.intervals import uniform
+from search_spaces.patterns import Every, Only
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import Elastic
 from tests.test_runner import facts
 
 LOGITS = st.lists(st.floats(-8, 8), min_size=1, max_size=6)
@@ -180,6 +184,14 @@ def test_every_choice_of_an_interval_is_learned() -> None:
 def test_wrong_settings_are_refused() -> None:
     with pytest.raises(UserError, match="steps=0"):
         Relaxation(steps=0)
+
+
+def test_a_space_whose_steps_reuse_is_refused_before_anything_is_trained(tiny_net: Elastic) -> None:
+    for patterns in ((Every(1), Only(())), (Every(1), Every(2)), (Every(1), Only(("u1",)))):
+        problem = Problem(Stepwise(tiny_net, uniform(4), (2, 2), patterns=patterns), ("fd", "macs"))
+        with pytest.raises(UserError, match="also chooses which steps and blocks run"):
+            Routing(warm_start=Relaxation()).start(problem, 0)
+        Routing().start(problem, 0)
 
 
 class Unlike(Formula):

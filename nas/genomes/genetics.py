@@ -22,6 +22,9 @@ NANOSECONDS = 1e6
 """Of a millisecond."""
 
 TRIES = 32
+PATIENCE = 10_000
+"""Genomes that break a limit, one after another, after which an exhaustive search is given up."""
+
 """Random attempts at a new genome before the exhaustive order takes over."""
 
 
@@ -255,9 +258,10 @@ def _within_all(problem: Problem, genome: Genome, rng: np.random.Generator) -> G
     return tuple(moved)
 
 
-def feasible_genomes(problem: Problem) -> Iterator[Genome]:
+def feasible_genomes(problem: Problem, patience: float = math.inf) -> Iterator[Genome]:
     """Every feasible genome once, in lexicographic order of the intervals' options sorted by cost. Branches whose cheapest
-    completion breaks the budget are never entered, so the first k come in time proportional to k."""
+    completion breaks the budget are never entered, so that the first k come in time proportional to k, where multiply-adds or times alone are limited. Limits on
+    other costs, such as parameters, do not add up over intervals: genomes that break them are gone through one by one, and after `patience` of them in a row it ends."""
     tables = problem.space.interval_costs()
     table: list[list[int]] = [each.ravel().tolist() for each in tables]
     budget = budget_of(problem)
@@ -265,7 +269,7 @@ def feasible_genomes(problem: Problem) -> Iterator[Genome]:
     cheapest_after = np.append(np.cumsum([min(row) for row in table][::-1])[::-1], 0).tolist()
     chosen: list[int] = []  # positions in `orders`
     spent: list[int] = [0]
-    position = 0
+    position = beyond = 0
     while True:
         depth = len(chosen)
         if depth < len(table):
@@ -282,7 +286,10 @@ def feasible_genomes(problem: Problem) -> Iterator[Genome]:
         else:
             options = [np.unravel_index(orders[k][p], tables[k].shape) for k, p in enumerate(chosen)]
             genome = tuple(int(gene) for option in options for gene in option)
-            if problem.feasible(genome):
+            beyond = 0 if problem.feasible(genome) else beyond + 1
+            if beyond > patience:
+                return
+            if not beyond:
                 yield genome
         if not chosen:
             return
@@ -307,13 +314,13 @@ class Taken:
 def novel(problem: Problem, draw: Callable[[], Genome], taken: Callable[[Genome], bool]) -> Genome | None:
     """A feasible genome that is not taken: one of `TRIES` draws, else the first in exhaustive order, else None.
 
-    Bounded: the exhaustive order is left at its first genome that is not taken.
+    Bounded: the exhaustive order is left at its first genome that is not taken, and after `PATIENCE` in a row that break a limit.
     """
     for _ in range(TRIES):
         genome = draw()
         if not taken(genome) and problem.feasible(genome):
             return genome
-    return next((genome for genome in feasible_genomes(problem) if not taken(genome)), None)
+    return next((genome for genome in feasible_genomes(problem, PATIENCE) if not taken(genome)), None)
 
 
 def near(problem: Problem, genome: Genome, rng: np.random.Generator, taken: Callable[[Genome], bool]) -> Genome | None:

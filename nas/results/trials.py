@@ -129,7 +129,7 @@ def against(trial: Trial, other: Trial | None, quality: str, same: bool = False)
 def prediction_of(trials: Sequence[Trial], quality: str) -> dict[str, float] | None:
     """How well a searcher that predicts knows what it proposes: R^2 and Kendall's tau of predicted and measured scores, and
     tau inside bands of equal MACs."""
-    known = [t for t in trials if "predicted" in t.origin]
+    known = [t for t in trials if t.scored and math.isfinite(t.origin.get("predicted", math.nan))]
     if len(known) < 3:
         return None
     predicted = np.array([t.origin["predicted"] for t in known])

@@ -43,7 +43,7 @@ class Knapsack:
     objective: Literal["sum", "minimax", "pairwise"] = "sum"
     around: Literal["full", "smallest", "both"] = "both"
     budgets: Few = 8
-    top: Few = 3
+    top: Annotated[int, Field(ge=1, le=MOST)] = 3
     probes: Annotated[int, Field(ge=1, le=10**6)] = 256
     options: Annotated[int, Field(ge=2, le=4096)] = 12
 

@@ -70,14 +70,19 @@ class OptunaSearch:
         }
         self._told: set[Genome] = set()
         self._finished: list[FrozenTrial] = []
-        self.ask([])  # a sampler that cannot search this problem says so before anything is spent
+        self._counters = self._counted()  # a sampler that cannot search this problem says so before anything is spent
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
-        seed = derive_seed(self._seed, len(taken), "optuna sampler")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trial = self._drawn(pending, seed)
+        # One that counts, such as the points of a sequence, goes on with the next; others draw anew.
+        counters = (
+            self._counters if self._finished else []
+        )  # it begins with what is random, as long as it knows no dimensions
+        seed = derive_seed(self._seed, 0 if counters else len(taken), "optuna sampler")
+        study = self._study(pending, seed)
+        for name in counters if len(taken) > 1 else ():
+            study._storage.set_study_system_attr(study._study_id, name, len(taken) - 2)
+        trial = self._asked(study)
         drawn = tuple(trial.params[name] for name in self._names)
         found = near(self._problem, drawn, np.random.default_rng(seed), taken.__contains__)
         if found is None:
@@ -92,15 +97,34 @@ class OptunaSearch:
             noted = dict(trial.origin.get(ATTRIBUTES, {}))
             self._finished.append(self._trial(trial.genome, TrialState.COMPLETE, values=values, system_attrs=noted))
 
-    def _drawn(self, pending: Sequence[Genome], seed: int) -> FrozenTrial:
-        """Raises UserError where the sampler refuses the study."""
+    def _counted(self) -> list[str]:
+        """What the sampler counts its proposals by on the study, since each is drawn from a study of its own. Raises UserError where it refuses the study,
+        before anything is spent."""
+        study = self._study([], derive_seed(self._seed, 0, "optuna sampler"))
+        self._asked(study)
+        worst = [0.0] * len(self._problem.objectives)
+        study.add_trial(self._trial((0,) * len(self._names), TrialState.COMPLETE, values=worst))
+        seen = []
+        for _ in range(2):
+            self._asked(study)
+            seen.append(study._storage.get_study_system_attrs(study._study_id))
+        first, second = seen
+        return [name for name, value in second.items() if type(value) is int and first.get(name) == value - 1]
+
+    def _study(self, pending: Sequence[Genome], seed: int) -> optuna.Study:
         study = optuna.create_study(
             directions=["minimize"] * len(self._problem.objectives), sampler=self._settings.make(seed)
         )
         study.add_trials(self._finished)
         study.add_trials([self._trial(genome, TrialState.RUNNING) for genome in pending])
+        return study
+
+    def _asked(self, study: optuna.Study) -> FrozenTrial:
+        """Raises UserError where the sampler refuses the study."""
         try:
-            asked = study.ask(self._distributions)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                asked = study.ask(self._distributions)
         except (ValueError, ImportError, RuntimeError) as error:
             raise UserError(
                 f"sampler {self._settings.sampler} cannot search {self._problem.objectives}: {error}"

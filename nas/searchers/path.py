@@ -87,7 +87,8 @@ class PathSearch:
         for current in (False, True):
             for genome, predicted, words in self._solutions(current):
                 if genome not in taken:
-                    return Proposal(genome, {"operator": words, "predicted": predicted})
+                    said = {"predicted": predicted} if math.isfinite(predicted) else {}
+                    return Proposal(genome, {"operator": words, **said})
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "path"))
         drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
         return DONE if drawn is None else Proposal(drawn, {"operator": "random"})

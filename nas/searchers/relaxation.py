@@ -203,6 +203,21 @@ def _steps_of(problem: Problem, costs: IntervalCosts) -> list[list[int]]:
     return found
 
 
+def check_whole(problem: Problem) -> None:
+    """Raises UserError for a space that chooses more than a subnet for each step: what a step loses that leaves blocks or itself out depends on the steps
+    before, which are not run here."""
+    top = dearest(problem.space)
+    full = problem.space.decode(top)
+    for gene, choice in enumerate(problem.space.choices):
+        for option in range(len(choice.options)):
+            changed = problem.space.decode(_changed(top, gene, option))
+            if changed.timesteps != full.timesteps or any(step.reuse for step in changed.steps):
+                raise UserError(
+                    f"warm_start learns which subnet each step runs, and {choice.name} also chooses which steps and blocks run ({choice.options[option]}); leave "
+                    "warm_start out, or give the space no patterns"
+                )
+
+
 def _differing(one: Schedule, other: Schedule) -> list[int]:
     steps = range(len(one.steps))
     return [i for i in steps if one.steps[i] != other.steps[i]] or list(steps)

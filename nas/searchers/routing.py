@@ -35,7 +35,7 @@ from nas.contracts import (
 )
 from nas.genomes.genetics import IntervalCosts, Taken, budget_of, near
 from nas.recipes import Count, Few, Positive, Weight, recipe
-from nas.searchers.relaxation import Relaxation, learn
+from nas.searchers.relaxation import Relaxation, check_whole, learn
 
 Array = npt.NDArray[np.float64]
 
@@ -97,6 +97,8 @@ class RoutingSearch:
     def __init__(
         self, settings: Routing, problem: Problem, seed: int, learned: Mapping[str, torch.Tensor] | None = None
     ) -> None:
+        if settings.warm_start is not None:
+            check_whole(problem)
         self._settings = settings
         self._problem = problem
         self._seed = seed
