@@ -99,7 +99,7 @@ class TextsAlone:
     path: str
     size: Few | tuple[Few, Few]
     channels: Literal[1, 3] = 3
-    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
+    base: str = field(default_factory=os.getcwd, repr=False, kw_only=True)
 
     def load(self) -> ImageSet:
         lines = [line.partition("\t")[0].strip() for line in lines_of(Path(self.base) / Path(self.path).expanduser())]

@@ -129,7 +129,7 @@ class Clip:
         """Cosine of each image, (n, channels, height, width) in [-1, 1], and its text."""
         seen = self.of_images(images)
         told = torch.stack([self._of_text(text) for text in texts])
-        return F.cosine_similarity(seen.double(), told.double(), dim=-1).cpu().numpy()
+        return F.cosine_similarity(seen.cpu().double(), told.cpu().double(), dim=-1).numpy()
 
     def of_images(self, images: torch.Tensor) -> torch.Tensor:
         side = self._model.config.vision_config.image_size

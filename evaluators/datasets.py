@@ -99,7 +99,7 @@ class DatasetFolder(OneByOne):
     split: str = "train"
     held_out: str | None = None
     background: tuple[int, int, int] = WHITE
-    base: str = field(default_factory=os.getcwd, repr=False, compare=False)
+    base: str = field(default_factory=os.getcwd, repr=False)
 
     def __post_init__(self) -> None:
         if self.held_out is not None and self.holdout:

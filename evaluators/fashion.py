@@ -51,7 +51,7 @@ class FashionMNIST(KeptImages):
     size: Literal[28, 32] = 32
     folder: str | None = None
     count: Count | None = None
-    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
+    base: str = field(default_factory=os.getcwd, repr=False, kw_only=True)
 
     def source(self) -> Source:
         folder = self._found()

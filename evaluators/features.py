@@ -82,7 +82,7 @@ class SmallClassifier:
                     f"{path} was trained on other images or with other settings; use another --out, or delete it"
                 )
             return
-        pixels = torch.from_numpy(images.pixels).to(device)
+        pixels = torch.from_numpy(images.pixels)  # which stay where they are: there may be more than a device holds
         labels = None if images.labels is None else torch.from_numpy(images.labels).to(device)
         rotations = 4 if pixels.shape[2] == pixels.shape[3] else 2
         classes = rotations if labels is None else int(labels.max()) + 1
@@ -92,8 +92,8 @@ class SmallClassifier:
         adam = torch.optim.Adam(net.parameters(), lr=self.learning_rate)
         for step in range(self.steps):
             generator = torch.Generator().manual_seed(derive_seed(seed, step, "features"))
-            chosen = torch.randint(len(pixels), (self.batch,), generator=generator).to(device)
-            x = pixels[chosen]
+            chosen = torch.randint(len(pixels), (self.batch,), generator=generator)
+            x, chosen = pixels[chosen].to(device), chosen.to(device)
             if labels is None:
                 target = torch.randint(rotations, (self.batch,), generator=generator).to(device)
                 x = _rotated(x, target * (4 // rotations))
@@ -210,11 +210,11 @@ class ExternalFeatures:
         side = self.size or 64
         try:
             made = self.load(Path(), torch.device("cpu"))(torch.zeros((2, 3 if self.rgb else 1, side, side)))
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError, ValueError) as error:  # an exported program's guards are assertions
             if self.size is None:
                 return None  # it may want a size of its own
             raise UserError(
-                f"{self._file()} cannot take images of {side} pixels ({first_line(error)}); give its size="
+                f"{self._file()} cannot take images of {side} pixels ({first_line(error)}); give its size=, and export it with a batch of any number"
             ) from error
         return int(made.shape[1])
 

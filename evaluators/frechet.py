@@ -292,6 +292,7 @@ class Frechet(OfFeatures):
         else:
             reference = replace(read_statistics(self._reference()), device=device)
         return LoadedFrechet(
+            reference,
             self,
             trajectories := self.trajectories(supernet, folder),
             "fd",
@@ -309,13 +310,15 @@ class Frechet(OfFeatures):
 class LoadedFrechet(LoadedScore):
     """A Frechet distance that also says what it stands on."""
 
-    def __init__(self, recipe: Frechet, *given: Any) -> None:
+    def __init__(self, reference: Gaussian, recipe: Frechet, *given: Any) -> None:
         *shared, self.features = given
+        self._reference = reference
         super().__init__(recipe, *shared)
         self._images = recipe.images
+        self._file = recipe.reference
 
     def grounds(self, schedule: Schedule, count: int, seed: int) -> dict[str, Any] | None:
-        """Distances of the train images and, where states are latents, of the held-out images' reconstructions to the held-out images, below
+        """Distances of the train images and, where states are latents, of the held-out images' reconstructions to what samples are compared with, below
         which no schedule gets; and `nearer_than_held_out` of so many samples. None where no image is held out."""
         data, device = load_once(self._images), self.supernet.device
         if data.held_out is None:
@@ -327,7 +330,8 @@ class LoadedFrechet(LoadedScore):
         found: dict[str, Any] = {
             "train": len(train),
             "held_out": len(held_out),
-            "fd_of_train_images": frechet_with_replicates(train, real := Moments.of(held_out).gaussian())[0],
+            "fd_of_train_images": frechet_with_replicates(train, self._reference)[0],
+            **({} if self._file is None else {"reference": self._file}),
             "samples": count,
             "nearer": nearer_than_held_out(self.rows_of(schedule, count, seed), train, held_out),
         }
@@ -336,7 +340,7 @@ class LoadedFrechet(LoadedScore):
                 rows_of(self.features, self.supernet.to_images(self.supernet.to_states(part.to(device))), device)
                 for part in in_batches(data.held_out.pixels)
             ]
-            found["fd_of_reconstructions"] = frechet_with_replicates(np.concatenate(again), real)[0]
+            found["fd_of_reconstructions"] = frechet_with_replicates(np.concatenate(again), self._reference)[0]
         return found
 
     def seconds_of_images(self, count: int) -> float:

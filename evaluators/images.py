@@ -24,7 +24,6 @@ from nas.base.pictures import WHITE, Found, PictureError, find_pictures, read_ca
 from nas.contracts import Images, ImageSet, UserError, digest_of
 from nas.recipes import Few, Seed, recipe
 
-PEEKED = 8
 """Files that are read to see whether a folder holds what it should."""
 
 Byte = Annotated[int, Field(ge=0, le=255)]
@@ -115,7 +114,7 @@ class ImageFolder(KeptImages):
     background: tuple[Byte, Byte, Byte] = WHITE
     holdout: Holdout = 0.0
     captions: Literal["txt"] | None = None
-    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
+    base: str = field(default_factory=os.getcwd, repr=False, kw_only=True)
 
     @property
     def root(self) -> Path:
@@ -126,13 +125,6 @@ class ImageFolder(KeptImages):
         """(channels, height, width)."""
         height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
         return self.channels, height, width
-
-    def peek(self) -> ImageSet:
-        """The first few files alone, with all labels; to see whether the folder holds what it should."""
-        found = self._find()
-        labels, _ = self._labels(found)
-        first = found.files[:PEEKED]
-        return ImageSet(np.stack([self._read(file) for file in first]), labels, "", captions=self._captions(first))
 
     def source(self) -> Source:
         found = self._find()
@@ -193,7 +185,7 @@ class ImageFolder(KeptImages):
     def _key(self, found: Found) -> str:
         """Of the files and of how they are read."""
         facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in found.files]
-        given = [self.holdout, self.labels] if self.holdout else []
+        given = [self.holdout, self.labels] if self.holdout else [self.labels] if self.labels else []
         return digest_of([facts, self.shape, self.resize, self.background, *given])
 
 
@@ -207,7 +199,7 @@ class ImageArray:
 
     path: str
     holdout: Holdout = 0.0
-    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
+    base: str = field(default_factory=os.getcwd, repr=False, kw_only=True)
 
     def load(self) -> ImageSet:
         path = Path(self.base) / Path(self.path).expanduser()

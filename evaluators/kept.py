@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from nas.base.files import read_json, write_json
+from nas.base.files import partial_of, read_json, room, write_json
 from nas.contracts import ImageSet, Progress, UserError, digest_of
 
 log = logging.getLogger("nas")
+
+PEEKED = 8
 
 MINIMUM = 16
 """Fewer images give neither a training batch nor a covariance."""
@@ -92,6 +94,17 @@ class KeptImages(ABC):
     def source(self) -> Source:
         """What is to be read. Raises UserError where it is not there."""
 
+    def peek(self) -> ImageSet:
+        """The first few images alone, with all labels; to see whether they are what they should be, before all are read."""
+        source = self.source()
+        found: list[npt.NDArray[np.float32]] = []
+        for part in source.parts():
+            found.append(part[:PEEKED])
+            if sum(map(len, found)) >= PEEKED:
+                break
+        captions = None if source.captions is None else source.captions[:PEEKED]
+        return ImageSet(np.concatenate(found)[:PEEKED], source.labels, "", captions=captions)
+
     def load(self) -> ImageSet:
         for _ in self.prepare(_KEPT.get(self)):
             pass
@@ -123,17 +136,13 @@ class KeptImages(ABC):
 def _keep(source: Source, kept: Path, train: int) -> Iterator[Progress]:
     """On disk from the first image on: there may be more than memory holds."""
     kept.parent.mkdir(parents=True, exist_ok=True)
-    for left in kept.parent.glob(f"{source.key}.*.partial"):  # of a run that was killed
-        left.unlink()
-    partial = kept.with_suffix(f".{os.getpid()}.partial")
-    try:
-        mapped = np.lib.format.open_memmap(partial, "w+", np.float32, source.shape)
+    with partial_of(kept) as partial:
+        mapped = room(partial, source.shape)
         yield from _read(source, mapped)
         made = _in_two(mapped, source, train, None)
+        assert isinstance(mapped, np.memmap)
         mapped.flush()
         os.replace(partial, kept)
-    finally:
-        partial.unlink(missing_ok=True)
     held_out = {} if made.held_out is None else {"held_out": made.held_out.digest}
     write_json(kept.with_suffix(".json"), {"digest": made.digest, **held_out})
 

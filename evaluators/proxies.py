@@ -8,6 +8,7 @@ can show that a schedule is better than the full model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -212,18 +213,21 @@ class TeacherSimilarity(TeacherDistance):
     noise, mean over samples, as Diff-Pruning and DiP-GO report it. Value: "teacher_dissimilarity", 0 for equal samples.
 
     It estimates how much of each sample's structure is kept. It misleads as `TeacherDistance` does, and on images of a few pixels,
-    where the window sees all of them at once.
+    where the window sees all of them at once. Intensities are those of pictures, from 0 to 1: of numbers around 0 the means that it compares say nothing.
     """
 
     metrics: ClassVar[tuple[str, ...]] = ("teacher_dissimilarity",)
     what: ClassVar[str] = "1 - SSIM with the full model's"
 
+    def describe(self) -> Mapping[str, Any]:
+        return {**super().describe(), "intensities": [0, 1]}
+
     def between(self, mine: torch.Tensor, theirs: torch.Tensor) -> Floats:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-        found = ssim(mine, theirs, reduction="none", data_range=2.0)
+        found = ssim(mine / 2 + 0.5, theirs / 2 + 0.5, reduction="none", data_range=1.0)
         assert isinstance(found, torch.Tensor)
-        return 1 - found.reshape(len(mine)).double().cpu().numpy()
+        return 1 - found.reshape(len(mine)).cpu().double().numpy()
 
 
 @recipe
@@ -243,23 +247,22 @@ class TrajectoryDistance(OfImages):
 
         def changed(schedule: Schedule) -> list[int]:
             _refuse_reuse("TrajectoryDistance", schedule)
-            return [number for number, step in enumerate(schedule.steps) if step.arch != supernet.full_arch]
+            teacher = whole(supernet.full_arch, schedule)
+            return [number for number, step in enumerate(schedule.steps) if step.archs != teacher.steps[number].archs]
 
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
             teacher = whole(supernet.full_arch, schedule)
             states = trajectories.states(teacher, seed, start, stop)
             total = np.zeros(stop - start)
             for number in changed(schedule):
-                arch = schedule.steps[number].arch
+                step = schedule.steps[number]
 
                 def one_step(number: int = number) -> Floats:
                     after: State = trajectories.advance(schedule, number, states[number], seed, start)
                     return _mean_square(after.x - states[number + 1].x)
 
-                key = ("one step", teacher.digest, number, arch, seed, start, stop)
-                total += trajectories.kept(
-                    key, one_step, stop - start, (stop - start) * supernet.macs(schedule.steps[number])
-                )
+                key = ("one step", teacher.digest, number, step.archs, seed, start, stop)
+                total += trajectories.kept(key, one_step, stop - start, (stop - start) * supernet.macs(step))
             return total
 
         return LoadedScore(
@@ -408,7 +411,10 @@ class LoadedAdditive:
         origin = self._entry(anchor, rung, seed, spent)
         terms = [(1, origin)]
         for start, stop in pairwise(accumulate(self.recipe.intervals, initial=0)):
-            steps = anchor.steps[:start] + schedule.steps[start:stop] + anchor.steps[stop:]
+            first = schedule.steps[start]
+            if start and first.arch != arch:  # of another subnet's step nothing can be reused
+                first = replace(first, reuse=())
+            steps = (*anchor.steps[:start], first, *schedule.steps[start + 1 : stop], *anchor.steps[stop:])
             changed = Schedule(steps, schedule.sampler)
             if changed != anchor:
                 terms += [(1, self._entry(changed, rung, seed, spent)), (-1, origin)]
@@ -432,5 +438,5 @@ def _refuse_reuse(name: str, schedule: Schedule) -> None:
 
 def _mean_square(difference: torch.Tensor) -> Floats:
     """(n, ...) to one number per sample, (n,)."""
-    values: Floats = difference.flatten(1).square().mean(1).double().cpu().numpy()
+    values: Floats = difference.flatten(1).square().mean(1).cpu().double().numpy()
     return values

@@ -336,6 +336,25 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_who_guides_counts_along_the_trajectory(run_folder: Path) -> None:
+    """A score does not depend on what was scored before, and a weaker guide is no full network."""
+    images = Digits()
+    recipe = TrajectoryDistance(images, rungs=(16,), conditions=Labels(images))
+    net = NET.load(run_folder / "supernet", "cpu")
+
+    def scored(evaluator: Any, arch: Arch, by: Guidance) -> float:
+        schedule = Schedule(tuple(Step(t, arch, (), by) for t in uniform(3)))
+        return float(evaluator(schedule, 16, 0).values["trajectory_mse"])
+
+    weaker, same = Guidance(2.5, HALF), Guidance(2.5)
+    assert scored(recipe.load(net, run_folder), WHOLE, same) == 0
+    assert scored(recipe.load(net, run_folder), WHOLE, weaker) > 1e-4
+    together = recipe.load(net, run_folder)
+    whole = Guidance(2.5, WHOLE)
+    for by in (whole, same):
+        assert scored(together, HALF, by) == pytest.approx(scored(recipe.load(net, run_folder), HALF, by))
+
+
 @pytest.mark.parametrize("kind", [Frechet, DenoisingLoss, TeacherDistance, TrajectoryDistance])
 def test_scores_of_guided_schedules_keep_the_laws(kind: Any, run_folder: Path) -> None:
     images = Digits()

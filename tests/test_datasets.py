@@ -118,6 +118,26 @@ def test_a_torch_data_set_holds_the_folders_images(form: str, folder: Path, tmp_
         assert np.array_equal(grey.load().pixels, ImageFolder(str(folder), 8, channels=1).load().pixels)
 
 
+def test_a_study_looks_at_a_few_images_before_all_are_read(folder: Path) -> None:
+    class Counted(torch.utils.data.Dataset[Any]):
+        def __init__(self) -> None:
+            self.files, self.read = sorted(folder.glob("*.png")), 0
+
+        def __len__(self) -> int:
+            return len(self.files)
+
+        def __getitem__(self, place: int) -> Any:
+            self.read += 1
+            return Image.open(self.files[place])
+
+    items = Counted()
+    images = TorchDataset(dataset=items, name="counted", size=8)
+    before = items.read
+    found = images.peek()
+    assert len(found.pixels) < items.read - before + 1 < COUNT
+    assert np.array_equal(found.pixels, images.load().pixels[: len(found.pixels)])
+
+
 def test_what_is_no_data_set_of_images_is_refused(folder: Path, tmp_path: Path) -> None:
     datasets.DatasetDict({"train": table(folder)}).save_to_disk(str(tmp_path / "data"))
     (tmp_path / "empty").mkdir()

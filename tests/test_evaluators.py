@@ -358,6 +358,16 @@ def test_pixels_reach_an_extractor_as_it_expects_them(tmp_path: Path) -> None:
             assert float(features.load(tmp_path, torch.device("cpu"))(image)) == pytest.approx(value)
 
 
+def test_a_program_of_one_image_at_a_time_is_refused_with_its_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "one.pt2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(Tiny(), (torch.zeros(1, 3, 8, 8),)), path)
+        with pytest.raises(UserError, match="batch of any number"):
+            ExternalFeatures(str(path), "x", size=8).width()
+        assert ExternalFeatures(str(path), "x").width() is None
+
+
 def test_bad_extractors_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         ExternalFeatures(str(tmp_path / "none.pt"), "x").load(tmp_path, torch.device("cpu"))
@@ -445,6 +455,29 @@ def test_the_additive_table_is_exact_where_one_interval_differs(tiny_net: Elasti
     assert additive(schedule, 40, 0).spent == {}
     with pytest.raises(UserError, match="hold 2 steps, the schedule has 3"):
         Additive(base, (1, 1)).load(net, tiny_run)(schedule, 40, 0)
+
+
+def test_what_reuses_is_added_up_where_it_can_be(tiny_run: Path, tiny_net: Elastic) -> None:
+    """Behind an anchor of another width there is nothing of its own to take."""
+    net, half = tiny_net.load(tiny_run / "supernet", "cpu"), tiny_net.uniform(0.5)
+    schedule = Schedule(tuple(Step(t, half, ("mid",) if n else ()) for n, t in enumerate(uniform(3))))
+    base = TeacherDistance(Digits(), **SMALL)
+    found = Additive(base, (1, 1, 1)).load(net, tiny_run)(schedule, 40, 0).values["additive_teacher_mse"]
+    whole = Additive(base, (1, 1, 1)).load(net, tiny_run)
+    computed = Schedule(tuple(Step(t, half) for t in uniform(3)))
+    assert found == pytest.approx(whole(computed, 40, 0).values["additive_teacher_mse"])
+
+
+@pytest.mark.parametrize("contrast", [0.0, 0.2])
+def test_a_slight_shift_of_brightness_is_a_slight_dissimilarity(contrast: float) -> None:
+    """Between images of one grey only the means differ: 1 - (2 a b + C) / (a^2 + b^2 + C), of intensities from 0 to 1."""
+    noise = contrast * torch.randn((2, 1, 16, 16), generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    found = TeacherSimilarity(Digits()).between(noise, noise + 0.1)
+    if not contrast:
+        a, b, c = 0.5, 0.55, 0.01**2
+        # Rounding of float32 leaves a variance of 1e-7, beside a constant of 9e-4.
+        assert found == pytest.approx([1 - (2 * a * b + c) / (a * a + b * b + c)] * 2, abs=2e-4)
+    assert max(found) < 0.02
 
 
 def test_two_samples_have_a_covariance_and_one_has_none() -> None:

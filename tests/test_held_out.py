@@ -244,6 +244,12 @@ def test_a_distance_says_what_it_stands_on(tiny_net: Elastic, tmp_path: Path) ->
     assert told["fd_of_train_images"] == pytest.approx(held_out.distance(train), rel=1e-5)
     assert (told["train"], told["held_out"], told["samples"]) == (1438, 359, 64)
     assert "fd_of_reconstructions" not in told
+    # Of a file of statistics, all distances are to these.
+    near = Moments.of(features(torch.from_numpy(images.load().pixels)).numpy()).gaussian()
+    np.savez(tmp_path / "stats.npz", mu=near.mean, sigma=near.covariance)
+    filed = replace(frechet, reference=str(tmp_path / "stats.npz")).load(net, tmp_path).grounds(schedule, 64, 0)  # type: ignore[attr-defined]
+    assert filed["fd_of_train_images"] == pytest.approx(0, abs=1e-4)
+    assert filed["reference"].endswith("stats.npz")
     whole = replace(frechet, images=Digits())
     list(whole.prepare(tmp_path / "whole", 0, "cpu"))
     assert whole.load(net, tmp_path / "whole").grounds(schedule, 64, 0) is None  # type: ignore[attr-defined]

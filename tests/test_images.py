@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import evaluators.kept
-from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, check_shape
+from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, check_shape, load_once
 from nas.base.pictures import PictureError, read_picture
 from nas.contracts import UserError
 from nas.results.samples import to_uint8
@@ -63,6 +63,28 @@ def test_sub_folders_are_labels_where_asked_for(tmp_path: Path) -> None:
     loaded = ImageFolder(folder, (8, 8), labels="folders").load()
     assert loaded.labels is not None
     assert loaded.labels.tolist() == [0] * 8 + [1] * 8
+
+
+def test_labels_are_part_of_what_is_kept(tmp_path: Path) -> None:
+    folder, run = str(folder_of(tmp_path / "pictures", classes=2)), tmp_path / "run"
+    bare, told = ImageFolder(folder, 8), ImageFolder(folder, 8, labels="folders")
+    for recipe in (bare, told):
+        list(recipe.prepare(run))
+    assert bare.load().digest != told.load().digest
+    fresh = tmp_path / "other"
+    list(told.prepare(fresh))
+    assert told.load().labels is not None
+
+
+def test_a_relative_path_is_one_in_the_studys_folder_for_each_study(tmp_path: Path) -> None:
+    for name, value in (("one", 0), ("two", 255)):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "x.npz", images=np.full((20, 8, 8), value, np.uint8))
+        folder_of(tmp_path / name / "pictures", count=18 if value else 20)
+    one, two = (ImageArray("x.npz", base=str(tmp_path / name)) for name in ("one", "two"))
+    assert (load_once(one).pixels.max(), load_once(two).pixels.min()) == (-1, 1)
+    first, second = (ImageFolder("pictures", 8, base=str(tmp_path / name)) for name in ("one", "two"))
+    assert (len(first.load()), len(second.load())) == (20, 18)
 
 
 def corrupt(path: Path) -> None:

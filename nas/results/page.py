@@ -207,11 +207,13 @@ def _grounds(facts: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
     if facts is None:
         return []
     floor = float(facts["fd_of_train_images"])
+    given = "reference" in facts
+    to = f"the statistics in {facts['reference']}" if given else f"{facts['held_out']:,} images"
     rows = [
         (
-            "train images to held-out ones",
+            "train images to the reference" if given else "train images to held-out ones",
             f"{floor:.3g}",
-            f"{facts['train']:,} to {facts['held_out']:,} images: samples of the train images themselves would be as far",
+            f"{facts['train']:,} to {to}: samples of the train images themselves would be as far",
         )
     ]
     if "full" in facts:
@@ -219,7 +221,8 @@ def _grounds(facts: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
         rows.append(("the full network's samples", f"{value:.3g}", far_words(value, floor)))
     if "fd_of_reconstructions" in facts:
         words = "held-out images encoded and decoded: no network on these latents comes nearer"
-        rows.append(("reconstructions to held-out images", f"{facts['fd_of_reconstructions']:.3g}", words))
+        what = f"reconstructions to {'the reference' if given else 'held-out images'}"
+        rows.append((what, f"{facts['fd_of_reconstructions']:.3g}", words))
     for quantile, share in facts["nearer"].items():
         words = (
             f"of {facts['samples']:,} samples of the best within the limits; about {quantile:.0%} where they are as new as held-out images, more "
