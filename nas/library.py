@@ -226,9 +226,17 @@ class StudyRun:
             known = ", ".join(f"{name} (seed {s})" for name, s in every)
             wanted = f"trials of searcher {searcher}" if searcher else "trials"
             raise UserError(f"{self.folder} has no {wanted} with seed {seed}; it has {known or 'none'}")
-        for key, (info, _) in meant.items():
-            now = self.study.ledger_info(self.folder, *key)
-            if now.changed(info.provenance):
+        for key, (info, _) in list(meant.items()):
+            left_out = searcher is None and key[0] not in (BASELINE, *self.study.searchers)
+            try:
+                changed = bool(self.study.ledger_info(self.folder, *key).changed(info.provenance))
+            except UserError:
+                if not left_out:
+                    raise
+                changed = True
+            if changed and left_out:  # of a searcher that the study had once, whose settings nobody knows any more
+                del meant[key]
+            elif changed:
                 raise UserError(
                     f"{self.folder} was searched by {key[0]} under another study than {self.study.name} is now; restore the study file or its "
                     "supernet, or name another searcher"

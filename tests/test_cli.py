@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -274,6 +275,16 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     assert picture.returncode == 0
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == ((8 * 9 - 1) * 12, (8 * 9 - 1) * 12)
+
+
+def test_paths_are_printed_as_they_are(workplace: Path, tmp_path: Path) -> None:
+    """Brackets are no markup."""
+    place = tmp_path / "[v2] [/b]"
+    shutil.copytree(workplace / "run", place)
+    for command in (("status", place), ("compare", place)):
+        result = nas(*command)
+        assert result.returncode == 0, result.stderr
+    assert f"front: {place}" in result.stdout
 
 
 def test_within_a_budget_all_searchers_compete_unless_one_is_named(workplace: Path) -> None:

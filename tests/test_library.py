@@ -14,8 +14,10 @@ import pytest
 
 import nas
 from nas.callbacks import MLflow, TensorBoard, WeightsAndBiases, numbers_of
-from nas.contracts import Trial
+from nas.contracts import Trial, UserError
 from nas.results.report import Run
+from nas.searchers.evolution import Evolution
+from nas.searchers.random import Random
 from nas.study import Study
 
 
@@ -104,6 +106,24 @@ def test_another_study_is_not_taken_for_the_runs(run: nas.StudyRun, tiny_study: 
     other = nas.open_run(replace(tiny_study, seed=7), run.folder)
     with pytest.raises(nas.UserError, match="another study"):
         other.best(macs_share=0.6)
+
+
+def test_a_searcher_that_the_study_has_no_more_stands_in_no_ones_way(tiny_study: Study, tmp_path: Path) -> None:
+    both = replace(tiny_study, searchers={"mine": Random(), "evolution": Evolution(population=5)}, trials=4, verified=1)
+    run = nas.open_run(both, tmp_path / "run")
+    run.search("mine", "evolution")
+    best = run.best(macs_share=0.6)
+    # One by a name of its own, one that is known by itself and was set otherwise.
+    for left in (("evolution",), ("mine",)):
+        fewer = replace(both, searchers={name: both.searchers[name] for name in left})
+        found = nas.open_run(fewer, tmp_path / "run").best(macs_share=0.6)
+        names = {info.name for info, _ in run.results.ledgers if info.searcher in (*left, "uniform")}
+        assert found.ledger in names
+        assert found.ledger == best.ledger or best.ledger not in names
+    with pytest.raises(UserError, match="no searcher is called 'mine'"):
+        nas.open_run(replace(both, searchers={"evolution": Evolution(population=5)}), tmp_path / "run").best(
+            "mine", macs_share=0.6
+        )
 
 
 def test_a_study_file_opens_in_its_own_folder_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,13 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(pictures: Path, options: 
     assert not Path("mine.py").exists()
 
 
+@pytest.mark.parametrize("name", ['x"""; raise SystemExit(3); """y', "back\\slash", "camera \U0001f4f7", "tab\tbed"])
+def test_a_folders_name_is_no_code(name: str, pictures: Path) -> None:
+    pictures.rename(pictures.with_name(name))
+    study = made("--images", pictures.with_name(name))
+    assert len(study.images.load())
+
+
 def test_what_is_there_is_not_written_over(pictures: Path) -> None:
     Path("mine.py").write_text("kept")
     done = CliRunner().invoke(app, ["new", "mine", "--images", str(pictures)])

@@ -10,7 +10,7 @@ from threading import Event, Thread
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from nas.base.failures import explained
 from nas.base.files import first_line
@@ -108,5 +108,7 @@ def main() -> None:
             if os.environ.get("NAS_TRACEBACK"):
                 raise
             words = f"{type(error).__name__}: {first_line(error)}; this is a fault of the program: NAS_TRACEBACK=1 shows where it happened"
-        notes.print(f"[bold red]error:[/] {escape(' '.join(words.split()))}", highlight=False, soft_wrap=True)
+        notes.print(
+            Text.assemble(("error:", "bold red"), f" {' '.join(words.split())}"), highlight=False, soft_wrap=True
+        )
         sys.exit(1)

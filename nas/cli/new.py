@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from nas.cli.options import JsonOption, print_json
 from nas.cli.terminal import notes, out
@@ -94,10 +95,10 @@ def study_text(name: str, file: str, images: Path, pipeline: Path | None, labels
 
     height, width, channels, alike, count = _looked_at(images)
     facts: dict[str, Any] = {
-        "title": f"{name}: which network each interval of denoising timesteps needs, for the pictures in {images.name}.",
+        "title": f"{name}: which network each interval of denoising timesteps needs, for the pictures of a folder.",
         "name": name,
         "file": file,
-        "images": json.dumps(str(images.resolve())),
+        "images": _quoted(str(images.resolve())),
         "channels": channels,
         "holdout": _held_out(count),
         "labels": labels,
@@ -175,9 +176,14 @@ def _of_size(sides: tuple[int, int], channels: int) -> dict[str, Any]:
     }
 
 
+def _quoted(text: str) -> str:
+    """As Python source, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _tuple(names: tuple[str, ...]) -> str:
     """As a formatter would write it."""
-    return f"({', '.join(json.dumps(name) for name in names)})"
+    return f"({', '.join(_quoted(name) for name in names)})"
 
 
 def _of_pipeline(pipeline: Path, labels: bool) -> dict[str, Any]:
@@ -192,7 +198,7 @@ def _of_pipeline(pipeline: Path, labels: bool) -> dict[str, Any]:
         )
     channels, height, width = net.image_shape
     return {
-        "pipeline": json.dumps(str(pipeline.resolve())),
+        "pipeline": _quoted(str(pipeline.resolve())),
         "size": (height, width),
         "resize": True,
         "channels": channels,
@@ -211,5 +217,7 @@ def studies(as_json: JsonOption = False) -> None:
         print_json({path: " ".join(words.split()) for path, words in told.items()})
         return
     for path, words in told.items():
-        out.print(f"[bold]{Path(path).name}[/]  {' '.join(words.split())}", highlight=False, soft_wrap=True)
+        out.print(
+            Text.assemble((Path(path).name, "bold"), f"  {' '.join(words.split())}"), highlight=False, soft_wrap=True
+        )
     out.print(f"all in {folder}", highlight=False, soft_wrap=True)

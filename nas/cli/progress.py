@@ -141,14 +141,14 @@ def progress_bars(quiet: bool) -> Progress | Lines:
     if not notes.is_terminal:
         return Lines(quiet, lambda line: notes.print(line, highlight=False, soft_wrap=True, markup=False))
     return Progress(
-        TextColumn("{task.description:<10}"),
+        TextColumn("{task.description:<10}", markup=False),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         _Rate(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         console=notes,
         disable=quiet,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from nas.cli.options import (
     AddressOption,
@@ -221,7 +222,7 @@ def status(run_dir: RunDir, storage: StorageOption = None, as_json: JsonOption =
     """How far a run is. Reads the run folder alone."""
     from nas.results.report import Run
 
-    with notes.status(f"reading {run_dir}"):  # seconds, where there are many thousands of trials
+    with notes.status(Text(f"reading {run_dir}")):  # seconds, where there are many thousands of trials
         facts = Run.open(run_dir, storage).status()
     if as_json:
         print_json(facts)
@@ -239,7 +240,7 @@ def compare(
     from nas.library import compared
     from nas.results.report import Run
 
-    with notes.status(f"comparing the searches of {run_dir}"):
+    with notes.status(Text(f"comparing the searches of {run_dir}")):
         facts = compared(Run.open(run_dir, storage))
     if as_json:
         print_json(facts)
@@ -266,7 +267,7 @@ def report(
     folder = run_folder(study, out_dir)
     check_device(device)
     opened = StudyRun(study, folder, storage, device, file=study_file)
-    with notes.status(f"drawing the report of {folder}"):
+    with notes.status(Text(f"drawing the report of {folder}")):
         found, loaded = opened.results, opened.loaded
         path = opened.report(loaded)
     if find_spec("optuna_dashboard"):

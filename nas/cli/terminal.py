@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from nas.contracts import WITHOUT_ATTENTION
@@ -23,15 +22,15 @@ HANDFUL = 5
 STALE = 300
 """Seconds without a note after which a run is said to have stopped: a step of a large network may take minutes."""
 
-out = Console()
-notes = Console(stderr=True)
+out = Console(markup=False)  # names and paths may hold brackets
+notes = Console(stderr=True, markup=False)
 
 
 class _Words(logging.Handler):
     """What parts of the engine say by the logger "nas", for people, beside progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        notes.print(escape(record.getMessage()), highlight=False, soft_wrap=True)
+        notes.print(record.getMessage(), highlight=False, soft_wrap=True)
 
 
 def say_in_words() -> None:
@@ -213,7 +212,7 @@ def print_comparison(facts: Mapping[str, Any], details: bool = False) -> None:
             soft_wrap=True,
         )
     if facts["recommended"]:
-        out.print(f"\n[bold]{escape(facts['recommended']['words'])}[/]", highlight=False, soft_wrap=True)
+        out.print(f"\n{facts['recommended']['words']}", style="bold", highlight=False, soft_wrap=True)
         out.print(facts["recommended"]["command"], highlight=False, soft_wrap=True, markup=False)
 
 
