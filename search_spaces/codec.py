@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from diffusers import VQModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nas.base.files import first_line, read_json, room
+from nas.base.files import first_line, partial_of, read_json, room
 from nas.contracts import Images, ImageSet, Progress, UserError, digest_of, frozen
 from nas.recipes import Positive, recipe
 from search_spaces.pretrained import AUTOENCODERS, read_weights_of, weight_files
@@ -127,15 +127,18 @@ class LoadedPixels:
         yield from ()
 
     def states(self, data: ImageSet) -> States:
-        return _Images(torch.from_numpy(data.pixels).to(self._device))
+        return _Images(torch.from_numpy(data.pixels), self._device)
 
 
 class _Images:
-    def __init__(self, pixels: torch.Tensor) -> None:
+    """They stay where they are, for there may be more than a device holds."""
+
+    def __init__(self, pixels: torch.Tensor, device: str) -> None:
         self._pixels = pixels
+        self._device = device
 
     def draw(self, chosen: torch.Tensor, mirrored: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
-        x = self._pixels[chosen.to(self._pixels.device)]
+        x = self._pixels[chosen.cpu()].to(self._device)
         return x if mirrored is None else torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
 
 
@@ -259,7 +262,13 @@ class LoadedAutoencoder:
         for _ in self._encode_all(data, mirrored):
             pass
         path = self._path(data, mirrored)
-        return np.load(path, mmap_mode="r", allow_pickle=False) if path else self._made[self._key(data, mirrored)]
+        if path is None:
+            return self._made[self._key(data, mirrored)]
+        try:
+            found: npt.NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({first_line(error)}); delete it, it is made again") from error
+        return found
 
     def drawn(self, kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """States of kept moments (n, 2, channels, height, width)."""
@@ -270,7 +279,18 @@ class LoadedAutoencoder:
         key, path = self._key(data, mirrored), self._path(data, mirrored)
         if key in self._made or (path is not None and path.exists()):
             return
-        partial = None if path is None else path.with_suffix(f".{os.getpid()}.partial")
+        if path is None:
+            self._made[key] = yield from self._encoded(data, mirrored, None)
+            return
+        with partial_of(path) as partial:
+            latents = yield from self._encoded(data, mirrored, partial)
+            assert isinstance(latents, np.memmap)
+            latents.flush()
+            os.replace(partial, path)
+
+    def _encoded(
+        self, data: ImageSet, mirrored: bool, partial: Path | None
+    ) -> Generator[Progress, None, npt.NDArray[np.float32]]:
         latents: npt.NDArray[np.float32] | None = None
         for start in range(0, len(data), ENCODED):
             images = torch.from_numpy(data.pixels[start : start + ENCODED]).to(self._device)
@@ -281,12 +301,7 @@ class LoadedAutoencoder:
             what = "latents of mirrored images" if mirrored else "latents"
             yield Progress(what, min(start + ENCODED, len(data)), len(data))
         assert latents is not None
-        if path is None or partial is None:
-            self._made[key] = latents
-            return
-        assert isinstance(latents, np.memmap)
-        latents.flush()
-        os.replace(partial, path)
+        return latents
 
     def _path(self, data: ImageSet, mirrored: bool) -> Path | None:
         return None if self._folder is None else self._folder / "latents" / f"{self._key(data, mirrored)}.npy"

@@ -144,6 +144,10 @@ class Partitions:
         if not isinstance(net, LoadedElastic):
             raise UserError(f"gradients are those of an Elastic; this supernet is a {type(net).__name__}")
         space, last = self.space, self.space.net.noise.timesteps - 1
+        if self.count is not None and self.count > self.grid:
+            raise UserError(
+                f"--count {self.count} intervals cannot be told apart at --grid {self.grid} timesteps; give a grid of as many"
+            )
         options = Options(space.net.widths, channels=space.net.channels)
         self.widths = space.net.subnets(options).genes[0].options
         least = space.net.cost(space.net.subnets(options).flat(0)).macs / space.net.cost(space.net.anatomy.full).macs
@@ -212,7 +216,7 @@ class Partitions:
         timesteps, noise = self.space.timesteps, self.space.net.noise
         by_gradient = segments(dissimilarity(self.affinity), min(len(timesteps), self.grid))
         count = self.count or elbow([cost for _, cost in by_gradient])
-        count = min(count, len(timesteps))
+        count = min(count, len(by_gradient))
         middles = [(a + b + 1) // 2 for a, b in pairwise(self.points)]
         order = np.argsort(timesteps)  # clean to noisy, as boundaries are
         by_effect, _ = segments(scatter(self.effects.table[order]), count)[-1]

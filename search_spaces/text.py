@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nas.base.files import first_line, read_json, room
+from nas.base.files import first_line, partial_of, read_json, room
 from nas.base.quiet import quiet_transformers
 from nas.contracts import Condition, Progress, UserError, digest_of
 from nas.recipes import Count, recipe
@@ -200,24 +200,29 @@ class LoadedTextEncoder(_Tabled):
         if key in self._made:
             return
         if path is None or not path.exists():
-            partial = None if path is None else path.with_suffix(f".{os.getpid()}.partial")
-            made: dict[str, npt.NDArray[np.float32]] = {}
-            for start in range(0, len(distinct), ENCODED):
-                for name, rows in self.encode(distinct[start : start + ENCODED]).items():
-                    if name not in made:
-                        file = None if partial is None else partial / f"{name}.npy"
-                        made[name] = room(file, (len(distinct), *rows.shape[1:]))
-                    made[name][start : start + ENCODED] = rows.float().cpu().numpy()
-                yield Progress("texts", min(start + ENCODED, len(distinct)), len(distinct))
-            self.__dict__.pop("components", None)  # they are large, and have said what they have to say
-            if path is None or partial is None:
-                self._made[key] = made
+            if path is None:
+                self._made[key] = yield from self._encoded(distinct, None)
                 return
-            for values in made.values():
-                assert isinstance(values, np.memmap)
-                values.flush()
-            os.replace(partial, path)
+            with partial_of(path) as partial:
+                for values in (yield from self._encoded(distinct, partial)).values():
+                    assert isinstance(values, np.memmap)
+                    values.flush()
+                os.replace(partial, path)
         self._made[key] = _mapped(path)
+
+    def _encoded(
+        self, distinct: Sequence[str], partial: Path | None
+    ) -> Generator[Progress, None, Mapping[str, npt.NDArray[np.float32]]]:
+        made: dict[str, npt.NDArray[np.float32]] = {}
+        for start in range(0, len(distinct), ENCODED):
+            for name, rows in self.encode(distinct[start : start + ENCODED]).items():
+                if name not in made:
+                    file = None if partial is None else partial / f"{name}.npy"
+                    made[name] = room(file, (len(distinct), *rows.shape[1:]))
+                made[name][start : start + ENCODED] = rows.float().cpu().numpy()
+            yield Progress("texts", min(start + ENCODED, len(distinct)), len(distinct))
+        self.__dict__.pop("components", None)  # they are large, and have said what they have to say
+        return made
 
     def table(self, distinct: Sequence[str]) -> Mapping[str, npt.NDArray[np.float32]]:
         for _ in self.keep(distinct):

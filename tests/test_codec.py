@@ -154,6 +154,24 @@ def test_latents_are_encoded_once_and_known_by_images_and_weights(
     assert len(list((run / "latents").iterdir())) == 4
 
 
+def test_what_is_half_encoded_or_damaged_is_encoded_again(tmp_path: Path) -> None:
+    made("KL", tmp_path / "vae")
+    codec: Any = Autoencoder(str(tmp_path / "vae")).load(tmp_path / "run", "cpu")
+    images = IMAGES.load()
+    ticks = codec.keep(images, False)
+    next(ticks)
+    ticks.close()
+    (tmp_path / "run" / "latents").mkdir(parents=True, exist_ok=True)
+    assert list((tmp_path / "run" / "latents").iterdir()) == []
+    kept = codec.kept(images, False)
+    [file] = (tmp_path / "run" / "latents").iterdir()
+    assert len(kept) == len(images)
+    del kept
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"is damaged .* delete it, it is made again"):
+        codec.kept(images, False)
+
+
 @pytest.mark.parametrize("sure", [True, False])
 def test_a_scaling_factor_that_nobody_chose_is_not_trusted(sure: bool, tmp_path: Path) -> None:
     """diffusers' default stands in a VQModel's config whether it is meant or not; a KL model's config may lack it."""
@@ -362,6 +380,23 @@ def test_a_training_that_is_stopped_goes_on_bit_for_bit(own: Path, tmp_path: Pat
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert OWN.digest(own) == OWN.digest(tmp_path)
     assert not (tmp_path / "autoencoder.safetensors").exists()
+
+
+def test_large_images_are_evened_out_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = []
+    for numbers in (2**26, 2 * 16 * 16 * 16):
+        monkeypatch.setattr("search_spaces.shipped.latents.NUMBERS", numbers)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = KINDS["KL"]().eval()
+        most: list[int] = []
+        network.encoder.register_forward_pre_hook(lambda module, given, most=most: most.append(len(given[0])))
+        facts = _evened_out(network, IMAGES.load())
+        networks.append((network.quant_conv.weight.clone(), facts["squared_error"], max(most)))
+    (weights, error, all_at_once), (others, same, few) = networks
+    assert (all_at_once, few) == (256, 2)
+    assert torch.allclose(weights, others, rtol=1e-4)
+    assert error == pytest.approx(same, rel=1e-4)
 
 
 def test_weights_belong_to_their_autoencoder(own: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from search_spaces.options import Options
 from search_spaces.patterns import Every, Only
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
-from search_spaces.training import Sandwich
+from search_spaces.training import Sandwich, Stages
 from search_spaces.training.importance import Order
 
 PAGE = Path(__file__).parent.parent / "docs" / "bring-your-own.md"
@@ -303,6 +303,33 @@ def test_buffers_that_are_reckoned_are_those_of_every_subnet() -> None:
 def test_what_it_cannot_be_is_said(make: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         make().subnets(make().options)
+
+
+class Idle(Attend):
+    """With a layer that no output depends on."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.idle = nn.Linear(3, 3)
+
+
+def test_a_weight_without_a_gradient_is_kept_and_goes_on(tmp_path: Path) -> None:
+    net = Elastic(
+        {}, widths=(0.5, 1.0), network=Own(Idle, shrinks=("channels", "heads", "hidden"), parts={"qkv": (3, 1)})
+    )
+    training = Stages((Sandwich(steps=4, batch=8, warmup=1),), 2)
+    whole = [tick.values for tick in training.run(net, Digits(), tmp_path / "whole", 0, "cpu")]
+    stopped = training.run(net, Digits(), tmp_path / "parts", 0, "cpu")
+    parts = [next(stopped).values for _ in range(3)]
+    stopped.close()  # type: ignore[attr-defined]
+    parts += [tick.values for tick in training.run(net, Digits(), tmp_path / "parts", 0, "cpu")]
+    assert parts == whole
+
+
+def test_blocks_that_cannot_run_again_are_refused_before_anything_is_trained(attend: Elastic) -> None:
+    with pytest.raises(UserError, match="Attend cannot run its blocks again"):
+        Sandwich(steps=2, checkpointing=True).check(attend, Digits().load())
+    Sandwich(steps=2).check(attend, Digits().load())
 
 
 def test_its_channels_are_not_put_in_order(attend: Elastic) -> None:

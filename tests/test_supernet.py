@@ -229,6 +229,24 @@ def test_the_full_net_is_among_the_widths() -> None:
         Elastic(TINY, widths=(0.25, 0.5))
 
 
+def test_a_middle_that_its_attention_cannot_norm_is_refused() -> None:
+    config = {**TINY, "block_out_channels": (32, 64), "norm_num_groups": 8, "attn_norm_num_groups": 32}
+    with pytest.raises(
+        UserError, match=r"16 channels in the middle, not a multiple of attn_norm_num_groups=32; .* 0\.5, 1"
+    ):
+        Elastic(config, widths=(0.25, 0.5, 1.0), groups="count").outline()
+    assert Elastic(config, widths=(0.5, 1.0), groups="count").outline()
+
+
+def test_a_shortcut_vanishes_whatever_floats_make_of_the_shares() -> None:
+    """448 x (232 / 448) is not 232."""
+    config = {**TINY, "block_out_channels": (256, 448), "norm_num_groups": 8}
+    anatomy = Elastic(config, groups="count").anatomy
+    assert anatomy.shortcut_vanishes((232 / 256, 232 / 448), 1)
+    assert not anatomy.shortcut_vanishes((1.0, 1.0), 1)
+    assert not anatomy.shortcut_vanishes((232 / 256, 240 / 448), 1)
+
+
 def test_a_vanishing_shortcut_is_refused() -> None:
     net = Elastic({**PLAIN, "block_out_channels": (8, 16)}, widths=(0.5, 1.0))
     with pytest.raises(UserError, match="shortcut"):

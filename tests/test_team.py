@@ -60,6 +60,14 @@ def trained(folder: Path, *arguments: str, processes: int = 2) -> list[str]:
             process.wait()
 
 
+def test_multiply_adds_may_be_more_than_64_bits_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a long training of a large network."""
+    many, device = 5 * 2**63 + 12345, torch.device("cpu")
+    assert Team().sum_of(many, device) == many
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda whole: whole.mul_(3))  # as of three alike
+    assert Team(0, 3).sum_of(many, device) == 3 * many
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     [alone] = trained(tmp_path / "one", "6", processes=1)

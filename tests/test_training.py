@@ -14,13 +14,14 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
 from evaluators.images import Digits
-from nas.contracts import Progress, Schedule, Step, UserError, derive_seed
+from nas.contracts import Guidance, Progress, Schedule, Step, UserError, derive_seed
 from nas.testing import check_supernet
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from search_spaces.training import Experts, FineTune, Order, Sandwich, Stages
 from search_spaces.training.optimiser import Batches, Optimiser, Teacher
 from tests.arithmetic import CALL
+from tests.conftest import TINY
 
 SHORT = Sandwich(steps=12, batch=8, warmup=2, checkpoint_every=4)
 
@@ -42,8 +43,6 @@ def test_a_resumed_training_is_bit_identical(tiny_net: Elastic, tmp_path: Path) 
 
 
 def test_every_step_trains_the_largest_the_smallest_and_one_between(tmp_path: Path) -> None:
-    from tests.conftest import TINY
-
     net = Elastic({**TINY, "block_out_channels": (16, 32)}, widths=(0.25, 0.5, 0.75, 1.0))
     ticks = list(train(net, tmp_path))
     assert all(set(tick.values) in ({"1", "0.25", "0.5"}, {"1", "0.25", "0.75"}) for tick in ticks)
@@ -72,6 +71,19 @@ def test_fine_tuning_a_schedule_trains_each_net_where_it_serves(tiny_net: Elasti
     assert not torch.equal(stale, fresh)
 
 
+def test_fine_tuning_trains_a_subnet_that_guides_too() -> None:
+    """On the timesteps where it does, as an exported folder has it."""
+    net = Elastic({**TINY, "num_class_embeds": 11}, (0.5, 1.0))
+    whole, half = net.uniform(1.0), net.uniform(0.5)
+    images = Digits().load()
+    losses = []
+    for guidance in (None, Guidance(2.0, half)):
+        schedule = Schedule((Step(900, whole, (), guidance), Step(100, whole)))
+        [tick] = FineTune(steps=1, batch=64, warmup=1).fit(net.initial(0), schedule, images, 0)
+        losses.append(tick.values["loss"])
+    assert losses[1] > 1.5 * losses[0]  # of an untrained network, once more on the noisy half of the timesteps and more
+
+
 def test_fine_tuning_leaves_alone_what_the_schedule_does_not_use(tiny_net: Elastic) -> None:
     loaded = tiny_net.initial(0)
     before = loaded.full.conv_in.weight.detach().clone()
@@ -86,8 +98,6 @@ def test_fine_tuning_leaves_alone_what_the_schedule_does_not_use(tiny_net: Elast
 
 
 def test_what_cannot_be_trained_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    from tests.conftest import TINY
-
     for change, message in (
         ({"sample_size": 16}, r"images are 1x8x8 .* takes 1x16x16"),
         ({"in_channels": 3}, r"takes 3x8x8"),
@@ -215,8 +225,6 @@ def test_each_expert_has_an_order_of_its_own(tiny_net: Elastic) -> None:
 
 @pytest.mark.parametrize(("held", "depths", "widths"), [(("depth",), {2}, {0.5, 1.0}), (("width",), {1, 2}, {1.0})])
 def test_what_a_stage_holds_is_as_in_the_full_network(held: Any, depths: set[int], widths: set[float]) -> None:
-    from tests.conftest import TINY
-
     config = {**TINY, "block_out_channels": (16, 32), "layers_per_block": 2}
     net = Elastic(config, widths=(0.5, 1.0), depths=(1, 2), per_level=("width", "depth"))
     every = net.subnets(net.options)
@@ -244,8 +252,6 @@ def test_what_a_stage_holds_is_as_in_the_full_network(held: Any, depths: set[int
     ],
 )
 def test_a_training_takes_what_it_is_expected_to(given: dict[str, Any]) -> None:
-    from tests.conftest import TINY
-
     config = {**TINY, "block_out_channels": (16, 32)}
     net = Elastic(config, widths=(0.25, 0.5, 0.75, 1.0), per_level=("width",))
     stage = replace(SHORT, steps=150, batch=1, **given)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -116,4 +117,27 @@ def room(path: Path | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     if path is None:
         return np.empty(shape, np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    return np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    made = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    if hasattr(os, "posix_fallocate"):  # or a full disk would end the process where it is written to, without a word
+        with written(path), path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return made
+
+
+@contextmanager
+def partial_of(path: Path) -> Iterator[Path]:
+    """Another name, to write under until all is there; nothing is left under it, nor under those of runs that were killed."""
+    for left in path.parent.glob(f"{path.stem}.*.partial"):
+        _remove(left)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        yield partial
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ unconditionally, and its middle is a single residual block.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -139,6 +140,11 @@ class UNet(UNetParts, Anatomy):
                 raise UserError(
                     f"width {arch.widths[i]} leaves {width} channels in level {i}, not a multiple of norm_num_groups={config['norm_num_groups']}"
                 )
+        groups = config.get("attn_norm_num_groups")  # of the middle's attention
+        if groups is not None and channels[-1] % groups:
+            raise UserError(
+                f"width {arch.widths[-1]} leaves {channels[-1]} channels in the middle, not a multiple of attn_norm_num_groups={groups}"
+            )
         return config
 
     def check_shortcuts(self, arch: Arch) -> None:
@@ -151,7 +157,7 @@ class UNet(UNetParts, Anatomy):
 
     def shortcut_vanishes(self, widths: tuple[float, ...], level: int) -> bool:
         before, here = self.channels[level - 1], self.channels[level]
-        return before != here and before * widths[level - 1] == here * widths[level]
+        return before != here and math.isclose(before * widths[level - 1], here * widths[level])
 
     def widened(self, name: str, arch: Arch) -> bool:
         level = int(name.split(".")[1])

@@ -31,11 +31,11 @@ def decoded(network: Any, states: torch.Tensor) -> torch.Tensor:
     scale, shift = scaling(network.config, states.device)
     latents = (states / scale + shift).to(network.dtype)
     factor = 2 ** (len(network.config.block_out_channels) - 1)
-    each = _at_once(network, latents.shape[-2] * latents.shape[-1] * factor**2)
+    each = at_once(network, latents.shape[-2] * latents.shape[-1] * factor**2)
     return torch.cat([network.decode(part).sample for part in torch.split(latents, each)])
 
 
-def _at_once(network: Any, pixels: int) -> int:
+def at_once(network: Any, pixels: int) -> int:
     """Images of a call, so that no map of one has more than `NUMBERS` numbers: an autoencoder's are far larger than those of the network that
     a batch was chosen for."""
     widest: int = max(network.config.block_out_channels[:2])
@@ -44,7 +44,7 @@ def _at_once(network: Any, pixels: int) -> int:
 
 def moments(network: Any, images: torch.Tensor) -> torch.Tensor:
     """Mean and log-variance of each image's posterior, (n, 2, channels, height, width), not scaled."""
-    each = _at_once(network, images.shape[-2] * images.shape[-1])
+    each = at_once(network, images.shape[-2] * images.shape[-1])
     return torch.cat([_moments(network, part.to(network.dtype)) for part in torch.split(images, each)])
 
 

@@ -27,6 +27,7 @@ from search_spaces.codec import (
     image_shape_of,
     read_autoencoder,
 )
+from search_spaces.shipped.latents import at_once
 from search_spaces.training.optimiser import Optimiser
 from search_spaces.training.stages import Checkpoints
 
@@ -231,8 +232,7 @@ def _evened_out(network: Any, data: ImageSet) -> dict[str, Any]:
     decoder.weight.mul_(scale[None, :, None, None])
     shown = data.reference
     total = 0.0
-    for start in range(0, len(shown), 256):
-        x = torch.from_numpy(shown.pixels[start : start + 256]).to(device)
+    for x in _parts(network, shown, device):
         total += float((network.decode(network.encode(x).latent_dist.mean).sample - x).square().mean((1, 2, 3)).sum())
     return {
         "squared_error": total / len(shown),
@@ -244,11 +244,19 @@ def _evened_out(network: Any, data: ImageSet) -> dict[str, Any]:
 
 def _moments(network: Any, data: ImageSet, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     found = []
-    for start in range(0, len(data), 256):
-        posterior = network.encode(torch.from_numpy(data.pixels[start : start + 256]).to(device)).latent_dist
+    for x in _parts(network, data, device):
+        posterior = network.encode(x).latent_dist
         found.append((posterior.mean, posterior.var))
     means, variances = zip(*found, strict=True)
     return torch.cat(means), torch.cat(variances)
+
+
+def _parts(network: Any, data: ImageSet, device: torch.device) -> Iterator[torch.Tensor]:
+    """So many images at once that the autoencoder's maps of them have room."""
+    _, _, height, width = data.pixels.shape
+    each = min(256, at_once(network, height * width))
+    for start in range(0, len(data), each):
+        yield torch.from_numpy(data.pixels[start : start + each]).to(device)
 
 
 def _say(facts: dict[str, Any], folder: Path) -> None:

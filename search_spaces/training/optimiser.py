@@ -238,12 +238,12 @@ class Optimiser:
     def save(self, path: Path) -> None:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._named.items():
-            moments = self._adam.state[parameter]
+            moments = self._adam.state.get(parameter, {})  # none of a weight that no output depends on
             tensors |= {
                 f"weight:{name}": parameter.detach(),
                 f"average:{name}": self._average[name],
-                f"first:{name}": moments["exp_avg"],
-                f"second:{name}": moments["exp_avg_sq"],
+                f"first:{name}": moments.get("exp_avg", torch.zeros_like(parameter)),
+                f"second:{name}": moments.get("exp_avg_sq", torch.zeros_like(parameter)),
             }
         facts = {"step": self.step, "macs": self.net.trained_macs, "threads": torch.get_num_threads()}
         write_tensors(

@@ -253,7 +253,8 @@ class FineTune:
             position = len(schedule.steps) - 1 - torch.bucketize(t.cpu(), served)
             total = 0.0
             for arch in archs:
-                mine = torch.tensor([schedule.steps[p].arch == arch for p in position.tolist()], device=net.device)
+                # One that guides serves the timesteps where it does, as in an exported folder.
+                mine = torch.tensor([arch in schedule.steps[p].archs for p in position.tolist()], device=net.device)
                 if mine.any():
                     its = None if condition is None else {name: rows[mine] for name, rows in condition.items()}
                     prediction = net.forward(arch, x[mine], t[mine], its)

@@ -101,7 +101,8 @@ class GradientSimilarity:
             batches.target(x0, t, noise),
         )
         torch.autograd.backward(loss)
-        flat = torch.cat([p.grad.flatten() for p in self.net.full.parameters() if p.grad is not None])
+        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.net.full.parameters())
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         projected = torch.zeros(self.dimensions, device=flat.device).index_add_(0, buckets, signs * flat)
         found: Array = projected.double().cpu().numpy()
         return found

@@ -147,6 +147,7 @@ class Stages:
             net.trained_macs = 0
             files = Checkpoints(folder / CHECKPOINT, digest_of([digest, number]), self.checkpoint_every, mates)
             yield from part.fit(net, data, _stage_seed(seed, number), files)
+            mates.agree(gather(net).values())
             spent.append({**part.describe(), "macs": net.trained_macs})
             if mates.first:
                 write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": json.dumps(spent)})
@@ -161,6 +162,12 @@ class Stages:
         """Raises UserError where it cannot train this network on these images, of which a few will do; before anything is trained."""
         if self.parts(supernet):
             check_trainable(supernet, data)
+        for stage in self.parts(supernet):
+            stock = supernet.anatomy.stock
+            if getattr(stage, "checkpointing", False) and not getattr(stock, "_supports_gradient_checkpointing", False):
+                raise UserError(
+                    f"{stock.__name__} cannot run its blocks again in the backward pass; leave checkpointing out"
+                )
         for part in (supernet.codec, supernet.text):
             getattr(part, "check", lambda: None)()
         if supernet.text is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,10 @@ T = TypeVar("T")
 
 WORLD = "WORLD_SIZE"
 """By which a launcher says how many processes there are."""
+
+
+PATIENCE = timedelta(days=7)
+"""For which a process waits while the first reads images and encodes them; where one dies, the launcher ends all."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,19 @@ class Team:
                 tensor.copy_(summed.reshape(tensor.shape))
 
     def sum_of(self, number: int, device: torch.device) -> int:
-        one = torch.tensor([number], device=device)
-        self.sum([one])
-        return int(one)
+        """Multiply-adds of a long training are more than 64 bits hold, so that they are summed in two parts."""
+        if self.size == 1:
+            return number
+        parts = torch.tensor(divmod(number, 2**31), device=device)
+        self.sum([parts])
+        high, low = parts.tolist()
+        return int(high) * 2**31 + int(low)
+
+    def agree(self, tensors: Iterable[torch.Tensor]) -> None:
+        """All have the first's from now on, in place: what each has reckoned by itself may differ in the last bits."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, 0)
 
     def wait(self) -> None:
         """Until all are here."""
@@ -83,5 +98,5 @@ def team(device: str) -> Team:
         return Team()
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    state = PartialState(cpu=device == "cpu", timeout=PATIENCE)
     return Team(state.process_index, state.num_processes)
