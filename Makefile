@@ -46,9 +46,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
-# In the order of the files: reordered by their number of tests, long ones would run last and alone.
+# In the order that tests/conftest.py gives the files: by their number of tests, long ones would run last and alone.
 tests: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
 
 # Do the tests notice when the code changes? Hours; goes on where it stopped.
 mutants: $(VENV)/.dev
