@@ -7,7 +7,9 @@ import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import pairwise
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 
 from evaluators.features import Features, LoadedFeatures, SmallClassifier
 from evaluators.grounds import nearer_than_held_out
-from evaluators.images import check_shape, load_once
+from evaluators.images import check_shape, load_once, read_into
 from evaluators.scoring import BLOCKS, Array, LoadedScore, Rows, Sampled
 from evaluators.trajectories import Trajectories, batches
 from nas.base.files import file_digest
@@ -222,11 +224,13 @@ class OfFeatures(Sampled):
         return digest_of({**self.describe(), "features": features})
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from read_into(self.images, folder)
         yield from self.prepare_conditions(folder, device)
         yield from self.features.prepare(load_once(self.images), folder, seed, device)
 
     def check(self) -> None:
         """Raises UserError where a file that it needs is missing or of another kind; before anything is trained."""
+        getattr(self.images, "peek", lambda: None)()
         self.features.width()
 
     def features_identity(self, folder: Path) -> str:
@@ -234,6 +238,8 @@ class OfFeatures(Sampled):
 
     def load_features(self, supernet: LoadedSupernet, folder: Path) -> LoadedFeatures:
         """Raises UserError where the images do not have the supernet's shape."""
+        for _ in read_into(self.images, folder):  # in a worker they are found where they were kept
+            pass
         check_shape(load_once(self.images), supernet.image_shape)
         return self.features.load(folder, supernet.device)
 
@@ -243,9 +249,9 @@ class OfFeatures(Sampled):
         against = f" to {len(held_out):,} held-out images" if held_out else ""
         return f"{name}@{count}{against} ({features.label})"
 
-    def real_rows(self, features: LoadedFeatures, device: torch.device) -> list[npt.NDArray[np.float32]]:
+    def real_rows(self, features: LoadedFeatures, device: torch.device) -> Iterator[npt.NDArray[np.float32]]:
         """Features of the real images that samples are compared with, in batches."""
-        return [rows_of(features, part, device) for part in in_batches(load_once(self.images).reference.pixels)]
+        yield from (rows_of(features, part, device) for part in in_batches(load_once(self.images).reference.pixels))
 
 
 @recipe
@@ -287,8 +293,8 @@ class Frechet(OfFeatures):
         features = self.load_features(supernet, folder)
         device = str(supernet.device) if supernet.device.type == "cuda" else "cpu"  # others may lack float64
         if self.reference is None:
-            moments = [Moments.of(rows) for rows in self.real_rows(features, supernet.device)]
-            reference = sum(moments[1:], start=moments[0]).gaussian(device)
+            # One at a time: of Inception's features each batch has 34 MB of moments.
+            reference = reduce(add, map(Moments.of, self.real_rows(features, supernet.device))).gaussian(device)
         else:
             reference = replace(read_statistics(self._reference()), device=device)
         return LoadedFrechet(
@@ -373,7 +379,7 @@ class KernelDistance(OfFeatures):
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         features = self.load_features(supernet, folder)
-        reference = np.concatenate(self.real_rows(features, supernet.device))
+        reference = np.concatenate([*self.real_rows(features, supernet.device)])
         among_reference = mean_kernel(reference)
         return LoadedScore(
             self,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from pydantic import Field
 from evaluators.kept import MINIMUM, Holdout, KeptImages, Source, checked, counted, split, train_first, with_held_out
 from nas.base.files import first_line
 from nas.base.pictures import WHITE, Found, PictureError, find_pictures, read_caption, read_picture
-from nas.contracts import Images, ImageSet, UserError, digest_of
+from nas.contracts import Images, ImageSet, Progress, UserError, digest_of
 from nas.recipes import Few, Seed, recipe
 
 """Files that are read to see whether a folder holds what it should."""
@@ -239,6 +239,11 @@ class HeldOutHalf:
     images: Images
     half: Literal["first", "second"]
 
+    def peek(self) -> ImageSet:
+        """A few images, where their source has a quick look."""
+        found: ImageSet = getattr(self.images, "peek", self.images.load)()
+        return found
+
     def load(self) -> ImageSet:
         whole = self.images.load()
         if whole.held_out is None:
@@ -255,6 +260,12 @@ class HeldOutHalf:
 def load_once(images: Images) -> ImageSet:
     """`images.load()`, kept: reading and hashing a large folder takes a while, and several parts ask for it."""
     return images.load()
+
+
+def read_into(images: Images, folder: Path) -> Iterator[Progress]:
+    """A source that takes long to read keeps what it has read in the run folder."""
+    source = images.images if isinstance(images, HeldOutHalf) else images
+    yield from getattr(source, "prepare", lambda _: ())(folder)
 
 
 def check_shape(images: ImageSet, shape: tuple[int, int, int]) -> None:

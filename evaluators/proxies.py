@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 
 from evaluators.frechet import OfFeatures, feature_rows, paired_frechet_with_replicates
-from evaluators.images import check_shape, load_once
+from evaluators.images import check_shape, load_once, read_into
 from evaluators.sampling import Sampler, State, predict, step_noise
 from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
 from evaluators.trajectories import Trajectories
@@ -160,6 +160,7 @@ class OfImages(Sampled):
         return digest_of(self.describe())
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
+        yield from read_into(self.images, folder)
         yield from self.prepare_conditions(folder, device)
 
 

@@ -1,7 +1,7 @@
 """DiffPruning's setting (Ganjdanesh et al., ECCV 2024) in pixel space: experts of timestep clusters, elastic in width and depth, and the routing
 agent that divides one budget among them. The paper works in latent space; its tables are not reproduced here.
 
-Data: LSUN churches at 256 pixels as files in `data/church256`, and Inception features as a local file (`inception.pt`, see README).
+Data: LSUN churches at 256 pixels as files in `data/church256`, and Inception features as a local file (`inception.pt`, see docs/bring-your-own.md).
 Hours: `nas run studies/diffpruning_lsun256.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
 `nas intervals` measures the clusters; put its boundaries in place of these.
 For comparison, Diff-Pruning at 100 DDIM steps: FID 10.6 for the full network, 13.9 pruned.
@@ -28,7 +28,7 @@ UNET = {
     "layers_per_block": 2,
     "down_block_types": (*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
-    "attention_head_dim": 64,
+    "attention_head_dim": None,
     "norm_num_groups": 32,
     "downsample_padding": 0,
 }
@@ -46,10 +46,12 @@ study = Study(
     images=images,
     training=Stages(
         (
-            Sandwich(steps=500_000, batch=64, learning_rate=2e-5, warmup=5_000, ema=0.9999, full_only=True),
+            Sandwich(
+                steps=500_000, batch=64, accumulate=4, learning_rate=2e-5, warmup=5_000, ema=0.9999, full_only=True
+            ),
             Order("gradient", threshold=0.01, batch=2),
-            Sandwich(steps=100_000, batch=64, learning_rate=2e-5, warmup=0, distillation=0.5),
-            Experts(Sandwich(steps=20_000, batch=64, learning_rate=2e-5, warmup=0, distillation=0.5)),
+            Sandwich(steps=100_000, batch=64, accumulate=4, learning_rate=2e-5, warmup=0, distillation=0.5),
+            Experts(Sandwich(steps=20_000, batch=64, accumulate=4, learning_rate=2e-5, warmup=0, distillation=0.5)),
         )
     ),
     evaluator=Frechet(images, features=inception, rungs=(2_048, 50_000)),

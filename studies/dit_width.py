@@ -2,7 +2,7 @@
 own sampler does it. DyDiT's question (Zhao et al., ICLR 2025): should the network be smaller at some timesteps?
 
 Data: a local copy of the pipeline in `dit` (DiTPipeline, safetensors), ImageNet's pictures in a folder for each class in `data/imagenet`, in the classes'
-order, Inception features in `inception.pt` (see README).
+order, Inception features in `inception.pt` (see docs/bring-your-own.md).
 Hours: `nas run studies/dit_width.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
 Differs from DyDiT, whose heads and feed-forward channels are chosen for each block and for each token: here a step runs an ordinary stock network, narrower by
 whole heads everywhere, or of fewer blocks. 75,000 steps of 256, distilled from the original by half; DyDiT takes 200,000 of 256. Timesteps are DDIM's 250.

@@ -1,7 +1,7 @@
 """TDC's groups on CIFAR-10 (arXiv 2312.13307): five groups of timesteps of equal width in SNR, a fixed budget for each, (i/5 + (5-i)/5 x 0.5) of the full
 network, and multi-round proposals for each group's widths.
 
-Data: CIFAR-10's training images as files in `data/cifar10`, and Inception features as a local file (`inception.pt`, see README).
+Data: CIFAR-10's training images as files in `data/cifar10`, and Inception features as a local file (`inception.pt`, see docs/bring-your-own.md).
 Hours: `nas run studies/tdc_cifar10.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
 The abstract: about 80 % of the compute at a better FID; absolute numbers are not known to us.
 """

@@ -2,7 +2,7 @@
 equal width in SNR, a fixed budget for each, (i/5 + (5-i)/5 x 0.5) of the full network, and multi-round proposals for each group's widths.
 
 Data: ImageNet at 64 pixels, a folder for each of its 1,000 classes, in `data/imagenet64`, and Inception features as a local file (`inception.pt`,
-see README).
+see docs/bring-your-own.md).
 Hours: `nas run studies/tdc_imagenet64.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
 For comparison, IDDPM's FID 2.92 with 250 of 4,000 steps at 273 M parameters and 89.1 GMACs a call (88.5 without attention products); of TDC an FID
 better by 1.5 at about 80 % of the compute, absolute numbers are not known to us, nor whether this was its network. Cosine betas,
@@ -58,10 +58,12 @@ study = Study(
     images=images,
     training=Stages(
         (
-            Sandwich(steps=40_000, batch=2048, learning_rate=3e-4, warmup=0, ema=0.9999, full_only=True),
+            Sandwich(steps=40_000, batch=2048, accumulate=16, learning_rate=3e-4, warmup=0, ema=0.9999, full_only=True),
             Order("gradient"),
-            Sandwich(steps=10_000, batch=2048, learning_rate=3e-4, warmup=0, ema=0.9999, distillation=0.5),
-            Experts(Sandwich(steps=2_000, batch=2048, learning_rate=1e-4, warmup=0, distillation=0.5)),
+            Sandwich(
+                steps=10_000, batch=2048, accumulate=16, learning_rate=3e-4, warmup=0, ema=0.9999, distillation=0.5
+            ),
+            Experts(Sandwich(steps=2_000, batch=2048, accumulate=16, learning_rate=1e-4, warmup=0, distillation=0.5)),
         )
     ),
     evaluator=Frechet(

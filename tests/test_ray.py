@@ -333,9 +333,7 @@ def test_a_dead_part_of_the_cluster_ends_the_run_in_a_line(part: str, tmp_path: 
         p for p in psutil.Process(run.pid).children(recursive=True) if part in p.name() or part in " ".join(p.cmdline())
     )
     victim.kill()
-    started = time.monotonic()
     _, said = run.communicate(timeout=60)
-    assert time.monotonic() - started < 60
     assert run.returncode == 1
     assert "Traceback" not in said, said
     [told] = [line for line in said.splitlines() if line.startswith("error: ")] or [said]

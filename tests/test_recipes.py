@@ -71,7 +71,7 @@ KNOWN = {
         "space": "4f6c74d1ae3fcbad",
         "supernet": "31d0463b119b21ee",
         "training": "77d51dbd5cff196e",
-        "searchers": "46e97cae7fa54f3c",
+        "searchers": "3cc4906266426da6",
     },
     "diff_pruning_cifar10": {
         "space": "f4615f7f545cbc16",
@@ -81,7 +81,7 @@ KNOWN = {
     },
     "diffpruning_lsun256": {
         "space": "9e830c63ad03c08e",
-        "supernet": "b51939f06d0369ef",
+        "supernet": "06265d8abb221579",
         "training": "50da9e8eadaea9fa",
         "searchers": "5c72f2f386f9cc7c",
     },
