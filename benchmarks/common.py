@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from nas.study import Study
 from search_spaces.training import Sandwich
 
 RESULTS = Path(__file__).parent / "results"
+CPUS = Path("/proc/cpuinfo")
 UNFINISHED = Path(__file__).parent / "unfinished"
 """NAME/: of a benchmark that is not finished its rows, and the weights that they rest on, committed so that another machine goes on with them."""
 RUNS = Path("runs") / "benchmarks"
@@ -107,6 +109,9 @@ class Benchmark:
             shutil.copytree(self._unfinished, self.folder, dirs_exist_ok=True)
         self._rows: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
         self._protocol = protocol
+        self._commit = commit()  # as it is now: one that is made while a row is measured is not what measured it
+        if older := {row["commit"] for row in self._rows.values()} - {self._commit}:
+            self.say(f"{len(self._rows)} rows are kept, some of commits {', '.join(sorted(one[:9] for one in older))}")
         others = {row.get("protocol") for row in self._rows.values()} - {protocol and protocol.digest}
         if protocol and others:
             raise SystemExit(
@@ -134,7 +139,7 @@ class Benchmark:
     def reckon(self, key: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """The row of this key, in place of an earlier run's: for what follows from other rows and costs nothing."""
         under = {} if self._protocol is None else {"protocol": self._protocol.digest}
-        self._rows[key] = {"row": key, "commit": commit(), **under, **values}
+        self._rows[key] = {"row": key, "commit": self._commit, "on": device(), **under, **values}
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(self._rows, indent=1))
         os.replace(partial, self._path)
@@ -172,7 +177,7 @@ class Benchmark:
         result = {
             "name": self.name,
             "date": datetime.date.today().isoformat(),
-            "commit": commit(),
+            "commit": self._commit,
             "files": self._files,
             "device": device(),
             "versions": package_versions(),
@@ -263,4 +268,5 @@ def device() -> str:
     import torch
 
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{os.cpu_count()} cores of {platform.machine()}, {accelerator}"
+    models = re.findall(r"^model name\s*: (.+)$", CPUS.read_text(), re.M) if CPUS.exists() else []
+    return f"{os.cpu_count()} cores of {models[0] if models else platform.machine()}, {accelerator}"

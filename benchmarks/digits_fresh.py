@@ -1,7 +1,7 @@
 """Does the digits claim hold on fresh training seeds, with one schedule named beforehand, and with as many tries for the full network?
 
 Arms, seeds, reference, margin and test stand in `protocols/digits-fresh.json`, written down before any row. Networks, trainings, searches and judge are
-those of `benchmarks.handover`. Some four hours of one core.
+those of `benchmarks.handover`. Some eleven hours of one core.
 """
 
 from __future__ import annotations

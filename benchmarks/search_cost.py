@@ -214,7 +214,7 @@ def knapsack_seconds(instances: int) -> Row:
 
 
 def half_of_the_macs(study: Study, folder: Path, samples: int) -> Row:
-    """Live, one interval for each step: the best verified schedule within 51 % against the full net, three fresh seeds."""
+    """Live, one interval for each step: the best verified schedule within 51 % against the full net, noises of three fresh seeds, one training."""
     with open_session(study, folder) as session:
         conductor = session.conductor("knapsack")
         session.run(conductor)

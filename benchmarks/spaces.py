@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from scipy.stats import t as student
 
 from benchmarks.common import Benchmark, Target, borrow
 from benchmarks.digits import images
@@ -258,7 +259,7 @@ def loss(rows: Sequence[Row], full: Sequence[Row]) -> Row:
         "loss": mean,
         "loss_error": error,
         "spread_over_training_seeds": spread,
-        "upper_bound_share": (mean + 1.96 * max(error, spread)) / full_fd,
+        "upper_bound_share": (mean + max(1.96 * error, student.ppf(0.975, len(each) - 1) * spread)) / full_fd,
         "ssim": float(np.mean(similar)) if similar else None,
     }
 

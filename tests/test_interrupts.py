@@ -81,7 +81,7 @@ def test_a_training_that_is_stopped_keeps_its_steps(number: signal.Signals, tmp_
     run = started(tmp_path)
     until((tmp_path / "run" / "features" / "classifier.safetensors").exists)
     assert run.stderr is not None
-    until(lambda: "supernet:" in run.stderr.readline())  # type: ignore[union-attr]
+    until(lambda: "supernet:" in run.stderr.readline())
     run.send_signal(number)
     _, said = run.communicate(timeout=60)
     assert run.returncode == 128 + number, said
