@@ -18,13 +18,22 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from evaluators.kept import MINIMUM, Holdout, KeptImages, Source, checked, counted, split, train_first, with_held_out
+from evaluators.kept import (
+    MINIMUM,
+    PEEKED,
+    Holdout,
+    KeptImages,
+    Source,
+    checked,
+    counted,
+    split,
+    train_first,
+    with_held_out,
+)
 from nas.base.files import first_line
 from nas.base.pictures import WHITE, Found, PictureError, find_pictures, read_caption, read_picture
 from nas.contracts import Images, ImageSet, Progress, UserError, digest_of
 from nas.recipes import Few, Seed, recipe
-
-"""Files that are read to see whether a folder holds what it should."""
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 
@@ -125,6 +134,13 @@ class ImageFolder(KeptImages):
         """(channels, height, width)."""
         height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
         return self.channels, height, width
+
+    def peek(self) -> ImageSet:
+        """The first few files alone, with all labels, without a look at each file's size and date."""
+        found = self._find()
+        labels, _ = self._labels(found)
+        first = found.files[:PEEKED]
+        return ImageSet(np.stack([self._read(file) for file in first]), labels, "", captions=self._captions(first))
 
     def source(self) -> Source:
         found = self._find()
@@ -239,6 +255,10 @@ class HeldOutHalf:
     images: Images
     half: Literal["first", "second"]
 
+    def prepare(self, folder: Path) -> Iterator[Progress]:
+        """A source that takes long to read keeps what it has read in the run folder."""
+        yield from getattr(self.images, "prepare", lambda _: ())(folder)
+
     def peek(self) -> ImageSet:
         """A few images, where their source has a quick look."""
         found: ImageSet = getattr(self.images, "peek", self.images.load)()
@@ -264,8 +284,7 @@ def load_once(images: Images) -> ImageSet:
 
 def read_into(images: Images, folder: Path) -> Iterator[Progress]:
     """A source that takes long to read keeps what it has read in the run folder."""
-    source = images.images if isinstance(images, HeldOutHalf) else images
-    yield from getattr(source, "prepare", lambda _: ())(folder)
+    yield from getattr(images, "prepare", lambda _: ())(folder)
 
 
 def check_shape(images: ImageSet, shape: tuple[int, int, int]) -> None:

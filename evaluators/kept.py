@@ -21,6 +21,7 @@ from nas.contracts import ImageSet, Progress, UserError, digest_of
 log = logging.getLogger("nas")
 
 PEEKED = 8
+"""Images that are read to see whether a source holds what it should."""
 
 MINIMUM = 16
 """Fewer images give neither a training batch nor a covariance."""

@@ -105,8 +105,7 @@ def tune(
     """Make a faster schedule for the pipeline in a folder, without training: which steps run, which blocks at each, and where guidance is on."""
     from nas.engine.show import Show
     from nas.library import on_workers
-    from nas.tuning.page import SCHEDULE, check_target, compared, study_file, usage, write_found
-    from nas.tuning.page import write_study as write_kept
+    from nas.tuning.page import SCHEDULE, check_target, compared, keep_study, study_file, usage, write_found
     from nas.tuning.study import LOSS, Wanted
     from nas.tuning.tune import read_file
     from nas.tuning.tune import tune as search
@@ -164,7 +163,7 @@ def tune(
                     )
                     studies[-1].parent.mkdir(parents=True, exist_ok=True)
                 for path in studies:
-                    if aside := write_kept(path, study_file(found)):
+                    if aside := keep_study(path, study_file(found)):
                         notes.print(f"{path} was another study, which is now {aside}", highlight=False, soft_wrap=True)
                 evaluator = found.study.load(folder, device)
                 left_out = write_found(

@@ -84,7 +84,7 @@ class Confirmation:
             yield from judge.prepare(self.folder, self.study.seed, self.device)
         net = self.net()
         for judge in judges:  # what one of them lacks is said before anything is trained
-            judge.load(net, self.folder)
+            judge.evaluator.load_features(net, self.folder)
         found: list[Verdict] = []
         for arm in self.sequence:
             yield from self._measured(arm)

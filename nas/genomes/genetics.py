@@ -22,10 +22,10 @@ NANOSECONDS = 1e6
 """Of a millisecond."""
 
 TRIES = 32
+"""Random attempts at a new genome before the exhaustive order takes over."""
+
 PATIENCE = 10_000
 """Genomes that break a limit, one after another, after which an exhaustive search is given up."""
-
-"""Random attempts at a new genome before the exhaustive order takes over."""
 
 
 class IntervalCosts:

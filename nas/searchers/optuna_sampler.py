@@ -74,10 +74,8 @@ class OptunaSearch:
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
-        # One that counts, such as the points of a sequence, goes on with the next; others draw anew.
-        counters = (
-            self._counters if self._finished else []
-        )  # it begins with what is random, as long as it knows no dimensions
+        # One that counts, such as the points of a sequence, goes on with the next, once a finished trial tells it the dimensions; others draw anew.
+        counters = self._counters if self._finished else []
         seed = derive_seed(self._seed, 0 if counters else len(taken), "optuna sampler")
         study = self._study(pending, seed)
         for name in counters if len(taken) > 1 else ():

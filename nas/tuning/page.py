@@ -95,7 +95,7 @@ def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], f
                 _write(folder / name, write(chosen, graph, found.wanted.grid(len(chosen.steps))))
             except UserError as error:
                 left_out.append(f"no {name}: {error}")
-    write_study(folder / "study.py", study_file(found))
+    keep_study(folder / "study.py", study_file(found))
     _write(folder / "report.html", page(found, folder, run, left_out))
     return left_out
 
@@ -110,7 +110,7 @@ def check_target(folder: Path) -> None:
         )
 
 
-def write_study(path: Path, text: str) -> Path | None:
+def keep_study(path: Path, text: str) -> Path | None:
     """Another one that is there is not lost, since studies are changed by hand: returned is where it is kept."""
     if not path.exists() or path.read_text() == text:
         _write(path, text)
