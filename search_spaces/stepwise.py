@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,8 @@ from search_spaces.options import Options, Subnets
 from search_spaces.patterns import ALL, Computed, Pattern, check_listed
 from search_spaces.shipped.graph import AROUND
 from search_spaces.supernet import Elastic
+
+Part = TypeVar("Part")
 
 
 class NamedSampler(Protocol):
@@ -149,45 +151,32 @@ class Stepwise:
         """Equal schedules for genomes that come to the same: what a step cannot reuse it computes, and a block that nobody reads does
         not run."""
         steps: list[Step] = []
-        for t, arch, computed, guide in self._asked(genome):
-            idle = computed is None or (not computed and self.deterministic)
-            if idle and steps:
-                continue
-            last = steps[-1] if steps else None
-            if last is not None and not computed:
-                # It holds the prediction, whose it may be, guided as it was.
-                steps.append(Step(t, last.arch, self._everything(Arch(*last.arch)), last.guidance))
-                continue
-            by = self._guided_by(guide, arch)
-            can = last is not None and arch == Arch(*last.arch) and _keeps(last, by)
-            steps.append(Step(t, arch, self._reused(arch, computed) if can else (), by))
-        return Schedule(
-            tuple(steps), self.samplers[genome[0] if len(self.samplers) > 1 else 0].name if self.samplers else ""
-        )
+        for k, genes in enumerate(self._split(genome)):
+            steps += self._run(k, genes, steps[-1] if steps else None)
+        return Schedule(tuple(steps), self._sampler(genome))
 
     def genome(self, schedule: Schedule) -> Genome:
         """One that decodes to this schedule, such as another run found. Raises UserError where an interval has no options that do."""
-        found: list[int] = [0] * len(self.choices)
-        start = first = 0
-        for k, (shape, count) in enumerate(zip(self._shapes, self.intervals, strict=True)):
-            here = set(self.timesteps[first : first + count])
-            wanted = [step for step in schedule.steps if step.timestep in here]
+        found: Genome = ()
+        last: Step | None = None
+        for k, (here, shape) in enumerate(zip(self._steps, self._shapes, strict=True)):
+            served = {t for t, _ in here}
+            wanted = [step for step in schedule.steps if step.timestep in served]
+            # What an interval runs does not depend on later ones, so that its options are found one interval after another.
             for option in np.ndindex(*shape):
-                found[start : start + len(shape)] = [int(gene) for gene in option]
-                decoded = self.decode(tuple(found))
-                # What an interval runs does not depend on later ones, so that its options are found one interval after another.
-                if [s for s in decoded.steps if s.timestep in here] == wanted and decoded.sampler == schedule.sampler:
+                genes = tuple(int(gene) for gene in option)
+                if self._run(k, genes, last) == wanted and (k > 0 or self._sampler(genes) == schedule.sampler):
                     break
             else:
                 raise UserError(
                     f"the schedule {schedule.digest} is none of this space: no options of interval {k} run what it runs there"
                 )
-            start, first = start + len(shape), first + count
-        if self.decode(tuple(found)) != schedule:
+            found, last = found + genes, wanted[-1] if wanted else last
+        if self.decode(found) != schedule:
             raise UserError(
                 f"the schedule {schedule.digest} has steps at other timesteps than this space; give it those"
             )
-        return tuple(found)
+        return found
 
     def cost(self, genome: Genome) -> dict[str, float]:
         """`params` counts a subnet again for each expert that runs it. A network with attention has its share as papers count it that
@@ -204,7 +193,8 @@ class Stepwise:
             macs = sum(int(table[option]) for table, option in zip(self._tables, genes, strict=True))
             if attends:
                 attention = sum(int(t[option]) for t, option in zip(self._attention_tables, genes, strict=True))
-            asked = [(arch, self._guided_by(guide, arch)) for _, arch, _, guide in self._asked(genome)]
+            each = (one for k, own in enumerate(genes) for one in self._asked(k, own))
+            asked = [(arch, self._guided_by(guide, arch)) for _, arch, _, guide in each]
             archs = {arch for arch, _ in asked} | {Arch(*by.arch) for _, by in asked if by and by.arch}
         params = sum(self.net.cost(arch).params for arch in archs)
         cost = {"macs": macs, "macs_share": macs / self._full_macs, "params": params}
@@ -312,22 +302,40 @@ class Stepwise:
     def _pattern_gene(self, k: int) -> list[tuple[str, tuple[str, ...]]]:
         return [("reuse", tuple(pattern.label for pattern in self._patterns[k]))] if len(self.patterns) > 1 else []
 
-    def _asked(self, genome: Genome) -> Iterator[tuple[int, Arch, Computed, Guidance | None]]:
-        """For each timestep the subnet, what the genes ask it to compute, whether that can be had or not, and what is to guide it."""
-        steps = iter(self._steps)
-        for k, (subnets, genes) in enumerate(zip(self.subnets, self._split(genome), strict=True)):
-            genes = genes[len(self._sampler_gene(k)) :]
-            own = len(self._subnet_genes(subnets))
-            arch = subnets.arch(genes[:own] if own else (0,) * len(subnets.shape))
-            guide = self._guides[genes[-1] if len(self._guides) > 1 else 0]
-            for computed in self._computed(k, genes[own:]):
-                t, expert = next(steps)
-                yield t, arch.replace(expert=expert) if expert else arch, computed, guide
+    def _asked(self, k: int, genes: Genome) -> Iterator[tuple[int, Arch, Computed, Guidance | None]]:
+        """For each timestep of interval k the subnet, what its genes ask it to compute, whether that can be had or not, and what is to
+        guide it."""
+        subnets, genes = self.subnets[k], genes[len(self._sampler_gene(k)) :]
+        own = len(self._subnet_genes(subnets))
+        arch = subnets.arch(genes[:own] if own else (0,) * len(subnets.shape))
+        guide = self._guides[genes[-1] if len(self._guides) > 1 else 0]
+        for (t, expert), computed in zip(self._steps[k], self._computed(k, genes[own:]), strict=True):
+            yield t, arch.replace(expert=expert) if expert else arch, computed, guide
+
+    def _run(self, k: int, genes: Genome, last: Step | None) -> list[Step]:
+        """Steps of interval k, after the last one that ran before it."""
+        steps: list[Step] = []
+        for t, arch, computed, guide in self._asked(k, genes):
+            last = steps[-1] if steps else last
+            idle = computed is None or (not computed and self.deterministic)
+            if idle and last is not None:
+                continue
+            if last is not None and not computed:
+                # It holds the prediction, whose it may be, guided as it was.
+                steps.append(Step(t, last.arch, self._everything(Arch(*last.arch)), last.guidance))
+                continue
+            by = self._guided_by(guide, arch)
+            can = last is not None and arch == Arch(*last.arch) and _keeps(last, by)
+            steps.append(Step(t, arch, self._reused(arch, computed) if can else (), by))
+        return steps
+
+    def _sampler(self, genome: Genome) -> str:
+        return self.samplers[genome[0] if len(self.samplers) > 1 else 0].name if self.samplers else ""
 
     @cached_property
-    def _steps(self) -> list[tuple[int, str]]:
-        """Timesteps and the expert that serves each."""
-        return [(t, self.net.expert_at(t)) for t in self.timesteps]
+    def _steps(self) -> list[tuple[tuple[int, str], ...]]:
+        """Of each interval the timesteps, and the expert that serves each."""
+        return list(_parts([(t, self.net.expert_at(t)) for t in self.timesteps], self.intervals))
 
     def _computed(self, k: int, gene: Genome) -> tuple[Computed, ...]:
         count = self.intervals[k]
@@ -370,9 +378,8 @@ class Stepwise:
         alike = len({subnets.arch((0,) * len(subnets.shape)) for subnets in self.subnets}) == 1 and not self.net.experts
         alike = alike and all(len(subnets) == 1 for subnets in self.subnets) and len(self._guides) == 1
         found = []
-        start = 0
-        for k, (subnets, count) in enumerate(zip(self.subnets, self.intervals, strict=True)):
-            experts = [expert for _, expert in self._steps[start : start + count]]
+        for k, (subnets, served) in enumerate(zip(self.subnets, self._steps, strict=True)):
+            experts = [expert for _, expert in served]
             choices = (len(self.patterns),) if len(self.patterns) > 1 else ()
             patterns = [self._computed(k, gene) for gene in np.ndindex(*choices)]
             costs = [
@@ -383,7 +390,6 @@ class Stepwise:
             ]
             samplers = math.prod(len(options) for _, options in self._sampler_gene(k))
             found.append(np.array(costs * samplers, dtype=np.int64).reshape(self._shapes[k]))
-            start += count
         return tuple(found)
 
     def _interval_cost(
@@ -454,8 +460,8 @@ def _guide_label(guide: Guidance | None) -> str:
     return f"{guide.scale:g}{other}"
 
 
-def _parts(genome: Genome, lengths: Sequence[int]) -> Iterator[Genome]:
+def _parts(whole: Sequence[Part], lengths: Sequence[int]) -> Iterator[tuple[Part, ...]]:
     start = 0
     for length in lengths:
-        yield genome[start : start + length]
+        yield tuple(whole[start : start + length])
         start += length

@@ -1,5 +1,5 @@
 """TDC's groups on CIFAR-10 (arXiv 2312.13307): five groups of timesteps of equal width in SNR, a fixed budget for each, (i/5 + (5-i)/5 x 0.5) of the full
-network, and multi-round proposals for each group's widths.
+network, and multi-round proposals for each group's widths, by the router beside them. A group's budget is the space's: both searchers keep to it.
 
 Data: CIFAR-10's training images as files in `data/cifar10`, and Inception features as a local file (`inception.pt`, see docs/bring-your-own.md).
 Hours: `nas run studies/tdc_cifar10.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
@@ -52,7 +52,7 @@ study = Study(
         )
     ),
     evaluator=Frechet(images, features=inception, rungs=(4_096, 50_000)),
-    searchers={"rounds": Rounds(split="linear"), "free": Routing()},
+    searchers={"rounds": Rounds(budgets=1), "routing": Routing()},
     trials=100,
     verified=5,
 )

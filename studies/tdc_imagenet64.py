@@ -1,5 +1,7 @@
-"""TDC's groups (arXiv 2312.13307) on ImageNet at 64 pixels: the class-conditional network of IDDPM (Nichol & Dhariwal 2021), five groups of timesteps of
-equal width in SNR, a fixed budget for each, (i/5 + (5-i)/5 x 0.5) of the full network, and multi-round proposals for each group's widths.
+"""TDC's groups (arXiv 2312.13307) on ImageNet at 64 pixels: the class-conditional network of IDDPM (Nichol & Dhariwal 2021), five groups of equally
+many timesteps, a fixed budget for each, (i/5 + (5-i)/5 x 0.5) of the full network, and multi-round proposals for each group's widths, by the router
+beside them. A group's budget is the space's: both searchers keep to it. Groups of equal width in SNR, as on CIFAR-10, would leave a single sampler's
+step to each of the two noisiest: cosine betas end at -98 dB.
 
 Data: ImageNet at 64 pixels, a folder for each of its 1,000 classes, in `data/imagenet64`, and Inception features as a local file (`inception.pt`,
 see docs/bring-your-own.md).
@@ -18,7 +20,7 @@ from evaluators.sampling import DDPM
 from nas.searchers.rounds import Rounds
 from nas.searchers.routing import Routing
 from nas.study import Study
-from search_spaces.intervals import bounded, equal_snr, linear_budgets, merged, uniform
+from search_spaces.intervals import bounded, even, linear_budgets, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
@@ -43,10 +45,11 @@ images = ImageFolder("data/imagenet64", size=(64, 64), labels="folders")
 inception = ExternalFeatures("inception.pt", "inception-v3", size=299)
 noise = NoiseSchedule(timesteps=4000, beta_schedule="squaredcos_cap_v2")
 steps = uniform(250, 4000)
-groups = merged(steps, equal_snr(5, noise.alphas_cumprod))
+groups = even(5, 4000)
 net = Elastic(
     UNET,
     channels=((96, 128, 192), (192, 256, 384), (288, 384, 576), (384, 576, 768)),
+    per_level=("width",),
     noise=noise,
     experts=groups,
 )
@@ -73,7 +76,7 @@ study = Study(
         sampler=DDPM("learned_range"),
         conditions=Labels(images),
     ),
-    searchers={"rounds": Rounds(split="linear"), "free": Routing()},
+    searchers={"rounds": Rounds(budgets=1), "routing": Routing()},
     trials=100,
     verified=5,
 )

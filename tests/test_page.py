@@ -81,13 +81,16 @@ def test_the_page_needs_no_other_file_and_no_network(page: Path) -> None:
 
 
 def test_every_command_of_the_page_exports_its_candidate(page: Path, tmp_path: Path) -> None:
-    commands = re.findall(r"<code[^>]*>nas (export [^<]*)</code>", page.read_text())
+    commands = dict.fromkeys(re.findall(r"<code[^>]*>nas (export [^<]*)</code>", page.read_text()))
     assert len(commands) >= 6
-    words = commands[-1].split()
-    words[-1] = str(tmp_path / "exported")
-    result = nas(*words)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "exported" / "model_index.json").exists()
+    for number, command in enumerate(commands):
+        words = command.split()
+        words[-1] = str(tmp_path / f"exported-{number}")
+        result = nas(*words)
+        assert result.returncode == 0, result.stderr
+        told = json.loads((Path(words[-1]) / "provenance.json").read_text())
+        assert told["trial"] == int(words[words.index("--trial") + 1])
+        assert told["ledger"].split(".")[1] == words[words.index("--searcher") + 1]
 
 
 @pytest.fixture

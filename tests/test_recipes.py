@@ -95,7 +95,7 @@ KNOWN = {
         "space": "a0937b4329f35c16",
         "supernet": "a4d8ab6cbe7e99eb",
         "training": "4af61d371738f347",
-        "searchers": "d6dbd9e9613e16ed",
+        "searchers": "2ae5ec39b8070ae1",
     },
 }
 """Digests of descriptions, and of the searchers' reprs, as ledgers out there have them."""
