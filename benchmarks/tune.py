@@ -11,7 +11,8 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +25,14 @@ from benchmarks.common import RESULTS, Benchmark, Target
 from benchmarks.protocol import committed
 from benchmarks.tune_arms import SEARCHED, Cell, Row, learned_routes, routed, ruled, searched, there, timed, trained
 from evaluators.sampling import DDIM
+from nas.evidence.protocol import Protocol
 from nas.genomes.paths import Steps, paths, together
 from nas.handover.export import export
 
 PROTOCOL = committed("tune-2")
-SETTINGS = PROTOCOL.settings
 NAMES = {"latent": "class-conditional UNet", "transformer": "transformer", "text": "text UNet"}
 BEST_RULE = "best rule"
+ANOTHER = "DPM-Solver++ steps"
 LINES = {
     "path": ("nas tune (path)", "#1f6f8b", "o-"),
     "steps": ("searched whole steps", "#4a4a4a", "s-"),
@@ -39,6 +41,7 @@ LINES = {
     "knapsack": ("knapsack", "#8d6a9f", "v:"),
     "gates": ("DiP-GO's gates", "#d19c1d", "x:"),
     "router": ("Learning-to-Cache's router", "#d19c1d", "P"),
+    ANOTHER: ("fewer steps of DPM-Solver++", "#8c8c8c", "*"),
 }
 """Of a picture, by what a verdict calls it: words, colour and line. What is none of these is a rule."""
 
@@ -82,7 +85,7 @@ def newcomer(folder: Path, quick: bool) -> Row:
     if not pipeline.exists():
         net = setting.net.load(run / "supernet", "cpu")
         # Of ten classes: the stock pipeline of transformers knows a thousand.
-        export(net, setting.everywhere(SETTINGS["guidance"]["transformer"]), DDIM().describe(), {}, pipeline)
+        export(net, setting.everywhere(PROTOCOL.settings["guidance"]["transformer"]), DDIM().describe(), {}, pipeline)
     typed = ["tune", "dit", "--within", "time=0.5", *(["--trials", "10", "--samples", "4,8"] if quick else [])]
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "nas.cli", *typed], cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -96,7 +99,7 @@ def mean(rows: list[Row], what: str = "loss") -> float:
 
 
 def verdict(cells: list[Cell], budget: float, bench: Benchmark) -> Row:
-    """Of one (model, steps, budget), over its seeds."""
+    """Of one (model, steps, budget), over its seeds. Another sampler's fewer steps stand among the losses and decide nothing."""
     place = f"{budget:g}"
 
     def of(arm: str) -> list[Row]:
@@ -114,9 +117,13 @@ def verdict(cells: list[Cell], budget: float, bench: Benchmark) -> Row:
         difference, error = compared(list(zip(mine, rows, strict=True)))
         worse.append(float(norm.sf(difference / error)) if error > 0 else (0.0 if difference > 0 else 1.0))
     error = math.sqrt(sum(row["loss_error"] ** 2 for row in references[best])) / len(cells)
-    full = [bench.kept(f"{cell.key}: rules")["full"] for cell in cells]
+    kept = [bench.kept(f"{cell.key}: rules") for cell in cells]
+    full = [row["full"] for row in kept]
+    losses = {arm: mean(of(arm)) for arm in SEARCHED} | {name: mean(rows) for name, rows in references.items()}
+    if "another_sampler" in kept[0]:
+        losses[ANOTHER] = mean([row["another_sampler"][place] for row in kept])
     return {
-        "losses": {arm: mean(of(arm)) for arm in SEARCHED} | {name: mean(rows) for name, rows in references.items()},
+        "losses": losses,
         "fd": {
             "full": mean(full, "fd"),
             **{arm: mean(of(arm), "fd") for arm in SEARCHED},
@@ -132,9 +139,10 @@ def verdict(cells: list[Cell], budget: float, bench: Benchmark) -> Row:
         "over_steps": mean(mine) / mean(steps),
         "difference_to_reference": compared(list(zip(mine, references[best], strict=True))),
         "difference_to_steps": compared(list(zip(mine, steps, strict=True))),
+        "differences_of_seeds": [a["loss"] - b["loss"] for a, b in zip(mine, references[best], strict=True)],
         "tie": mean(references[best]) <= 2 * error,
         # Holm's first step: if the smallest is none, no other is.
-        "won": min(worse) > SETTINGS["level"] / len(worse),
+        "won": min(worse) > cells[0].settings["level"] / len(worse),
     }
 
 
@@ -163,10 +171,10 @@ def draw(cells: Mapping[str, Mapping[float, Row]], path: Path) -> None:
     figure.savefig(path)
 
 
-def measured(model: str, steps: int, bench: Benchmark) -> list[Cell]:
+def measured(model: str, steps: int, bench: Benchmark, protocol: Protocol) -> list[Cell]:
     """All rows of one model with so many steps."""
-    seeds = PROTOCOL.seeds[:1] if bench.quick else PROTOCOL.seeds
-    cells = [Cell(bench.folder, SETTINGS, bench.quick, model, steps, seed) for seed in seeds]
+    seeds = protocol.seeds[:1] if bench.quick else protocol.seeds
+    cells = [Cell(bench.folder, protocol.settings, bench.quick, model, steps, seed) for seed in seeds]
     # On one thread, with nothing beside it that this benchmark starts.
     times = bench.row(f"{model}, {steps} steps: times", partial(timed, cells[0]))
     jobs: dict[str, tuple[object, ...]] = {}
@@ -182,70 +190,97 @@ def measured(model: str, steps: int, bench: Benchmark) -> list[Cell]:
     return cells
 
 
-def main() -> None:
-    bench = Benchmark(
-        "tune", __doc__ or "", ("benchmarks/tune_arms.py", "nas/searchers/path.py", "nas/tuning/tune.py"), PROTOCOL
-    )
-    if bench.quick and not any(there(model, True) for model in SETTINGS["models"]):
+def there_are(protocol: Protocol, quick: bool) -> list[str]:
+    """Models of the protocol that are trained; a quick run trains a small one where there is none. Raises SystemExit where none is."""
+    wanted = protocol.settings["models"]
+    if quick and not any(there(model, True) for model in wanted):
         transformer.prepare(trained("transformer", True)[0])
-    models = [model for model in SETTINGS["models"] if there(model, bench.quick)]
+    models = [model for model in wanted if there(model, quick)]
     if not models:
         raise SystemExit(
-            "error: no model is there; run one of "
-            + ", ".join(f"`python -m benchmarks.{m}`" for m in SETTINGS["models"])
+            "error: no model is there; run one of " + ", ".join(f"`python -m benchmarks.{model}`" for model in wanted)
         )
-    solved = bench.row("exact", exact)
-    timing: Row = {"minutes": None}
-    if "transformer" in models and "nas tune" not in bench.without:
-        timing = bench.row("nas tune", partial(newcomer, bench.folder, bench.quick))
-    verdicts: list[Row] = []
+    return models
+
+
+def verdicts_of(bench: Benchmark, protocol: Protocol, steps: Sequence[int], picture: str) -> Verdicts:
+    """Rows and verdicts of all models that are trained, in so many steps each, and their picture."""
+    rows: list[Row] = []
     spent: list[float] = []
     done: list[str] = []
     pictured: dict[str, dict[float, Row]] = {}
-    for steps in SETTINGS["steps"][:1] if bench.quick else SETTINGS["steps"]:
-        for model in models:
-            if f"{model}-{steps}" in bench.without:
+    for count in steps:
+        for model in there_are(protocol, bench.quick):
+            if f"{model}-{count}" in bench.without:
                 continue
-            cells = measured(model, steps, bench)
-            done.append(f"{model} {steps} steps")
+            cells = measured(model, count, bench, protocol)
+            done.append(f"{model} {count} steps")
             for budget in cells[0].budgets:
-                key = f"{model}, {steps} steps, {budget:g} of the time"
-                verdicts.append(bench.reckon(key, verdict(cells, budget, bench)))
-                pictured.setdefault(f"{NAMES[model]}, {steps} steps", {})[budget] = verdicts[-1]
+                key = f"{model}, {count} steps, {budget:g} of the time"
+                rows.append(bench.reckon(key, verdict(cells, budget, bench)))
+                pictured.setdefault(f"{NAMES[model]}, {count} steps", {})[budget] = rows[-1]
             for cell in cells:
                 spent += [one["spent_samples"] for one in bench.kept(f"{cell.key}: path")["of"].values()]
     if pictured:
-        draw(pictured, (bench.folder if bench.quick else RESULTS) / "tune.png")
-    clear = [row for row in verdicts if not row["tie"]]
-    what = f"{', '.join(done)}; {len(verdicts)} cells, {len(verdicts) - len(clear)} of them ties"
-    bench.finish(
-        [
+        draw(pictured, (bench.folder if bench.quick else RESULTS) / picture)
+    return Verdicts(tuple(rows), tuple(spent), tuple(done))
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """`of`: models and their numbers of steps. `spent`: samples of the full pipeline that each of the path's searches took."""
+
+    rows: tuple[Row, ...]
+    spent: tuple[float, ...]
+    of: tuple[str, ...]
+
+    def targets(self, prefix: str) -> list[Target]:
+        """`prefix`: of their names."""
+        clear = [row for row in self.rows if not row["tie"]]
+        what = f"{', '.join(self.of)}; {len(self.rows)} cells, {len(self.rows) - len(clear)} of them ties"
+        return [
             Target(
-                "tune_loss_ratio",
+                f"{prefix}_loss_ratio",
                 f"loss of searched reuse over that of the best published rule, gates or router at equal measured time, median ({what})",
                 0.5,
                 float(np.median([row["ratio"] for row in clear])) if clear else None,
             ),
             Target(
-                "tune_over_steps",
+                f"{prefix}_over_steps",
                 "loss of searched reuse over that of searched fewer steps, median",
                 None,
                 float(np.median([row["over_steps"] for row in clear])) if clear else None,
             ),
             Target(
-                "tune_cells_won",
+                f"{prefix}_cells_won",
                 "share of cells in which none of them is better, one-sided, Holm-corrected",
                 0.9,
-                sum(row["won"] for row in verdicts) / len(verdicts) if verdicts else None,
+                sum(row["won"] for row in self.rows) / len(self.rows) if self.rows else None,
                 at_most=False,
             ),
-            Target("path_seconds", "seconds for nine blocks of 50 steps, 40 budgets at once", 1, solved["seconds"]),
             Target(
-                "tune_cost_samples",
+                f"{prefix}_cost_samples",
                 "samples of the full pipeline that the dearest search took",
                 20_000,
-                max(spent, default=None),
+                max(self.spent, default=None),
             ),
+        ]
+
+
+def main() -> None:
+    bench = Benchmark(
+        "tune", __doc__ or "", ("benchmarks/tune_arms.py", "nas/searchers/path.py", "nas/tuning/tune.py"), PROTOCOL
+    )
+    models = there_are(PROTOCOL, bench.quick)
+    solved = bench.row("exact", exact)
+    timing: Row = {"minutes": None}
+    if "transformer" in models and "nas tune" not in bench.without:
+        timing = bench.row("nas tune", partial(newcomer, bench.folder, bench.quick))
+    steps = PROTOCOL.settings["steps"]
+    bench.finish(
+        [
+            *verdicts_of(bench, PROTOCOL, steps[:1] if bench.quick else steps, "tune.png").targets("tune"),
+            Target("path_seconds", "seconds for nine blocks of 50 steps, 40 budgets at once", 1, solved["seconds"]),
             Target(
                 "tune_minutes",
                 "minutes of `nas tune` from a transformer's folder to the file; None where there is none",

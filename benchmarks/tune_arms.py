@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,9 @@ from benchmarks import latent, text, transformer
 from benchmarks.common import RUNS, borrow
 from evaluators.latency import Latency, Timed, Timer
 from evaluators.proxies import TeacherDistance
-from evaluators.sampling import DDIM
+from evaluators.sampling import DDIM, DPMSolver
 from evaluators.scoring import Scores
-from nas.contracts import Genome, Guidance, Schedule, Step, derive_seed
+from nas.contracts import Genome, Guidance, Schedule, Step, UserError, derive_seed
 from nas.engine.learning import learned_macs, learned_tensors
 from nas.engine.session import open_session
 from nas.engine.timing import measure
@@ -33,7 +34,7 @@ from nas.study import Study
 from nas.tuning.study import LOSS, sets
 from nas.tuning.tune import verified, within
 from search_spaces.branches import Branches
-from search_spaces.intervals import per_step, uniform
+from search_spaces.intervals import linspace, per_step, uniform
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Only, Pattern, Subset
 from search_spaces.stepwise import Stepwise
@@ -45,7 +46,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One model with so many steps and one seed, within each of the budgets. `folder`: the benchmark's; `settings`: its protocol's."""
+    """One model with so many steps and one seed, within each of the budgets. `folder`: the benchmark's; `settings`: its protocol's, where `as_tuned` says
+    that searches choose which steps are guided and begin with the rules, as `nas tune` does."""
 
     folder: Path
     settings: Mapping[str, Any]
@@ -72,6 +74,23 @@ class Cell:
         return trained(self.model, self.quick)
 
     @property
+    def as_tuned(self) -> bool:
+        return bool(self.settings.get("as_tuned", False))
+
+    @property
+    def schedules(self) -> int:
+        """That a search scores."""
+        if self.quick:
+            return 5 * self.steps
+        return int(self.settings.get("schedules") or self.settings["schedules_for_each_step"] * self.steps)
+
+    def gradients(self, learner: str) -> int:
+        """Gradient steps that "gates" or the "router" learn for."""
+        if self.quick:
+            return 2
+        return int(self.settings.get("gradients", {}).get(learner) or {"gates": 8, "router": 64}[learner] * self.steps)
+
+    @property
     def run(self) -> Path:
         return self.folder / f"{self.model}-{self.steps}"
 
@@ -95,6 +114,7 @@ class Cell:
         patterns: tuple[Pattern, ...] = (Every(1), Only(()))
         if arm != "steps":
             patterns = (Every(1), *(Only(one) for one in sets(graph)), Only(()))
+        guides = (None, self.scale) if self.as_tuned and arm != "gates" else (self.scale,)
         space = Stepwise(
             net,
             grid,
@@ -102,11 +122,10 @@ class Cell:
             Options((1.0,)),
             patterns=patterns,
             finer=graph.predicts_anew,
-            guidance=(self.scale,),
+            guidance=guides,
         )
-        trials = (5 if self.quick else int(self.settings["schedules_for_each_step"])) * self.steps
-        learning = 2 if self.quick else 8 * self.steps
-        pruner = Pruner(steps=learning, batch=2, clip=False, finer=graph.predicts_anew)
+        probes = round(0.75 * self.schedules)
+        pruner = Pruner(steps=self.gradients("gates"), batch=2, clip=False, finer=graph.predicts_anew)
         return Study(
             name=f"tune-{self.model}-{self.steps}-{arm}",
             space=space,
@@ -115,15 +134,15 @@ class Cell:
             training=Stages(()),
             evaluator=Timed(Scores((loss,)), Latency(16, warmup=1, repeats=5)),
             searchers={
-                "path": ShortestPath(probes=round(0.75 * trials), budgets=2),
+                "path": ShortestPath(probes=probes, budgets=2, options=max(8, len(patterns) * len(guides))),
                 "evolution": Evolution(),
-                "knapsack": Knapsack(around="full", probes=round(0.75 * trials)),
+                "knapsack": Knapsack(around="full", probes=probes),
                 "gates": Gates(pruner),
                 "steps": Evolution(),
             },
             objectives=(LOSS,),
             limits=dict(limits),
-            trials=trials // 2 if arm == "gates" else trials,
+            trials=self.schedules // 2 if arm == "gates" else self.schedules,
             verified=2 if self.quick else int(self.settings["verified"]),
             seed=self.seed,
         )
@@ -205,6 +224,8 @@ def searched(cell: Cell, arm: str, times: Row) -> Row:
 
 def _searched(cell: Cell, arm: str, budget: float, times: Row, judge: Judge) -> Row:
     study = cell.study(limit(budget, times), arm)
+    if cell.as_tuned and arm != "gates":
+        study = replace(study, enqueue=first_tries(cell, study, budget, times))
     folder = folder_of(cell, f"{budget:g}-{arm}")
     for _ in study.evaluator.prepare(folder, cell.seed, "cpu"):
         pass
@@ -220,17 +241,35 @@ def _searched(cell: Cell, arm: str, budget: float, times: Row, judge: Judge) -> 
     return {**judge(best), "spent_samples": spent, "trials": len(trials)}
 
 
+def first_tries(cell: Cell, study: Study, budget: float, times: Row) -> tuple[Genome, ...]:
+    """The rules that the study's space has schedules of."""
+    found: dict[Genome, None] = {}
+    for _, schedule in rules(cell, budget, times):
+        with contextlib.suppress(UserError):  # whose space has no reuse, say
+            found[study.space.genome(schedule)] = None  # type: ignore[attr-defined]
+    return tuple(found)
+
+
 def ruled(cell: Cell, times: Row) -> Row:
-    """All rules within each budget, and the full pipeline."""
+    """All rules within each budget, and the full pipeline; where searches are those of `nas tune`, another sampler's fewer steps beside them."""
     torch.set_num_threads(1)
     judge = Judge(cell, times)
+    rivals = {budget: rival(cell, budget, times) for budget in cell.budgets} if cell.as_tuned else {}
     return {
         "full": judge(full_pipeline(cell)),
         "of": {
             f"{budget:g}": {name: judge(schedule) for name, schedule in rules(cell, budget, times)}
             for budget in cell.budgets
         },
+        **({"another_sampler": {f"{budget:g}": judge(one) for budget, one in rivals.items()}} if rivals else {}),
     }
+
+
+def rival(cell: Cell, budget: float, times: Row) -> Schedule:
+    """As many whole steps of DPM-Solver++ as keep to the budget, spaced as its stock scheduler does."""
+    count = int(limit(budget, times)[LATENCY] / times["full_ms"] * cell.steps)
+    full, guide = cell.trained[0].net.anatomy.full, Guidance(cell.scale)
+    return Schedule(tuple(Step(t, full, (), guide) for t in linspace(count + 1)[:-1]), DPMSolver().name)
 
 
 def rules(cell: Cell, budget: float, times: Row) -> Iterator[tuple[str, Schedule]]:
@@ -306,8 +345,7 @@ def _within(cell: Cell, most: float) -> Schedule | None:
 
 def _routed(cell: Cell) -> tuple[Study, Path]:
     study = cell.study({})
-    gradients = 2 if cell.quick else 64 * cell.steps
-    searcher = Gates(Router(steps=gradients, batch=16, learning_rate=0.01), ("threshold",))
+    searcher = Gates(Router(steps=cell.gradients("router"), batch=16, learning_rate=0.01), ("threshold",))
     space = Branches(cell.trained[0].net, uniform(cell.steps), guidance=cell.scale, whole=2)
     study = replace(study, name=f"tune-router-{cell.steps}", space=space, searchers={"router": searcher})
     return replace(study, evaluator=Scores((cell.loss,))), folder_of(cell, "router")
@@ -327,8 +365,9 @@ class Judge:
         self._times = times
         of_latents = isinstance(setting, latent.Setting)
         looks = setting.scores(self._count) if of_latents else setting.evaluator(self._count)
-        # One sampling for all: FD and agreement look at the samples whose distance is the loss.
-        parts = (replace(cell.loss, rungs=(self._count,), batch=256), *(replace(one, batch=256) for one in looks.parts))
+        # One sampling for all: FD and agreement look at the samples whose distance is the loss. The first sampler is that of all schedules but a rival's.
+        every = (replace(cell.loss, rungs=(self._count,)), *looks.parts)
+        parts = tuple(replace(one, batch=256, sampler=(DDIM(), DPMSolver())) for one in every)
         net = setting.net.load(run / "supernet", "cpu")
         self._score = Scores(parts).load(net, setting.judged if of_latents else run)
 

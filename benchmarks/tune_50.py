@@ -1,0 +1,24 @@
+"""Faster schedules for frozen models of 50 steps, found as `nas tune` finds them: what they lose beside rules, beside what others learn, and beside fewer steps.
+
+Question, arms, seeds, reference and test stand in `protocols/tune-50.json`, written down before any row. Models are those of `benchmarks.tune`, whose rows are
+of 20 steps. Some twenty hours of one core for the three models; their networks, where they have to be trained first, two more.
+"""
+
+from __future__ import annotations
+
+from benchmarks.common import Benchmark
+from benchmarks.protocol import committed
+from benchmarks.tune import verdicts_of
+
+PROTOCOL = committed("tune-50")
+
+
+def main() -> None:
+    files = ("benchmarks/tune.py", "benchmarks/tune_arms.py", "nas/searchers/path.py", "nas/tuning/tune.py")
+    bench = Benchmark("tune_50", __doc__ or "", files, PROTOCOL)
+    steps = (20,) if bench.quick else PROTOCOL.settings["steps"]
+    bench.finish(verdicts_of(bench, PROTOCOL, steps, "tune_50.png").targets("tune_50"))
+
+
+if __name__ == "__main__":
+    main()
