@@ -44,27 +44,34 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="session")
-def tiny_net() -> Elastic:
-    return Elastic(TINY, widths=(0.25, 0.5, 1.0), groups="count")
-
-
-@pytest.fixture(scope="session")
-def tiny_study(tiny_net: Elastic) -> Study:
+def tiny() -> Study:
     """Real images, network, training and evaluator, only small."""
+    net = Elastic(TINY, widths=(0.25, 0.5, 1.0), groups="count")
     images, steps = Digits(), uniform(4)
     return Study(
         name="tiny",
-        space=Stepwise(tiny_net, steps, per_step(steps)),
-        supernet=tiny_net,
+        space=Stepwise(net, steps, per_step(steps)),
+        supernet=net,
         images=images,
-        training=Sandwich(steps=40, batch=16, warmup=5, checkpoint_every=10),
+        training=Sandwich(steps=20, batch=16, warmup=5, checkpoint_every=10),
         evaluator=Frechet(images, rungs=(32, 64)),
         searchers={"evolution": Evolution(population=6)},
         limits={"macs_share": 0.6},
         trials=10,
         verified=3,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_study() -> Study:
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_net(tiny_study: Study) -> Elastic:
+    net = tiny_study.supernet
+    assert isinstance(net, Elastic)
+    return net
 
 
 @pytest.fixture(scope="session")

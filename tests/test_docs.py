@@ -299,8 +299,13 @@ def test_the_commands_of_the_three_jobs_run_as_written(tmp_path: Path, monkeypat
         "confirm",
         "sample",
     }
-    # Of each training; those of a thousand steps are no part of what is shown here.
-    few = {"train": ["--steps", "100"], "confirm": ["--steps", "5", "--seeds", "2"]}
+    # How much of it is no part of what is shown here.
+    few = {
+        "audit": ["--schedules", "12"],
+        "intervals": ["--grid", "6"],
+        "train": ["--steps", "30"],
+        "confirm": ["--steps", "5", "--seeds", "2"],
+    }
     for command in every:
         started = time.monotonic()
         if command.startswith("nas dashboard"):

@@ -262,7 +262,7 @@ def gated() -> Study:
         space=Stepwise(net, steps, per_step(steps), Options((1.0,)), patterns=legal(2)),
         supernet=net,
         images=images,
-        training=Sandwich(steps=40, batch=16, warmup=5, checkpoint_every=10),
+        training=Sandwich(steps=20, batch=16, warmup=5, checkpoint_every=10),
         evaluator=Frechet(images, rungs=(32, 64)),
         searchers={"gates": Gates(Pruner(steps=4, batch=2, dimension=8))},
         limits={"macs_share": 0.6},

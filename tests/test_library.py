@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,21 @@ from nas.study import Study
 
 
 @pytest.fixture(scope="module")
-def run(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> nas.StudyRun:
+def prepared(tiny_run: Path) -> Callable[[Path], Path]:
+    """Makes a run folder in which all is trained and nothing is searched."""
+
+    def copied(place: Path) -> Path:
+        for part in ("supernet", "features"):
+            shutil.copytree(tiny_run / part, place / "run" / part)
+        return place / "run"
+
+    return copied
+
+
+@pytest.fixture(scope="module")
+def run(tiny_study: Study, prepared: Callable[[Path], Path], tmp_path_factory: pytest.TempPathFactory) -> nas.StudyRun:
     """Searched by two seeds of one searcher."""
-    opened = nas.open_run(tiny_study, tmp_path_factory.mktemp("library") / "run")
+    opened = nas.open_run(tiny_study, prepared(tmp_path_factory.mktemp("library")))
     opened.search("evolution", trials=6, seeds=2)
     return opened
 
@@ -108,20 +122,23 @@ def test_another_study_is_not_taken_for_the_runs(run: nas.StudyRun, tiny_study: 
         other.best(macs_share=0.6)
 
 
-def test_a_searcher_that_the_study_has_no_more_stands_in_no_ones_way(tiny_study: Study, tmp_path: Path) -> None:
+def test_a_searcher_that_the_study_has_no_more_stands_in_no_ones_way(
+    tiny_study: Study, prepared: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = prepared(tmp_path)
     both = replace(tiny_study, searchers={"mine": Random(), "evolution": Evolution(population=5)}, trials=4, verified=1)
-    run = nas.open_run(both, tmp_path / "run")
+    run = nas.open_run(both, folder)
     run.search("mine", "evolution")
     best = run.best(macs_share=0.6)
     # One by a name of its own, one that is known by itself and was set otherwise.
     for left in (("evolution",), ("mine",)):
         fewer = replace(both, searchers={name: both.searchers[name] for name in left})
-        found = nas.open_run(fewer, tmp_path / "run").best(macs_share=0.6)
+        found = nas.open_run(fewer, folder).best(macs_share=0.6)
         names = {info.name for info, _ in run.results.ledgers if info.searcher in (*left, "uniform")}
         assert found.ledger in names
         assert found.ledger == best.ledger or best.ledger not in names
     with pytest.raises(UserError, match="no searcher is called 'mine'"):
-        nas.open_run(replace(both, searchers={"evolution": Evolution(population=5)}), tmp_path / "run").best(
+        nas.open_run(replace(both, searchers={"evolution": Evolution(population=5)}), folder).best(
             "mine", macs_share=0.6
         )
 

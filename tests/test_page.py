@@ -36,7 +36,7 @@ study = Study(
     space=Stepwise(net, steps, (2, 2), patterns=(Every(1), Every(2), Every(2, ("d0", "u1")), Only(()))),
     supernet=net,
     images=images,
-    training=Sandwich(steps=40, batch=16, warmup=5, checkpoint_every=10),
+    training=Sandwich(steps=20, batch=16, warmup=5, checkpoint_every=10),
     evaluator=Frechet(images, rungs=(32, 64)),
     searchers={"evolution": Evolution(population=6), "random": Random()},
     limits={"macs_share": 0.6},

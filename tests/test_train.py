@@ -200,15 +200,11 @@ def test_two_processes_train_one_network_on_noises_of_their_own(exported: Path) 
 
 
 STUDY = """
-from tests.conftest import *
 from dataclasses import replace
-net, images, steps = Elastic(TINY, widths=(0.25, 0.5, 1.0), groups="count"), Digits(), uniform(4)
-study = Study(
-    name="tiny", space=Stepwise(net, steps, per_step(steps)), supernet=net, images=images,
-    training=Sandwich(steps=40, batch=16, warmup=5, checkpoint_every=10), evaluator=Frechet(images, rungs=(32, 64)),
-    searchers={"evolution": Evolution(population=6)}, limits={"macs_share": 0.6}, trials=10, verified=3,
-)
+from tests.conftest import tiny
+study = tiny()
 """
+OTHER = STUDY + "study = replace(study, space=replace(study.space, intervals=(2, 2)))\n"
 
 
 @pytest.mark.slow
@@ -261,7 +257,7 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
         assert scored[-1]["fd"] == pytest.approx(again_scored.values["fd"], abs=1e-4)
         again = nas(*command[3:], "--study", study, "--out", run, "--json")
         assert json.loads(again.stdout)["booked"] == trained[-1]["booked"]  # booked once
-        (tmp_path / "other.py").write_text(STUDY.replace("per_step(steps)", "(2, 2)"))
+        (tmp_path / "other.py").write_text(OTHER)
         refused(nas(*command[3:], "--study", tmp_path / "other.py", "--out", run), "from another search space")
     assert trained
     found = Run.open(run)
