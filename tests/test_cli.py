@@ -20,9 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import DDIMPipeline
 from PIL import Image
 
 from nas import cli
+from nas.contracts import Trial
 from nas.engine.ledger import read_ledgers
 from nas.engine.storage import lock_run, open_storage
 from nas.library import open_run
@@ -275,6 +277,30 @@ def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_pa
     assert picture.returncode == 0
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == ((8 * 9 - 1) * 12, (8 * 9 - 1) * 12)
+
+
+def test_one_network_at_all_steps_is_exported_as_diffusers_own_pipeline(workplace: Path, tmp_path: Path) -> None:
+    study, run = workplace / "study.py", workplace / "run"
+    space = load_study(str(study)).space
+    ledgers = {info.searcher: trials for info, trials in Run.open(run).ledgers}
+
+    def networks(trial: Trial) -> int:
+        return len(set(space.decode(trial.genome).archs))
+
+    def exported(searcher: str, trial: Trial, name: str) -> Result:
+        which = ("--searcher", searcher, "--trial", trial.number, "--out", run)
+        return nas("export", study, *which, "--to", tmp_path / name, "--stock")
+
+    done = {name: [t for t in trials if t.status == "complete"] for name, trials in ledgers.items()}
+    alike = next(t for t in done["uniform"] if networks(t) == 1)
+    result = exported("uniform", alike, "stock")
+    assert result.returncode == 0, result.stderr
+    assert "DDIMPipeline: call it with num_inference_steps=4" in result.stderr
+    pipeline = DDIMPipeline.from_pretrained(tmp_path / "stock")
+    assert pipeline(batch_size=2, num_inference_steps=4, output_type="np").images.shape == (2, 8, 8, 1)
+    mixed = next(t for t in done["evolution"] if networks(t) > 1)
+    refused(exported("evolution", mixed, "mixed"), rf"runs {networks(mixed)} networks; export it without --stock")
+    assert not (tmp_path / "mixed").exists()
 
 
 def test_paths_are_printed_as_they_are(workplace: Path, tmp_path: Path) -> None:

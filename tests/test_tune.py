@@ -101,6 +101,23 @@ def test_a_folder_becomes_a_schedule_that_its_own_pipeline_runs(place: Path) -> 
     assert np.isfinite(images).all()
 
 
+def test_an_extractor_adds_a_perceptual_distance_to_the_report(place: Path, tmp_path: Path) -> None:
+    program = torch.export.export(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()),
+        (torch.zeros(2, 3, 16, 16),),
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+    )
+    torch.export.save(program, tmp_path / "seen.pt2")
+    few = ("--within", "macs=0.6", "--steps", "4", "--trials", "10", "--samples", "4,8", "-q")
+    where = ("--to", tmp_path / "out", "--out", tmp_path / "run")
+    result = nas("tune", place / "dit", *few, "--extractor", tmp_path / "seen.pt2", *where)
+    assert result.returncode == 0, result.stderr
+    assert "perceptual" in (tmp_path / "out" / "report.html").read_text()
+    assert "perceptual" not in (place / "out" / "report.html").read_text()
+    (tmp_path / "bad.pt2").write_bytes(b"no program")
+    refused(nas("tune", place / "dit", *few, "--extractor", tmp_path / "bad.pt2", *where), "bad.pt2")
+
+
 def test_the_same_command_scores_nothing_again(place: Path) -> None:
     journal = (place / "run" / "6-macs-0.6" / "journal.log").read_bytes()
     command = ("tune", place / "dit", "--within", "macs=0.6", *QUICK, "--to", place / "out", "--out", place / "run")
