@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from evaluators.images import Digits
 from nas.contracts import UserError
+from nas.engine.ledger import read_ledgers
+from nas.engine.storage import open_storage
 from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from search_spaces.training.stages import Checkpoints
@@ -92,6 +94,19 @@ def test_two_processes_that_are_stopped_go_on_bit_for_bit(tmp_path: Path) -> Non
     assert again.splitlines()[0].startswith("supernet 5 ")
     stopped = load_file(tmp_path / "stopped" / "supernet" / "weights.safetensors")
     assert all(torch.equal(stopped[name], two[name]) for name in two)
+
+
+@pytest.mark.long
+def test_the_command_is_launched_in_two_processes_of_which_one_searches(tmp_path: Path) -> None:
+    (tmp_path / "study.py").write_text("from tests.conftest import tiny\nstudy = tiny()\n")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "nas.cli"]
+    command = [*launcher, "run", str(tmp_path / "study.py"), "--out", str(tmp_path / "run"), "--trials", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "supernet" / "weights.safetensors").exists()
+    ledgers = read_ledgers(open_storage(tmp_path / "run"))
+    [ledger] = [trials for info, trials in ledgers if info.searcher == "evolution"]
+    assert len({trial.number for trial in ledger}) == len(ledger) >= 4
 
 
 def test_shares_are_whole_and_no_process_has_none(tmp_path: Path) -> None:
