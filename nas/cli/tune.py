@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -105,7 +106,7 @@ def tune(
     """Make a faster schedule for the pipeline in a folder, without training: which steps run, which blocks at each, and where guidance is on."""
     from nas.engine.show import Show
     from nas.library import on_workers
-    from nas.tuning.page import SCHEDULE, check_target, compared, keep_study, study_file, usage, write_found
+    from nas.tuning.page import check_target, compared
     from nas.tuning.study import LOSS, Wanted
     from nas.tuning.tune import read_file
     from nas.tuning.tune import tune as search
@@ -126,82 +127,109 @@ def tune(
         )
     pool = worker_pool(workers, gpus_per_worker, None, device)
     name = pipeline.resolve().name
-    into = to or Path("tuned") / name
-    targets = [into / f"{count}-steps" for count in counts] if len(counts) > 1 else [into]
+    into, runs = to or Path("tuned") / name, out_dir or Path("runs") / f"tune-{name}"
+    several = len(counts) > 1
+    targets = [into / f"{count}-steps" if several else into for count in counts]
     for target in targets:
         check_target(target)
     plan = None if start is None else read_file(start)
-    also: Mapping[str, Any] | None = None
-    told: list[dict[str, Any]] = []
-    schedules: list[Found] = []
-    beside: Path | None = None
+    wanted = Wanted(
+        pipeline.resolve(),
+        measure,  # type: ignore[arg-type]
+        float(share),
+        counts[0],
+        full_steps,
+        guidance,
+        prompts,
+        () if labels == "all" else tuple(_numbers("--labels", labels)),
+        extractor,
+        (few[0], few[1]),
+        batch,
+        trials,
+    )
+    each = [replace(wanted, steps=count) for count in counts]
+    made: list[_Made] = []
     with on_workers(pool):
-        for count, target in zip(counts, targets, strict=True):
-            wanted = Wanted(
-                pipeline.resolve(),
-                measure,  # type: ignore[arg-type]
-                float(share),
-                count,
-                full_steps,
-                guidance,
-                prompts,
-                () if labels == "all" else tuple(_numbers("--labels", labels)),
-                extractor,
-                (few[0], few[1]),
-                batch,
-                trials,
-            )
-            folder = ((out_dir or Path("runs") / f"tune-{name}") / f"{count}-{measure}-{share}").resolve()
+        for asked, count, target in zip(each, counts, targets, strict=True):
+            folder = (runs / f"{count}-{measure}-{share}").resolve()
+            beside = made[-1].folder if made else None
+            # A first try at another number of steps.
+            also = next((read_file(one.schedule) for one in reversed(made) if one.schedule), None)
             with resumable(folder), progress_bars(quiet or as_json) as bars:
                 show = Show(partial(follow, bars), partial(SearchBar, bars, objective=LOSS), pool)
-                found = search(wanted, folder, show, device, plan, beside, also)
-                target.mkdir(parents=True, exist_ok=True)
-                studies = [target / "study.py"]
-                if write_study is not None:
-                    studies.append(
-                        write_study if len(counts) == 1 else write_study.with_stem(f"{write_study.stem}-{count}")
-                    )
-                    studies[-1].parent.mkdir(parents=True, exist_ok=True)
-                for path in studies:
-                    if aside := keep_study(path, study_file(found)):
-                        notes.print(f"{path} was another study, which is now {aside}", highlight=False, soft_wrap=True)
-                evaluator = found.study.load(folder, device)
-                left_out = write_found(
-                    found, evaluator.supernet, evaluator.sampler_of(found.chosen.schedule), target, folder
-                )
-                made = None if found.far else target / SCHEDULE
-                also = also if made is None else read_file(made)  # a first try at another number of steps
-            beside = folder
-            schedules.append(found)
-            told.append(
-                {
-                    "steps": count,
-                    "schedule": made and str(made),
-                    "report": str(target / "report.html"),
-                    "run": str(folder),
-                    "verdict": found.verdict,
-                    "searched": found.searched,
-                    "share": found.chosen.share,
-                    "loss": found.chosen.loss,
-                    "apart": found.apart,
-                    "spent_samples": found.spent["samples"],
-                    "other_formats": left_out,
-                }
-            )
+                found = search(asked, folder, show, device, plan, beside, also)
+                by_hand = write_study
+                if by_hand is not None and several:
+                    by_hand = by_hand.with_stem(f"{by_hand.stem}-{count}")
+                made.append(_written(found, target, folder, by_hand, device))
             if not as_json:
-                for words in found.verdict:
-                    out.print(words, highlight=False, soft_wrap=True)
-                for words in left_out:
-                    notes.print(words, highlight=False, soft_wrap=True)
-                files = ([] if made is None else [str(made)]) + [str(target / "report.html")]
-                out.print(", ".join(files), highlight=False, soft_wrap=True)
-                if made is not None:
-                    notes.print(usage(found, target, folder), highlight=False, soft_wrap=True)
-    together = compared(schedules)
+                made[-1].say()
+    together = compared([one.found for one in made])
     if as_json:
-        print_json({"schedules": told, "together": together})
+        print_json({"schedules": [one.to_json() for one in made], "together": together})
     elif together:
         out.print(together, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What was found for one number of steps, where it and its run folder lie, and why other formats cannot say it."""
+
+    found: Found
+    target: Path
+    folder: Path
+    left_out: Sequence[str]
+
+    @property
+    def schedule(self) -> Path | None:
+        """None where nothing found is worth a file."""
+        from nas.tuning.page import SCHEDULE
+
+        return None if self.found.far else self.target / SCHEDULE
+
+    @property
+    def report(self) -> Path:
+        return self.target / "report.html"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "steps": self.found.wanted.steps,
+            "schedule": self.schedule and str(self.schedule),
+            "report": str(self.report),
+            "run": str(self.folder),
+            "verdict": self.found.verdict,
+            "searched": self.found.searched,
+            "share": self.found.chosen.share,
+            "loss": self.found.chosen.loss,
+            "apart": self.found.apart,
+            "spent_samples": self.found.spent["samples"],
+            "other_formats": self.left_out,
+        }
+
+    def say(self) -> None:
+        from nas.tuning.page import usage
+
+        for words in self.found.verdict:
+            out.print(words, highlight=False, soft_wrap=True)
+        for words in self.left_out:
+            notes.print(words, highlight=False, soft_wrap=True)
+        files = [str(file) for file in (self.schedule, self.report) if file]
+        out.print(", ".join(files), highlight=False, soft_wrap=True)
+        if self.schedule:
+            notes.print(usage(self.found, self.target, self.folder), highlight=False, soft_wrap=True)
+
+
+def _written(found: Found, target: Path, folder: Path, by_hand: Path | None, device: str) -> _Made:
+    """Schedule, report and study in the target; the study in another file too, for who goes on by hand."""
+    from nas.tuning.page import keep_study, study_file, write_found
+
+    for path in filter(None, (target / "study.py", by_hand)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if aside := keep_study(path, study_file(found)):
+            notes.print(f"{path} was another study, which is now {aside}", highlight=False, soft_wrap=True)
+    evaluator = found.study.load(folder, device)
+    sampler = evaluator.sampler_of(found.chosen.schedule)
+    return _Made(found, target, folder, write_found(found, evaluator.supernet, sampler, target, folder))
 
 
 def _number(text: str) -> float | None:
