@@ -32,7 +32,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going docs site
 
 docs-test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m docs -n 2 --dist load
+	$(BIN)/python -m pytest tests/test_docs.py -m docs -n 2 --dist load
 
 test-all: test docs-test
 	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt
