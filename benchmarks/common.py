@@ -139,7 +139,7 @@ class Benchmark:
     def reckon(self, key: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """The row of this key, in place of an earlier run's: for what follows from other rows and costs nothing."""
         under = {} if self._protocol is None else {"protocol": self._protocol.digest}
-        self._rows[key] = {"row": key, "commit": self._commit, "on": device(), **under, **values}
+        self._rows[key] = {"row": key, "commit": self._commit, "on": device(), **values, **under}
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(self._rows, indent=1))
         os.replace(partial, self._path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from evaluators.sampling import DDIM, sample
 from nas.contracts import Schedule, Step
 from search_spaces.intervals import uniform
 from search_spaces.supernet import Elastic
+from tests.test_protocol import WHOLE
 
 ROOT = Path(__file__).parent.parent
 
@@ -244,6 +246,16 @@ def test_rows_that_another_machine_began_are_gone_on_with(begun: Path) -> None:
     assert not begun.exists()
     rows = json.loads((common.RESULTS / "bench.json").read_text())["rows"]
     assert {row["row"]: row["commit"] for row in rows}["first"] == "elsewhere"
+
+
+def test_rows_under_a_protocol_are_gone_on_with_whatever_they_say_themselves(begun: Path) -> None:
+    """A verdict names its protocol too."""
+    shutil.rmtree(begun)
+    common.Benchmark("bench", "", protocol=WHOLE).reckon("verdict", {"protocol": "whole", "confirmed": True})
+    again = common.Benchmark("bench", "", protocol=WHOLE)
+    assert again.kept("verdict")["confirmed"]
+    with pytest.raises(SystemExit, match="rows of another protocol"):
+        common.Benchmark("bench", "", protocol=replace(WHOLE, margin=0.1))
 
 
 def test_rows_of_other_weights_are_not_gone_on_with(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
