@@ -23,7 +23,19 @@ from scipy.stats import norm
 from benchmarks import transformer
 from benchmarks.common import RESULTS, Benchmark, Target
 from benchmarks.protocol import committed
-from benchmarks.tune_arms import SEARCHED, Cell, Row, learned_routes, routed, ruled, searched, there, timed, trained
+from benchmarks.tune_arms import (
+    SEARCHED,
+    Cell,
+    Row,
+    folder_of,
+    learned_routes,
+    routed,
+    ruled,
+    searched,
+    there,
+    timed,
+    trained,
+)
 from evaluators.sampling import DDIM
 from nas.evidence.protocol import Protocol
 from nas.genomes.paths import Steps, paths, together
@@ -179,6 +191,7 @@ def measured(model: str, steps: int, bench: Benchmark, protocol: Protocol) -> li
     times = bench.row(f"{model}, {steps} steps: times", partial(timed, cells[0]))
     jobs: dict[str, tuple[object, ...]] = {}
     for cell in cells:
+        folder_of(cell, "rules")  # which several processes look into
         jobs[f"{cell.key}: rules"] = (ruled, cell, times)
         jobs |= {f"{cell.key}: {arm}": (searched, cell, arm, times) for arm in SEARCHED}
         if model == "transformer":

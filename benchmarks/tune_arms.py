@@ -47,7 +47,7 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Cell:
     """One model with so many steps and one seed, within each of the budgets. `folder`: the benchmark's; `settings`: its protocol's, where `as_tuned` says
-    that searches choose which steps are guided and begin with the rules, as `nas tune` does."""
+    that searches begin with the rules, and the path and the searched steps choose which steps are guided, as `nas tune` does."""
 
     folder: Path
     settings: Mapping[str, Any]
@@ -77,12 +77,12 @@ class Cell:
     def as_tuned(self) -> bool:
         return bool(self.settings.get("as_tuned", False))
 
-    @property
-    def schedules(self) -> int:
-        """That a search scores."""
-        if self.quick:
-            return 5 * self.steps
-        return int(self.settings.get("schedules") or self.settings["schedules_for_each_step"] * self.steps)
+    def schedules(self, arm: str) -> int:
+        """That the arm's search scores."""
+        if not self.quick and "schedules" in self.settings:
+            return int(self.settings["schedules"][arm])
+        every = (5 if self.quick else int(self.settings["schedules_for_each_step"])) * self.steps
+        return every // 2 if arm == "gates" else every
 
     def gradients(self, learner: str) -> int:
         """Gradient steps that "gates" or the "router" learn for."""
@@ -114,7 +114,8 @@ class Cell:
         patterns: tuple[Pattern, ...] = (Every(1), Only(()))
         if arm != "steps":
             patterns = (Every(1), *(Only(one) for one in sets(graph)), Only(()))
-        guides = (None, self.scale) if self.as_tuned and arm != "gates" else (self.scale,)
+        # What an interval costs follows from the interval alone, as evolution and the knapsack want it, only where all are guided alike.
+        guides = (None, self.scale) if self.as_tuned and arm in ("path", "steps") else (self.scale,)
         space = Stepwise(
             net,
             grid,
@@ -124,7 +125,8 @@ class Cell:
             finer=graph.predicts_anew,
             guidance=guides,
         )
-        probes = round(0.75 * self.schedules)
+        trials = self.schedules(arm)
+        probes = round(0.75 * trials)
         pruner = Pruner(steps=self.gradients("gates"), batch=2, clip=False, finer=graph.predicts_anew)
         return Study(
             name=f"tune-{self.model}-{self.steps}-{arm}",
@@ -142,7 +144,7 @@ class Cell:
             },
             objectives=(LOSS,),
             limits=dict(limits),
-            trials=self.schedules // 2 if arm == "gates" else self.schedules,
+            trials=trials,
             verified=2 if self.quick else int(self.settings["verified"]),
             seed=self.seed,
         )
@@ -187,7 +189,7 @@ def timed(cell: Cell) -> Row:
         pass
     full = study.problem_in(cell.run).space.cost(dearest(study.space))[LATENCY]
     own = timer(cell)
-    own.of_step(Step(0, net.full_arch))  # not guided, which the space never is, but a rule is
+    own.of_step(Step(0, net.full_arch))  # not guided, as a rule may be where the space never is
     return {"full_ms": full, "decoding_ms": own.of_decoding()}
 
 
@@ -242,10 +244,10 @@ def _searched(cell: Cell, arm: str, budget: float, times: Row, judge: Judge) -> 
 
 
 def first_tries(cell: Cell, study: Study, budget: float, times: Row) -> tuple[Genome, ...]:
-    """The rules that the study's space has schedules of."""
+    """The rules that the study's space has schedules of: one without reuse, or guided throughout, has some alone."""
     found: dict[Genome, None] = {}
     for _, schedule in rules(cell, budget, times):
-        with contextlib.suppress(UserError):  # whose space has no reuse, say
+        with contextlib.suppress(UserError):
             found[study.space.genome(schedule)] = None  # type: ignore[attr-defined]
     return tuple(found)
 
@@ -345,7 +347,10 @@ def _within(cell: Cell, most: float) -> Schedule | None:
 
 def _routed(cell: Cell) -> tuple[Study, Path]:
     study = cell.study({})
-    searcher = Gates(Router(steps=cell.gradients("router"), batch=16, learning_rate=0.01), ("threshold",))
+    router = Router(steps=cell.gradients("router"), batch=16, learning_rate=0.01)
+    if "sparsity" in cell.settings:
+        router = replace(router, sparsity=cell.settings["sparsity"])
+    searcher = Gates(router, ("threshold",))
     space = Branches(cell.trained[0].net, uniform(cell.steps), guidance=cell.scale, whole=2)
     study = replace(study, name=f"tune-router-{cell.steps}", space=space, searchers={"router": searcher})
     return replace(study, evaluator=Scores((cell.loss,))), folder_of(cell, "router")
