@@ -374,16 +374,24 @@ class Stepwise:
 
     def _priced(self, price: Price) -> tuple[npt.NDArray[np.int64], ...]:
         """What an interval takes whatever the one before runs: its first running step may reuse blocks only where all intervals
-        run the same subnet."""
+        run the same subnet, and whatever that kept is enough for it."""
         alike = len({subnets.arch((0,) * len(subnets.shape)) for subnets in self.subnets}) == 1 and not self.net.experts
-        alike = alike and all(len(subnets) == 1 for subnets in self.subnets) and len(self._guides) == 1
+        alike = alike and all(len(subnets) == 1 for subnets in self.subnets)
         found = []
         for k, (subnets, served) in enumerate(zip(self.subnets, self._steps, strict=True)):
             experts = [expert for _, expert in served]
             choices = (len(self.patterns),) if len(self.patterns) > 1 else ()
             patterns = [self._computed(k, gene) for gene in np.ndindex(*choices)]
             costs = [
-                self._interval_cost(price, subnets.arch(option), steps, experts, k == 0, alike, guide)
+                self._interval_cost(
+                    price,
+                    subnets.arch(option),
+                    steps,
+                    experts,
+                    k == 0,
+                    alike and self._finds_enough(guide, subnets.arch(option)),
+                    guide,
+                )
                 for option in np.ndindex(*subnets.shape)
                 for steps in patterns
                 for guide in self._guides
@@ -391,6 +399,11 @@ class Stepwise:
             samplers = math.prod(len(options) for _, options in self._sampler_gene(k))
             found.append(np.array(costs * samplers, dtype=np.int64).reshape(self._shapes[k]))
         return tuple(found)
+
+    def _finds_enough(self, guide: Guidance | None, arch: Arch) -> bool:
+        """Whether a step so guided can reuse what any other of its subnet kept: one that guides itself needs both halves."""
+        by = self._guided_by(guide, arch)
+        return len(self._guides) == 1 or by is None or bool(by.arch)
 
     def _interval_cost(
         self,

@@ -41,7 +41,7 @@ from nas.searchers.gates import Gates
 from nas.searchers.pruner import Pruner, learn_gates
 from nas.study import Study
 from nas.testing import check_evaluator, check_space, check_supernet
-from search_spaces.intervals import uniform
+from search_spaces.intervals import per_step, uniform
 from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.slices import Arch
 from search_spaces.options import Options
@@ -523,6 +523,22 @@ def test_gates_choose_among_options_that_are_guided_alike() -> None:
             schedule = space.decode(chooser.genome(way, budget))
             assert {step.guidance for step in schedule.steps} == {Guidance(2.0)}
             assert sum(map(NET.macs, schedule.steps)) <= budget
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=6, max_size=6))
+def test_costs_of_steps_that_nothing_guides_add_up_where_others_may_be_guided(asked: list[tuple[int, bool]]) -> None:
+    """Whatever ran before kept enough for them; for one that guides itself it may not have, and then the table says more."""
+    patterns = (Every(1), Only(("d0", "u1")), Only(()))
+    net = Elastic(dict(NET.config), (1.0,))
+    space = Stepwise(net, uniform(6), per_step(uniform(6)), patterns=patterns, guidance=(None, 2.0))
+    whole = len(patterns) - 1
+    steps = [(whole, True), *asked[1:]]  # the first runs whole whatever it is asked for
+    for guided in (False, True):
+        pairs = [(runs, int(own and guided)) for runs, own in steps]
+        told = sum(int(table[pair]) for table, pair in zip(space.interval_costs(), pairs, strict=True))
+        macs = space.cost(tuple(itertools.chain.from_iterable(pairs)))["macs"]
+        assert macs <= told
+        assert guided or macs == told
 
 
 def test_labels_are_dropped_by_the_steps_own_generator(loaded: LoadedElastic) -> None:

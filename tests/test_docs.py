@@ -299,7 +299,7 @@ def test_the_commands_of_the_three_jobs_run_as_written(tmp_path: Path, monkeypat
         "confirm",
         "sample",
     }
-    # How much of it is no part of what is shown here.
+    # As written but for how much of it: that is no part of what is shown here.
     few = {
         "audit": ["--schedules", "12"],
         "intervals": ["--grid", "6"],
