@@ -36,14 +36,14 @@ class Track:
 
     @property
     def windows(self) -> list[tuple[int, int]]:
-        """Places from which and up to which steps are guided: all, or a part without the noisiest, without the cleanest, or without both."""
+        """Places from which and up to which steps are guided: all, or a part without the noisiest, without the cleanest, or without both; or none."""
         count = len(self.intervals)
         if not any(self.unguided):
             return [(0, count)]
         starts, stops = (
             [round(share * count / WINDOWS) for share in shares] for shares in ((0, 1), range(WINDOWS, 0, -1))
         )
-        return [(start, stop) for start in starts for stop in stops if start < stop]
+        return [*((start, stop) for start in starts for stop in stops if start < stop), (0, 0)]
 
 
 class Run(NamedTuple):
