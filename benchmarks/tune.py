@@ -216,14 +216,16 @@ def there_are(protocol: Protocol, quick: bool) -> list[str]:
     return models
 
 
-def verdicts_of(bench: Benchmark, protocol: Protocol, steps: Sequence[int], picture: str) -> Verdicts:
-    """Rows and verdicts of all models that are trained, in so many steps each, and their picture."""
+def verdicts_of(
+    bench: Benchmark, protocol: Protocol, models: Sequence[str], steps: Sequence[int], picture: str
+) -> Verdicts:
+    """Rows and verdicts of the models, in so many steps each, and their picture."""
     rows: list[Row] = []
     spent: list[float] = []
     done: list[str] = []
     pictured: dict[str, dict[float, Row]] = {}
     for count in steps:
-        for model in there_are(protocol, bench.quick):
+        for model in models:
             if f"{model}-{count}" in bench.without:
                 continue
             cells = measured(model, count, bench, protocol)
@@ -292,7 +294,7 @@ def main() -> None:
     steps = PROTOCOL.settings["steps"]
     bench.finish(
         [
-            *verdicts_of(bench, PROTOCOL, steps[:1] if bench.quick else steps, "tune.png").targets("tune"),
+            *verdicts_of(bench, PROTOCOL, models, steps[:1] if bench.quick else steps, "tune.png").targets("tune"),
             Target("path_seconds", "seconds for nine blocks of 50 steps, 40 budgets at once", 1, solved["seconds"]),
             Target(
                 "tune_minutes",

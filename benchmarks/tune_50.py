@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from benchmarks.common import Benchmark
 from benchmarks.protocol import committed
-from benchmarks.tune import verdicts_of
+from benchmarks.tune import there_are, verdicts_of
 
 PROTOCOL = committed("tune-50")
 
@@ -17,7 +17,8 @@ def main() -> None:
     files = ("benchmarks/tune.py", "benchmarks/tune_arms.py", "nas/searchers/path.py", "nas/tuning/tune.py")
     bench = Benchmark("tune_50", __doc__ or "", files, PROTOCOL)
     steps = (20,) if bench.quick else PROTOCOL.settings["steps"]
-    bench.finish(verdicts_of(bench, PROTOCOL, steps, "tune_50.png").targets("tune_50"))
+    models = there_are(PROTOCOL, bench.quick)
+    bench.finish(verdicts_of(bench, PROTOCOL, models, steps, "tune_50.png").targets("tune_50"))
 
 
 if __name__ == "__main__":

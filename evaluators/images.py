@@ -256,8 +256,7 @@ class HeldOutHalf:
     half: Literal["first", "second"]
 
     def prepare(self, folder: Path) -> Iterator[Progress]:
-        """A source that takes long to read keeps what it has read in the run folder."""
-        yield from getattr(self.images, "prepare", lambda _: ())(folder)
+        yield from read_into(self.images, folder)
 
     def peek(self) -> ImageSet:
         """A few images, where their source has a quick look."""

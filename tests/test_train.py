@@ -200,11 +200,14 @@ def test_two_processes_train_one_network_on_noises_of_their_own(exported: Path) 
 
 
 STUDY = """
-from dataclasses import replace
 from tests.conftest import tiny
 study = tiny()
 """
-OTHER = STUDY + "study = replace(study, space=replace(study.space, intervals=(2, 2)))\n"
+OTHER = f"""
+from dataclasses import replace
+{STUDY}
+study = replace(study, space=replace(study.space, intervals=(2, 2)))
+"""
 
 
 @pytest.mark.slow
