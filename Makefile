@@ -9,8 +9,12 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-BIN    := $(VENV)/bin
 RUN    ?= runs/digits-classes
+BIN    := $(VENV)/bin
+# Where uv is on the PATH it installs, in a third of pip's time. It reads none of pip's settings, so it is told where wheels lie; where it fails, pip tries.
+UV     := $(if $(shell command -v uv),UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" uv pip install --compile-bytecode --python $(BIN)/python)
+WHAT    = --quiet --editable '.[$(1)]' --constraint constraints.txt
+install = $(if $(UV),$(UV) $(WHAT) ||) $(BIN)/python -m pip install $(WHAT)
 
 .PHONY: demo fashion test test-all docs docs-test lint types tests mutants clean
 
@@ -35,7 +39,7 @@ docs-test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/test_docs.py -m docs -n 2 --dist load
 
 test-all: test docs-test
-	$(BIN)/python -m pip install --quiet --editable '.[benchmarks]' --constraint constraints.txt
+	$(call install,benchmarks)
 	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/.dev
@@ -52,7 +56,7 @@ tests: $(VENV)/.dev
 
 # Do the tests notice when the code changes? Hours; goes on where it stopped.
 mutants: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[mutation]' --constraint constraints.txt
+	$(call install,mutation)
 	$(BIN)/python -m benchmarks.mutation
 
 $(VENV)/bin/python:
@@ -60,11 +64,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[dashboard]' --constraint constraints.txt
+	$(call install,dashboard)
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	$(call install,dev)
 	touch $@ $(VENV)/.demo
 
 clean:
