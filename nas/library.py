@@ -104,7 +104,7 @@ class StudyRun:
         take_weights(Path(other).resolve(), self.folder)
 
     def prepare(self, threads: int = 0) -> None:
-        """Reads images, trains features and the supernet where they are missing, on so many CPU threads (0: all cores), and times calls where time is limited."""
+        """Reads images, trains features and the supernet where they are missing, on so many CPU threads (0: torch's own number), and times calls where time is limited."""
         with self._session() as session:
             self.show.follow(session.prepare(threads))
 

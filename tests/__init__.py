@@ -4,7 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
-# Tests run side by side, so that threads that look for long only keep others from a core.
+# Tests run side by side, one on each core: more threads would only keep each other waiting.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Ray asks a cloud's metadata service which cloud it is in, unless its cluster file in the home folder says; the clusters

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from nas.cli.progress import Lines, follow
 from nas.contracts import Progress
@@ -106,3 +107,20 @@ def test_status_tells_of_a_training_under_way(tiny_study: Study, tmp_path: Path)
             assert found["total"] >= tick.done
     assert {"features", "supernet"} <= seen
     assert Run.open(tmp_path / "run").status()["working"] is None
+
+
+@pytest.mark.parametrize(("asked", "given"), [(0, 3), (2, 2)])
+def test_training_takes_as_many_threads_as_torch_has_or_as_are_asked_for(
+    asked: int, given: int, tiny_study: Study, tmp_path: Path
+) -> None:
+    """So that `OMP_NUM_THREADS`, by which a cluster says how many are one's own, is heard."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with open_session(tiny_study, tmp_path) as session:
+            preparing = session.prepare(asked)
+            next(preparing)
+            assert torch.get_num_threads() == given
+            del preparing
+    finally:
+        torch.set_num_threads(before)

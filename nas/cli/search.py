@@ -57,7 +57,8 @@ def run(
     storage: StorageOption = None,
     device: DeviceOption = "cpu",
     threads: Annotated[
-        int, typer.Option(min=0, help="CPU threads for training; 0 takes all cores. Scores use one.")
+        int,
+        typer.Option(min=0, help="CPU threads for training; 0 takes OMP_NUM_THREADS, or all cores. Scores use one."),
     ] = 0,
     workers: WorkersOption = 0,
     gpus_per_worker: GpusOption = 0.0,

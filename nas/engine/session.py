@@ -59,9 +59,9 @@ class Session:
             write_facts(self.study, self.folder, self._url)
 
     def prepare(self, threads: int = 0) -> Iterator[Progress]:
-        """Trains the supernet and the features where they are missing, on `threads` CPU threads (0: all cores), and times calls where time is
-        limited, on one."""
-        with torch_threads(threads or os.cpu_count() or 1):
+        """Trains the supernet and the features where they are missing, on `threads` CPU threads (0: as torch has them, of which `OMP_NUM_THREADS`
+        or `torch.set_num_threads` tells, else all cores), and times calls where time is limited, on one."""
+        with torch_threads(threads):
             yield from noted(self.study.prepare(self.folder, self.device), self.folder)
         with torch_threads(1):  # as scores are computed
             yield from noted(self._time_calls(), self.folder)
@@ -208,11 +208,11 @@ def confirmed_ledger(study: Study, folder: Path) -> LedgerInfo:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """CPU threads of torch, for a while."""
+    """CPU threads of torch, for a while; 0 leaves them as they are."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(count or before)
     try:
         yield
     finally:

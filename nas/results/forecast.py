@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -117,7 +116,7 @@ def forecast(
     real = len(study.images.load())
     with tempfile.TemporaryDirectory(prefix="nas-dry-run-") as where:
         folder = Path(where)
-        with torch_threads(threads or os.cpu_count() or 1):
+        with torch_threads(threads):
             preparing = _timed(shrunk.prepare(folder, device), steps, real)
         with torch_threads(1):  # as scores are computed
             evaluator = shrunk.load(folder, device)
