@@ -191,6 +191,10 @@ def test_a_damaged_folder_is_told_by_its_file_or_still_serves(made: Path, tmp_pa
     if result.returncode:
         refused(result, "model|train|exported")
         assert "fault of the program" not in result.stderr
+    else:
+        trained = read_export(folder / "trained")
+        for name in trained.networks:
+            read_network(folder / "trained" / name)
 
 
 def test_a_seed_may_be_any_of_32_bits() -> None:
