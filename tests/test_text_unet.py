@@ -435,11 +435,21 @@ def test_what_is_kept_within_a_branch_is_handed_on() -> None:
     )
     loaded = net.initial(0)
     x, _, condition = inputs(net, dtype=torch.float32)
+    modules, old = modules_of(loaded.full), dict[str, Any]()
+    first = modules["d0.0.resnet"].register_forward_hook(_keep(old, "d0.0.resnet"))
+    with torch.no_grad():
+        predict(loaded.full, x, steps[0].timestep, condition)
+    first.remove()
     cache: Any = None
     for step, following in zip(steps, (*steps[1:], None), strict=True):
-        call = loaded.denoiser(step, following.reuse if following else ())
-        x, cache = call(x, step.timestep, cache, condition)
-    assert torch.isfinite(x).all()
+        before = x
+        x, cache = loaded.denoiser(step, following.reuse if following else ())(x, step.timestep, cache, condition)
+    with torch.no_grad():
+        anew = predict(loaded.full, before, steps[-1].timestep, condition)
+        modules["d0.0.resnet"].register_forward_hook(_answer(old["d0.0.resnet"]))
+        expected = predict(loaded.full, before, steps[-1].timestep, condition)
+    assert torch.allclose(x, expected, atol=CALL)
+    assert not torch.allclose(x, anew, atol=CALL)
 
 
 def test_what_is_kept_within_a_branch_survives_a_held_step() -> None:
