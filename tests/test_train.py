@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +102,8 @@ def test_losses_pull_towards_the_teacher(exported: Path, changed: dict[str, Any]
     settings = Settings(
         **{"steps": 400, "batch": 16, "warmup": 5, "ema": 0.9, "distillation": 1.0, "learning_rate": 2e-3, **changed}
     )
-    ticks = [tick for tick in train(exported, pixels, settings, cpu=True) if tick["model"] == "unet_0"]
-    losses = [tick["loss"] for tick in ticks]
+    with closing(train(exported, pixels, settings, cpu=True)) as ticks:
+        losses = [tick["loss"] for tick in takewhile(lambda tick: tick["model"] == "unet_0", ticks)]
     assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:20])
 
 
@@ -204,6 +206,7 @@ from tests.conftest import tiny
 study = tiny()
 """
 OTHER = f"""
+from contextlib import closing
 from dataclasses import replace
 {STUDY}
 study = replace(study, space=replace(study.space, intervals=(2, 2)))
