@@ -153,7 +153,7 @@ def lend(setting: Setting, run: Path) -> None:
 
 
 def prepare(setting: Setting) -> Row:
-    """Autoencoder, latents, judge and supernet, as `nas run` makes them, on all cores; what it took from nothing is kept, for others ask for them too."""
+    """Autoencoder, latents, judge and supernet, as `nas run` makes them; what it took from nothing is kept, for others ask for them too."""
     kept, from_nothing = setting.prepared, not setting.run.exists()
     if kept.exists():
         return dict(json.loads(kept.read_text()))

@@ -206,7 +206,6 @@ from tests.conftest import tiny
 study = tiny()
 """
 OTHER = f"""
-from contextlib import closing
 from dataclasses import replace
 {STUDY}
 study = replace(study, space=replace(study.space, intervals=(2, 2)))

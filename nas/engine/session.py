@@ -207,13 +207,13 @@ def confirmed_ledger(study: Study, folder: Path) -> LedgerInfo:
 
 
 @contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """CPU threads of torch, for a while; 0 leaves them as they are."""
+def torch_threads(count: int) -> Iterator[int]:
+    """CPU threads of torch, for a while; 0 leaves them as they are. Hands out how many there were."""
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
-        yield
+        yield before
     finally:
         torch.set_num_threads(before)

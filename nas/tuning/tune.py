@@ -65,8 +65,8 @@ def tune(
     wanted.check()
     if beside is not None:
         take_weights(beside, folder)
-    with torch_threads(1):  # as calls are timed and samples scored
-        return _tune(wanted, folder, show or Show(), device, start, also)
+    with torch_threads(1) as threads:  # as calls are timed and samples scored
+        return _tune(wanted, folder, show or Show(), device, start, also, threads)
 
 
 def _tune(
@@ -76,16 +76,17 @@ def _tune(
     device: str,
     start: Mapping[str, Any] | None,
     also: Mapping[str, Any] | None,
+    threads: int,
 ) -> Found:
     given = None if start is None else given_schedule(wanted, start)
     before = None if also is None or also["sampler"]["class"] != wanted.sampler_name else given_schedule(wanted, also)
     further = [one for one in (given, before) if one is not None]
     patterns = dict.fromkeys(computed(wanted.graph, step.reuse) for one in further for step in one.steps if step.reuse)
     wanted, elsewhere = split_prompts(replace(wanted, further=tuple(patterns)), folder)
-    study, milliseconds = limited(wanted, folder, show, device)
+    study, milliseconds = limited(wanted, folder, show, device, threads)
     verifying = replace(study, name=f"{study.name}-verified", evaluator=elsewhere.study(study.limits).evaluator)
     with open_session(study, folder, None, device) as session:
-        show.follow(session.prepare())
+        show.follow(session.prepare(threads))
         show.follow(verifying.evaluator.prepare(folder, study.seed, device))
         space: Any = study.problem_in(folder).space
         feasible = study.problem_in(folder).feasible
@@ -154,13 +155,14 @@ def split_prompts(wanted: Wanted, folder: Path) -> tuple[Wanted, Wanted]:
 # ----------------------------------------------------------------------------------------------------------- the limit
 
 
-def limited(wanted: Wanted, folder: Path, show: Show, device: str) -> tuple[Study, float | None]:
-    """The study with its limit, and milliseconds that an image of the full pipeline takes: a share of its time is known when all calls are measured."""
+def limited(wanted: Wanted, folder: Path, show: Show, device: str, threads: int) -> tuple[Study, float | None]:
+    """The study with its limit, and milliseconds that an image of the full pipeline takes: a share of its time is known when all calls are measured, after
+    texts are read on `threads` CPU threads (0: torch's own number)."""
     if wanted.measure == "macs":
         return wanted.study({"macs_share": wanted.limit}), None
     open_ended = wanted.study({LATENCY: 1e12})
     with open_session(open_ended, folder, None, device) as session:
-        show.follow(session.prepare())
+        show.follow(session.prepare(threads))
         full, decoding = _full_time(open_ended, folder, device)
     limit = wanted.limit * (full + decoding) - decoding
     least = open_ended.problem_in(folder).space.cost(cheapest(open_ended.space))[LATENCY]
