@@ -11,8 +11,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    ?= runs/digits-classes
 BIN    := $(VENV)/bin
-# Where uv is on the PATH it installs, in a third of pip's time. It reads none of pip's settings, so it is told where wheels lie, and left out where pip is told
-# of another index; where it fails, pip tries.
+# Where uv is on the PATH it installs, faster than pip. It reads none of pip's settings, so it is told where wheels lie, and left out where pip is told of another
+# index; where it fails, pip tries.
 UV     := $(if $(PIP_INDEX_URL)$(PIP_EXTRA_INDEX_URL),,$(shell command -v uv 2> /dev/null))
 UV     := $(if $(UV),UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" uv pip install --compile-bytecode --python $(BIN)/python)
 WHAT    = --quiet --editable '.[$(1)]' --constraint constraints.txt

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# Tests run side by side, one on each core: more threads would only keep each other waiting, and from a core where they look for long.
+# Tests run side by side, one on each core: more threads would only wait for each other, and those that look for long keep others from a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
