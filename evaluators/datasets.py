@@ -167,6 +167,9 @@ class DatasetFolder(OneByOne):
             if split not in found:
                 raise UserError(f"{self.root} has the splits {', '.join(found)}, not {split!r}; give one of them")
             found = found[split]
+        elif self.held_out is not None or split not in ("train", str(found.split)):
+            asked = f"split {split!r}" if self.held_out is None else f"held_out={self.held_out!r}"
+            raise UserError(f"{self.root} is one table without splits, and has no {asked}; use holdout=, a share of it")
         missing = [name for name in (self.image, self.label, self.caption) if name and name not in found.features]
         if missing:
             raise UserError(
@@ -233,7 +236,10 @@ class TorchDataset(OneByOne):
         return Items(order, None if labels is None else labels[order], count - train, None, classes)
 
     def _label(self, place: int) -> int:
-        targets = getattr(self.dataset, "targets", None)  # torchvision's have all of them at hand
+        # torchvision's have all of them at hand, as they are before anything is made of them.
+        both = getattr(self.dataset, "transforms", None)
+        made = getattr(both, "target_transform", both) or getattr(self.dataset, "target_transform", None)
+        targets = None if made else getattr(self.dataset, "targets", None)
         try:
             found = int(targets[place] if targets is not None else self.dataset[place][1])
         except (TypeError, ValueError, IndexError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import os
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import field
@@ -28,11 +29,16 @@ from nas.recipes import Positive, recipe
 from search_spaces.pretrained import AUTOENCODERS, read_weights_of, weight_files
 from search_spaces.shipped.latents import decoded, drawn, moments
 
+log = logging.getLogger("nas")
+
 Shape = tuple[int, int, int]
 """(channels, height, width)."""
 
 ENCODED = 256
 """Images in one call of an encoder."""
+
+UNTOLD_SCALE = 0.18215
+"""What diffusers scales the latents of an AutoencoderKL with whose config was written before it could say so: Stable Diffusion 1 and 2."""
 
 
 class States(Protocol):
@@ -328,6 +334,15 @@ class _Latents:
     def _mirrored(self) -> npt.NDArray[np.float32]:
         """Asked for at every step of a training that flips, by no other."""
         return self._codec.kept(self._data, True)
+
+
+def autoencoder_in(folder: Path) -> Autoencoder:
+    """That of a pipeline, which scales its latents as diffusers does for the pipeline."""
+    config = read_config(folder)
+    if config["_class_name"] == "AutoencoderKL" and config.get("scaling_factor") is None:
+        log.info("%s has no scaling_factor; diffusers takes %g", folder / "config.json", UNTOLD_SCALE)
+        return Autoencoder(str(folder), scale=UNTOLD_SCALE)
+    return Autoencoder(str(folder))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -52,9 +52,11 @@ def linspace(steps: int, first: int = 999, last: int = 0) -> Timesteps:
 
 
 def quadratic(steps: int, total: int = 1000) -> Timesteps:
-    """Dense at the clean end: linspace(0, sqrt(0.8 total), steps)^2 (Song et al. 2021, the CIFAR-10 setting)."""
+    """Dense at the clean end: linspace(0, sqrt(0.8 total), steps)^2 (Song et al. 2021, the CIFAR-10 setting); where that names a timestep twice, each goes to
+    the next that is free."""
     _check(steps, total)
-    return free(*(np.linspace(0, np.sqrt(0.8 * total), steps) ** 2).astype(int)[::-1])
+    places = (np.linspace(0, np.sqrt(0.8 * total), steps) ** 2).astype(int).tolist()
+    return free(*[*accumulate(places, lambda before, place: max(place, before + 1))][::-1])
 
 
 def free(*timesteps: float) -> Timesteps:

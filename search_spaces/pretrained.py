@@ -47,6 +47,8 @@ USED = ("scheduler", "tokenizer")
 """Further components that are read."""
 VARIANTS = ("", ".fp16", ".bf16")
 """How the names of files of weights in another precision go on."""
+FORMER_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""What diffusers once called the layers of attention: models released in 2022, Stable Diffusion's autoencoder among them, have these names."""
 
 
 class Found(NamedTuple):
@@ -179,21 +181,27 @@ def weights_digest(folder: Path) -> str:
 
 def check_weights(folder: Path, config: Mapping[str, Any]) -> None:
     """Compares names and shapes with the network's, reading no tensor. Raises UserError naming the first that differ."""
+    check_weights_of(_empty(folder, config), folder)
+
+
+def _empty(folder: Path, config: Mapping[str, Any]) -> torch.nn.Module:
+    """The stock network on the meta device."""
     kind = getattr(diffusers, config.get("_class_name", NETWORKS[0]))
     with torch.device("meta"):
         try:
-            net = kind(**{name: value for name, value in config.items() if not name.startswith("_")})
+            net: torch.nn.Module = kind(**{n: value for n, value in config.items() if not n.startswith("_")})
         except (TypeError, ValueError, NotImplementedError) as error:
             raise UserError(
                 f"{folder / 'config.json'}: diffusers cannot make this network ({first_line(error)})"
             ) from error
-    check_weights_of(net, folder)
+    return net
 
 
 def check_weights_of(net: torch.nn.Module, folder: Path) -> None:
     """`check_weights`, of a network that is there, if only on the meta device."""
     wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    given = {name: shape for name, shape, _ in _tensors(folder)}
+    now = _present_names(net)
+    given = {now.get(name, name): shape for name, shape, _ in _tensors(folder)}
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unexpected:
         named = [
@@ -211,18 +219,25 @@ def check_weights_of(net: torch.nn.Module, folder: Path) -> None:
 
 def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """All tensors by name, float32, on the CPU."""
-    check_weights(folder, config)
-    return _read(folder)
+    return read_weights_of(_empty(folder, config), folder)
 
 
 def read_weights_of(net: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     """`read_weights`, of a network that is there, if only on the meta device."""
     check_weights_of(net, folder)
-    return _read(folder)
+    now = _present_names(net)
+    return {now.get(name, name): read().float() for name, _, read in _tensors(folder)}
 
 
-def _read(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: read().float() for name, _, read in _tensors(folder)}
+def _present_names(net: torch.nn.Module) -> dict[str, str]:
+    """What the network calls tensors that older files have under another name, by that one."""
+    return {
+        f"{block}.{former}.{tensor}": f"{block}.{present}.{tensor}"
+        for block, module in net.named_modules()
+        if getattr(module, "_from_deprecated_attn_block", False)
+        for former, present in FORMER_LAYERS.items()
+        for tensor in ("weight", "bias")
+    }
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:

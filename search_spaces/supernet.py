@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from nas.base.files import file_digest, first_line, tensors_digest
 from nas.contracts import Guidance, Step, UserError, digest_of
 from nas.recipes import Count, Natural, recipe
-from search_spaces.codec import Autoencoder, Codec, Pixels
+from search_spaces.codec import Codec, Pixels, autoencoder_in
 from search_spaces.loaded import LoadedElastic
 from search_spaces.lora import fused, lora_digest
 from search_spaces.networks.anatomy import Anatomy, StockNet, predict, skeleton, unset
@@ -132,7 +132,7 @@ class Elastic:
         """
         found = find(path, settings.pop("noise", None))
         if found.autoencoder is not None and "codec" not in settings:
-            settings["codec"] = Autoencoder(str(found.autoencoder))
+            settings["codec"] = autoencoder_in(found.autoencoder)
         if found.text is not None and "text" not in settings:
             side = found.config.get("sample_size")
             if side is None:

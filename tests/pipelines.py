@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 from benchmarks.small_text import text_config, tokenizer
@@ -152,3 +155,19 @@ def pixart(folder: Path, seed: int = 0) -> PixArtAlphaPipeline:
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def as_released_in_2022(folder: Path) -> None:
+    """The network in the folder, its attention called as it was then, without settings that there were none of."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    now = {"to_q": "query", "to_k": "key", "to_v": "value", r"to_out\.0": "proj_attn"}
+    tensors = load_file(path)
+    for present, former in now.items():
+        tensors = {
+            re.sub(rf"(attentions\.\d+\.){present}\.", rf"\1{former}.", name): tensor
+            for name, tensor in tensors.items()
+        }
+    assert any(".proj_attn." in name for name in tensors)
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({n: v for n, v in config.items() if n != "scaling_factor"}))

@@ -173,6 +173,24 @@ def test_the_halves_of_what_is_held_out_are_all_of_it_and_have_nothing_in_common
         HeldOutHalf(Digits(), "first").load()
 
 
+def test_halves_of_what_is_held_out_share_what_is_trained(tmp_path: Path) -> None:
+    """A search's classifier and another score's are of the same images, whichever half each judges by."""
+    whole, first, second = (one.load() for one in (IMAGES, HeldOutHalf(IMAGES, "first"), HeldOutHalf(IMAGES, "second")))
+    classifier = SmallClassifier(steps=3)
+    assert len([*classifier.prepare(first, tmp_path, 0, "cpu")]) == 4
+    digest = classifier.digest(tmp_path)
+    assert not [*classifier.prepare(second, tmp_path, 0, "cpu")]
+    assert not [*classifier.prepare(whole, tmp_path, 0, "cpu")]
+    assert classifier.digest(tmp_path) == digest
+    for other, seed in (
+        (replace(whole, pixels=-whole.pixels, digest="other"), 0),
+        (first, 1),
+        (replace(first, labels=None, digest="other"), 0),
+    ):
+        with pytest.raises(UserError, match="was trained on other images"):
+            [*classifier.prepare(other, tmp_path, seed, "cpu")]
+
+
 def test_judges_look_at_images_that_the_search_did_not_see(tiny_study: Study) -> None:
     first = replace(tiny_study, images=IMAGES, evaluator=Frechet(HeldOutHalf(IMAGES, "first"), rungs=(32, 64)))
     judges, seen = judges_of(first)

@@ -77,6 +77,17 @@ def test_what_is_held_out_is_a_split_or_a_share(folder: Path, tmp_path: Path) ->
         assert int(caption.split()[-1]) % 3 == label
 
 
+def test_one_table_has_no_splits_to_choose_from(folder: Path, tmp_path: Path) -> None:
+    """What is held out would be what is trained on."""
+    table(folder).save_to_disk(str(tmp_path / "data"))
+    given: dict[str, Any] = {"path": str(tmp_path / "data"), "size": 8}
+    assert len(DatasetFolder(**given).load()) == COUNT
+    with pytest.raises(UserError, match=r"one table without splits, and has no held_out='test'; use holdout="):
+        DatasetFolder(**given, held_out="test").load()
+    with pytest.raises(UserError, match="has no split 'validation'"):
+        DatasetFolder(**given, split="validation").load()
+
+
 class Pairs(torch.utils.data.Dataset[Any]):
     """Pictures of a folder in one of the forms that data sets hand out."""
 
@@ -97,6 +108,16 @@ class Pairs(torch.utils.data.Dataset[Any]):
             "floats": torch.from_numpy(channels_last.transpose(2, 0, 1) / 255.0),
         }[self.form]
         return image, place % 4
+
+
+def test_labels_are_those_of_the_items(folder: Path) -> None:
+    """torchvision's `targets` are what they were before `target_transform`."""
+    pairs: Any = Pairs(folder, "picture")
+    recipe = TorchDataset(dataset=pairs, name="pairs", size=8, labels=True)
+    pairs.targets = [1] * COUNT
+    assert set(recipe.items().labels.tolist()) == {1}  # type: ignore[union-attr]
+    pairs.target_transform = lambda label: label
+    assert recipe.items().labels.tolist() == [n % 4 for n in range(COUNT)]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("form", ["picture", "bytes", "channels first", "floats"])

@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from evaluators.sampling import DDIM, DDPM, sample
@@ -21,6 +21,7 @@ from search_spaces.intervals import leading
 from search_spaces.noise import NoiseSchedule
 from search_spaces.supernet import Elastic
 from tests.conftest import TINY
+from tests.pipelines import as_released_in_2022, stable_diffusion
 
 BASE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"}
 
@@ -159,6 +160,23 @@ def test_shards_and_averages_and_newer_settings_are_read(pipeline: Path) -> None
         UserError, match=r"does not exist, though diffusion_pytorch_model\.safetensors\.index\.json names it"
     ):
         Elastic.from_pretrained(folder, noise=NoiseSchedule())
+
+
+def test_files_of_2022_are_read_as_diffusers_reads_them(pipeline: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Their attention has other names, and their autoencoders say no scale: Stable Diffusion 1 and 2 are such."""
+    as_released_in_2022(pipeline / "unet")
+    weights = dict(Elastic.from_pretrained(pipeline, widths=(1.0,)).initial(0).full.named_parameters())
+    stock = UNet2DModel.from_pretrained(pipeline / "unet")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in stock.named_parameters())
+    stable_diffusion(pipeline.parent / "sd")
+    as_released_in_2022(pipeline.parent / "sd" / "vae")
+    with caplog.at_level("INFO", "nas"):
+        codec = Elastic.from_pretrained(pipeline.parent / "sd", widths=(1.0,)).codec.load(None, "cpu")
+    assert "has no scaling_factor; diffusers takes 0.18215" in caplog.text
+    vae = AutoencoderKL.from_pretrained(pipeline.parent / "sd" / "vae")
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(codec.decode(latents), vae.decode(latents / vae.config.scaling_factor).sample)
 
 
 def prefixed(folder: Path) -> str:

@@ -269,6 +269,8 @@ def test_timestep_makers_match_diffusers_where_it_has_them() -> None:
             assert list(ours) == scheduler.timesteps.tolist()
     assert quadratic(5)[-1] == 0
     assert quadratic(5)[0] == 800
+    assert quadratic(50)[:-5:-1] == (0, 1, 2, 3)  # of which the squares name 0 twice
+    assert quadratic(1000) == tuple(range(999, -1, -1))
     assert linspace(10, 999, 20)[:2] == (999, 890)
     assert equal(uniform(10), 4) == (3, 3, 2, 2)
     with pytest.raises(UserError, match="11 intervals"):
