@@ -21,6 +21,7 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     LDMPipeline,
     UNet2DModel,
@@ -358,6 +359,149 @@ def test_offloaded_networks_follow_it_too(tool: Any, tmp_path: Path) -> None:
     assert not np.array_equal(called(pipeline, "ddim"), images)
 
 
+def test_what_offloads_a_network_stays_on_it(tool: Any, tmp_path: Path) -> None:
+    """Put on or taken off while a schedule is applied."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Counted(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module: Any, *given: Any, **named: Any) -> Any:
+            self.calls += 1
+            return given, named
+
+    pipeline, net = made("ddim", tmp_path)
+    plan = portable(net, schedule_for(net, None), DDIM, {})
+    before, hook = called(pipeline, "ddim"), Counted()
+    tool.apply_schedule(pipeline, plan)
+    images = called(pipeline, "ddim")
+    add_hook_to_module(pipeline.unet, hook)
+    assert np.array_equal(called(pipeline, "ddim"), images)
+    applied = hook.calls
+    tool.remove_schedule(pipeline)
+    assert np.array_equal(called(pipeline, "ddim"), before)
+    assert hook.calls == applied + 5
+    tool.apply_schedule(pipeline, plan)
+    remove_hook_from_module(pipeline.unet)
+    assert np.array_equal(called(pipeline, "ddim"), images)
+    tool.remove_schedule(pipeline)
+    assert np.array_equal(called(pipeline, "ddim"), before)
+
+
+@pytest.mark.parametrize("kind", ["dit", "pixart"])
+def test_samples_of_equal_noise_are_not_taken_for_guidance(kind: str, tool: Any, tmp_path: Path) -> None:
+    """Two conditions of one latent, which both halves of a guided call look like."""
+    pipeline, net = made(kind, tmp_path)
+    steps = schedule_for(net, None).steps
+    told: dict[str, Any] = (
+        {"class_labels": [1, 7]}
+        if kind == "dit"
+        else {"prompt": ["a bag", "a boot"], "latents": torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1)}
+    )
+
+    def call(which: slice = slice(None)) -> Any:
+        arguments = {name: value[which] for name, value in told.items()}
+        each = [torch.Generator().manual_seed(0) for _ in range(len(next(iter(arguments.values()))))]
+        noises: dict[str, Any] = {"generator": each} if kind == "dit" else {}
+        return called(pipeline, kind, guidance_scale=1.0, **arguments, **noises)
+
+    tool.apply_schedule(pipeline, portable(net, Schedule(steps), DDIM, {}))
+    both = call()
+    alone = np.concatenate([call(slice(0, 1)), call(slice(1, 2))])
+    # The rounding of five float32 steps of another batch.
+    assert np.abs(both - alone).max() < 1e-4
+    assert np.abs(both[0] - both[1]).max() > 1e-3
+    later = (*steps[:3], *schedule_for(net, 3.0).steps[3:])  # guided at the end alone
+    tool.apply_schedule(pipeline, portable(net, Schedule(later), DDIM, {}))
+    if kind == "pixart":
+        with pytest.raises(tool.ScheduleError, match=r"call it with guidance_scale=3, or give each sample a noise"):
+            call()
+    else:
+        assert np.abs(call() - both).max() < 1e-4
+
+
+def test_predictions_of_other_guidance_are_refused(tool: Any, tmp_path: Path) -> None:
+    """Perturbed-attention guidance asks for three of each sample."""
+    pipeline, net = made("stable diffusion", tmp_path)
+    steps = schedule_for(net, 3.0).steps
+    tool.apply_schedule(pipeline, portable(net, Schedule(steps), DDIM, {}))
+    pipeline.scheduler.set_timesteps(5)
+    pipeline._guidance_scale, pipeline._interrupt = 3.0, False
+    x, text = torch.randn(2, 4, 8, 8), torch.zeros(6, 12, 16)
+    for step in steps[:2]:
+        pipeline.unet(torch.cat([x] * 3), step.timestep, text)
+        pipeline.scheduler.step(x, step.timestep, x)
+    with pytest.raises(tool.ScheduleError, match="6 predictions that are not two of each sample"):
+        pipeline.unet(torch.cat([x] * 3), steps[2].timestep, text)
+
+
+@pytest.mark.parametrize(("height", "width"), [(24, 16), (40, 24), (72, 56)])
+def test_any_size_that_the_stock_pipeline_takes(height: int, width: int, tool: Any, tmp_path: Path) -> None:
+    """Sides that halve to odd ones on the way down."""
+    deep: dict[str, Any] = {
+        "block_out_channels": (8, 8, 16, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    pipeline = stable_diffusion(tmp_path / "stock", **deep)
+    pipeline.unet.eval()
+    net = loaded(tmp_path / "stock", tmp_path / "kept")
+    by = Guidance(3.0)
+    whole = tuple(Step(t, net.full_arch, (), by) for t in (999, 799, 599, 399, 199))
+    tool.apply_schedule(pipeline, portable(net, Schedule(whole), DDIM, {}))
+    given = {"height": height, "width": width}
+    mine = called(pipeline, "stable diffusion", **given)
+    tool.remove_schedule(pipeline)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    assert np.abs(called(pipeline, "stable diffusion", **given) - mine).max() < 1e-4
+    some = (whole[0], Step(799, net.full_arch, ("d2", "d3", "mid", "u0"), by), *whole[2:])
+    tool.apply_schedule(pipeline, portable(net, Schedule(some), DDIM, {}))
+    assert np.isfinite(called(pipeline, "stable diffusion", **given)).all()
+
+
+def test_schedules_of_another_prediction_are_refused(tool: Any, tmp_path: Path) -> None:
+    pipeline, net = made("stable diffusion", tmp_path)
+    plan = portable(net, schedule_for(net, 3.0), DDIM, {})
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    with pytest.raises(
+        tool.ScheduleError, match="predicts epsilon, the pipeline's scheduler says that it predicts v_prediction"
+    ):
+        tool.apply_schedule(pipeline, plan)
+    assert "forward" not in pipeline.unet.__dict__
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_a_process_that_leaves_no_signal_is_the_schedulers_own(kind: Any, tool: Any, tmp_path: Path) -> None:
+    """diffusers' schedulers have numbers of their own for it; the images are theirs."""
+    torch.manual_seed(0)
+    given = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    ddim = {} if kind is DPMSolverMultistepScheduler else {"clip_sample": False}
+    scheduler = kind(
+        **{**LINEAR, **given, **ddim} if ddim else {**{n: v for n, v in LINEAR.items() if n != "clip_sample"}, **given}
+    )
+    pipeline = saved(
+        DDIMPipeline(unet=UNet2DModel(**UNET).eval(), scheduler=DDIMScheduler(**LINEAR)), tmp_path / "stock"
+    )
+    pipeline.scheduler = scheduler
+    scheduler.save_pretrained(tmp_path / "stock" / "scheduler")
+    net = loaded(tmp_path / "stock", tmp_path / "kept")
+    scheduler.set_timesteps(8)
+    steps = tuple(Step(int(t), net.full_arch) for t in scheduler.timesteps)
+    plan = portable(net, Schedule(steps), DDIM if ddim else DPM_SOLVER, {})
+    x = noise = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipeline.unet(x, t).sample, t, x).prev_sample
+        tool.apply_schedule(pipeline, plan)
+        pipeline.scheduler.set_timesteps(8)
+        mine = noise
+        for t in pipeline.scheduler.timesteps:
+            mine = pipeline.scheduler.step(pipeline.unet(mine, t).sample, t, mine).prev_sample
+    # The least abar of one is 1e-12 and of the other 2^-24: 2^-12 of what no signal weighs, besides rounding.
+    assert float((mine - x).abs().max()) < 2e-3 * float(x.abs().max())
+
+
 def test_the_module_stands_alone() -> None:
     """It knows no name of this project, defines each name once, and imports torch beside the standard library."""
     tree = ast.parse(CODE)
@@ -417,14 +561,18 @@ WRONG_STEPS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    _, net = made("dit", tmp_path_factory.mktemp("dit"))
+    return portable(net, schedule_for(net, 2.0), DDIM, {})
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [(field, value) for field, values in (WRONG | WRONG_STEPS).items() for value in values],
     ids=str,
 )
-def test_a_file_that_somebody_wrote_wrongly_is_refused_by_name(field: str, value: Any, tmp_path: Path) -> None:
-    _, net = made("dit", tmp_path)
-    plan = portable(net, schedule_for(net, 2.0), DDIM, {})
+def test_a_file_that_somebody_wrote_wrongly_is_refused_by_name(field: str, value: Any, plan: dict[str, Any]) -> None:
     assert read_schedule(plan)["steps"] == plan["steps"]
     steps = [dict(step) for step in plan["steps"]]
     if field in WRONG_STEPS:
@@ -437,14 +585,21 @@ def test_a_file_that_somebody_wrote_wrongly_is_refused_by_name(field: str, value
         read_schedule(plan)
 
 
-def test_the_first_step_reuses_nothing_and_none_is_guided_without_a_scale(tmp_path: Path) -> None:
-    _, net = made("dit", tmp_path)
-    plan = portable(net, schedule_for(net, 2.0), DDIM, {})
+def test_steps_reuse_only_what_was_computed_and_none_is_guided_without_a_scale(plan: dict[str, Any]) -> None:
     first = [{**plan["steps"][0], "reuse": ["b0"]}, *plan["steps"][1:]]
     with pytest.raises(ScheduleError, match="step 0's reuse"):
         read_schedule({**plan, "steps": first})
     with pytest.raises(ScheduleError, match="guided"):
         read_schedule({**plan, "guidance_scale": None})
+    unguided = [*plan["steps"][:3], {**plan["steps"][3], "reuse": ["b0"]}, *plan["steps"][4:]]
+    with pytest.raises(ScheduleError, match=r"step 3's reuse .* as the step before kept nothing guided"):
+        read_schedule({**plan, "steps": unguided})
+    network = {"class": "UNet2DConditionModel", "branches": ["d0.0", "u0.0", "u0.1"]}
+    whole = [{**step, "reuse": ["d0", "u0"] if number == 3 else []} for number, step in enumerate(plan["steps"])]
+    assert read_schedule({**plan, "network": network, "steps": whole})["steps"] == whole
+    whole[4] = {**whole[4], "reuse": ["u0"]}
+    with pytest.raises(ScheduleError, match="step 4's reuse"):
+        read_schedule({**plan, "network": network, "steps": whole})
 
 
 # ------------------------------------------------------------------------------------------------------ other steps

@@ -35,6 +35,8 @@ CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask")
 EXTRA = "added_cond_kwargs"
 CLOSE = 1e-4
 """By how much abar may differ, relatively, between the model that the schedule was found for and this one."""
+FAINT = 1e-6
+"""abar below which hardly a signal is left: diffusers' schedulers have numbers of their own where none is."""
 
 
 def apply_schedule(
@@ -87,6 +89,8 @@ class _Applied:
         self.cache: Any = None
         self.memory: Any = None
         self.held: torch.Tensor | None = None
+        self.asked = 0
+        self.halved = False
         self.signature = inspect.signature(type(net).forward)
         self.compiled = compiled
         self.graphs: dict[Any, Callable[..., Any]] = {}
@@ -103,10 +107,13 @@ class _Applied:
         self.scheduler.scale_model_input = lambda sample, *_, **__: sample
 
     def end(self) -> None:
-        if self.before is None:
-            delattr(self.net, self.place)
+        # Hooks of offloading may have been put on or taken off since, and with them where ours stands.
+        places = [name for name in ("forward", "_old_forward") if self.net.__dict__.get(name) == self.forward]
+        place = places[0] if places else self.place
+        if place == "forward" and self.before is None:
+            delattr(self.net, place)
         else:
-            setattr(self.net, self.place, self.before)
+            setattr(self.net, place, self.call)
         for name in ("set_timesteps", "step", "scale_model_input"):
             self.scheduler.__dict__.pop(name, None)
         del self.net._step_aware
@@ -147,6 +154,7 @@ class _Applied:
         after: Mapping[str, Any] = (
             self.steps[self.number + 1] if self.number + 1 < len(self.steps) else {"alpha": self.plan["final_alpha"]}
         )
+        self._check_rows(len(sample))
         channels = sample.shape[1]
         self.held = model_output
         made, self.memory = update(
@@ -178,7 +186,8 @@ class _Applied:
                 "and without the condition, in one call, or remove_schedule(pipeline)"
             )
         self.called = self.number
-        rows = self._rows(x) if step["guided"] is False else None
+        rows = self._rows(x, told) if step["guided"] is False else None
+        self.asked, self.halved = len(x), rows is not None
         noise = self._noise(step, x if rows is None else x[rows], self._condition(told, rows), told["timestep"])
         if rows is not None:
             noise = torch.cat([noise, noise])
@@ -217,13 +226,29 @@ class _Applied:
             )
         return self.steps[self.number]
 
-    def _rows(self, x: torch.Tensor) -> slice | None:
-        """The half that has the samples' own conditions, where a pipeline that guides asks for both."""
+    def _rows(self, x: torch.Tensor, told: Mapping[str, Any]) -> slice | None:
+        """The half that has the samples' own conditions, where a pipeline that guides asks for both. Raises ScheduleError where it asks for more."""
         half = len(x) // 2
+        twice = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
         guides = getattr(self.pipeline, "do_classifier_free_guidance", None)
-        if guides is None:
-            guides = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
+        if guides is None and self._own_first:  # the second half of its labels is that of no class
+            guides = twice and bool((told["class_labels"][half:] == self.net.config.num_embeds_ada_norm).all())
+        elif guides is None:  # which samples of equal noise look like, too: `_check_rows` tells them apart
+            guides = twice and self.plan["guidance_scale"] is not None
+        if guides and not twice:
+            raise ScheduleError(
+                f"the pipeline asks for {len(x)} predictions that are not two of each sample, with and without the condition; leave other kinds of guidance "
+                "out, or remove_schedule(pipeline)"
+            )
         return (slice(0, half) if self._own_first else slice(half, None)) if guides else None
+
+    def _check_rows(self, samples: int) -> None:
+        """Raises ScheduleError where half of what was asked for was taken for predictions without the condition, and was none."""
+        if self.halved and not self._own_first and self.asked != 2 * samples:  # a DiT's pipeline steps both halves
+            raise ScheduleError(
+                f"the pipeline asks for {self.asked} predictions of {samples} samples at a step that is not guided, some of equal noise, which looks as if it "
+                f"guided; call it with guidance_scale={self.plan['guidance_scale'] or 1:g}, or give each sample a noise of its own"
+            )
 
     @property
     def _own_first(self) -> bool:
@@ -316,10 +341,17 @@ def _check(plan: Mapping[str, Any], net: Any, scheduler: Any) -> None:
         raise ScheduleError(
             f"{type(scheduler).__name__} scales its states; set pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config) first"
         )
+    predicts = getattr(scheduler.config, "prediction_type", None)
+    if predicts not in (None, plan["prediction"]):
+        raise ScheduleError(
+            f"the schedule was found for a network that predicts {plan['prediction']}, the pipeline's scheduler says that it predicts {predicts}; make one for "
+            "this pipeline"
+        )
     abar = getattr(scheduler, "alphas_cumprod", None)
     for step in plan["steps"]:
         here = None if abar is None or step["timestep"] >= len(abar) else float(abar[step["timestep"]])
-        if here is None or abs(here - step["alpha"]) > CLOSE * max(here, step["alpha"], CLOSE):
+        most = max(here or 0.0, step["alpha"])
+        if here is None or (most > FAINT and abs(here - step["alpha"]) > CLOSE * most):
             raise ScheduleError(
                 f"the schedule was found for another noise process: abar is {step['alpha']:.6g} at timestep {step['timestep']}, here it is {here}"
             )

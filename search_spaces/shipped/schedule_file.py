@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,9 +79,22 @@ def _check_steps(where: str, plan: Mapping[str, Any]) -> None:
             _wrong(where, f"{here} guided", step.get("guided"), "true or false, and false where guidance_scale is null")
     if steps[0]["reuse"]:
         _wrong(where, "step 0's reuse", steps[0]["reuse"], "empty: nothing was computed before")
+    kept_guided = steps[0]["guided"]
+    for number, step in enumerate(steps):
+        if _holds(plan, step["reuse"]):
+            continue
+        if step["reuse"] and step["guided"] and not kept_guided:
+            _wrong(where, f"step {number}'s reuse", step["reuse"], "empty, as the step before kept nothing guided")
+        kept_guided = step["guided"]
     timesteps = [step["timestep"] for step in steps]
     if any(after >= before for before, after in pairwise(timesteps)):
         _wrong(where, "steps' timesteps", timesteps, "falling, from noisy to clean")
+
+
+def _holds(plan: Mapping[str, Any], reuse: Sequence[str]) -> bool:
+    """Whether a step that reuses these hands out the prediction of the step before, whoever guided it."""
+    whole = all({name, name.partition(".")[0]} & {*reuse} for name in plan["network"]["branches"])
+    return whole and not plan["network"]["class"].endswith("Transformer2DModel")
 
 
 def _measured(where: str, plan: Mapping[str, Any]) -> Mapping[str, Any]:

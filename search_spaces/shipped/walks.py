@@ -4,7 +4,7 @@ folder holds a copy of this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -88,6 +88,7 @@ class _UNet:
         self._condition = condition
         self._embedding = _embedding(net, x, t, condition)
         self._start = net.conv_in(2 * x - 1.0 if net.config.center_input_sample else x)
+        self._sizes = _sizes_of(net, x.shape[-2:])
 
     def run(self, layer: Layer, read: Read) -> torch.Tensor:
         inputs = [self._start if name == "in" else read(name) for name in layer.reads]
@@ -102,7 +103,7 @@ class _UNet:
         if place == "down":
             return _resample(block.downsamplers, hidden, embedding)
         if part == ["up"]:
-            return _resample(block.upsamplers, hidden, embedding)
+            return _resample(block.upsamplers, hidden, embedding, self._sizes[-2 - int(level)])
         if part == ["attention"]:
             attention = block.attentions[int(place)]
             if getattr(block, "has_cross_attention", False):
@@ -246,11 +247,30 @@ def _text(module: Any, condition: Condition | None) -> dict[str, Any]:
     return {"encoder_hidden_states": text.to(next(module.parameters()).dtype)}
 
 
-def _resample(modules: Any, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+def _resample(
+    modules: Any, hidden: torch.Tensor, embedding: torch.Tensor, size: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """`size`: of what comes out, where that is not twice what goes in."""
     for module in modules:
         # A residual block that samples takes the timestep in, a convolution does not.
-        hidden = module(hidden, temb=embedding) if hasattr(module, "time_emb_proj") else module(hidden)
+        if hasattr(module, "time_emb_proj"):
+            hidden = module(hidden, temb=embedding)
+        elif size is None or size == (2 * hidden.shape[-2], 2 * hidden.shape[-1]):
+            hidden = module(hidden)
+        else:
+            hidden = module(hidden, output_size=size)
     return hidden
+
+
+def _sizes_of(net: Any, size: Sequence[int]) -> list[tuple[int, int]]:
+    """(height, width) at each level, outermost first: a convolution padded on both sides makes of an odd side the larger half, all else the smaller."""
+    found = [(int(size[0]), int(size[1]))]
+    for block in net.down_blocks:
+        for module in block.downsamplers or ():
+            more = int(getattr(getattr(module, "conv", None), "padding", (0, 0)) == (1, 1))
+            height, width = found[-1]
+            found.append(((height + more) // 2, (width + more) // 2))
+    return found
 
 
 def _embedding(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None) -> torch.Tensor:
