@@ -284,6 +284,15 @@ def test_what_cannot_be_tuned_is_refused(place: Path) -> None:
         ((place / "dit", "--within", "macs=0.5", "--samples", "9,3"), "the second larger"),
         ((place / "dit", "--within", "macs=0.5", "--labels", "1000"), "none of the network's 1000 classes"),
         ((place / "dit", "--within", "macs=0.5", "--prompts", place / "prompts.txt"), "reads no text"),
+        (
+            (place / "dit", "--within", "macs=0.5", "--labels", "-1"),
+            "--labels -1 is none of the network's 1000 classes",
+        ),
+        ((place / "ddim", "--within", "macs=0.5", "--labels", "3"), "--labels 3: the network takes no labels"),
+        (
+            (place / "ddim", "--within", "macs=0.5", "--guidance", "7.5"),
+            "--guidance 7.5: the network takes no condition",
+        ),
         ((place / "sd", "--within", "macs=0.5"), "give --prompts FILE"),
         ((place / "dit", "--within", "macs=0.001", *QUICK), "macs_share"),
         ((place / "ddim", "--within", "macs=0.6", "--start", place / "out" / "schedule.json", *QUICK), "search anew"),
@@ -302,6 +311,11 @@ def test_nothing_of_somebody_elses_is_overwritten(place: Path, tmp_path: Path) -
     for folder in (place / "dit", other):
         refused(nas(*common, "--to", folder), "would be overwritten; give another --to")
     assert (other / "schedule.json").read_text() == '{"steps": []}'
+    by_hand = tmp_path / "by-hand"
+    by_hand.mkdir()
+    (by_hand / "cache_dit.yaml").write_text("mine")
+    refused(nas(*common, "--to", by_hand), r"holds a cache_dit\.yaml without a schedule\.json")
+    assert [file.name for file in by_hand.iterdir()] == ["cache_dit.yaml"]
     mine = tmp_path / "mine.py"
     mine.write_text("# changed by hand\n")
     for kept in (0, 1, 1):
@@ -339,6 +353,8 @@ def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> No
     assert wanted.grid(10) == tuple(stock.timesteps.tolist())
     assert wanted.scale == 4.0
     assert replace(wanted, guidance=1.0).scale is None
+    with pytest.raises(UserError, match=r"--guidance 0\.5: .*give 1 or more"):
+        replace(wanted, guidance=0.5)
     assert replace(wanted, guidance=1.5).scale == 1.5
     assert type(wanted.sampler).__name__ == "DDIM"
     assert Wanted(place / "ddim", "macs", 0.5).scale is None
@@ -350,6 +366,15 @@ def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> No
     own = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "pixart" / "scheduler")
     own.set_timesteps(10)
     assert multistep.grid(10) == tuple(own.timesteps.tolist())
+    own.register_to_config(use_karras_sigmas=True, solver_type="heun")
+    own.save_pretrained(tmp_path / "pixart" / "scheduler")
+    odd = replace(multistep)
+    assert odd.grid(10) == multistep.grid(10)
+    assert odd.stepped_by == "by DPM-Solver++ without its use_karras_sigmas and solver_type"
+    shutil.copytree(place / "ddim", tmp_path / "pixels")
+    DPMSolverMultistepScheduler(**euler).save_pretrained(tmp_path / "pixels" / "scheduler")
+    assert Wanted(tmp_path / "pixels", "macs", 0.5).sampler.clip is False  # as the stock scheduler, which does not
+    assert Wanted(place / "ddim", "macs", 0.5).sampler.clip is False  # its config says so
     shutil.copytree(place / "dit", tmp_path / "euler")
     EulerDiscreteScheduler(**euler).save_pretrained(tmp_path / "euler" / "scheduler")
     instead = Wanted(tmp_path / "euler", "macs", 0.5)
@@ -410,6 +435,20 @@ def test_a_schedule_moves_to_other_steps_and_guidance(place: Path) -> None:
     assert {step.guidance for step in moved.steps} <= {None, Guidance(2.0)}
     with pytest.raises(UserError, match="search anew"):
         given_schedule(Wanted(place / "ddim", "macs", 0.6), plan)
+
+
+@pytest.mark.parametrize("reuse", [["b1", "b0"], ["b0.mlp", "b0.attn", "b1"], ["b1.attn", "b0", "b1.mlp"]])
+def test_a_schedule_may_name_what_it_reuses_as_it_likes(reuse: list[str], place: Path) -> None:
+    plan = json.loads((place / "out" / "schedule.json").read_text())
+    timesteps = Wanted(place / "dit", "macs", 0.6, steps=6).grid(6)
+    like = {"guided": False, "alpha": 0.5}
+    told = {**plan, "steps": [{**like, "timestep": t, "reuse": reuse * (n == 2)} for n, t in enumerate(timesteps)]}
+    told["measured"] = {"grid": timesteps}
+    given = given_schedule(Wanted(place / "dit", "macs", 0.6, steps=6), told)
+    assert given.steps[2].reuse == ("b0", "b1")
+    wanted = Wanted(place / "dit", "macs", 0.6, steps=6, further=(("b2",),))
+    space: Any = wanted.study({"macs_share": 0.6}).space
+    assert space.decode(space.genome(given)) == given
 
 
 def test_a_network_alone_can_be_tuned(place: Path) -> None:

@@ -50,7 +50,7 @@ def write_json(path: Path, data: Any, indent: int = 2) -> None:
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all: a crash leaves the old file."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

@@ -89,9 +89,10 @@ def export(
             if said["timesteps"]
             else ", which takes other steps than the schedule: no setting of a stock scheduler leads to its own"
         )
-        guided = f", guidance_scale={said['guidance_scale']:g}" if "guidance_scale" in said else ""
+        further = {name: value for name, value in said.items() if name not in ("pipeline", "steps", "timesteps")}
+        call = ", ".join(f"{name}={value}" for name, value in {"num_inference_steps": said["steps"], **further}.items())
         notes.print(
-            f"{said['pipeline']}: call it with num_inference_steps={said['steps']}{guided}{own}",
+            f"{said['pipeline']}: call it with {call}{own}",
             highlight=False,
             soft_wrap=True,
         )

@@ -65,7 +65,7 @@ def tune(
     guidance: Annotated[
         float | None,
         typer.Option(
-            min=0.01, help="The full pipeline's guidance, 1 for none. Default: its usual one.", show_default=False
+            min=1, help="The full pipeline's guidance, 1 for none. Default: its usual one.", show_default=False
         ),
     ] = None,
     prompts: Annotated[

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.base.files import written
+from nas.base.files import write_text
 from nas.contracts import Guidance, LoadedSupernet, Schedule, Step, UserError
 
 FORMAT, VERSION = "step-aware schedule", 1
@@ -149,5 +149,4 @@ def write_portable(plan: Mapping[str, Any], code: str, folder: Path) -> None:
     """Writes schedule.json and apply_schedule.py."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("schedule.json", json.dumps(plan, indent=1) + "\n"), ("apply_schedule.py", code)):
-        with written(folder / name):
-            (folder / name).write_text(text)
+        write_text(folder / name, text)

@@ -7,12 +7,13 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from nas.base.files import read_json, written
+from nas.base.files import read_json, write_text
 from nas.contracts import LoadedSupernet, Schedule, UserError
 from nas.handover.portable import module, portable, write_portable
 from nas.results.samples import draw_samples
@@ -32,7 +33,7 @@ METRICS = {
 }
 """What people call them."""
 
-SCHEDULE = "schedule.json"
+SCHEDULE, APPLY = "schedule.json", "apply_schedule.py"
 FORMATS = {"cache_dit.yaml": cache_dit_yaml, "smoothcache.json": smoothcache_json}
 """Of other projects."""
 
@@ -83,26 +84,36 @@ def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], f
     these can say it; returned is why they cannot, where so. What another search left there is not. `run`: the run folder."""
     chosen, graph = found.chosen.schedule, found.wanted.graph
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (SCHEDULE, "apply_schedule.py", *FORMATS):
-        (folder / name).unlink(missing_ok=True)
-    left_out = []
+    left_out, stale = (
+        [],
+        dict.fromkeys((*FORMATS, APPLY, SCHEDULE)),
+    )  # by the last one the folder is known as a search's
     if not found.far:
         write_portable(portable(net, chosen, sampler, measured(found)), apply_module(), folder)
+        del stale[SCHEDULE], stale[APPLY]
         if not any(step.reuse for step in chosen.steps):
             left_out.append(f"no {' or '.join(FORMATS)}: no step reuses anything")
         for name, write in FORMATS.items() if not left_out else ():
             try:
-                _write(folder / name, write(chosen, graph, found.wanted.grid(len(chosen.steps))))
+                write_text(folder / name, write(chosen, graph, found.wanted.grid(len(chosen.steps))))
+                del stale[name]
             except UserError as error:
                 left_out.append(f"no {name}: {error}")
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
     keep_study(folder / "study.py", study_file(found))
-    _write(folder / "report.html", page(found, folder, run, left_out))
+    write_text(folder / "report.html", page(found, folder, run, left_out))
     return left_out
 
 
 def check_target(folder: Path) -> None:
     """Raises UserError for a folder whose files are not those of another search."""
     schedule = folder / SCHEDULE
+    others = [name for name in (APPLY, *FORMATS) if (folder / name).exists()]
+    if others and not schedule.exists():
+        raise UserError(
+            f"{folder} holds a {others[0]} without a {SCHEDULE}, which would be overwritten; give another --to"
+        )
     known = read_json(schedule, "give another --to") if schedule.exists() else {"format": FORMAT}
     if (folder / "model_index.json").exists() or not isinstance(known, dict) or known.get("format") != FORMAT:
         raise UserError(
@@ -113,18 +124,13 @@ def check_target(folder: Path) -> None:
 def keep_study(path: Path, text: str) -> Path | None:
     """Another one that is there is not lost, since studies are changed by hand: returned is where it is kept."""
     if not path.exists() or path.read_text() == text:
-        _write(path, text)
+        write_text(path, text)
         return None
     names = (path.with_name(f"{path.stem}.before{'' if n == 1 else f'-{n}'}{path.suffix}") for n in count(1))
     aside = next(name for name in names if not name.exists())
     os.replace(path, aside)
-    _write(path, text)
+    write_text(path, text)
     return aside
-
-
-def _write(path: Path, text: str) -> None:
-    with written(path):
-        path.write_text(text)
 
 
 def study_file(found: Found) -> str:
@@ -169,12 +175,12 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
         shown.setdefault(candidate.schedule, candidate)
     metrics = [name for name in METRICS if name in found.best.score.values]
     grids = []
-    for name, images in found.images.items():
-        path = folder / f"{name.replace(' ', '_')}.png"
-        draw_samples(images, path, columns=len(images), scale=max(1, 96 // images.shape[-1]))
-        source = base64.b64encode(path.read_bytes()).decode()
-        grids.append({"name": name, "source": f"data:image/png;base64,{source}"})
-        path.unlink()
+    with TemporaryDirectory() as drawn:
+        path = Path(drawn) / "samples.png"
+        for name, images in found.images.items():
+            draw_samples(images, path, columns=len(images), scale=max(1, 96 // images.shape[-1]))
+            source = base64.b64encode(path.read_bytes()).decode()
+            grids.append({"name": name, "source": f"data:image/png;base64,{source}"})
     schedule = found.chosen.schedule
     profile = mapped(found.grid, {s.timestep: wanted.net.profile(s) for s in schedule.steps})
     environment = jinja2.Environment(

@@ -53,6 +53,15 @@ USUAL = {
 DISTILLED = ("LCMScheduler", "TCDScheduler")
 """Schedulers that networks of a few steps are used with."""
 
+PLAIN: Mapping[str, Any] = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "solver_type": "midpoint",
+}
+"""What DPM-Solver++ is here: of the midpoint, its steps spaced by timesteps alone."""
+
 SPACING = ("timestep_spacing", "steps_offset", "num_train_timesteps")
 LOSS = "teacher_mse"
 
@@ -85,6 +94,10 @@ class Wanted:
             )
         if self.steps < 2:
             raise UserError(f"--steps {self.steps} leaves nothing to choose; give at least 2")
+        if self.guidance is not None and self.guidance < 1:
+            raise UserError(
+                f"--guidance {self.guidance:g}: pipelines guide by 1, which is not at all, or more; give 1 or more"
+            )
 
     @cached_property
     def net(self) -> Elastic:
@@ -117,11 +130,16 @@ class Wanted:
             and config.get("algorithm_type", "dpmsolver++") == "dpmsolver++"
             and config.get("solver_order", 2) == 2
         )
-        clip = bool(config.get("clip_sample", True)) if self.net.in_pixels else None
+        # DPM-Solver++ clips nothing; DDIM in the place of another one does, as diffusers makes it of that one's settings.
+        clip = bool(config.get("clip_sample", not multistep)) if self.net.in_pixels else None
         return DPMSolver(clip=clip) if multistep else DDIM(clip=clip)
 
     def check(self) -> None:
-        """Raises UserError for a network that was distilled to a few steps, as its scheduler says."""
+        """Raises UserError for a network that was distilled to a few steps, as its scheduler says, and for guidance or classes that it does not take."""
+        if self.guidance not in (None, 1) and not self.net.conditional:
+            raise UserError(f"--guidance {self.guidance:g}: the network takes no condition; leave that out")
+        if self.classes and "labels" not in self.net.condition_kind:
+            raise UserError(f"--labels {','.join(map(str, self.classes))}: the network takes no labels; leave that out")
         own = self.scheduler.get("_class_name")
         if own in DISTILLED:
             raise UserError(
@@ -138,7 +156,10 @@ class Wanted:
             else ("DDIM", "DDIMScheduler")
         )
         own = self.scheduler.get("_class_name", like)
-        return f"by {mine}" if own == like or self.kind == "StepAwarePipeline" else f"by {mine} in place of its {own}"
+        if own == like or self.kind == "StepAwarePipeline":
+            unlike = [name for name, plain in PLAIN.items() if self.scheduler.get(name, plain) != plain]
+            return f"by {mine}" + (f" without its {' and '.join(unlike)}" if unlike and mine != "DDIM" else "")
+        return f"by {mine} in place of its {own}"
 
     @cached_property
     def rival(self) -> DPMSolver | None:
@@ -166,7 +187,8 @@ class Wanted:
             return uniform(steps, self.net.noise.timesteps)
         kind = DDIMScheduler if isinstance(self.sampler, DDIM) else DPMSolverMultistepScheduler
         known = inspect.signature(kind).parameters
-        return self._spaced(kind(**{name: value for name, value in self.scheduler.items() if name in known}), steps)
+        told = {name: value for name, value in self.scheduler.items() if name in known and name not in PLAIN}
+        return self._spaced(kind(**told), steps)
 
     def _spaced(self, stock: DDIMScheduler | DPMSolverMultistepScheduler, steps: int) -> Timesteps:
         if steps > self.net.noise.timesteps:
@@ -206,9 +228,9 @@ class Wanted:
             null = self.net.anatomy.null_label
             assert null is not None
             classes = self.classes or tuple(range(null))
-            if max(classes) >= null:
+            if strange := [label for label in classes if not 0 <= label < null]:
                 raise UserError(
-                    f"--labels {max(classes)} is none of the network's {null} classes; give some from 0 to {null - 1}"
+                    f"--labels {strange[0]} is none of the network's {null} classes; give some from 0 to {null - 1}"
                 )
         elif self.net.condition_kind:
             raise UserError(f"the network takes {self.net.condition_kind}, of which one kind at a time is known here")

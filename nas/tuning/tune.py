@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from evaluators.conditions import lines_of
 from evaluators.latency import Timed, Timer
-from nas.base.files import read_json, write_json, written
+from nas.base.files import read_json, write_json, write_text
 from nas.contracts import (
     Genome,
     Guidance,
@@ -146,8 +146,7 @@ def split_prompts(wanted: Wanted, folder: Path) -> tuple[Wanted, Wanted]:
     found = []
     for name, part in (("searched", rest), ("verified", kept)):
         path = folder / "prompts" / f"{name}.txt"
-        with written(path):
-            path.write_text("\n".join(part) + "\n", encoding="utf-8")
+        write_text(path, "\n".join(part) + "\n")
         found.append(replace(wanted, prompts=path))
     return found[0], found[1]
 
@@ -262,7 +261,15 @@ def given_schedule(wanted: Wanted, plan: Mapping[str, Any]) -> Schedule:
         raise UserError(
             f"the schedule was found for a network of {len(plan['network']['branches'])} branches, this one has {len(wanted.graph.names(True))}; search anew"
         )
-    own = schedule_of(plan, net.anatomy.full)
+    graph = wanted.graph
+
+    def named(reuse: tuple[str, ...]) -> tuple[str, ...]:
+        """As a space says it: others may say it in another order, or list the branches of a block."""
+        runs = graph.live(computed(graph, reuse), graph.predicts_anew)
+        return graph.collapse(graph.expand(graph.blocks) - runs, graph.predicts_anew)
+
+    told = schedule_of(plan, net.anatomy.full)
+    own = Schedule(tuple(replace(step, reuse=step.reuse and named(step.reuse)) for step in told.steps))
     grid = plan["measured"].get("grid", [step["timestep"] for step in plan["steps"]])
     moved = resampled(own, grid, wanted.grid(wanted.steps))
     guide = None if wanted.scale is None else Guidance(wanted.scale)
