@@ -105,6 +105,11 @@ class LedgerInfo:
         without = {*without, *(["limits"] if self.searcher == BASELINE else [])}
         return [part for part in self.provenance if part not in without and not self.same(part, stored.get(part))]
 
+    def continues(self, stored: LedgerInfo) -> bool:
+        """Whether what is stored is the very same search."""
+        limits = self.searcher == BASELINE or dict(self.limits) == dict(stored.limits)
+        return limits and not self.changed(stored.provenance)
+
     def compares(self, other: LedgerInfo) -> bool:
         """Whether its scores are of the same weights, by the same evaluator, on the same seeds of noises, whatever is searched for; rungs may differ."""
         same_scores = bool(self.scores) and self.scores == other.scores
@@ -131,7 +136,8 @@ class LedgerInfo:
 class Study:
     """Everything a search needs, as recipes: no tensors, picklable, printable.
 
-    `trials`: proposals per searcher on the first rung. `verified`: how many of them reach the last one.
+    `trials`: proposals per searcher on the first rung. `verified`: how many of them reach the last one; on several workers a few more, where a straggler
+    changes who leads.
     `limits`: upper limits on costs, `macs`, `macs_share`, `macs_share_without_attention`, `params` or `latency_ms`, as many at once as you like. `seed`: of weights and noises; searches have `--seed`.
     `proxies`: cheaper scores, each at its first rung, that `nas audit` compares with the evaluator. `enqueue`: genomes that every searcher proposes first,
     such as `space.genome(...)` of a schedule that was made elsewhere.
@@ -162,6 +168,12 @@ class Study:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name in RESERVED:
                 raise UserError(
                     f"a searcher cannot be called {name!r}: names are of letters, digits, '_' and '-', and {', '.join(RESERVED)} mean something else"
+                )
+        for name, searcher in self.searchers.items():
+            if re.search(r" at 0x[0-9a-f]+", repr(searcher)):
+                raise UserError(
+                    f"searcher {name} is {searcher!r}, which names a place in memory, another one in each process, so that its results would never be found "
+                    "again; give its class a __repr__ of its settings"
                 )
         check_recipes(
             self.space,
@@ -340,13 +352,17 @@ class Study:
             )
             if hasattr(part, "former_digest")
         }
+        limits = ", ".join(f"{name}<={_exact(limit)}" for name, limit in sorted(self.limits.items()))
+        rounded = ", ".join(f"{name}<={limit:g}" for name, limit in self.limits.items())
+        if rounded != limits:
+            former["limits"] = rounded
         provenance = {
             "supernet": self.supernet.digest(folder / "supernet"),
             "space": digest_of(self.problem_in(folder).space.describe()),
             "evaluator": self.evaluator.digest(folder),
             "seed": str(self.seed),
             "objectives": ", ".join(self.objectives),
-            "limits": ", ".join(f"{name}<={limit:g}" for name, limit in self.limits.items()),
+            "limits": limits,
             "searcher": repr(self.searcher(searcher)),
         }
         return LedgerInfo(
@@ -364,6 +380,12 @@ class Study:
     def unlimited(self, folder: Path) -> Problem:
         """The problem without limits, for baselines."""
         return replace(self.problem_in(folder), limits={})
+
+
+def _exact(number: float) -> str:
+    """Short where that says it."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def noise_of(rung: int, rungs: Sequence[int]) -> str:

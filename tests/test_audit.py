@@ -89,6 +89,29 @@ def test_an_audit_tells_good_proxies_from_bad(tmp_path: Path) -> None:
     assert sum(facts["bands"]) == facts["schedules"] == 60
 
 
+@dataclass(frozen=True)
+class Both(Misleading):
+    """Measures something else first."""
+
+    metrics: tuple[str, ...] = ("other", "fd")
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        good = ToyEvaluator.__call__(self, schedule, rung, seed)
+        values = {"other": -good.values["fd"], **good.values}
+        return replace(good, values=values, labels={"other": "another", **good.labels})
+
+
+def test_an_audit_is_of_what_the_study_minimises(tmp_path: Path) -> None:
+    proxies = {"good": ToyEvaluator(rungs=(128,)), "both": Both(rungs=(128,))}
+    study = toy_study(proxies=proxies, evaluator=Both())
+    for _ in measure(study, tmp_path, 40, "cpu"):
+        pass
+    facts = summary(read_table(tmp_path / "audit" / TABLE, objective="fd"), resamples=50)
+    assert facts["reference"] == "toy@256"
+    assert {row["proxy"]: round(row["tau"], 6) for row in facts["proxies"]}.keys() == {"good", "both"}
+    assert all(row["tau"] > 0.5 for row in facts["proxies"])
+
+
 def test_an_audit_goes_on_where_it_stopped(tmp_path: Path) -> None:
     whole = audited(tmp_path / "whole", 30)
     study_log = tmp_path / "calls"

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nas.contracts import Trial
+from nas.contracts import Trial, UserError
 from nas.engine.ledger import read_ledgers
 from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from nas.genomes.genetics import dearest
 from nas.genomes.pareto import hypervolume
 from nas.results.report import Run
-from nas.results.trials import area, wall_seconds
+from nas.results.trials import area, best_within, wall_seconds
 from nas.study import Study
 from nas.testing import check_searcher
 from tests.test_cli import ROOT, nas, refused
@@ -131,6 +131,27 @@ def test_several_searchers_may_be_named_and_unknown_ones_are_refused(tmp_path: P
     refused(
         nas(*arguments, "--searcher", "random,annealing"), "no searcher is called 'annealing'; use one of .*routing"
     )
+
+
+def test_the_best_within_one_budget_keeps_to_the_studys_other_limits(tmp_path: Path) -> None:
+    """The baseline is scored whatever the limits are."""
+    study = toy_study(limits={"macs_share": 0.6, "params": 2}, trials=20)
+    with open_session(study, tmp_path) as session:
+        for name in ("uniform", "random"):
+            session.run(session.conductor(name))
+    found = Run.open(tmp_path)
+    every = [trial for _, trials in found.ledgers for trial in trials]
+    assert any(t.cost["params"] > 2 and t.cost["macs_share"] <= 0.6 and t.status == "complete" for t in every)
+    best = best_within(every, "macs_share", 0.6, "fd")
+    assert best.cost["params"] <= 2
+    beyond = replace(best, violations={**best.violations, "params": 1.0})
+    with pytest.raises(
+        UserError, match=r"no verified trial keeps macs_share<=0\.6.* it breaks the study's other limits"
+    ):
+        best_within([beyond], "macs_share", 0.6, "fd")
+    assert best_within([beyond], "params", 9.0, "fd") == beyond
+    dear = replace(best, violations={"macs_share": 0.2, "params": -1.0})
+    assert best_within([dear], "macs", 1e9, "fd") == dear
 
 
 def test_the_area_of_a_step_curve() -> None:

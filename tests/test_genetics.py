@@ -3,7 +3,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nas.contracts import Problem, UserError, frozen
+from nas.contracts import Genome, Price, Problem, UserError, frozen
 from nas.genomes.genetics import (
     check_reachable,
     cross,
@@ -56,6 +57,34 @@ def test_repaired_genomes_keep_the_budget_and_feasible_ones_stay(problem: Proble
     if problem.feasible(genome):
         assert repaired == genome
     assert problem.feasible(random_genome(problem, rng))
+
+
+@dataclass(frozen=True)
+class Flat(ToySpace):
+    """All options take about as long, as on a device that waits for its calls: the fastest is not the one of the fewest multiply-adds."""
+
+    times: ClassVar[tuple[int, ...]] = (410, 400, 420, 430)
+
+    def cost(self, genome: Genome) -> dict[str, float]:
+        return {**super().cost(genome), "latency_ms": sum(self.times[gene] for gene in genome) / 1e6}
+
+    def interval_costs(self, price: Price | None = None) -> tuple[np.ndarray, ...]:
+        return (np.array(self.times),) * self.genes
+
+
+def test_limits_that_the_fastest_schedule_breaks_may_be_kept_by_others() -> None:
+    problem = Problem(Flat(5), ("fd", "macs"), {"latency_ms": 0.0022, "macs_share": 0.2})
+    assert not problem.feasible((1,) * 5)
+    check_reachable(problem)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        genome = random_genome(problem, rng)
+        assert problem.feasible(genome)
+        assert repair(problem, genome, rng) == genome
+    assert len([*feasible_genomes(problem)]) > 10
+    for limits in ({"latency_ms": 0.0022, "macs_share": 0.05}, {"latency_ms": 0.0019, "macs_share": 0.2}):
+        with pytest.raises(UserError, match="cannot be met: the cheapest schedule, 1 everywhere"):
+            check_reachable(replace(problem, limits=limits))
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1))

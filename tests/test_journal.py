@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.contracts import Trial, UserError
-from nas.engine.journal import CHECK, JOURNAL, read_checks, repair, verify
+from nas.engine.journal import CHECK, JOURNAL, TAIL, _drop_torn, read_checks, repair, verify
 from nas.engine.ledger import read_ledgers
 from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from tests.test_cli import nas, refused
+from tests.test_ledger import SCORE, ledger, open_trial
 from tests.toy import toy_study
 
 STUDY = toy_study(trials=8, verified=3)
@@ -146,6 +147,26 @@ def test_a_check_without_its_line_is_overruled(whole: tuple[Path, dict[str, list
     verify(run / JOURNAL)
 
 
+def test_who_only_notes_something_leaves_no_damage_behind_a_torn_line(
+    whole: tuple[Path, dict[str, list[Trial]]], tmp_path: Path
+) -> None:
+    """A report and the dashboard write too, and nobody has looked after the end of the file for them."""
+    run = copied(whole[0], tmp_path / "run")
+    content = (run / JOURNAL).read_bytes()
+    (run / JOURNAL).write_bytes(content[:-30])
+    (run / CHECK).write_bytes((run / CHECK).read_bytes() + b"[1, 2,")
+    storage = open_storage(run)
+    storage.set_study_system_attr(storage.get_all_studies()[0]._study_id, "noted", 1)
+    verify(run / JOURNAL)
+    assert search(run) == whole[1]
+    with (tmp_path / "long").open("wb+") as file:
+        file.write(b"a\n" + b"b" * (3 * TAIL))
+        assert _drop_torn(file) == 2
+        file.seek(0)
+        assert file.read() == b"a\n"
+        assert _drop_torn(file) == 2
+
+
 def test_a_journal_without_checks_opens_with_a_warning_and_gets_them(
     whole: tuple[Path, dict[str, list[Trial]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -201,3 +222,16 @@ def test_repair_of_a_lost_score_runs_that_trial_again(
     done = repair(run / JOURNAL)
     assert done.lost == 1
     assert all(trial.status != "running" for trials in search(run).values() for trial in trials)
+
+
+def test_repair_of_a_lost_time_loses_no_score(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    number = open_trial(book, (0,) * 6)
+    book.begin_again(number)
+    book.close(number, SCORE)
+    path = tmp_path / JOURNAL
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(line for line in lines if b'"nas:again"' not in line))
+    done = repair(path)
+    assert (done.kept, done.again, done.lost) == (1, 0, 0)
+    assert ledger(tmp_path).trial(number).score == SCORE

@@ -115,6 +115,11 @@ def test_a_trial_closed_from_outside_does_not_stop_the_next_run(tmp_path: Path) 
         number, state=optuna.trial.TrialState.FAIL
     )
     assert ledger(tmp_path).trial(number).status == "failed"
+    whole = open_trial(ledger(tmp_path), (1,) * 6)
+    optuna.load_study(study_name="toy.evolution", storage=open_storage(tmp_path)).tell(whole, [0.5, 0.5])
+    found = ledger(tmp_path).trial(whole)
+    assert (found.status, found.score) == ("failed", None)  # of which nobody knows how it was measured
+    assert "closed from outside" in found.reason
 
 
 def test_a_second_run_on_a_locked_folder_is_refused(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ def audit(
         follow(bars, session.prepare())
         pool = worker_pool(workers, gpus_per_worker, ray_address, device)
         follow(bars, session.on_one_thread(measure(study, folder, schedules, device, pool)))
-    rows = read_table(folder / "audit" / TABLE, set(schedules_to_audit(study.space, schedules, study.seed)))
+    audited = set(schedules_to_audit(study.space, schedules, study.seed))
+    rows = read_table(folder / "audit" / TABLE, audited, study.objectives[0])
     facts = summary(rows)
     (folder / "audit" / "audit.json").write_text(json.dumps(facts, indent=2) + "\n")
     picture = folder / "audit" / "audit.png"

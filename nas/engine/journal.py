@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from difflib import SequenceMatcher
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import get_lock_file
@@ -32,7 +32,11 @@ from nas.contracts import UserError
 
 log = logging.getLogger("nas")
 
+AGAIN = "nas:again"
+"""Attribute of a trial: when one that a stop had left was handed out again, in seconds since 1970. Nothing but that is lost with it."""
 JOURNAL, CHECK = "journal.log", "journal.check"
+TAIL = 1 << 16
+"""Bytes at the end of a file that are looked through at once."""
 LOST = "lost: its line of the journal was damaged"
 
 
@@ -59,16 +63,31 @@ class CheckedJournal(JournalFileBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = [json.dumps(entry, separators=(",", ":")).encode() + b"\n" for entry in logs]
-        with get_lock_file(self._lock), self._path.open("ab") as journal:
-            offset = journal.seek(0, os.SEEK_END)
+        with get_lock_file(self._lock), self._path.open("ab+") as journal:
+            offset = _drop_torn(journal)
             checks = list(_checks(lines, offset))
-            with self._path.with_name(CHECK).open("ab") as file:
+            with self._path.with_name(CHECK).open("ab+") as file:
+                _drop_torn(file)
                 file.write(_text(checks))
                 file.flush()
                 os.fsync(file.fileno())
             journal.write(b"".join(lines))
             journal.flush()
             os.fsync(journal.fileno())
+
+
+def _drop_torn(file: BinaryIO) -> int:
+    """Cuts off a last line that has no end, which a writer left that was killed, and with it what would be written behind it; where the file ends then."""
+    size = end = file.seek(0, os.SEEK_END)
+    tail = b""
+    while end and b"\n" not in tail:
+        start = max(0, end - TAIL)
+        file.seek(start)
+        tail, end = file.read(end - start), start
+    whole = end + tail.rfind(b"\n") + 1
+    if whole < size:
+        file.truncate(whole)
+    return whole
 
 
 def prepare(path: Path) -> None:
@@ -242,7 +261,8 @@ class _Builder:
     def _take_of_trial(self, check: Check, line: bytes | None) -> None:
         assert check.trial is not None
         if line is None:
-            if check.operation == JournalOperation.SET_TRIAL_SYSTEM_ATTR and check.trial not in self.lost:
+            noted = check.operation == JournalOperation.SET_TRIAL_SYSTEM_ATTR and check.key != AGAIN
+            if noted and check.trial not in self.lost:
                 self.again.add(check.trial)  # its score, or why it failed
         elif check.trial in self.lost:
             self.aside.append(line)

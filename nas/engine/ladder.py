@@ -213,9 +213,12 @@ class Patience:
         return self._ladder.patience is not None and self._since >= self._ladder.patience
 
     def note(self, trial: Trial) -> None:
-        """A closed trial of the first rung; what failed moves nothing."""
+        """A closed trial of the first rung; what failed moves nothing. A probe beyond the limits cannot move the front, and does not count."""
         mine = trial.objectives(self._ladder.objectives)
-        legal = trial.scored and all(excess <= 0 for excess in trial.violations.values())
+        within = all(excess <= 0 for excess in trial.violations.values())
+        if "probe" in trial.origin and not within:
+            return
+        legal = trial.scored and within
         if not legal or any(all(a <= b for a, b in zip(other, mine, strict=True)) for other in self._front):
             self._since += 1
             return

@@ -20,6 +20,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas.contracts import Problem, Proposal, Schedule, Score, Status, Trial, UserError
+from nas.engine.journal import AGAIN
 from nas.study import LedgerInfo, noise_of
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -28,8 +29,6 @@ RECORD = "nas:record"
 SCORE = "nas:score"
 REASON = "nas:reason"
 STUDY = "nas:study"
-AGAIN = "nas:again"
-"""When a trial that a stop had left was handed out again, in seconds since 1970."""
 
 _STATES: dict[TrialState, Status] = {
     TrialState.RUNNING: "running",
@@ -234,6 +233,9 @@ def read_trial(frozen: FrozenTrial) -> Trial | None:
         return None
     score = frozen.system_attrs.get(SCORE)
     status = _STATES[frozen.state]
+    reason = frozen.system_attrs.get(REASON, {}).get("reason", "")
+    if status in ("complete", "pruned") and not score:
+        status, reason = "failed", "it was closed from outside, without a score"
     return Trial(
         number=frozen.number,
         genome=tuple(record["genome"]),
@@ -244,7 +246,7 @@ def read_trial(frozen: FrozenTrial) -> Trial | None:
         cost=record["cost"],
         violations=record["violations"],
         origin=record["origin"],
-        reason=frozen.system_attrs.get(REASON, {}).get("reason", ""),
+        reason=reason,
         clock=(
             frozen.system_attrs.get(AGAIN, frozen.datetime_start.timestamp()),
             frozen.datetime_complete.timestamp(),
@@ -280,7 +282,7 @@ def settled(storage: BaseStorage, info: LedgerInfo) -> LedgerInfo:
     stored = [LedgerInfo.from_json(found) for found in identities if found is not None]
     beside = [one for one in stored if one.base_name == info.base_name]
     for one in beside:
-        if not info.changed(one.provenance):
+        if info.continues(one):
             return replace(info, variant=one.variant)
     fits = all(info.compares(one) for one in beside)
     return replace(info, variant=info.of_its_search) if beside and fits else info

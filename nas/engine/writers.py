@@ -113,7 +113,7 @@ class _Row:
         self._renewed = time.monotonic()
         connection.execute(
             text(
-                "CREATE TABLE IF NOT EXISTS nas_writers (ledger VARCHAR(255) PRIMARY KEY, holder VARCHAR(255), renewed FLOAT)"
+                "CREATE TABLE IF NOT EXISTS nas_writers (ledger VARCHAR(255) PRIMARY KEY, holder VARCHAR(255), renewed DOUBLE PRECISION)"
             )
         )
 

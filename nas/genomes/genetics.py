@@ -88,14 +88,16 @@ class IntervalCosts:
         return tuple(int(gene) for option in options for gene in option)
 
 
-_latest: tuple[weakref.ref[SearchSpace], IntervalCosts, dict[tuple[tuple[str, float], ...], float]] | None = None
+Limits = tuple[tuple[str, float], ...]
+
+_latest: tuple[weakref.ref[SearchSpace], IntervalCosts, dict[Limits, float], dict[Limits, Genome]] | None = None
 
 
 def costs_of(space: SearchSpace) -> IntervalCosts:
     """Its interval costs, those of the space asked for last kept: a search asks for one space's a hundred times for each trial."""
     global _latest
     if _latest is None or _latest[0]() is not space:
-        _latest = weakref.ref(space), IntervalCosts(space), {}
+        _latest = weakref.ref(space), IntervalCosts(space), {}, {}
     return _latest[1]
 
 
@@ -163,10 +165,12 @@ def check_reachable(problem: Problem) -> None:
     least = cheapest(problem.space)
     cost = problem.space.cost(least)
     check_limits(problem.limits)
-    for name, limit in problem.limits.items():
+    for name in problem.limits:
         if name not in cost:
             raise UserError(f"limit {name!r} is no cost of this space; it has {', '.join(cost)}")
-        if cost[name] > limit:
+    kept = problem.feasible(anchor(problem))
+    for name, limit in problem.limits.items():
+        if cost[name] > limit and not kept:
             again = (
                 ", or delete the run folder's times.json and latency.json if the machine was busy when calls were timed"
             )
@@ -184,6 +188,18 @@ def check_reachable(problem: Problem) -> None:
             f"searches keep to what intervals cost whatever the one before them runs, at least {at_least}, "
             f"above the limit of {budget_of(problem):.4g}; raise the limit, or let intervals be longer"
         )
+
+
+def anchor(problem: Problem) -> Genome:
+    """A genome that keeps all limits: the cheapest one, or where a limit on another cost excludes that, the first one found; the cheapest where none is."""
+    least = cheapest(problem.space)
+    if problem.feasible(least):
+        return least
+    assert _latest is not None
+    known, key = _latest[3], tuple(problem.limits.items())
+    if key not in known:
+        known[key] = next(feasible_genomes(problem, PATIENCE), least)
+    return known[key]
 
 
 def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
@@ -245,12 +261,12 @@ def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome
 
 
 def _within_all(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
-    """What keeps the budget, moved towards the cheapest schedule, which keeps all limits, until it does so too."""
+    """What keeps the budget, moved towards a schedule that keeps all limits, until it does so too."""
     budgeted = (LATENCY,) if LATENCY in problem.limits else ("macs", "macs_share")
     if all(name in budgeted for name in problem.limits) or problem.feasible(genome):
         return genome
     costs, moved = costs_of(problem.space), list(genome)
-    least = costs.cheapest()
+    least = anchor(problem)
     for k in rng.permutation(len(costs.genes)).tolist():
         moved[costs.genes[k]] = least[costs.genes[k]]
         if problem.feasible(tuple(moved)):

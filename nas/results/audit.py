@@ -150,7 +150,10 @@ def _resume(path: Path, header: Mapping[str, Any]) -> set[Genome]:
         os.replace(unfinished, path)
         return set()
     content = path.read_bytes()
-    path.write_bytes(content[: content.rfind(b"\n") + 1])
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("rb+") as file:
+            file.truncate(whole)
     stored, *rows = _lines(path)
     if stored != header:
         raise UserError(
@@ -172,10 +175,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return parsed
 
 
-def read_table(path: Path, genomes: Collection[Genome] | None = None) -> list[dict[str, Any]]:
-    """The rows of an audit, by genome; of these genomes alone, where given. Raises UserError where the file is missing or
-    damaged."""
+def read_table(
+    path: Path, genomes: Collection[Genome] | None = None, objective: str | None = None
+) -> list[dict[str, Any]]:
+    """The rows of an audit, by genome; of these genomes alone, where given. Of scores that measure several things the `objective` comes first, which is what is
+    compared. Raises UserError where the file is missing or damaged."""
     rows = _lines(path)[1:]
+    for score in (score for row in rows for score in row["scores"].values() if objective in score["values"]):
+        for part in ("values", "labels"):
+            score[part] = {objective: score[part][objective], **score[part]}
     chosen = rows if genomes is None else [row for row in rows if tuple(row["genome"]) in genomes]
     return sorted(chosen, key=lambda row: tuple(row["genome"]))
 

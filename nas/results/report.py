@@ -332,7 +332,8 @@ class Run:
         return {**_member(trial, quality, self.scale), "confirmed": confirmed}
 
     def _best_trial(self, trials: Sequence[Trial], share: float, quality: str) -> Trial | None:
-        within = [t for t in trials if t.status == "complete" and self.scale.share(t) <= share]
+        done = [t for t in trials if t.status == "complete" and not beyond_limits(t, self.scale.cost)]
+        within = [t for t in done if self.scale.share(t) <= share]
         return min(within, key=lambda t: t.objectives((quality,))[0], default=None)
 
     def _mark_leaders(self, rows: Sequence[dict[str, Any]], quality: str) -> None:

@@ -30,10 +30,12 @@ def best_within(trials: Sequence[Trial], name: str, limit: float, objective: str
     known = [*verified[0].cost, *([LATENCY] if LATENCY in verified[0].score.values else [])]  # type: ignore[union-attr]
     if name not in known:
         raise UserError(f"{name!r} is not a cost; use one of {', '.join(dict.fromkeys(known))}")
-    within = [trial for trial in verified if trial.objectives([name])[0] <= limit]
+    legal = [trial for trial in verified if not beyond_limits(trial, name)]
+    within = [trial for trial in legal if trial.objectives([name])[0] <= limit]
     if not within:
-        least = min(trial.objectives([name])[0] for trial in verified)
-        raise UserError(f"no verified trial keeps {name}<={limit:g}; the cheapest has {name}={least:.4g}")
+        least = min(trial.objectives([name])[0] for trial in legal or verified)
+        beside = "" if legal else ", but it breaks the study's other limits"
+        raise UserError(f"no verified trial keeps {name}<={limit:g}; the cheapest has {name}={least:.4g}{beside}")
     return min(within, key=lambda trial: (trial.objectives([objective])[0], trial.number))
 
 
@@ -96,8 +98,13 @@ def wall_seconds(trials: Sequence[Trial]) -> float:
     return busy
 
 
-def beyond_limits(trial: Trial) -> bool:
-    return any(excess > 0 for excess in trial.violations.values())
+SAME_COST = ("macs", "macs_share", WITHOUT_ATTENTION)
+
+
+def beyond_limits(trial: Trial, apart_from: str = "") -> bool:
+    """`apart_from`: a cost whose limit, and all limits on multiply-adds where it is one of these, do not count."""
+    left_out = SAME_COST if apart_from in SAME_COST else (apart_from,)
+    return any(excess > 0 for name, excess in trial.violations.items() if name not in left_out)
 
 
 SPENT = ("calls", "macs", "seconds", "cached_calls", "cached_macs", "cache_hits")

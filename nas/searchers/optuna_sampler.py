@@ -43,6 +43,11 @@ class OptunaSampler:
             known = ", ".join(name for name in optuna.samplers.__all__ if name.endswith("Sampler"))
             raise UserError(f"Optuna has no sampler {self.sampler!r}; use one of {known}")
 
+    def __repr__(self) -> str:
+        """Identifies its ledgers: objects among the arguments by what they are made of, functions by their names."""
+        arguments = {name: _told(value) for name, value in self.arguments.items()}
+        return f"OptunaSampler(sampler={self.sampler!r}, arguments={arguments!r})"
+
     def make(self, seed: int) -> optuna.samplers.BaseSampler:
         """Raises UserError where the class cannot be had with these arguments."""
         try:
@@ -57,6 +62,29 @@ class OptunaSampler:
 
     def start(self, problem: Problem, seed: int) -> OptunaSearch:
         return OptunaSearch(self, problem, seed)
+
+
+class _Told:
+    """Prints as the text."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def _told(value: Any) -> Any:
+    if " at 0x" not in repr(value):
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(map(_told, value))
+    if isinstance(value, Mapping):
+        return {name: _told(part) for name, part in value.items()}
+    if hasattr(value, "__qualname__"):
+        return _Told(f"{value.__module__}.{value.__qualname__}")
+    settings = ", ".join(f"{name}={_told(part)!r}" for name, part in sorted(vars(value).items()))
+    return _Told(f"{type(value).__qualname__}({settings})")
 
 
 class OptunaSearch:
