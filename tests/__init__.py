@@ -1,6 +1,8 @@
 """Environment of all tests and of the processes that they start."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -10,7 +12,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Ray asks a cloud's metadata service which cloud it is in, unless its cluster file in the home folder says; the clusters
 # of these tests are in none and report to nobody.
-_home = tempfile.mkdtemp(prefix="nas-test-home-")
-Path(_home, "ray_bootstrap_config.yaml").write_text("{}")
-os.environ["HOME"] = _home
+_PREFIX = "nas-test-home-"
+if not Path(os.environ.get("HOME", "")).name.startswith(_PREFIX):  # else a test's own process, in its home
+    _home = tempfile.mkdtemp(prefix=_PREFIX)
+    Path(_home, "ray_bootstrap_config.yaml").write_text("{}")
+    os.environ["HOME"] = _home
+    atexit.register(lambda me: os.getpid() == me and shutil.rmtree(_home, ignore_errors=True), os.getpid())
 os.environ["RAY_USAGE_STATS_REPORT_URL"] = "http://127.0.0.1:9"
