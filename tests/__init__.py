@@ -17,5 +17,5 @@ if not Path(os.environ.get("HOME", "")).name.startswith(_PREFIX):  # else a test
     _home = tempfile.mkdtemp(prefix=_PREFIX)
     Path(_home, "ray_bootstrap_config.yaml").write_text("{}")
     os.environ["HOME"] = _home
-    atexit.register(lambda me: os.getpid() == me and shutil.rmtree(_home, ignore_errors=True), os.getpid())
+    atexit.register(shutil.rmtree, _home, ignore_errors=True)
 os.environ["RAY_USAGE_STATS_REPORT_URL"] = "http://127.0.0.1:9"
