@@ -55,7 +55,7 @@ class Features(Protocol):
 
 @recipe
 class SmallClassifier:
-    """A small CNN trained on the study's own images: on their labels, or where there are none, on telling by how many
+    """A small CNN trained on the study's own images: on their labels, or where there are none or all are one, on telling by how many
     quarter turns an image was rotated. Features are its last hidden layer, `dimensions` tanh units.
 
     `cells`: sides of the map that the last layer sees. `decay`: the learning rate falls to zero on a cosine.
@@ -91,7 +91,9 @@ class SmallClassifier:
                 )
             return
         pixels = torch.from_numpy(images.pixels)  # which stay where they are: there may be more than a device holds
-        labels = None if images.labels is None else torch.from_numpy(images.labels).to(device)
+        # Of a single class there is nothing to tell apart.
+        told = images.labels is not None and len(np.unique(images.labels)) > 1
+        labels = torch.from_numpy(images.labels).to(device) if told else None
         rotations = 4 if pixels.shape[2] == pixels.shape[3] else 2
         classes = rotations if labels is None else int(labels.max()) + 1
         with torch.random.fork_rng(devices=[]):
@@ -126,7 +128,7 @@ class SmallClassifier:
             "recipe": recipe,
             "trained_on": self._trained_on(images, seed),
         }
-        if images.held_out is not None and images.held_out.labels is not None:
+        if labels is not None and images.held_out is not None and images.held_out.labels is not None:
             accuracy = _accuracy(net, images.held_out, device)
             metadata["held_out_accuracy"] = f"{accuracy:.4f}"
             yield Progress("features", self.steps, self.steps, {"held_out_accuracy": accuracy})

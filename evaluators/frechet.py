@@ -23,7 +23,7 @@ from evaluators.images import check_shape, load_once, read_into
 from evaluators.scoring import BLOCKS, Array, LoadedScore, Rows, Sampled
 from evaluators.trajectories import Trajectories, batches
 from nas.base.files import file_digest
-from nas.contracts import Images, LoadedSupernet, Progress, Schedule, UserError, digest_of
+from nas.contracts import Images, LoadedSupernet, Progress, Schedule, UserError, derive_seed, digest_of
 from nas.recipes import recipe
 
 EXACT_DIMENSIONS = 256
@@ -324,7 +324,7 @@ class LoadedFrechet(LoadedScore):
         self._file = recipe.reference
 
     def grounds(self, schedule: Schedule, count: int, seed: int) -> dict[str, Any] | None:
-        """Distances of the train images and, where states are latents, of the held-out images' reconstructions to what samples are compared with, below
+        """Distances of as many train images as a schedule has samples, for fewer are farther, and, where states are latents, of the held-out images' reconstructions to what samples are compared with, below
         which no schedule gets; and `nearer_than_held_out` of so many samples. None where no image is held out."""
         data, device = load_once(self._images), self.supernet.device
         if data.held_out is None:
@@ -333,10 +333,12 @@ class LoadedFrechet(LoadedScore):
             np.concatenate([rows_of(self.features, part, device) for part in in_batches(images.pixels)])
             for images in (data, data.held_out)
         )
+        most = min(len(train), self.recipe.rungs[-1])
+        few = train[np.random.default_rng(derive_seed(seed, "floor")).choice(len(train), most, replace=False)]
         found: dict[str, Any] = {
-            "train": len(train),
+            "train": most,
             "held_out": len(held_out),
-            "fd_of_train_images": frechet_with_replicates(train, self._reference)[0],
+            "fd_of_train_images": frechet_with_replicates(few, self._reference)[0],
             **({} if self._file is None else {"reference": self._file}),
             "samples": count,
             "nearer": nearer_than_held_out(self.rows_of(schedule, count, seed), train, held_out),

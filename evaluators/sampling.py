@@ -183,6 +183,8 @@ class DPMSolver(_Named):
         x0 = _predicted_image(x, prediction, alpha, self.clip)
         if alpha_next >= 1:
             return x0, None
+        if alpha_next == alpha:  # the last step, where abar ends at that of timestep 0 and the schedule does too
+            return x, (x0, alpha)
         step = _half_log_snr(alpha_next) - _half_log_snr(alpha)
         image = x0
         if memory is not None:
@@ -193,8 +195,13 @@ class DPMSolver(_Named):
         return after, (x0, alpha)
 
 
+FAINTEST, LEAST = 1e-11, 2**-24
+"""Below the first, abar means that no signal is left; the second stands for it."""
+
+
 def _half_log_snr(alpha: float) -> float:
-    """lambda = log(sqrt(abar) / sqrt(1 - abar))."""
+    """lambda = log(sqrt(abar) / sqrt(1 - abar)); where no signal is left, that of diffusers' multistep solvers."""
+    alpha = alpha if alpha > FAINTEST else LEAST
     return 0.5 * (log(alpha) - log1p(-alpha))
 
 

@@ -31,7 +31,7 @@ from nas.genomes.pareto import front
 from nas.results.recommendation import recommended
 from nas.results.report import Run, verdicts
 from nas.results.trials import best_within, verified_front
-from nas.study import BASELINE, Study, load_study
+from nas.study import BASELINE, Study, load_study, noise_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -358,6 +358,7 @@ class StudyRun:
             "trial": trial.number,
             "genome": trial.genome,
             "samples": trial.rung,
+            "noise": noise_of(trial.rung, self.study.evaluator.rungs),
             "cost": dict(trial.cost),
             "score": trial.score.to_json(),
             **({"confirmed": chosen.confirmed.to_json()} if chosen.confirmed else {}),

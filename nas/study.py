@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import chdir
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from importlib.metadata import entry_points
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,8 +122,10 @@ class LedgerInfo:
         return digest_of({part: self.provenance[part] for part in (*SEARCH, "evaluator")})[:8]
 
     def digests(self) -> tuple[str, ...]:
-        """Of the provenance as a whole, the present one first."""
-        return tuple(dict.fromkeys(digest_of({**self.provenance, **former}) for former in ({}, self.former)))
+        """Of the provenance as a whole, the present one first; any of its parts may be called as it was once."""
+        parts = [*self.former.items()]
+        some = chain.from_iterable(combinations(parts, count) for count in range(len(parts) + 1))
+        return tuple(dict.fromkeys(digest_of({**self.provenance, **dict(former)}) for former in some))
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "former"}
@@ -170,11 +173,7 @@ class Study:
                     f"a searcher cannot be called {name!r}: names are of letters, digits, '_' and '-', and {', '.join(RESERVED)} mean something else"
                 )
         for name, searcher in self.searchers.items():
-            if re.search(r" at 0x[0-9a-f]+", repr(searcher)):
-                raise UserError(
-                    f"searcher {name} is {searcher!r}, which names a place in memory, another one in each process, so that its results would never be found "
-                    "again; give its class a __repr__ of its settings"
-                )
+            _settings_of(name, searcher)
         check_recipes(
             self.space,
             self.supernet,
@@ -363,7 +362,7 @@ class Study:
             "seed": str(self.seed),
             "objectives": ", ".join(self.objectives),
             "limits": limits,
-            "searcher": repr(self.searcher(searcher)),
+            "searcher": _settings_of(searcher, self.searcher(searcher)),
         }
         return LedgerInfo(
             self.name,
@@ -382,10 +381,21 @@ class Study:
         return replace(self.problem_in(folder), limits={})
 
 
+def _settings_of(name: str, searcher: Searcher) -> str:
+    """What identifies it in every process. Raises UserError where its repr does not."""
+    told = repr(searcher)
+    if re.search(r" at 0x[0-9a-f]+", told):
+        raise UserError(
+            f"searcher {name} is {told}, which names a place in memory, another one in each process, so that its results would never be found again; give "
+            "what it is made of a __repr__ of its settings"
+        )
+    return told
+
+
 def _exact(number: float) -> str:
     """Short where that says it."""
     short = f"{number:g}"
-    return short if float(short) == number else repr(number)
+    return short if float(short) == number else repr(float(number))
 
 
 def noise_of(rung: int, rungs: Sequence[int]) -> str:

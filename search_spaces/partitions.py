@@ -138,6 +138,8 @@ class Partitions:
     grid: int
     count: int | None
     share: float
+    metric: str
+    """Of the evaluator's, that partitions are compared by."""
 
     def measure(self) -> Iterator[Progress]:
         net = self.evaluate.supernet
@@ -172,13 +174,13 @@ class Partitions:
 
         steps = per_step(space.timesteps)
         each = Stepwise(space.net, space.timesteps, steps, options)
-        metric, rung = self.evaluator.metrics[0], self.evaluator.rungs[0]
-        effects = StepEffects(each, self.evaluate, metric, rung, self.seed)
+        effects = StepEffects(each, self.evaluate, self.metric, self.evaluator.rungs[0], self.seed)
         header = {
             "supernet": trained,
             "evaluator": self.evaluator.digest(self.folder),
             "space": each.describe(),
             "seed": self.seed,
+            **({} if self.metric == self.evaluator.metrics[0] else {"metric": self.metric}),
         }
         path = self.folder / "intervals" / "effects.json"
         yield from _kept(path, header, effects.measure, lambda: [effects.table.tolist(), effects.errors.tolist()])

@@ -12,10 +12,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # Ray asks a cloud's metadata service which cloud it is in, unless its cluster file in the home folder says; the clusters
 # of these tests are in none and report to nobody.
-_PREFIX = "nas-test-home-"
-if not Path(os.environ.get("HOME", "")).name.startswith(_PREFIX):  # else a test's own process, in its home
-    _home = tempfile.mkdtemp(prefix=_PREFIX)
-    Path(_home, "ray_bootstrap_config.yaml").write_text("{}")
-    os.environ["HOME"] = _home
-    atexit.register(shutil.rmtree, _home, ignore_errors=True)
+# One for all of pytest's processes, in which each has its own, and so has what a test starts.
+if "NAS_TEST_HOME" not in os.environ:
+    os.environ["NAS_TEST_HOME"] = tempfile.mkdtemp(prefix="nas-test-home-")
+    atexit.register(shutil.rmtree, os.environ["NAS_TEST_HOME"], ignore_errors=True)
+_home = Path(os.environ["NAS_TEST_HOME"], os.environ.get("PYTEST_XDIST_WORKER", "one"))
+_home.mkdir(exist_ok=True)
+(_home / "ray_bootstrap_config.yaml").write_text("{}")
+os.environ["HOME"] = str(_home)
 os.environ["RAY_USAGE_STATS_REPORT_URL"] = "http://127.0.0.1:9"

@@ -191,6 +191,14 @@ def test_halves_of_what_is_held_out_share_what_is_trained(tmp_path: Path) -> Non
             [*classifier.prepare(other, tmp_path, seed, "cpu")]
 
 
+def test_a_classifier_of_one_class_learns_something_else(tmp_path: Path) -> None:
+    images = IMAGES.load()
+    alike = replace(images, labels=np.zeros_like(images.labels), digest="alike")
+    ticks = [*SmallClassifier(steps=30).prepare(alike, tmp_path, 0, "cpu")]
+    assert ticks[0].values["loss"] > 1.0  # of four quarter turns to tell apart
+    assert SmallClassifier(steps=30).held_out_accuracy(tmp_path) is None
+
+
 def test_judges_look_at_images_that_the_search_did_not_see(tiny_study: Study) -> None:
     first = replace(tiny_study, images=IMAGES, evaluator=Frechet(HeldOutHalf(IMAGES, "first"), rungs=(32, 64)))
     judges, seen = judges_of(first)

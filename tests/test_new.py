@@ -73,6 +73,18 @@ def test_large_pictures_of_classes_are_drawn_as_latents(pictures: Path) -> None:
     assert study.supernet.condition_kind == "labels"
 
 
+def test_pictures_of_one_size_that_is_large_are_resized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for number in range(70):
+        picture = np.random.default_rng(number).integers(0, 255, (320, 320, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{number}.png")
+    study = made("--images", tmp_path / "pictures")
+    assert isinstance(study.supernet, Elastic)
+    assert study.supernet.image_shape == (3, 64, 64)
+    assert study.images.load().pixels.shape[1:] == (3, 64, 64)
+
+
 def test_a_pipelines_network_is_searched(pictures: Path, tmp_path: Path) -> None:
     from diffusers import DDIMPipeline, DDIMScheduler
 

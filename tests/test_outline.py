@@ -121,6 +121,20 @@ def test_the_command_says_it_in_a_table_or_as_json(tmp_path: Path) -> None:
     fast = json.loads(nas("run", study, "--dry-run", "--json", "--throughput", "4e13", "--price", "2").stdout)
     assert slow["hours"]["training"] == pytest.approx(10 * fast["hours"]["training"])
     assert fast["price"]["training"] == pytest.approx(2 * fast["hours"]["training"])
+    more = (
+        "--dry-run",
+        "--json",
+        "--throughput",
+        "4e13",
+        "--seeds",
+        "3",
+        "--trials",
+        str(2 * load_study(study).trials),
+    )
+    planned = json.loads(nas("run", study, *more).stdout)
+    assert 3 * fast["hours"]["search_per_searcher"] < planned["hours"]["search_per_searcher"]
+    assert planned["hours"]["search_per_searcher"] <= 6.01 * fast["hours"]["search_per_searcher"]
+    assert planned["hours"]["training"] == pytest.approx(fast["hours"]["training"])
 
 
 TOY = """

@@ -30,6 +30,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluators.captions import NoImages
+from evaluators.sampling import DDIM as DDIM_SAMPLER
+from evaluators.sampling import DPMSolver, sample
 from nas.contracts import Guidance, LoadedSupernet, Schedule, Step, UserError
 from nas.handover.export import export
 from nas.handover.portable import module, portable, resampled, schedule_of, write_portable
@@ -382,6 +384,19 @@ def test_what_offloads_a_network_stays_on_it(tool: Any, tmp_path: Path) -> None:
     assert np.array_equal(called(pipeline, "ddim"), before)
     assert hook.calls == applied + 5
     tool.apply_schedule(pipeline, plan)
+    wrapped, ours = [], pipeline.unet.forward
+
+    def around(*given: Any, **named: Any) -> Any:
+        wrapped.append(1)
+        return ours(*given, **named)
+
+    pipeline.unet.forward = around  # and says nothing of ours
+    tool.remove_schedule(pipeline)
+    assert np.array_equal(called(pipeline, "ddim"), before)
+    assert len(wrapped) == 5
+    del pipeline.unet.forward
+    add_hook_to_module(pipeline.unet, hook)
+    tool.apply_schedule(pipeline, plan)
     remove_hook_from_module(pipeline.unet)
     assert np.array_equal(called(pipeline, "ddim"), images)
     tool.remove_schedule(pipeline)
@@ -411,6 +426,9 @@ def test_samples_of_equal_noise_are_not_taken_for_guidance(kind: str, tool: Any,
     # The rounding of five float32 steps of another batch.
     assert np.abs(both - alone).max() < 1e-4
     assert np.abs(both[0] - both[1]).max() > 1e-3
+    if kind == "pixart":
+        with pytest.warns(UserWarning, match="found without guidance, the pipeline guides"):
+            called(pipeline, kind, guidance_scale=2.0)
     later = (*steps[:3], *schedule_for(net, 3.0).steps[3:])  # guided at the end alone
     tool.apply_schedule(pipeline, portable(net, Schedule(later), DDIM, {}))
     if kind == "pixart":
@@ -498,6 +516,11 @@ def test_a_process_that_leaves_no_signal_is_the_schedulers_own(kind: Any, tool: 
         mine = noise
         for t in pipeline.scheduler.timesteps:
             mine = pipeline.scheduler.step(pipeline.unet(mine, t).sample, t, mine).prev_sample
+    ours = sample(net, Schedule(steps), DDIM_SAMPLER(clip=False) if ddim else DPMSolver(clip=False), 0, 0, 2)
+    theirs = exported(net, Schedule(steps), tmp_path / "exported", DDIM if ddim else DPM_SOLVER)
+    images = theirs(2, seed=0, output_type="pt").images * 2 - 1
+    # The rounding of eight steps of float32, of images that were cut to their range.
+    assert float((images - ours.clamp(-1, 1)).abs().max()) < 1e-4
     # The least abar of one is 1e-12 and of the other 2^-24: 2^-12 of what no signal weighs, besides rounding.
     assert float((mine - x).abs().max()) < 2e-3 * float(x.abs().max())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ def test_the_cheapest_that_is_level_with_the_full_network_is_recommended() -> No
     assert "50% of the full network's MACs saved" in found["words"]
     assert "the cheapest that cannot be told from it, of 3 schedules verified" in found["words"]
     assert found["command"].startswith("nas export 'my study.py' --out runs/s --searcher evolution --trial 2")
+
+
+def test_of_a_full_network_that_is_guided_it_is_said() -> None:
+    """Guidance doubles what it costs, so that half is saved by leaving that out."""
+    guided = replace(run(trial(2, 0.5, 2.01)), facts={**FACTS, "choices": [["0-1.guidance", ["none", 2.0]]]})
+    found, plain = recommended(guided), recommended(run(trial(2, 0.5, 2.01)))
+    assert found is not None
+    assert plain is not None
+    assert found["words"] == f"{plain['words']} The full network is guided throughout."
 
 
 def test_where_none_is_level_the_best_is_and_that_is_said() -> None:

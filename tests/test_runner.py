@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.samplers import RandomSampler
 from optuna.samplers._tpe.sampler import default_weights
 from optuna.samplers.nsgaii import SBXCrossover
 from optuna.trial import FrozenTrial, create_trial
 
-from nas.contracts import DONE, WAIT, Proposal, Schedule, Score, Step, Trial, UserError, derive_seed
+from nas.contracts import DONE, WAIT, Proposal, Schedule, Score, Step, Trial, UserError, derive_seed, digest_of
 from nas.engine.ladder import Ladder
 from nas.engine.ledger import Ledger, read_ledgers
 from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job, attempt
@@ -264,6 +265,8 @@ def test_a_rounded_limit_is_another_one_and_its_place_among_them_is_none(tmp_pat
     found = Run.open(tmp_path)
     assert [info.searcher for info, _ in found.ledgers] == ["random"]
     assert found.others == 1
+    info = toy_study(limits=close).ledger_info(tmp_path, "random", 0)
+    assert digest_of({**info.provenance, "limits": "macs<=60, params<=4"}) in info.digests()
     former = replace(toy_study(limits=close).ledger_info(tmp_path, "random", 0), provenance={})
     assert former.former["limits"] == "macs<=60, params<=4"
 
@@ -273,7 +276,9 @@ def test_searchers_that_nothing_identifies_are_refused_and_optunas_objects_are_n
         def start(self, problem: Any, seed: int) -> Any:
             raise AssertionError
 
-    with pytest.raises(UserError, match=r"searcher mine is .* names a place in memory.* give its class a __repr__"):
+    with pytest.raises(
+        UserError, match=r"searcher mine is .* names a place in memory.* give what it is made of a __repr__"
+    ):
         toy_study(searchers={"mine": Nameless()})
 
     def crossing(eta: float) -> OptunaSampler:
@@ -283,6 +288,13 @@ def test_searchers_that_nothing_identifies_are_refused_and_optunas_objects_are_n
     weighing = OptunaSampler("TPESampler", {"weights": default_weights})
     assert "default_weights" in repr(weighing)
     assert " at 0x" not in repr(weighing)
+    seeded = [
+        OptunaSampler("CmaEsSampler", {"independent_sampler": RandomSampler(seed=seed), "sigma0": 0.5})
+        for seed in (0, 0, 1)
+    ]
+    assert repr(seeded[0]) == repr(seeded[1]) != repr(seeded[2])
+    with pytest.raises(UserError, match="names a place in memory"):
+        toy_study(searchers={"unnamed": OptunaSampler("TPESampler", {"gamma": lambda count: count})})
     plain = OptunaSampler("TPESampler", {"n_startup_trials": 3})
     assert repr(plain) == "OptunaSampler(sampler='TPESampler', arguments={'n_startup_trials': 3})"
     study = toy_study(searchers={"crossing": crossing(3.0)}, trials=12)

@@ -17,6 +17,7 @@ from nas.searchers.knapsack import Knapsack
 from nas.searchers.random import Random
 from nas.searchers.uniform import Uniform
 from nas.testing import TableSpace, check_searcher, closed, table_problem, toy_score
+from tests.test_genetics import Flat
 
 REGISTERED = {point.name: point for point in entry_points(group="nas.searchers")}
 
@@ -61,6 +62,16 @@ def test_evolution_starts_from_the_feasible_uniform_schedules() -> None:
     feasible = [genome for genome in uniform_genomes(problem.space) if problem.feasible(genome)]
     assert asked[: len(feasible)] == feasible
     assert len(feasible) == 2
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_searchers_keep_limits_that_the_fastest_schedule_breaks(name: str) -> None:
+    """As on a device on which all options take about as long."""
+    problem = Problem(Flat(5), ("fd", "macs"), {"latency_ms": 0.0022, "macs_share": 0.2})
+    told = drive(REGISTERED[name].load()(), problem, toy_score, 60)
+    kept = [trial for trial in told if all(over <= 0 for over in trial.violations.values())]
+    assert all("probe" in trial.origin for trial in told if trial not in kept)
+    assert len(kept) >= 2
 
 
 def run_to(searcher: Any, seed: int, trials: int) -> float:

@@ -522,6 +522,13 @@ def test_one_network_for_all_steps_is_the_plain_pipeline(
     net, half = recipe.initial(0), recipe.uniform(0.5)
     guidance = None if scale is None else Guidance(scale)
     schedule = Schedule(tuple(Step(t, half, (), guidance) for t in leading(4, offset=1)))
+    if kind == "xl" and scale is None:
+        plain = shutil.copytree(folder / "xl", tmp_path / "plain")
+        index = json.loads((plain / "model_index.json").read_text())
+        (plain / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
+        other = Elastic.from_pretrained(plain, widths=(0.5, 1.0)).initial(0)
+        export_stock(other, schedule, DDIM(clip=False).describe(), {}, tmp_path / "other")
+        assert DiffusionPipeline.from_pretrained(tmp_path / "other").config.force_zeros_for_empty_prompt is False
     facts = export_stock(net, schedule, DDIM(clip=False).describe(), {}, tmp_path / "stock")
     assert facts["pipeline"] == {"sd": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}[kind]
     assert facts["timesteps"]

@@ -372,7 +372,9 @@ def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> No
     assert odd.grid(10) == multistep.grid(10)
     assert odd.stepped_by == "by DPM-Solver++ without its use_karras_sigmas and solver_type"
     shutil.copytree(place / "ddim", tmp_path / "pixels")
-    DPMSolverMultistepScheduler(**euler).save_pretrained(tmp_path / "pixels" / "scheduler")
+    DPMSolverMultistepScheduler.from_config(DDIMScheduler(clip_sample=True).config).save_pretrained(
+        tmp_path / "pixels" / "scheduler"
+    )
     assert Wanted(tmp_path / "pixels", "macs", 0.5).sampler.clip is False  # as the stock scheduler, which does not
     assert Wanted(place / "ddim", "macs", 0.5).sampler.clip is False  # its config says so
     shutil.copytree(place / "dit", tmp_path / "euler")
@@ -449,6 +451,27 @@ def test_a_schedule_may_name_what_it_reuses_as_it_likes(reuse: list[str], place:
     wanted = Wanted(place / "dit", "macs", 0.6, steps=6, further=(("b2",),))
     space: Any = wanted.study({"macs_share": 0.6}).space
     assert space.decode(space.genome(given)) == given
+
+
+def test_a_schedule_of_parts_of_blocks_is_not_taken_for_one_of_blocks(place: Path) -> None:
+    wanted = Wanted(place / "ddim", "macs", 0.6, steps=3)
+    graph, timesteps = wanted.graph, wanted.grid(3)
+    plan = {
+        "sampler": {"class": "DDIM"},
+        "network": {"class": "UNet2DModel", "branches": [*graph.names(True)]},
+        "guidance_scale": None,
+        "measured": {},
+    }
+
+    def of(*reuse: str) -> dict[str, Any]:
+        steps = [{"timestep": t, "guided": False, "reuse": [*reuse] * (n == 1)} for n, t in enumerate(timesteps)]
+        return {**plan, "steps": steps}
+
+    assert given_schedule(wanted, of("u0", "mid", "d1")).steps[1].reuse == ("d1", "mid", "u0")
+    # Whose outputs nobody else reads.
+    assert given_schedule(wanted, of("u0.1")).steps[1].reuse == ("d1", "mid", "u0")
+    with pytest.raises(UserError, match=r"reuses u0\.0 at a step, where the blocks d0, d1, mid, u0, u1 are searched"):
+        given_schedule(wanted, of("u0.0"))
 
 
 def test_a_network_alone_can_be_tuned(place: Path) -> None:

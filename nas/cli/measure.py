@@ -106,7 +106,10 @@ def intervals(
         follow(bars, session.prepare())
         loaded = study.load(folder, device)
         limit = study.limits.get("macs_share", 0.5) if share is None else share
-        found = Partitions(study.space, loaded, study.images, study.evaluator, folder, study.seed, grid, count, limit)
+        metric = study.objectives[0]
+        found = Partitions(
+            study.space, loaded, study.images, study.evaluator, folder, study.seed, grid, count, limit, metric
+        )
         follow(bars, session.on_one_thread(found.measure()))
     facts = found.facts()
     (folder / "intervals" / "intervals.json").write_text(json.dumps(facts, indent=2) + "\n")

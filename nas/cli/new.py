@@ -42,7 +42,7 @@ def new(
         typer.Option(
             min=8,
             max=MOST,
-            help="Side that pictures are cropped and resized to. Default: their own where all have one, else 64.",
+            help="Side that pictures are cropped and resized to. Default: their own where all have one of at most 256, else 64.",
             show_default=False,
         ),
     ] = None,
@@ -111,7 +111,9 @@ def study_text(name: str, file: str, images: Path, pipeline: Path | None, labels
         facts |= _of_pipeline(pipeline, labels)
     else:
         sides = (size, size) if size else (height, width) if alike and max(height, width) <= MOST else (64, 64)
-        facts |= {"size": sides, "resize": bool(size) or not alike} | _of_size(sides, channels)
+        facts |= {"size": sides, "resize": bool(size) or not alike or sides != (height, width)} | _of_size(
+            sides, channels
+        )
     loader = jinja2.PackageLoader("nas.cli")
     environment = jinja2.Environment(loader=loader, trim_blocks=True, keep_trailing_newline=True, autoescape=False)
     text = environment.get_template("study.py.jinja").render(**facts)

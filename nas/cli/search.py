@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,7 +115,8 @@ def run(
         check_answers(storage)
     check_device(device)
     if dry_run:
-        _dry_run(study, names, device, threads, trials, throughput, price, as_json)
+        planned = study if trials is None else replace(study, trials=trials)
+        _dry_run(planned, names, seeds, device, threads, throughput, price, as_json)
         return
     study.check()
     folder = run_folder(study, out_dir)
@@ -150,9 +151,9 @@ def run(
 def _dry_run(
     study: Study,
     names: list[str],
+    seeds: int,
     device: str,
     threads: int,
-    trials: int | None,
     throughput: float | None,
     price: float | None,
     as_json: bool,
@@ -161,14 +162,14 @@ def _dry_run(
     from nas.results.forecast import forecast
     from nas.results.outline import outline
 
-    facts = outline(study, throughput, price)
+    facts = outline(study, throughput, price, seeds)
     if not as_json:
         print_outline(facts)
     try:
         study.check()
         if throughput is None:
             with notes.status(f"measuring {device} for some seconds"):
-                facts["here"] = forecast(study, names, device, threads, trials).to_json(names, price)
+                facts["here"] = forecast(study, names, device, threads, seeds=seeds).to_json(names, price)
     finally:
         if as_json:
             print_json(facts)

@@ -131,7 +131,8 @@ class Confirmation:
             said.append(judged(judge.name, mine, full, judge.metric, floor, margin, judge.decides, fewer))
         share = sum(map(net.macs, self.schedule(arm).steps)) / sum(map(net.macs, self.schedule(reference).steps))
         digest = self.schedule(arm).digest
-        return Verdict(self.protocol.name, self.protocol.digest, 1 - share, tuple(said), seen, digest)
+        words = full_in_words(self.schedule(reference))
+        return Verdict(self.protocol.name, self.protocol.digest, 1 - share, tuple(said), seen, digest, words)
 
     def write_down(self) -> None:
         """Keeps the protocol. Raises UserError where another one of this name was kept before."""
@@ -240,18 +241,18 @@ def protocol_of(
         {"ledger": ledger, "number": trial.number, "schedule": schedules[arm].digest}
         for arm, (ledger, trial) in arms.items()
     ]
-    one = len(arms) == 1
+    one, words = len(arms) == 1, full_in_words(full)
     return Protocol(
         name=name,
-        question=f"Is the schedule of {asked[0]}, trained, as good as the full network equally trained?"
+        question=f"Is the schedule of {asked[0]}, trained, as good as {words} equally trained?"
         if one
-        else f"Which of these schedules are, trained, as good as the full network equally trained: {'; '.join(asked)}?",
+        else f"Which of these schedules are, trained, as good as {words} equally trained: {'; '.join(asked)}?",
         arms={
             **{
                 arm: f"the networks of schedule {schedule.digest}, each fine-tuned on its timesteps, {steps[arm]} gradient steps together"
                 for arm, schedule in schedules.items()
             },
-            FULL: f"the full network, fine-tuned for as many multiply-adds, {steps[FULL]} gradient steps",
+            FULL: f"{words}, fine-tuned for as many multiply-adds, {steps[FULL]} gradient steps",
         },
         reference=FULL,
         seeds=tuple(range(seeds)),
@@ -294,6 +295,12 @@ def _full(study: Study, folder: Path, storage: str | None) -> Schedule:
     uniform = [t for info, trials in Run.open(folder, storage).ledgers if info.searcher == BASELINE for t in trials]
     found = full_network(uniform, study.objectives[0])
     return study.space.decode(dearest(study.space) if found is None else found.genome)
+
+
+def full_in_words(schedule: Schedule) -> str:
+    """What a schedule of the full network is called: guidance doubles what it costs, and a cheaper one may do without."""
+    scales = sorted({step.guidance.scale for step in schedule.steps if step.guidance})
+    return "the full network" + (f" guided at {' and '.join(f'{scale:g}' for scale in scales)}" if scales else "")
 
 
 def _served(schedule: Schedule, timesteps: int) -> dict[Arch, list[tuple[int, int]]]:

@@ -122,6 +122,7 @@ class Verdict:
     judges: tuple[Judged, ...]
     seen: bool
     schedule: str
+    reference: str = "the full network"
 
     @property
     def confirmed(self) -> bool:
@@ -140,9 +141,9 @@ class Verdict:
         lossy = [judge.judge for judge in deciding if judge.loss and not judge.no_loss]
         undecided = [judge.judge for judge in deciding if not judge.no_loss]
         if self.confirmed:
-            said = f"No loss: {saving}, is not worse than the full network equally trained, under {_and([j.judge for j in deciding])}"
+            said = f"No loss: {saving}, is not worse than {self.reference} equally trained, under {_and([j.judge for j in deciding])}"
         elif lossy:
-            said = f"A loss: {saving}, is worse than the full network equally trained, under {_and(lossy)}"
+            said = f"A loss: {saving}, is worse than {self.reference} equally trained, under {_and(lossy)}"
         else:
             said = f"Not confirmed: {saving}, may lose more than the margin under {_and(undecided)}"
         known = ", on images that the search was scored against too" if self.seen else ""

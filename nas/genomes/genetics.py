@@ -170,6 +170,11 @@ def check_reachable(problem: Problem) -> None:
             raise UserError(f"limit {name!r} is no cost of this space; it has {', '.join(cost)}")
     kept = problem.feasible(anchor(problem))
     for name, limit in problem.limits.items():
+        if cost[name] > limit and not kept and LATENCY in problem.limits and name != LATENCY:
+            raise UserError(
+                f"no schedule was found that keeps all of the limits {dict(problem.limits)}: the fastest, {_option_names(problem.space, least)}, costs "
+                f"{name}={cost[name]:.4g}; raise one of them"
+            )
         if cost[name] > limit and not kept:
             again = (
                 ", or delete the run folder's times.json and latency.json if the machine was busy when calls were timed"
@@ -191,15 +196,46 @@ def check_reachable(problem: Problem) -> None:
 
 
 def anchor(problem: Problem) -> Genome:
-    """A genome that keeps all limits: the cheapest one, or where a limit on another cost excludes that, the first one found; the cheapest where none is."""
+    """A genome that keeps all limits: the cheapest one, or where a limit on another cost excludes that, one found from there; the cheapest where none is."""
     least = cheapest(problem.space)
     if problem.feasible(least):
         return least
     assert _latest is not None
     known, key = _latest[3], tuple(problem.limits.items())
     if key not in known:
-        known[key] = next(feasible_genomes(problem, PATIENCE), least)
+        known[key] = _found_from(problem, least)
     return known[key]
+
+
+def _found_from(problem: Problem, least: Genome) -> Genome:
+    """Interval by interval another option, as long as the limits are broken: those first that take most of the excess away for what they cost, and if that is
+    not enough those that take most of it away. Costs that add up over intervals, as multiply-adds do, are priced by one option at a time."""
+    costs, budget = costs_of(problem.space), budget_of(problem)
+
+    def excess(genome: Genome) -> float:
+        return sum(max(0.0, over) / problem.limits[name] for name, over in problem.violations(genome).items())
+
+    def with_option(genome: Genome, k: int, option: Genome) -> Genome:
+        return (*genome[: costs.genes[k].start], *option, *genome[costs.genes[k].stop :])
+
+    start = excess(least)
+    moves: list[tuple[float, int, int, Genome]] = []
+    for k, table in enumerate(costs.tables):
+        for option in np.ndindex(table.shape):
+            gain = start - excess(with_option(least, k, option))
+            if gain > 0:
+                moves.append((gain, costs.of(k, option) - int(table.min()), k, option))
+    found = least
+    for order in (lambda move: move[0] / max(move[1], 0.5), lambda move: move[0]):
+        found, changed = least, set()
+        for _, _, k, option in sorted(moves, key=order, reverse=True):
+            moved = with_option(found, k, option)
+            if k not in changed and costs.total(moved) <= budget and excess(moved) < excess(found):
+                found = moved
+                changed.add(k)
+                if problem.feasible(found):
+                    return found
+    return least
 
 
 def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:

@@ -56,8 +56,9 @@ def _measured(provenance: Mapping[str, Any]) -> str:
         rows.append(("multiply-adds of an image, of the full network's at every step", f"{cost['macs_share']:.1%}"))
     if "params" in cost:
         rows.append(("parameters of the networks", f"{cost['params']:,}"))
+    verified = provenance.get("noise") != "search noise"
     for name, words in (
-        ("score", "noises that verified leaders"),
+        ("score", "noises that verified leaders" if verified else "noises of the search, on which it was chosen"),
         ("confirmed", "noises on which nothing was chosen"),
     ):
         if name in provenance:

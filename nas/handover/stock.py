@@ -46,7 +46,8 @@ def export_stock(
     tokens = (getattr(net, "text_shape", None) or {}).get("tokens")
     if texts:
         with quiet_transformers():
-            pipeline = _of_text(kind, texts, autoencoder, network, scheduler)
+            zeros = bool((getattr(net, "text_shape", None) or {}).get("zeros"))
+            pipeline = _of_text(kind, texts, autoencoder, network, scheduler, zeros)
     elif kind == DIT:
         pipeline = diffusers.DiTPipeline(transformer=network, vae=autoencoder, scheduler=scheduler)
     elif autoencoder is not None:
@@ -84,12 +85,13 @@ def _scheduler(net: LoadedSupernet, sampler: Mapping[str, Any], spacing: str, of
     return DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero")
 
 
-def _of_text(kind: str, texts: Mapping[str, Any], autoencoder: Any, network: Any, scheduler: Any) -> Any:
+def _of_text(kind: str, texts: Mapping[str, Any], autoencoder: Any, network: Any, scheduler: Any, zeros: bool) -> Any:
+    """`zeros`: whether these stand for no negative prompt, of XL."""
     if kind == PIXART:
         return diffusers.PixArtAlphaPipeline(**texts, vae=autoencoder, transformer=network, scheduler=scheduler)
     parts = {"vae": autoencoder, "unet": network, "scheduler": scheduler, **texts}
     if "text_encoder_2" in texts:
-        return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False, force_zeros_for_empty_prompt=zeros)
     return diffusers.StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )

@@ -183,7 +183,8 @@ def read_table(
     rows = _lines(path)[1:]
     for score in (score for row in rows for score in row["scores"].values() if objective in score["values"]):
         for part in ("values", "labels"):
-            score[part] = {objective: score[part][objective], **score[part]}
+            if objective in score[part]:
+                score[part] = {objective: score[part][objective], **score[part]}
     chosen = rows if genomes is None else [row for row in rows if tuple(row["genome"]) in genomes]
     return sorted(chosen, key=lambda row: tuple(row["genome"]))
 

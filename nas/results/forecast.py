@@ -101,10 +101,8 @@ class Forecast:
         }
 
 
-def forecast(
-    study: Study, searchers: Sequence[str], device: str = "cpu", threads: int = 0, trials: int | None = None
-) -> Forecast:
-    """Reads the images, trains everything for a few steps, and scores a few schedules. Raises UserError where one step takes too long to try."""
+def forecast(study: Study, searchers: Sequence[str], device: str = "cpu", threads: int = 0, seeds: int = 1) -> Forecast:
+    """`seeds`: of each search. Reads the images, trains everything for a few steps, and scores a few schedules. Raises UserError where one step takes too long to try."""
     largest = dearest(study.space)
     macs = study.space.cost(largest)["macs"] / len(study.space.decode(largest).steps)
     if device == "cpu" and macs / SLOW > SECONDS:
@@ -123,8 +121,7 @@ def forecast(
             rate = _rate(shrunk, evaluator)
             net = evaluator.supernet
             costs = _Costs(net)
-            count = trials or study.trials
-            found = {name: _searched(study, name, count, costs) for name in searchers}
+            found = {name: _searched(study, name, study.trials, costs) for name in searchers}
     first, last = study.evaluator.rungs[0], study.evaluator.rungs[-1]
     means = [costs.of(study.space.decode(genome)) for genome in uniform_genomes(study.space)]
     baseline = sum(means) * (first + (last if last != first else 0)) / rate
@@ -132,8 +129,8 @@ def forecast(
     confirming = 0.0
     for name, (shared, leading) in found.items():
         verified = study.verified * leading * last if last != first else 0.0
-        searches[name] = (shared * first + verified) / rate
-        confirming += CONFIRMED * leading * last / rate
+        searches[name] = seeds * (shared * first + verified) / rate
+        confirming += seeds * CONFIRMED * leading * last / rate
     words = ["calls are timed when the run begins, which is not reckoned"] if study.limits_time else []
     words += getattr(study.evaluator, "not_reckoned", ())
     words += [

@@ -11,9 +11,11 @@ from nas.genomes.timed import calls
 from nas.study import Study
 
 
-def outline(study: Study, throughput: float | None = None, price: float | None = None) -> dict[str, Any]:
+def outline(
+    study: Study, throughput: float | None = None, price: float | None = None, seeds: int = 1
+) -> dict[str, Any]:
     """Size of the space, its range of MACs, the network, memory; `words` says by which formulas. `throughput`: multiply-adds in a second of a device, which
-    give hours; `price`: of one of them. Raises UserError where a network cannot be built or run."""
+    give hours; `price`: of one of them. `seeds`: of each search. Raises UserError where a network cannot be built or run."""
     for part, member in ((study.supernet, "outline"), (study.training, "macs")):
         if not hasattr(part, member):
             raise UserError(
@@ -26,7 +28,8 @@ def outline(study: Study, throughput: float | None = None, price: float | None =
     typical = (float(least["macs"]) + budget) / 2 + network.get("decoder_macs", 0.0)
     training = float(study.training.macs(study.supernet)) + network.pop("codec_training_macs", 0.0)
     first, last = study.evaluator.rungs[0], study.evaluator.rungs[-1]
-    search = study.trials * first * typical + (study.verified * last * typical if last != first else 0.0)
+    samples = study.trials * first + (study.verified * last if last != first else 0)
+    search = seeds * samples * typical
     weights, activations = 4 * network["params"], 4 * network["activations"]
     steps = space.decode(cheapest(space)).steps
     kept = {}
@@ -57,7 +60,7 @@ def outline(study: Study, throughput: float | None = None, price: float | None =
                 else []
             ),
             *([f"hours = MACs / {throughput:.3g} per second / 3600"] if throughput else []),
-            f"MACs of a search = ({study.trials} trials x {first:,} + {study.verified} verified x {last:,} samples) x the mean of the cheapest "
+            f"MACs of a search = {f'{seeds} seeds x ' if seeds > 1 else ''}({study.trials} trials x {first:,} + {study.verified} verified x {last:,} samples) x the mean of the cheapest "
             "schedule and the budget"
             + (", and decoding" if "decoder_macs" in network else "")
             + "; shared beginnings save part of it",

@@ -66,7 +66,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
         grids=_grids(study, loaded, winner[1], ledgers.get(BASELINE, ()), run.scale, folder, quality) if winner else [],
         grounds=_grounds(keep_grounds(study, run, loaded)),
-        audit=_audit(run.folder, folder),
+        audit=_audit(run.folder, folder, run.facts["objectives"][0]),
         trained=_trained(facts["trained"], quality),
         verdicts=[_verdict(found) for found in verdicts(run.folder)],
         spent=_spent(study, run, facts),
@@ -99,11 +99,6 @@ def _inline(picture: Path) -> Markup:
 def _best_searcher(facts: Mapping[str, Any]) -> str:
     rows = [row for row in facts["searchers"] if not row["baseline"] and row["front"]]
     return str(max(rows, key=lambda row: row["hypervolume"])["searcher"]) if rows else BASELINE
-
-
-def _full_in_words(run: Run) -> str:
-    guided = any(name.endswith(".guidance") for name, _ in run.facts["choices"])
-    return "the full network, guided throughout" if guided else "the full network"
 
 
 def _searched(study: Study, facts: Mapping[str, Any]) -> str:
@@ -145,7 +140,7 @@ def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str, r
         shown = _with_error(full, quality)
         difference = against(winner[1], full, quality) if winner else None
         words = f"the best {difference['words']}" if difference else ""
-        cards.append({"what": f"{quality} of {_full_in_words(run)}", "value": shown, "words": words})
+        cards.append({"what": f"{quality} of {run.full_in_words}", "value": shown, "words": words})
     return cards
 
 
@@ -255,7 +250,7 @@ def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
     )
 
 
-def _audit(run: Path, folder: Path) -> dict[str, Any] | None:
+def _audit(run: Path, folder: Path, objective: str) -> dict[str, Any] | None:
     import json
 
     from nas.results.audit import TABLE, read_table
@@ -264,7 +259,7 @@ def _audit(run: Path, folder: Path) -> dict[str, Any] | None:
     if not facts_file.exists():
         return None
     facts = json.loads(facts_file.read_text())
-    draw_audit(read_table(run / "audit" / TABLE), facts, folder / "audit.svg")
+    draw_audit(read_table(run / "audit" / TABLE, objective=objective), facts, folder / "audit.svg")
     best = facts["proxies"][0]
     words = (
         f"{facts['schedules']} schedules scored by each proxy and by the reference, {facts['reference']}. Best: {best['proxy']}, Kendall's tau "

@@ -46,9 +46,10 @@ def recommended(run: Run, study_file: str = "STUDY.py") -> dict[str, Any] | None
     }
     called = f"{info.searcher}'s trial {trial.number}" + (f", seed {info.seed}" if info.seed else "")
     what = f"{1 - share:.0%} of the full network's {scale.words} saved, {quality} {trial.objectives((quality,))[0]:.4g}"
+    guided = " The full network is guided throughout." if "guided" in run.full_in_words else ""
     several = f"{len(found)} schedules verified" if len(found) > 1 else "one schedule verified"
     if full is None or full.score is None or trial.score is None:
-        return {**told, "words": f"Take {called}: {what}; the best of {several} within the limits."}
+        return {**told, "words": f"Take {called}: {what}; the best of {several} within the limits.{guided}"}
     difference, error = trial.score.difference(full.score, quality)
     what += f" where the full network has {full.score.values[quality]:.4g}, on the noises that verified both"
     if math.isfinite(error):
@@ -58,11 +59,11 @@ def recommended(run: Run, study_file: str = "STUDY.py") -> dict[str, Any] | None
     if level:
         return {
             **told,
-            "words": f"Take {called}: {what}. It is the cheapest that cannot be told from it, of {several} within the limits.",
+            "words": f"Take {called}: {what}. It is the cheapest that cannot be told from it, of {several} within the limits.{guided}",
         }
     return {
         **told,
-        "words": f"Of {several} within the limits none is level with the full network. The best is {called}: {what}.",
+        "words": f"Of {several} within the limits none is level with the full network. The best is {called}: {what}.{guided}",
     }
 
 

@@ -138,6 +138,12 @@ class Run:
                 return Scale(words, cost, full, limits[cost] / full)
         return Scale("MACs", "macs_share", 1.0, limits.get("macs_share"))
 
+    @property
+    def full_in_words(self) -> str:
+        """What others are compared with: where steps may be guided, the full network guided at all of them."""
+        guided = any(name.endswith(".guidance") for name, _ in self.facts.get("choices", ()))
+        return "the full network, guided throughout" if guided else "the full network"
+
     def status(self) -> dict[str, Any]:
         """Counts by state for each ledger, and what is being prepared at the moment."""
         rows = []

@@ -19,7 +19,7 @@ from nevergrad.common.errors import TellNotAskedNotSupportedError
 from scipy.special import ndtr, ndtri
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genomes.genetics import LATENCY, TRIES, Taken, budget_of, cheapest, near, repair
+from nas.genomes.genetics import LATENCY, TRIES, Taken, anchor, budget_of, near, repair
 from nas.recipes import Count, recipe
 
 
@@ -28,7 +28,7 @@ class Nevergrad:
     """`optimizer`: a name of `nevergrad.optimizers.registry`, such as "NGOpt", "CMA", "DE", "TBPSA". `budget`: evaluations that it
     plans for; some choose their method by it.
 
-    The cheapest schedule is scored first: its score and the budget are what several objectives are measured by. What exceeds the
+    The cheapest schedule that keeps the limits is scored first: its score and the budget are what several objectives are measured by. What exceeds the
     budget is repaired, and the repaired genome's score is told for what was drawn.
     """
 
@@ -50,7 +50,7 @@ class NevergradSearch:
         self._problem = problem
         self._seed = seed
         self._sizes = np.array([len(choice.options) for choice in problem.space.choices])
-        self._first = cheapest(problem.space)
+        self._first = anchor(problem)
         self._told: set[Genome] = set()
         self._scale: npt.NDArray[np.float64] | None = None
         variables = ng.p.Array(shape=(len(self._sizes),))

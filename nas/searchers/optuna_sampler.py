@@ -6,7 +6,10 @@ ones; the sampler sees that alone. The run's own ledger, with its rungs and veri
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -53,7 +56,8 @@ class OptunaSampler:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                made: optuna.samplers.BaseSampler = getattr(optuna.samplers, self.sampler)(seed=seed, **self.arguments)
+                arguments = copy.deepcopy(dict(self.arguments))  # which a search may change
+                made: optuna.samplers.BaseSampler = getattr(optuna.samplers, self.sampler)(seed=seed, **arguments)
                 return made
         except (TypeError, ValueError, ImportError) as error:
             raise UserError(
@@ -75,16 +79,14 @@ class _Told:
 
 
 def _told(value: Any) -> Any:
+    """What prints its place in memory by what it is made of; as it is where that cannot be told."""
     if " at 0x" not in repr(value):
         return value
-    if isinstance(value, list | tuple):
-        return type(value)(map(_told, value))
-    if isinstance(value, Mapping):
-        return {name: _told(part) for name, part in value.items()}
-    if hasattr(value, "__qualname__"):
-        return _Told(f"{value.__module__}.{value.__qualname__}")
-    settings = ", ".join(f"{name}={_told(part)!r}" for name, part in sorted(vars(value).items()))
-    return _Told(f"{type(value).__qualname__}({settings})")
+    try:
+        made = hashlib.sha256(pickle.dumps(value)).hexdigest()[:8]
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return value
+    return _Told(f"{getattr(value, '__qualname__', type(value).__qualname__)}#{made}")
 
 
 class OptunaSearch:

@@ -84,10 +84,9 @@ def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], f
     these can say it; returned is why they cannot, where so. What another search left there is not. `run`: the run folder."""
     chosen, graph = found.chosen.schedule, found.wanted.graph
     folder.mkdir(parents=True, exist_ok=True)
-    left_out, stale = (
-        [],
-        dict.fromkeys((*FORMATS, APPLY, SCHEDULE)),
-    )  # by the last one the folder is known as a search's
+    left_out = []
+    # The schedule goes last: by it the folder is known as a search's.
+    stale = dict.fromkeys((*FORMATS, APPLY, SCHEDULE))
     if not found.far:
         write_portable(portable(net, chosen, sampler, measured(found)), apply_module(), folder)
         del stale[SCHEDULE], stale[APPLY]

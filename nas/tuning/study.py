@@ -130,8 +130,8 @@ class Wanted:
             and config.get("algorithm_type", "dpmsolver++") == "dpmsolver++"
             and config.get("solver_order", 2) == 2
         )
-        # DPM-Solver++ clips nothing; DDIM in the place of another one does, as diffusers makes it of that one's settings.
-        clip = bool(config.get("clip_sample", not multistep)) if self.net.in_pixels else None
+        # DPM-Solver++ clips nothing, whatever its settings still say of another one; DDIM in the place of another does, as diffusers makes it of these.
+        clip = (not multistep and bool(config.get("clip_sample", True))) if self.net.in_pixels else None
         return DPMSolver(clip=clip) if multistep else DDIM(clip=clip)
 
     def check(self) -> None:
@@ -165,7 +165,7 @@ class Wanted:
     def rival(self) -> DPMSolver | None:
         """Another sampler, whose fewer steps are compared with, where the pipeline is one of diffusers' and DDIM samples."""
         other = isinstance(self.sampler, DPMSolver) or self.kind in ("", "StepAwarePipeline")
-        return None if other else DPMSolver(clip=self.sampler.clip)
+        return None if other else DPMSolver(clip=self.sampler.clip)  # which the module that runs it does as it is told
 
     @property
     def sampler_name(self) -> str:

@@ -265,8 +265,14 @@ def given_schedule(wanted: Wanted, plan: Mapping[str, Any]) -> Schedule:
 
     def named(reuse: tuple[str, ...]) -> tuple[str, ...]:
         """As a space says it: others may say it in another order, or list the branches of a block."""
-        runs = graph.live(computed(graph, reuse), graph.predicts_anew)
-        return graph.collapse(graph.expand(graph.blocks) - runs, graph.predicts_anew)
+        every = graph.expand(graph.blocks)
+        asked = every - graph.expand(reuse)
+        runs = every if asked == every else graph.live(computed(graph, reuse), graph.predicts_anew)
+        if graph.live(runs, "layers") != graph.live(asked, "layers"):
+            raise UserError(
+                f"the schedule reuses {', '.join(reuse)} at a step, where the blocks {', '.join(graph.blocks)} are searched whole; leave --start out"
+            )
+        return graph.collapse(every - runs, graph.predicts_anew)
 
     told = schedule_of(plan, net.anatomy.full)
     own = Schedule(tuple(replace(step, reuse=step.reuse and named(step.reuse)) for step in told.steps))

@@ -89,6 +89,7 @@ class _Applied:
         self.cache: Any = None
         self.memory: Any = None
         self.held: torch.Tensor | None = None
+        self.ended = False
         self.asked = 0
         self.halved = False
         self.signature = inspect.signature(type(net).forward)
@@ -107,13 +108,14 @@ class _Applied:
         self.scheduler.scale_model_input = lambda sample, *_, **__: sample
 
     def end(self) -> None:
-        # Hooks of offloading may have been put on or taken off since, and with them where ours stands.
-        places = [name for name in ("forward", "_old_forward") if self.net.__dict__.get(name) == self.forward]
-        place = places[0] if places else self.place
-        if place == "forward" and self.before is None:
-            delattr(self.net, place)
-        else:
-            setattr(self.net, place, self.call)
+        # Hooks of offloading may have been put on or taken off since, and with them where ours stands; within one that says nothing of it, ours passes on.
+        self.ended = True
+        for place in ("forward", "_old_forward"):
+            if self.net.__dict__.get(place) == self.forward:
+                if place == "forward" and self.before is None:
+                    delattr(self.net, place)
+                else:
+                    setattr(self.net, place, self.call)
         for name in ("set_timesteps", "step", "scale_model_input"):
             self.scheduler.__dict__.pop(name, None)
         del self.net._step_aware
@@ -175,6 +177,8 @@ class _Applied:
 
     def forward(self, *given: Any, **named: Any) -> Any:
         """The noise that the network sees, whatever it predicts, since the steps here are taken by it."""
+        if self.ended:
+            return self.call(*given, **named)
         told = dict(self.signature.bind(self.net, *given, **named).arguments)
         told.pop("self", None)
         as_dict = told.pop("return_dict", True)
@@ -243,11 +247,18 @@ class _Applied:
         return (slice(0, half) if self._own_first else slice(half, None)) if guides else None
 
     def _check_rows(self, samples: int) -> None:
-        """Raises ScheduleError where half of what was asked for was taken for predictions without the condition, and was none."""
+        """Raises ScheduleError where half of what was asked for was taken for predictions without the condition, and was none. Warns where there are such
+        and the schedule knows none."""
         if self.halved and not self._own_first and self.asked != 2 * samples:  # a DiT's pipeline steps both halves
             raise ScheduleError(
                 f"the pipeline asks for {self.asked} predictions of {samples} samples at a step that is not guided, some of equal noise, which looks as if it "
                 f"guided; call it with guidance_scale={self.plan['guidance_scale'] or 1:g}, or give each sample a noise of its own"
+            )
+        says = self._own_first or hasattr(self.pipeline, "guidance_scale")
+        if not says and self.number == 0 and self.plan["guidance_scale"] is None and self.asked == 2 * samples:
+            warnings.warn(
+                "the schedule was found without guidance, the pipeline guides; what it loses so was not measured",
+                stacklevel=2,
             )
 
     @property

@@ -276,6 +276,8 @@ def _noise(count: int, shape: Sequence[int], generator: Any, seed: int | None) -
             rows = [np.random.default_rng((seed, i, purpose)).standard_normal(shape, np.float32) for i in range(count)]
             yield torch.from_numpy(np.stack(rows))
         elif isinstance(generator, list | tuple):
+            if len(generator) != count:
+                raise ValueError(f"{len(generator)} generators for {count} images; give one, or one for each")
             yield torch.stack([torch.randn(*shape, generator=one, device=one.device).cpu() for one in generator])
         else:
             where = generator.device if generator is not None else "cpu"

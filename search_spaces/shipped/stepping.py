@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-NO_SIGNAL, LEAST = 1e-11, 2**-24
+FAINTEST, LEAST = 1e-11, 2**-24
 """Below the first, abar means that no signal is left; diffusers' multistep solvers, which step in log-SNR, take the second for it."""
 
 
@@ -43,7 +43,7 @@ def update(
         return after + (beta if sampler["variance"] == "fixed_large" else small) ** 0.5 * drawn, None
     if b >= 1:
         return image, None
-    here, there = (0.5 * (math.log(alpha) - math.log1p(-alpha)) for alpha in (a if a > NO_SIGNAL else LEAST, b))
+    here, there = (0.5 * (math.log(alpha) - math.log1p(-alpha)) for alpha in (a if a > FAINTEST else LEAST, b))
     ahead = image
     if memory is not None:
         before, place = memory

@@ -267,7 +267,7 @@ def _sizes_of(net: Any, size: Sequence[int]) -> list[tuple[int, int]]:
     found = [(int(size[0]), int(size[1]))]
     for block in net.down_blocks:
         for module in block.downsamplers or ():
-            more = int(getattr(getattr(module, "conv", None), "padding", (0, 0)) == (1, 1))
+            more = int(getattr(module, "use_conv", False) and module.padding == 1)
             height, width = found[-1]
             found.append(((height + more) // 2, (width + more) // 2))
     return found

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
+from accelerate.state import AcceleratorState
 
 from nas.contracts import Progress
 
@@ -80,6 +81,11 @@ class Team:
             self.wait()
             torch.distributed.destroy_process_group()
             os.environ[WORLD] = "1"
+            for name in ("RANK", "LOCAL_RANK"):
+                os.environ.pop(name, None)
+            AcceleratorState._reset_state(
+                reset_partial_state=True
+            )  # else it would still ask the others in what is trained later
 
 
 def launched() -> bool:
