@@ -527,8 +527,8 @@ def test_one_network_for_all_steps_is_the_plain_pipeline(
         index = json.loads((plain / "model_index.json").read_text())
         (plain / "model_index.json").write_text(json.dumps({**index, "force_zeros_for_empty_prompt": False}))
         other = Elastic.from_pretrained(plain, widths=(0.5, 1.0)).initial(0)
-        export_stock(other, schedule, DDIM(clip=False).describe(), {}, tmp_path / "other")
-        assert DiffusionPipeline.from_pretrained(tmp_path / "other").config.force_zeros_for_empty_prompt is False
+        export_stock(other, schedule, DDIM(clip=False).describe(), {}, tmp_path / "unlike")
+        assert DiffusionPipeline.from_pretrained(tmp_path / "unlike").config.force_zeros_for_empty_prompt is False
     facts = export_stock(net, schedule, DDIM(clip=False).describe(), {}, tmp_path / "stock")
     assert facts["pipeline"] == {"sd": "StableDiffusionPipeline", "xl": "StableDiffusionXLPipeline"}[kind]
     assert facts["timesteps"]
