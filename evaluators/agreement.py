@@ -56,7 +56,10 @@ class Agreement(Sampled):
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from self.prepare_conditions(folder, device)
-        yield from self.judge.prepare(load_once(self.images), folder, seed, device)
+        images = load_once(self.images)
+        if images.labels is not None and len(np.unique(images.labels)) < 2:
+            raise UserError(f"{self.images} are all of one class, which nobody tells from another; leave Agreement out")
+        yield from self.judge.prepare(images, folder, seed, device)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         self.check()

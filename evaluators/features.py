@@ -147,7 +147,7 @@ class SmallClassifier:
         return _Extractor(self._network(folder, device), f"small classifier {self.digest(folder)}", "FD")
 
     def classifier(self, folder: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Images (n, channels, height, width) in [-1, 1] to a logit for each class, (n, classes)."""
+        """Images (n, channels, height, width) in [-1, 1] to a logit for each class, (n, classes), or where there are not two of them for each turn."""
         net = self._network(folder, device)
         return lambda images: net.head(net(images))
 

@@ -324,8 +324,9 @@ class LoadedFrechet(LoadedScore):
         self._file = recipe.reference
 
     def grounds(self, schedule: Schedule, count: int, seed: int) -> dict[str, Any] | None:
-        """Distances of as many train images as a schedule has samples, for fewer are farther, and, where states are latents, of the held-out images' reconstructions to what samples are compared with, below
-        which no schedule gets; and `nearer_than_held_out` of so many samples. None where no image is held out."""
+        """Distances to what samples are compared with, below which no schedule gets: of as many train images as a schedule has samples (of all, where there are
+        fewer), and where states are latents of the held-out images' reconstructions; and `nearer_than_held_out` of `count` samples. None where no image is held
+        out."""
         data, device = load_once(self._images), self.supernet.device
         if data.held_out is None:
             return None

@@ -241,9 +241,8 @@ def test_a_distance_says_what_it_stands_on(tiny_net: Elastic, tmp_path: Path) ->
     train, held_out = (
         _gaussian(features(torch.from_numpy(part.pixels)).numpy()) for part in (images.load(), images.load().reference)
     )
-    assert told["fd_of_train_images"] > held_out.distance(
-        train
-    )  # of as many as a schedule has samples: fewer are farther
+    # Of as many as a schedule has samples, and fewer are farther.
+    assert told["fd_of_train_images"] > held_out.distance(train)
     assert (told["train"], told["held_out"], told["samples"]) == (64, 359, 64)
     every = replace(frechet, rungs=(64, 5000)).load(net, tmp_path).grounds(schedule, 64, 0)  # type: ignore[attr-defined]
     assert every["fd_of_train_images"] == pytest.approx(held_out.distance(train), rel=1e-5)

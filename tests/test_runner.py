@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -288,11 +289,11 @@ def test_searchers_that_nothing_identifies_are_refused_and_optunas_objects_are_n
     weighing = OptunaSampler("TPESampler", {"weights": default_weights})
     assert "default_weights" in repr(weighing)
     assert " at 0x" not in repr(weighing)
-    seeded = [
-        OptunaSampler("CmaEsSampler", {"independent_sampler": RandomSampler(seed=seed), "sigma0": 0.5})
-        for seed in (0, 0, 1)
-    ]
-    assert repr(seeded[0]) == repr(seeded[1]) != repr(seeded[2])
+    parts = [OptunaSampler("TPESampler", {"weights": partial(default_weights, x)}) for x in (3, 4)]
+    assert repr(parts[0]) != repr(parts[1])
+    assert " at 0x" not in repr(parts)
+    with pytest.raises(UserError, match="draws from a state of its own"):
+        OptunaSampler("CmaEsSampler", {"independent_sampler": RandomSampler(seed=0)})
     with pytest.raises(UserError, match="names a place in memory"):
         toy_study(searchers={"unnamed": OptunaSampler("TPESampler", {"gamma": lambda count: count})})
     plain = OptunaSampler("TPESampler", {"n_startup_trials": 3})

@@ -241,18 +241,18 @@ def protocol_of(
         {"ledger": ledger, "number": trial.number, "schedule": schedules[arm].digest}
         for arm, (ledger, trial) in arms.items()
     ]
-    one, words = len(arms) == 1, full_in_words(full)
+    one = len(arms) == 1
     return Protocol(
         name=name,
-        question=f"Is the schedule of {asked[0]}, trained, as good as {words} equally trained?"
+        question=f"Is the schedule of {asked[0]}, trained, as good as the full network equally trained?"
         if one
-        else f"Which of these schedules are, trained, as good as {words} equally trained: {'; '.join(asked)}?",
+        else f"Which of these schedules are, trained, as good as the full network equally trained: {'; '.join(asked)}?",
         arms={
             **{
                 arm: f"the networks of schedule {schedule.digest}, each fine-tuned on its timesteps, {steps[arm]} gradient steps together"
                 for arm, schedule in schedules.items()
             },
-            FULL: f"{words}, fine-tuned for as many multiply-adds, {steps[FULL]} gradient steps",
+            FULL: f"the full network, fine-tuned for as many multiply-adds, {steps[FULL]} gradient steps",
         },
         reference=FULL,
         seeds=tuple(range(seeds)),

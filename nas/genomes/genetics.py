@@ -28,6 +28,10 @@ PATIENCE = 10_000
 """Genomes that break a limit, one after another, after which an exhaustive search is given up."""
 
 
+FEW = 1_000
+"""As many, where one that keeps all limits is looked for before a search."""
+
+
 class IntervalCosts:
     """Costs of genomes by interval: MACs, or nanoseconds where time is limited. `genes[k]` are the places of interval k's genes,
     `tables[k]` has an axis for each of them."""
@@ -168,22 +172,21 @@ def check_reachable(problem: Problem) -> None:
     for name in problem.limits:
         if name not in cost:
             raise UserError(f"limit {name!r} is no cost of this space; it has {', '.join(cost)}")
-    kept = problem.feasible(anchor(problem))
-    for name, limit in problem.limits.items():
-        if cost[name] > limit and not kept and LATENCY in problem.limits and name != LATENCY:
-            raise UserError(
-                f"no schedule was found that keeps all of the limits {dict(problem.limits)}: the fastest, {_option_names(problem.space, least)}, costs "
-                f"{name}={cost[name]:.4g}; raise one of them"
-            )
-        if cost[name] > limit and not kept:
-            again = (
-                ", or delete the run folder's times.json and latency.json if the machine was busy when calls were timed"
-            )
-            raise UserError(
-                f"limit {name}={limit:g} cannot be met: the cheapest schedule, "
-                f"{_option_names(problem.space, least)}, costs {name}={cost[name]:.4g}; raise the limit"
-                + (again if name == LATENCY else "")
-            )
+    budgeted = _budgeted(problem)
+    broken = [name for name, limit in problem.limits.items() if cost[name] > limit]
+    for name in [name for name in broken if name in budgeted]:
+        again = ", or delete the run folder's times.json and latency.json if the machine was busy when calls were timed"
+        raise UserError(
+            f"limit {name}={problem.limits[name]:g} cannot be met: the cheapest schedule, "
+            f"{_option_names(problem.space, least)}, costs {name}={cost[name]:.4g}; raise the limit"
+            + (again if name == LATENCY else "")
+        )
+    if broken and not problem.feasible(anchor(problem)):
+        limits = ", ".join(f"{name}<={limit:g}" for name, limit in problem.limits.items())
+        raise UserError(
+            f"no schedule was found that keeps {limits}: the cheapest, {_option_names(problem.space, least)}, costs {broken[0]}={cost[broken[0]]:.4g}; raise one "
+            "of these limits"
+        )
     bound = IntervalCosts(problem.space).total(least)
     if bound > budget_of(problem):
         at_least = f"{bound:.4g} MACs (macs_share={bound * cost['macs_share'] / cost['macs']:.4g})"
@@ -207,10 +210,20 @@ def anchor(problem: Problem) -> Genome:
     return known[key]
 
 
+def _budgeted(problem: Problem) -> tuple[str, ...]:
+    """Costs whose limits `budget_of` is."""
+    return (LATENCY,) if LATENCY in problem.limits else ("macs", "macs_share")
+
+
 def _found_from(problem: Problem, least: Genome) -> Genome:
-    """Interval by interval another option, as long as the limits are broken: those first that take most of the excess away for what they cost, and if that is
-    not enough those that take most of it away. Costs that add up over intervals, as multiply-adds do, are priced by one option at a time."""
+    """One network throughout, where that will do; else interval by interval another option as long as less of the excess is left, those first that take most of
+    it away for what they cost, or those that take most of it away; else one of the first in exhaustive order. `least` where none is found."""
     costs, budget = costs_of(problem.space), budget_of(problem)
+    if costs.total(least) > budget:
+        return least
+    for genome in uniform_genomes(problem.space):
+        if problem.feasible(genome):
+            return genome
 
     def excess(genome: Genome) -> float:
         return sum(max(0.0, over) / problem.limits[name] for name, over in problem.violations(genome).items())
@@ -225,17 +238,15 @@ def _found_from(problem: Problem, least: Genome) -> Genome:
             gain = start - excess(with_option(least, k, option))
             if gain > 0:
                 moves.append((gain, costs.of(k, option) - int(table.min()), k, option))
-    found = least
     for order in (lambda move: move[0] / max(move[1], 0.5), lambda move: move[0]):
-        found, changed = least, set()
+        found = least
         for _, _, k, option in sorted(moves, key=order, reverse=True):
             moved = with_option(found, k, option)
-            if k not in changed and costs.total(moved) <= budget and excess(moved) < excess(found):
+            if costs.total(moved) <= budget and excess(moved) < excess(found):
                 found = moved
-                changed.add(k)
                 if problem.feasible(found):
                     return found
-    return least
+    return next(feasible_genomes(problem, FEW), least)
 
 
 def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
@@ -298,8 +309,7 @@ def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome
 
 def _within_all(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
     """What keeps the budget, moved towards a schedule that keeps all limits, until it does so too."""
-    budgeted = (LATENCY,) if LATENCY in problem.limits else ("macs", "macs_share")
-    if all(name in budgeted for name in problem.limits) or problem.feasible(genome):
+    if all(name in _budgeted(problem) for name in problem.limits) or problem.feasible(genome):
         return genome
     costs, moved = costs_of(problem.space), list(genome)
     least = anchor(problem)

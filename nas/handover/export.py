@@ -121,15 +121,17 @@ def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path
     reloaded = read_network(folder).to(net.device)
     x = torch.randn((4, *net.state_shape), generator=torch.Generator().manual_seed(0)).to(net.device)
     worst = 0.0
-    before = net.run_as(False, False)  # as the reloaded one runs
     condition = {name: rows.to(net.device) for name, rows in (some_condition(net, len(x)) or {}).items()}
-    for step in schedule.steps:
-        if arch in step.archs:
-            with torch.inference_mode():
-                ours, _ = net.denoiser(Step(step.timestep, arch))(x, step.timestep, None, condition or None)
-                theirs = noise_by(net, reloaded, x, step.timestep, condition or None)
-            worst = max(worst, float((ours[:, : x.shape[1]] - theirs).abs().max()))
-    net.run_as(*before)
+    before = net.run_as(False, False)  # as the reloaded one runs
+    try:
+        for step in schedule.steps:
+            if arch in step.archs:
+                with torch.inference_mode():
+                    ours, _ = net.denoiser(Step(step.timestep, arch))(x, step.timestep, None, condition or None)
+                    theirs = noise_by(net, reloaded, x, step.timestep, condition or None)
+                worst = max(worst, float((ours[:, : x.shape[1]] - theirs).abs().max()))
+    finally:
+        net.run_as(*before)
     return worst
 
 

@@ -53,5 +53,5 @@ def keep_grounds(study: Study, run: Run, loaded: Any) -> Mapping[str, Any] | Non
         facts["full"] = full.score.values[quality]
         folder = run.folder / "report"
         folder.mkdir(exist_ok=True)
-        write_json(folder / GROUNDS, {"floor": floor, "full": facts["full"]})
+        write_json(folder / GROUNDS, {"floor": floor, "train": facts["train"], "full": facts["full"]})
     return facts

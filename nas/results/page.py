@@ -140,7 +140,13 @@ def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str, r
         shown = _with_error(full, quality)
         difference = against(winner[1], full, quality) if winner else None
         words = f"the best {difference['words']}" if difference else ""
-        cards.append({"what": f"{quality} of {run.full_in_words}", "value": shown, "words": words})
+        cards.append(
+            {
+                "what": f"{quality} of the full network{', guided throughout' if run.guided else ''}",
+                "value": shown,
+                "words": words,
+            }
+        )
     return cards
 
 

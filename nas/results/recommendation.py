@@ -46,7 +46,7 @@ def recommended(run: Run, study_file: str = "STUDY.py") -> dict[str, Any] | None
     }
     called = f"{info.searcher}'s trial {trial.number}" + (f", seed {info.seed}" if info.seed else "")
     what = f"{1 - share:.0%} of the full network's {scale.words} saved, {quality} {trial.objectives((quality,))[0]:.4g}"
-    guided = " The full network is guided throughout." if "guided" in run.full_in_words else ""
+    guided = " The full network is guided throughout." if run.guided else ""
     several = f"{len(found)} schedules verified" if len(found) > 1 else "one schedule verified"
     if full is None or full.score is None or trial.score is None:
         return {**told, "words": f"Take {called}: {what}; the best of {several} within the limits.{guided}"}

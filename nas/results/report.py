@@ -139,10 +139,9 @@ class Run:
         return Scale("MACs", "macs_share", 1.0, limits.get("macs_share"))
 
     @property
-    def full_in_words(self) -> str:
-        """What others are compared with: where steps may be guided, the full network guided at all of them."""
-        guided = any(name.endswith(".guidance") for name, _ in self.facts.get("choices", ()))
-        return "the full network, guided throughout" if guided else "the full network"
+    def guided(self) -> bool:
+        """Whether steps may be guided; what others are compared with is then the full network guided at all of them."""
+        return any(name.endswith(".guidance") for name, _ in self.facts.get("choices", ()))
 
     def status(self) -> dict[str, Any]:
         """Counts by state for each ledger, and what is being prepared at the moment."""
@@ -244,6 +243,8 @@ class Run:
         if not path.exists():
             return None
         found = read_json(path, "delete it; `nas report` writes it again")
+        if "train" not in found:  # of all train images, which are nearer than as many as there are samples
+            return None
         return {**found, "words": far_words(float(found["full"]), float(found["floor"]))}
 
     def _after_training(self, quality: str) -> dict[str, Any] | None:

@@ -6,13 +6,11 @@ ones; the sampler sees that alone. The run's own ledger, with its rungs and veri
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
-import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,6 +43,11 @@ class OptunaSampler:
         if not isinstance(getattr(optuna.samplers, self.sampler, None), type):
             known = ", ".join(name for name in optuna.samplers.__all__ if name.endswith("Sampler"))
             raise UserError(f"Optuna has no sampler {self.sampler!r}; use one of {known}")
+        for name, value in self.arguments.items():
+            if isinstance(value, optuna.samplers.BaseSampler):
+                raise UserError(
+                    f"{name} of {self.sampler} is a {type(value).__name__}, which draws from a state of its own that no resumed search knows; leave it out"
+                )
 
     def __repr__(self) -> str:
         """Identifies its ledgers: objects among the arguments by what they are made of, functions by their names."""
@@ -56,8 +59,7 @@ class OptunaSampler:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                arguments = copy.deepcopy(dict(self.arguments))  # which a search may change
-                made: optuna.samplers.BaseSampler = getattr(optuna.samplers, self.sampler)(seed=seed, **arguments)
+                made: optuna.samplers.BaseSampler = getattr(optuna.samplers, self.sampler)(seed=seed, **self.arguments)
                 return made
         except (TypeError, ValueError, ImportError) as error:
             raise UserError(
@@ -78,15 +80,26 @@ class _Told:
         return self._text
 
 
-def _told(value: Any) -> Any:
-    """What prints its place in memory by what it is made of; as it is where that cannot be told."""
-    if " at 0x" not in repr(value):
+DEEP = 8
+"""Objects in each other, beyond which nobody looks."""
+
+
+def _told(value: Any, depth: int = 0) -> Any:
+    """What prints its place in memory by what it is made of, functions and classes by their names; as it is where that cannot be told."""
+    if " at 0x" not in repr(value) or depth > DEEP:
         return value
-    try:
-        made = hashlib.sha256(pickle.dumps(value)).hexdigest()[:8]
-    except (pickle.PicklingError, AttributeError, TypeError):
+    if isinstance(value, Mapping):
+        return {name: _told(part, depth + 1) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(part, depth + 1) for part in value]
+    if isinstance(value, partial):
+        return _Told(f"partial({_told([value.func, value.args, value.keywords], depth + 1)!r})")
+    if "<lambda>" not in (name := getattr(value, "__qualname__", "<lambda>")):
+        return _Told(f"{value.__module__}.{name}")
+    if hasattr(value, "__qualname__") or not hasattr(value, "__dict__"):
         return value
-    return _Told(f"{getattr(value, '__qualname__', type(value).__qualname__)}#{made}")
+    settings = (f"{name}={_told(part, depth + 1)!r}" for name, part in sorted(vars(value).items()))
+    return _Told(f"{type(value).__qualname__}({', '.join(settings)})")
 
 
 class OptunaSearch:

@@ -83,9 +83,8 @@ class Team:
             os.environ[WORLD] = "1"
             for name in ("RANK", "LOCAL_RANK"):
                 os.environ.pop(name, None)
-            AcceleratorState._reset_state(
-                reset_partial_state=True
-            )  # else it would still ask the others in what is trained later
+            # It would still ask the others in what is trained later.
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def launched() -> bool:
