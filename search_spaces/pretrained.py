@@ -47,6 +47,8 @@ USED = ("scheduler", "tokenizer")
 """Further components that are read."""
 VARIANTS = ("", ".fp16", ".bf16")
 """How the names of files of weights in another precision go on."""
+FORMER_TENSORS = {"PixArtTransformer2DModel": ("caption_projection.y_embedding",)}
+"""What files of released networks hold beside what a network has: a caption for no caption, which lies in the encoded texts now."""
 FORMER_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """What diffusers once called the layers of attention: models released in 2022, Stable Diffusion's autoencoder among them, have these names."""
 
@@ -122,7 +124,7 @@ def _autoencoder(pipeline: Path) -> Path | None:
     found = [name for name, kind in _parts(pipeline).items() if kind in AUTOENCODERS and re.fullmatch(r"\w+", name)]
     if len(found) > 1:
         raise UserError(f"{pipeline} has the autoencoders {', '.join(found)}; one with a single one is needed")
-    return pipeline / found[0] if found else None
+    return _inside(pipeline, found[0]) if found else None
 
 
 def _network(pipeline: Path) -> Path:
@@ -132,7 +134,13 @@ def _network(pipeline: Path) -> Path:
     if len(networks) != 1:
         others = ", ".join(f"{name} ({kind})" for name, kind in known.items() if kind) or "nothing"
         raise UserError(f"{pipeline} is a pipeline of {others}; one with a single {' or '.join(NETWORKS)} is needed")
-    return pipeline / networks[0]
+    return _inside(pipeline, networks[0])
+
+
+def _inside(pipeline: Path, name: str) -> Path:
+    """The folder of a component; as for diffusers the pipeline's own where there is none, as the first DDPMs were released."""
+    inner = pipeline / name
+    return inner if inner.is_dir() else pipeline
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -160,7 +168,10 @@ def weight_files(folder: Path) -> list[Path]:
     indices = [folder / f"{index_stem}{variant}.{index_ending}" for variant in VARIANTS]
     index = next((file for file in indices if file.is_file()), None)
     if index is None:
-        raise UserError(f"{whole[0]} does not exist; save the model with safetensors")
+        other = next(folder.glob("*.bin"), None)
+        convert = "" if other is None else f"; {other.name} is none, so make them of it: "
+        convert += "" if other is None else "DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(ANOTHER)"
+        raise UserError(f"{whole[0]} does not exist; save the model with safetensors{convert}")
     shards = read_json(index, "save the model anew").get("weight_map")
     names = sorted(set(shards.values())) if isinstance(shards, dict) else []
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
@@ -200,8 +211,7 @@ def _empty(folder: Path, config: Mapping[str, Any]) -> torch.nn.Module:
 def check_weights_of(net: torch.nn.Module, folder: Path) -> None:
     """`check_weights`, of a network that is there, if only on the meta device."""
     wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
-    now = _present_names(net)
-    given = {now.get(name, name): shape for name, shape, _ in _tensors(folder)}
+    given = {name: shape for name, shape, _ in _tensors_of(net, folder)}
     missing, unexpected = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if missing or unexpected:
         named = [
@@ -225,8 +235,15 @@ def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, torch.Ten
 def read_weights_of(net: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     """`read_weights`, of a network that is there, if only on the meta device."""
     check_weights_of(net, folder)
-    now = _present_names(net)
-    return {now.get(name, name): read().float() for name, _, read in _tensors(folder)}
+    return {name: read().float() for name, _, read in _tensors_of(net, folder)}
+
+
+def _tensors_of(net: torch.nn.Module, folder: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+    """As the network calls them, without those that it has no longer."""
+    now, former = _present_names(net), FORMER_TENSORS.get(type(net).__name__, ())
+    for name, shape, read in _tensors(folder):
+        if name not in former:
+            yield now.get(name, name), shape, read
 
 
 def _present_names(net: torch.nn.Module) -> dict[str, str]:

@@ -35,6 +35,7 @@ from nas.testing import check_searcher, check_space, check_supernet
 from search_spaces.branches import Branches
 from search_spaces.intervals import equal, uniform
 from search_spaces.layouts import learning_to_cache, smoothcache
+from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options
 from search_spaces.patterns import ALL, Every, Listed, Only, legal
 from search_spaces.shipped.graph import AROUND, TransformerGraph
@@ -200,6 +201,17 @@ def test_the_router_learns_what_can_be_reused() -> None:
     assert isinstance(ticks[-1], Progress)
     (opened, _), _ = learned(Router(steps=60, batch=4, learning_rate=0.3, sparsity=0.0))
     assert opened["keep"][::2].mean() > 0.6
+
+
+def test_a_router_learns_of_what_predicts_the_image() -> None:
+    """Where hardly any signal is left the noise follows in float64."""
+    other = replace(net(), noise=NoiseSchedule(prediction="v_prediction"))
+    space = Branches(other, uniform(6), guidance=1.5)
+    learning = Gates(Router(steps=2, batch=2), ("threshold",)).learn(
+        problem(space, 0.6), drawn(other), Digits().load(), 0, None
+    )
+    ticks = [*learning]
+    assert isinstance(ticks[-1], Progress)
 
 
 def test_a_router_that_was_interrupted_goes_on_as_if_it_was_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 
 from evaluators.sampling import DDIM, DDPM, sample
@@ -60,6 +60,19 @@ def test_each_distinct_net_is_written_once(tiny_net: Elastic, tmp_path: Path) ->
     ]
     files = sorted(path.name for path in (tmp_path / "model" / "unet_0").iterdir())
     assert files == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_network_of_any_size_is_one_file(tiny_net: Elastic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers cuts those above ten gigabytes into several, Stable Diffusion XL's in float32 for one."""
+    usual = ModelMixin.save_pretrained.__defaults__
+    assert "10GB" in usual
+    few = tuple("20KB" if one == "10GB" else one for one in usual)
+    monkeypatch.setattr(ModelMixin.save_pretrained, "__defaults__", few)
+    net = tiny_net.initial(0)
+    net.full.save_pretrained(tmp_path / "cut")
+    assert len([*(tmp_path / "cut").glob("*.safetensors")]) > 1
+    export(net, schedule(tiny_net), {"class": "DDIM", "clip": True}, {}, tmp_path / "model")
+    assert len([*(tmp_path / "model").glob("unet_*/*.safetensors")]) == 2
 
 
 def test_a_model_that_differs_from_the_supernet_is_not_exported(

@@ -30,6 +30,7 @@ from nas.searchers.gates import Gates
 from nas.searchers.pruner import Pruner, Scorer, dissimilarity, gammas, kept_share, learn_gates, straight_through
 from nas.study import Study
 from search_spaces.intervals import per_step, uniform
+from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options
 from search_spaces.patterns import Every, Subset, legal
 from search_spaces.stepwise import Stepwise
@@ -364,3 +365,12 @@ def test_a_space_without_reuse_is_refused(tiny_study: Study, tiny_run: Path, tin
     learning = Gates(QUICK).learn(tiny_study.problem, tiny_net.load(tiny_run / "supernet", "cpu"), Digits().load(), 0)
     with pytest.raises(UserError, match="offers no blocks to reuse"):
         finished(learning)
+
+
+@pytest.mark.parametrize("scope", ["trajectory", "step"])
+def test_gates_of_what_predicts_the_image_are_learned(scope: Any) -> None:
+    """Where hardly any signal is left the noise follows in float64."""
+    loaded = randomised(replace(DEEP_NET, noise=NoiseSchedule(prediction="v_prediction")))
+    (keep, spent), _ = finished(learn_gates(replace(QUICK, scope=scope), loaded, FULL, 1))
+    assert keep.isfinite().all()
+    assert spent > 0

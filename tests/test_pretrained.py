@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from evaluators.sampling import DDIM, DDPM, sample
 from nas.contracts import Schedule, Step, UserError
 from nas.handover.export import export
+from nas.tuning.study import Wanted
 from search_spaces.intervals import leading
 from search_spaces.noise import NoiseSchedule
 from search_spaces.supernet import Elastic
 from tests.conftest import TINY
-from tests.pipelines import as_released_in_2022, stable_diffusion
+from tests.pipelines import as_released_in_2022, pixart, stable_diffusion
 
 BASE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"}
 
@@ -177,6 +178,40 @@ def test_files_of_2022_are_read_as_diffusers_reads_them(pipeline: Path, caplog: 
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(codec.decode(latents), vae.decode(latents / vae.config.scaling_factor).sample)
+
+
+def test_the_first_pipelines_lie_in_one_folder(pipeline: Path) -> None:
+    """google/ddpm-cifar10-32 and its like: network, scheduler and index side by side."""
+    whole = Elastic.from_pretrained(pipeline, widths=(0.5, 1.0))
+    flat = pipeline.parent / "flat"
+    shutil.copytree(pipeline / "unet", flat)
+    shutil.copy(pipeline / "model_index.json", flat)
+    shutil.copy(pipeline / "scheduler" / "scheduler_config.json", flat)
+    found = Elastic.from_pretrained(flat, widths=(0.5, 1.0))
+    assert (found.config, found.noise) == (whole.config, whole.noise)
+    stock = dict(DDPMPipeline.from_pretrained(flat).unet.named_parameters())
+    mine = dict(found.initial(0).full.named_parameters())
+    assert all(torch.equal(mine[name], tensor) for name, tensor in stock.items())
+    wanted, same = (Wanted(folder, "macs", 0.5) for folder in (flat, pipeline))
+    assert (wanted.kind, wanted.scheduler, wanted.grid(10)) == (same.kind, same.scheduler, same.grid(10))
+    assert wanted.scheduler
+
+
+def test_a_caption_for_none_that_pixart_was_released_with_is_left_out(tmp_path: Path) -> None:
+    pixart(tmp_path / "pixart")
+    path = tmp_path / "pixart" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "caption_projection.y_embedding": torch.zeros(120, 16)}, path, {"format": "pt"})
+    found = Elastic.from_pretrained(tmp_path / "pixart", widths=(1.0,)).initial(0).full.state_dict()
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_weights_that_are_no_safetensors_are_named_with_the_way_to_make_them(pipeline: Path) -> None:
+    path = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.bin is none, so make them of it: DiffusionPipeline"):
+        Elastic.from_pretrained(pipeline)
 
 
 def prefixed(folder: Path) -> str:

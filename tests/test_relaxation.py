@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evaluators.images import Digits
 from nas.contracts import ImageSet, Problem, UserError
 from nas.engine.learning import learned_file, learned_macs, learned_tensors
 from nas.engine.ledger import read_ledgers
@@ -21,7 +22,8 @@ from nas.searchers.relaxation import Relaxation, learn, option_weights
 from nas.searchers.routing import Routing, RoutingSearch
 from nas.study import Study
 from nas.testing import check_searcher, joint_problem, table_problem
-from search_spaces.intervals import uniform
+from search_spaces.intervals import per_step, uniform
+from search_spaces.noise import NoiseSchedule
 from search_spaces.patterns import Every, Only
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
@@ -223,3 +225,16 @@ def test_distillation_pulls_towards_the_full_network() -> None:
         genomes, _, _ = search.relaxed(200, np.random.default_rng(9))
         found[name] = np.mean([[gene == 3 for gene in genome] for genome in genomes])
     assert found["distillation"] > found["denoising"] + 0.2, "who is taught by the full network runs it"
+
+
+def test_what_predicts_the_image_is_learned_from_too(tiny_net: Elastic) -> None:
+    """Where hardly any signal is left the noise follows in float64."""
+    net = replace(tiny_net, noise=NoiseSchedule(prediction="v_prediction"))
+    timesteps = uniform(2)
+    space = Stepwise(net, timesteps, per_step(timesteps))
+    problem = Problem(space, ("fd", "macs"), {"macs_share": 0.6})
+    images, settings = Digits().load(), Relaxation(steps=8, batch=2)
+    search = RoutingSearch(Routing(steps=2), problem, 0)
+    for _ in learn(settings, search, problem, net.initial(0), images, 0):
+        pass
+    assert all(tensor.isfinite().all() for tensor in search.learned().values())

@@ -38,6 +38,8 @@ from nas.handover.card import write_card
 from nas.results.schedules import bars_of
 
 TOLERANCE = 1e-5
+ONE_FILE = "1TB"
+"""Above what any network weighs: those of more than diffusers' 10 GB would be cut into files, which an exported folder's reader knows nothing of."""
 """How far an exported model's output may be from the subnet's."""
 
 PROGRAM = "model.pt2"
@@ -80,7 +82,7 @@ def export(
                     "run.networks(run.best(...)), after run = nas.open_run(study, folder)"
                 )
             names[arch] = f"{'transformer' if 'Transformer' in type(model).__name__ else 'unet'}_{number}"
-            model.save_pretrained(partial / names[arch])
+            model.save_pretrained(partial / names[arch], max_shard_size=ONE_FILE)
         differences = {name: _difference(net, schedule, arch, partial / name) for arch, name in names.items()}
         wrong = {name: value for name, value in differences.items() if not value <= TOLERANCE}
         if wrong:
@@ -257,7 +259,7 @@ def _write_training(
     teacher = names.get(net.full_arch)
     if teacher is None:
         teacher = "teacher"
-        net.extract(net.full_arch).save_pretrained(folder / teacher)  # type: ignore[operator]
+        net.extract(net.full_arch).save_pretrained(folder / teacher, max_shard_size=ONE_FILE)  # type: ignore[operator]
     bounds = [len(net.alphas_cumprod), *(t + 1 for t in schedule.timesteps[1:]), 0]
     timesteps: dict[str, list[list[int]]] = {name: [] for name in names.values()}
     for step, (stop, start) in zip(schedule.steps, pairwise(bounds), strict=True):

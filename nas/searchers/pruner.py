@@ -280,7 +280,8 @@ class _Walk:
 
     def update(self, number: int, x: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         after = self._alphas[number + 1]
-        return math.sqrt(after) * self.image(number, x, prediction) + math.sqrt(1 - after) * prediction
+        made = math.sqrt(after) * self.image(number, x, prediction) + math.sqrt(1 - after) * prediction
+        return made.to(x.dtype)  # the noise in what is nearly noise alone comes in float64
 
     def gated(
         self, number: int, x: torch.Tensor, gates: Mapping[str, torch.Tensor], cache: Any

@@ -112,7 +112,7 @@ def learn(
             )
             teacher = supernet.denoiser(step)(x, step.timestep, None, condition)[0][:, : x.shape[1]]
         spent += settings.batch * sum(supernet.macs(each) for each in (*arches, step))
-        mixed = torch.einsum("o,onchw->nchw", weights[0, gene, :options].to(x), predictions.clone())
+        mixed = torch.einsum("o,onchw->nchw", weights[0, gene, :options].to(predictions), predictions.clone())
         denoising = (mixed - noise).square().mean()
         distillation = (mixed - teacher.clone()).square().mean()
         loss = (

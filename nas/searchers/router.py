@@ -123,7 +123,7 @@ class _Pairs:
             x = math.sqrt(a) * net.to_states(images) + math.sqrt(1 - a) * noise
             predicted, cache = self._gated(x, before.timestep, {}, None, condition)
             image = (x - math.sqrt(1 - a) * predicted) / math.sqrt(a)
-            x = math.sqrt(b) * image + math.sqrt(1 - b) * predicted
+            x = (math.sqrt(b) * image + math.sqrt(1 - b) * predicted).to(noise.dtype)
             truth, _ = self._gated(x, here.timestep, {}, None, condition)
         mine, _ = self._gated(x, here.timestep, gates, cache, condition)
         return torch.nn.functional.mse_loss(mine, truth)

@@ -118,8 +118,9 @@ class Wanted:
     @cached_property
     def scheduler(self) -> Mapping[str, Any]:
         """Settings of the pipeline's own, none where it has none."""
-        file = self.folder / "scheduler" / "scheduler_config.json"
-        return read_json(file, "give the folder of a diffusers pipeline") if file.is_file() else {}
+        places = (self.folder / "scheduler", self.folder)  # the first DDPMs were released without folders within
+        files = [file for place in places if (file := place / "scheduler_config.json").is_file()]
+        return read_json(files[0], "give the folder of a diffusers pipeline") if files else {}
 
     @cached_property
     def sampler(self) -> DDIM | DPMSolver:

@@ -68,10 +68,15 @@ def conditions(export: Any, labels: Any, captions: Sequence[str] | None, count: 
             raise ExportError(f"{export.folder} has no text encoder to read captions with; export it with one")
         parts = _text_parts(export.folder, export.texts, device)
         distinct, size, length = sorted({*captions, ""}), plan["text"]["size"], plan["text"]["tokens"]
-        made = [encoded(parts, distinct[i : i + 64], size, device, length) for i in range(0, len(distinct), 64)]
-        null = encoded(parts, [""], size, device, length)
+
+        def read(texts: Sequence[str]) -> dict[str, torch.Tensor]:
+            """Kept on the CPU: there may be many."""
+            return {name: rows.cpu() for name, rows in encoded(parts, texts, size, device, length).items()}
+
+        made = [read(distinct[i : i + 64]) for i in range(0, len(distinct), 64)]
+        null = read([""])
         made.append(nothing_said(null) if plan["text"].get("zeros") else null)
-        rows = {name: torch.cat([part[name].cpu() for part in made]) for name in made[0]}
+        rows = {name: torch.cat([part[name] for part in made]) for name in made[0]}
         place = {text: number for number, text in enumerate(distinct)}
         told.add(rows, torch.tensor([place[text] for text in captions]), len(distinct))
     return told

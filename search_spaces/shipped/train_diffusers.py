@@ -245,7 +245,7 @@ def _train_one(
         bare.load_state_dict(average)
         partial = folder / TRAINED / f".{name}"
         shutil.rmtree(partial, ignore_errors=True)
-        untied(bare).save_pretrained(partial)
+        untied(bare).save_pretrained(partial, max_shard_size="1TB")  # one file, which a pipeline's folder is known by
     accelerator.free_memory()
 
 
