@@ -198,7 +198,7 @@ def _alphas_cumprod(settings: str) -> npt.NDArray[np.float64]:
 
 
 def _settings_file(path: Path) -> Path:
-    for found in (path, path / FILE, path / "scheduler" / FILE):
+    for found in (path, path / "scheduler" / FILE, path / FILE):
         if found.is_file():
             return found
     raise UserError(f"{path} holds no {FILE}; give a scheduler's folder, or noise=NoiseSchedule(...)")

@@ -140,7 +140,7 @@ def _network(pipeline: Path) -> Path:
 def _inside(pipeline: Path, name: str) -> Path:
     """The folder of a component; as for diffusers the pipeline's own where there is none, as the first DDPMs were released."""
     inner = pipeline / name
-    return inner if inner.is_dir() else pipeline
+    return pipeline if (pipeline / "config.json").is_file() and not inner.is_dir() else inner
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -168,10 +168,14 @@ def weight_files(folder: Path) -> list[Path]:
     indices = [folder / f"{index_stem}{variant}.{index_ending}" for variant in VARIANTS]
     index = next((file for file in indices if file.is_file()), None)
     if index is None:
-        other = next(folder.glob("*.bin"), None)
-        convert = "" if other is None else f"; {other.name} is none, so make them of it: "
-        convert += "" if other is None else "DiffusionPipeline.from_pretrained(FOLDER).save_pretrained(ANOTHER)"
-        raise UserError(f"{whole[0]} does not exist; save the model with safetensors{convert}")
+        if any(folder.glob(f"{stem}*.bin")):
+            whose = next((place for place in (folder, folder.parent) if (place / INDEX).is_file()), None)
+            made = "the network's own class" if whose is None else "DiffusionPipeline"
+            raise UserError(
+                f"{folder} has its weights as .bin, which nothing here reads, for these may hold code; make safetensors of them by diffusers, "
+                f"{made}.from_pretrained({str(whose or folder)!r}).save_pretrained(ANOTHER), and give that folder"
+            )
+        raise UserError(f"{whole[0]} does not exist; save the model with safetensors")
     shards = read_json(index, "save the model anew").get("weight_map")
     names = sorted(set(shards.values())) if isinstance(shards, dict) else []
     if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):

@@ -274,7 +274,7 @@ def test_the_study_of_the_readme_runs_when_it_is_pasted(tmp_path: Path, monkeypa
     assert [c.partition("#")[0].strip() for c in commands("README.md")] == commands("quick-start.md")
     for command in commands("README.md"):
         typed(command)
-    for made in ("runs/mine/report/index.html", "runs/mine/report/front.png", "model/model_index.json"):
+    for made in ("runs/mine/report/index.html", "runs/mine/report/front.png", "exported/model_index.json"):
         assert (tmp_path / made).exists(), made
 
 

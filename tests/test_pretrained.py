@@ -210,7 +210,13 @@ def test_a_caption_for_none_that_pixart_was_released_with_is_left_out(tmp_path: 
 def test_weights_that_are_no_safetensors_are_named_with_the_way_to_make_them(pipeline: Path) -> None:
     path = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
     path.rename(path.with_suffix(".bin"))
-    with pytest.raises(UserError, match=r"diffusion_pytorch_model\.bin is none, so make them of it: DiffusionPipeline"):
+    by_pipeline = rf"has its weights as \.bin.* DiffusionPipeline\.from_pretrained\('{pipeline}'\)"
+    with pytest.raises(UserError, match=by_pipeline):
+        Elastic.from_pretrained(pipeline)
+    shutil.move(pipeline / "unet", pipeline.parent / "alone")
+    with pytest.raises(UserError, match=r"the network's own class\.from_pretrained\('.*alone'\)"):
+        Elastic.from_pretrained(pipeline.parent / "alone", noise=NoiseSchedule())
+    with pytest.raises(UserError, match=r"unet.config\.json does not exist"):
         Elastic.from_pretrained(pipeline)
 
 

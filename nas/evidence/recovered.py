@@ -102,10 +102,6 @@ class Recovered(AroundAnother):
             raise UserError(
                 f"Recovered needs a supernet with `apart`, as `Elastic` has; {type(supernet).__name__} has none"
             )
-        if getattr(supernet, "text_shape", None) and not getattr(supernet, "text_components", {}):
-            raise UserError(
-                "Recovered trains on captions, and the supernet reads a table of classes; leave Recovered out"
-            )
         smallest = supernet.extract(supernet.smallest_arch)
         if (kind := type(smallest).__name__) not in CLASSES:
             raise UserError(f"Recovered trains networks of diffusers, and a {kind} is none; leave Recovered out")

@@ -38,9 +38,10 @@ from nas.handover.card import write_card
 from nas.results.schedules import bars_of
 
 TOLERANCE = 1e-5
+"""How far an exported model's output may be from the subnet's."""
+
 ONE_FILE = "1TB"
 """Above what any network weighs: those of more than diffusers' 10 GB would be cut into files, which an exported folder's reader knows nothing of."""
-"""How far an exported model's output may be from the subnet's."""
 
 PROGRAM = "model.pt2"
 BATCHES = 2, 63
