@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,9 +97,19 @@ def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
             NoiseSchedule().beta_start,
             NoiseSchedule().beta_end,
         )
-    reads = pipeline is not None and any(kind in TEXT_ENCODERS for kind in _parts(pipeline).values())
-    length = None if pipeline is None else LENGTHS.get(str(read_json(pipeline / INDEX, REMEDY).get("_class_name")))
-    return Found(folder, config, noise, autoencoder, pipeline if reads else None, length)
+    kinds = () if pipeline is None else tuple(_parts(pipeline).values())
+    text = pipeline if any(kind in TEXT_ENCODERS for kind in kinds) else None
+    return Found(folder, config, noise, autoencoder, text, None if text is None else _length(text, kinds))
+
+
+def _length(pipeline: Path, kinds: Collection[str]) -> int | None:
+    """Tokens of a text, as the pipeline's class says or, of one that was exported here, its schedule; None where its tokenizer does."""
+    known = LENGTHS.get(str(read_json(pipeline / INDEX, REMEDY).get("_class_name")))
+    schedule = pipeline / "schedule.json"
+    if known is not None or "T5EncoderModel" not in kinds or not schedule.is_file():
+        return known
+    told = read_json(schedule, REMEDY).get("text")
+    return int(told["tokens"]) if isinstance(told, dict) and "tokens" in told else None
 
 
 def _parts(pipeline: Path) -> dict[str, Any]:

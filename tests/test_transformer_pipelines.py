@@ -35,6 +35,7 @@ from search_spaces.shipped.graph import AROUND
 from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
+from search_spaces.text import TextEncoder
 from search_spaces.training import Experts, Order, Sandwich, Stages
 from search_spaces.training.importance import block_order
 from search_spaces.training.optimiser import Optimiser
@@ -571,6 +572,18 @@ def test_half_precision_of_what_is_reused_goes_along_with_the_schedule(folder: P
     assert torch.allclose(half, ours.clamp(0, 1), atol=1e-5)
     exact = pipeline(class_labels=labels, seed=7, output_type="pt", reuse_dtype=torch.float32).images
     assert (exact - half).abs().max() > 1e-6
+
+
+def test_an_exported_pixart_is_opened_again_with_texts_of_its_own_length(folder: Path, tmp_path: Path) -> None:
+    """Its tokenizer's would be another one."""
+    recipe = opened(folder, "pixart")
+    net = recipe.initial(0)
+    steps = tuple(Step(t, net.full_arch, (), Guidance(3.0)) for t in leading(2))
+    export(net, Schedule(steps), DDIM(clip=False).describe(), {}, tmp_path / "model")
+    again = Elastic.from_pretrained(tmp_path / "model", widths=(1.0,))
+    assert isinstance(recipe.text, TextEncoder)
+    assert isinstance(again.text, TextEncoder)
+    assert again.tokens == recipe.tokens == again.text.length == recipe.text.length == 120
 
 
 def test_block_order_is_for_transformers() -> None:
