@@ -272,7 +272,8 @@ class HeldOutHalf:
         labels = None if whole.held_out.labels is None else whole.held_out.labels[theirs]
         captions = None if whole.held_out.captions is None else whole.held_out.captions[theirs]
         part = replace(checked(pixels, labels, f"the {self.half} half of the held-out images"), captions=captions)
-        return replace(with_held_out(replace(whole, held_out=None), part), captions=whole.captions)
+        mine = with_held_out(replace(whole, held_out=None), part)
+        return replace(mine, captions=whole.captions, source=whole.source or whole.digest)
 
 
 @lru_cache(maxsize=3)

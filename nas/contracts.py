@@ -557,13 +557,15 @@ class Images(Protocol):
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """`pixels`: float32 (n, channels, height, width) in [-1, 1]; `labels`: int64 (n,) or None; `digest`: content hash, of the held-out
-    images too; `held_out`: further images, on which nothing is trained; `captions`: what each shows, in words."""
+    images too; `held_out`: further images, on which nothing is trained; `captions`: what each shows, in words; `source`: digest of the set of
+    which these are all but a part of the held-out images, empty where they are none."""
 
     pixels: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64] | None
     digest: str
     held_out: ImageSet | None = None
     captions: tuple[str, ...] | None = None
+    source: str = ""
 
     @property
     def reference(self) -> ImageSet:

@@ -22,7 +22,8 @@ from evaluators.label_free import PixelComponents, RandomFeatures
 from evaluators.proxies import DenoisingLoss
 from evaluators.scoring import Scores
 from nas.cli import app
-from nas.contracts import Score, UserError
+from nas.contracts import Guidance, Schedule, Score, Step, UserError
+from nas.evidence.confirm import full_in_words
 from nas.evidence.judges import judges_of
 from nas.evidence.verdict import Judged, Verdict, in_short, judged, seeds_needed
 from nas.study import Study
@@ -74,6 +75,10 @@ def test_a_verdict_needs_both_judges_and_says_who_contradicts() -> None:
         return Verdict("name", "digest", 0.6, judges, False, "schedule")
 
     assert verdict(fine, fine).confirmed
+    steps = tuple(Step(t, ("full",), (), guide) for t, guide in ((9, Guidance(2.5)), (5, None)))
+    guided = replace(verdict(fine, fine), reference=full_in_words(Schedule(steps)))
+    assert "is not worse than the full network guided at 2.5 equally trained" in guided.words
+    assert full_in_words(Schedule(steps[1:])) == "the full network"
     assert verdict(fine, fine).words.startswith("No loss: the schedule, 60% of the MACs saved")
     beside = replace(bad, judge="another", decides=False)
     assert verdict(fine, fine, beside).confirmed
@@ -185,7 +190,7 @@ def test_halves_of_what_is_held_out_share_what_is_trained(tmp_path: Path) -> Non
     for other, seed in (
         (replace(whole, pixels=-whole.pixels, digest="other"), 0),
         (first, 1),
-        (replace(first, labels=None, digest="other"), 0),
+        (replace(first, labels=None, digest="other", source=""), 0),
     ):
         with pytest.raises(UserError, match="was trained on other images"):
             [*classifier.prepare(other, tmp_path, seed, "cpu")]

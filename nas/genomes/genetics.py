@@ -28,10 +28,6 @@ PATIENCE = 10_000
 """Genomes that break a limit, one after another, after which an exhaustive search is given up."""
 
 
-FEW = 1_000
-"""As many, where one that keeps all limits is looked for before a search."""
-
-
 class IntervalCosts:
     """Costs of genomes by interval: MACs, or nanoseconds where time is limited. `genes[k]` are the places of interval k's genes,
     `tables[k]` has an axis for each of them."""
@@ -217,7 +213,7 @@ def _budgeted(problem: Problem) -> tuple[str, ...]:
 
 def _found_from(problem: Problem, least: Genome) -> Genome:
     """One network throughout, where that will do; else interval by interval another option as long as less of the excess is left, those first that take most of
-    it away for what they cost, or those that take most of it away; else one of the first in exhaustive order. `least` where none is found."""
+    it away for what they cost. `least` where that leads nowhere."""
     costs, budget = costs_of(problem.space), budget_of(problem)
     if costs.total(least) > budget:
         return least
@@ -232,21 +228,20 @@ def _found_from(problem: Problem, least: Genome) -> Genome:
         return (*genome[: costs.genes[k].start], *option, *genome[costs.genes[k].stop :])
 
     start = excess(least)
-    moves: list[tuple[float, int, int, Genome]] = []
+    moves: list[tuple[float, int, Genome]] = []
     for k, table in enumerate(costs.tables):
         for option in np.ndindex(table.shape):
             gain = start - excess(with_option(least, k, option))
             if gain > 0:
-                moves.append((gain, costs.of(k, option) - int(table.min()), k, option))
-    for order in (lambda move: move[0] / max(move[1], 0.5), lambda move: move[0]):
-        found = least
-        for _, _, k, option in sorted(moves, key=order, reverse=True):
-            moved = with_option(found, k, option)
-            if costs.total(moved) <= budget and excess(moved) < excess(found):
-                found = moved
-                if problem.feasible(found):
-                    return found
-    return next(feasible_genomes(problem, FEW), least)
+                moves.append((gain / max(1, costs.of(k, option) - int(table.min())), k, option))
+    found = least
+    for _, k, option in sorted(moves, reverse=True):
+        moved = with_option(found, k, option)
+        if costs.total(moved) <= budget and excess(moved) < excess(found):
+            found = moved
+            if problem.feasible(found):
+                return found
+    return least
 
 
 def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:

@@ -65,6 +65,7 @@ def _some(images: ImageSet, count: int) -> ImageSet:
         f"{images.digest}, {count}",
         None if images.held_out is None else _some(images.held_out, count),
         None if images.captions is None else tuple(images.captions[place] for place in chosen),
+        images.source and f"{images.source}, {count}",
     )
 
 

@@ -232,9 +232,11 @@ class _Applied:
 
     def _rows(self, x: torch.Tensor, told: Mapping[str, Any]) -> slice | None:
         """The half that has the samples' own conditions, where a pipeline that guides asks for both. Raises ScheduleError where it asks for more."""
+        guides = getattr(self.pipeline, "do_classifier_free_guidance", None)
+        if guides is False:
+            return None
         half = len(x) // 2
         twice = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
-        guides = getattr(self.pipeline, "do_classifier_free_guidance", None)
         if guides is None and self._own_first:  # the second half of its labels is that of no class
             guides = twice and bool((told["class_labels"][half:] == self.net.config.num_embeds_ada_norm).all())
         elif guides is None:  # which samples of equal noise look like, too: `_check_rows` tells them apart

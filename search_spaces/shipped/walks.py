@@ -264,7 +264,7 @@ def _resample(
 
 def _sizes_of(net: Any, size: Sequence[int]) -> list[tuple[int, int]]:
     """(height, width) at each level, outermost first: a convolution padded on both sides makes of an odd side the larger half, all else the smaller."""
-    found = [(int(size[0]), int(size[1]))]
+    found = [(size[0], size[1])]
     for block in net.down_blocks:
         for module in block.downsamplers or ():
             more = int(getattr(module, "use_conv", False) and module.padding == 1)

@@ -10,7 +10,6 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch
-from accelerate.state import AcceleratorState
 
 from nas.contracts import Progress
 
@@ -78,6 +77,8 @@ class Team:
     def leave(self) -> None:
         """Ends it: what this process does from now on, and what it starts, is its own."""
         if self.size > 1:
+            from accelerate.state import AcceleratorState
+
             self.wait()
             torch.distributed.destroy_process_group()
             os.environ[WORLD] = "1"
