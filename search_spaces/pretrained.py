@@ -182,7 +182,7 @@ def weight_files(folder: Path) -> list[Path]:
             whose = next((place for place in (folder, folder.parent) if (place / INDEX).is_file()), None)
             made = "the network's own class" if whose is None else "DiffusionPipeline"
             raise UserError(
-                f"{folder} has its weights as .bin, which nothing here reads, for these may hold code; make safetensors of them by diffusers, "
+                f"{folder} has its weights as .bin, which nothing here reads, for these may hold code; save the model with safetensors by diffusers, "
                 f"{made}.from_pretrained({str(whose or folder)!r}).save_pretrained(ANOTHER), and give that folder"
             )
         raise UserError(f"{whole[0]} does not exist; save the model with safetensors")
