@@ -37,7 +37,6 @@ from search_spaces.intervals import (
     equal_snr,
     even,
     merged,
-    per_step,
     scatter,
     segments,
     starts,
@@ -93,10 +92,11 @@ def best_schedule(space: SearchSpace, effects: Array, intervals: Sequence[int], 
 def compare(
     effects: StepEffects, partitions: Mapping[str, Sequence[int]], share: float, rung: int, seeds: int = 3
 ) -> Iterator[tuple[Progress, dict[str, Any]]]:
-    """For each partition the best schedule within the share of the MACs and its mean score on fresh seeds, with the paired
+    """For each partition the best schedule within the share of the MACs (of the full network's schedule, guided by itself where any is) and its mean score on fresh seeds, with the paired
     difference to the first partition's and its error. Yields a row with each tick."""
     space, metric = effects.space, effects.metric
-    budget = share * space.cost(dearest(space))["macs"]
+    dear = space.cost(dearest(space))
+    budget = share * dear["macs"] / dear["macs_share"]
     first: list[Score] = []
     known: dict[Genome, list[Score]] = {}
     for number, (name, intervals) in enumerate(partitions.items(), 1):
@@ -152,7 +152,8 @@ class Partitions:
             )
         options = Options(space.net.widths, channels=space.net.channels)
         self.widths = space.net.subnets(options).genes[0].options
-        least = space.net.cost(space.net.subnets(options).flat(0)).macs / space.net.cost(space.net.anatomy.full).macs
+        each = space.of_each_step(options)
+        least = each.cost((0,) * len(each.choices))["macs_share"]
         if least > self.share:
             raise UserError(
                 f"no width of {self.widths} keeps {self.share:.0%} of the MACs, the smallest takes {least:.0%}; raise --share, or give the "
@@ -172,8 +173,6 @@ class Partitions:
         affinity, self.agreement = _read(path, header)
         self.affinity = np.array(affinity)
 
-        steps = per_step(space.timesteps)
-        each = Stepwise(space.net, space.timesteps, steps, options)
         effects = StepEffects(each, self.evaluate, self.metric, self.evaluator.rungs[0], self.seed)
         header = {
             "supernet": trained,
@@ -191,7 +190,7 @@ class Partitions:
         divided = {name: bounded(space.timesteps, found) for name, found in self.boundaries.items()}
         self.rows: list[dict[str, Any]] = []
         for tick, row in compare(
-            effects, {**divided, "one for each step": steps}, self.share, self.evaluator.rungs[-1]
+            effects, {**divided, "one for each step": each.intervals}, self.share, self.evaluator.rungs[-1]
         ):
             self.rows.append(row)
             yield tick

@@ -25,8 +25,9 @@ from nas.contracts import (
     UserError,
     frozen,
 )
+from nas.genomes.genetics import dearest
 from nas.recipes import Count, recipe
-from search_spaces.intervals import Timesteps, free
+from search_spaces.intervals import Timesteps, free, per_step
 from search_spaces.networks.slices import Arch
 from search_spaces.options import Options, Subnets
 from search_spaces.patterns import ALL, Computed, Pattern, check_listed
@@ -201,6 +202,20 @@ class Stepwise:
         if attends:
             cost[WITHOUT_ATTENTION] = (macs - attention) / (self._full_macs - self._full_attention_macs)
         return cost
+
+    def of_each_step(self, options: Options) -> Stepwise:
+        """A space whose every step chooses by itself among the options: sampled and guided as this one's dearest schedule, without reuse."""
+        genome = dearest(self)
+        guide = self._guides[genome[-1] if len(self._guides) > 1 else 0]
+        sampler = genome[0] if len(self.samplers) > 1 else 0
+        return Stepwise(
+            self.net,
+            self.timesteps,
+            per_step(self.timesteps),
+            options,
+            guidance=() if guide is None else (guide,),
+            samplers=self.samplers[sampler : sampler + 1],
+        )
 
     def interval_costs(self, price: Price | None = None) -> tuple[npt.NDArray[np.int64], ...]:
         return self._tables if price is None else self._priced(price)

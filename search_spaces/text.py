@@ -84,9 +84,19 @@ class TextEncoder:
         return (Path(self.base) / Path(self.path).expanduser()).resolve()
 
     def describe(self) -> dict[str, Any]:
-        of_xl = {"size": self.size, "zeros": self.zeros} if len(self._pairs) > 1 else {}
-        of_t5 = {"length": self.length, "size": self.size} if self.length else {}
-        return {"class": "TextEncoder", "weights": self._digest, **of_xl, **of_t5}
+        self.check()
+        of_xl = {"zeros": self.zeros} if len(self._pairs) > 1 else {}
+        of_t5 = {"length": self.length} if self.length else {}
+        size = {"size": self.size} if self._sized else {}
+        return {"class": "TextEncoder", "weights": self._digest, **of_xl, **of_t5, **size}
+
+    @property
+    def _sized(self) -> bool:
+        """Whether its rows may say how large the image is, as XL's and T5's do."""
+        encoder = self.folder / PARTS[0][1]
+        return (
+            len(self._pairs) > 1 or bool(self.length) or "d_model" in read_json(encoder / "config.json", "copy it anew")
+        )
 
     @property
     def zeros(self) -> bool:
@@ -122,6 +132,7 @@ class TextEncoder:
     def load(self, folder: Path | None, device: str) -> LoadedTextEncoder:
         self.check()
         identity = digest_of([self._digest, self.length]) if self.length else self._digest
+        identity = digest_of([identity, self.size]) if self._sized else identity
         return LoadedTextEncoder(self.folder, self._pairs, self.size, identity, folder, device, self.zeros, self.length)
 
     @property
@@ -184,7 +195,7 @@ class LoadedTextEncoder(_Tabled):
         zeros: bool = False,
         length: int | None = None,
     ) -> None:
-        self._identity = digest_of([identity, size]) if len(pairs) > 1 or length else identity
+        self._identity = identity
         self._length = length
         self._folder = folder
         self._source = source
@@ -281,6 +292,11 @@ class LoadedTextEncoder(_Tabled):
             raise UserError(
                 f"{self._source}: {tokenizer} cannot be read ({first_line(error)}); copy it anew, or save it with a tokenizer.json"
             ) from error
+        if not self._length and words.model_max_length > 10**6:
+            told = (
+                "give length=120 for PixArt-alpha, 300 for PixArt-Sigma" if kind is T5EncoderModel else "copy it anew"
+            )
+            raise UserError(f"{self._source}: {tokenizer} does not say how many tokens a text has; {told}")
         return {tokenizer: words, encoder: read.to(self._device).eval().requires_grad_(False)}
 
     def encode(self, texts: Sequence[str]) -> Condition:

@@ -32,7 +32,7 @@ from evaluators.trajectories import Trajectories
 from nas.base.exported import ExportError, read_export
 from nas.base.pictures import PictureError
 from nas.contracts import Guidance, ImageSet, Problem, Schedule, Step, UserError
-from nas.genomes.genetics import IntervalCosts, uniform_genomes
+from nas.genomes.genetics import IntervalCosts, dearest, uniform_genomes
 from nas.genomes.timed import TimedSpace, calls, key
 from nas.handover.export import export
 from nas.results.samples import class_by_class
@@ -45,6 +45,7 @@ from search_spaces.intervals import per_step, uniform
 from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.slices import Arch
 from search_spaces.options import Options
+from search_spaces.partitions import Partitions
 from search_spaces.patterns import Every, Only
 from search_spaces.shipped.graph import graph_of
 from search_spaces.shipped.reuse import run
@@ -300,6 +301,16 @@ def test_class_conditional_supernets_keep_the_laws(name: str, loaded: LoadedElas
     check_supernet(loaded, SPACES[name], samples=4)
 
 
+@pytest.mark.parametrize("name", SPACES)
+def test_single_steps_are_guided_as_the_dearest_schedule_is(name: str) -> None:
+    space = SPACES[name]
+    full = space.decode(dearest(space))
+    each = space.of_each_step(Options((0.5, 1.0)) if 0.5 in space.net.widths else Options((1.0,)))
+    assert [step.guidance for step in each.decode(dearest(each)).steps] == [full.steps[0].guidance] * 6
+    assert each.cost(dearest(each)) == space.cost(dearest(space))
+    assert len(each.choices) == 6
+
+
 def test_the_baseline_has_the_full_network_with_each_kind_of_guidance() -> None:
     space = SPACES["guidance and width"]
     schedules = [space.decode(genome) for genome in uniform_genomes(space)]
@@ -334,6 +345,39 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for _ in training.run(NET, Digits(), folder / "supernet", 0, "cpu"):
         pass
     return folder
+
+
+@pytest.mark.parametrize(("guidance", "least"), [((2.0,), 0.5), ((None, Guidance(3.0, HALF)), 0.25)])
+def test_timesteps_are_divided_by_guided_schedules(
+    guidance: tuple[Any, ...], least: float, run_folder: Path, tmp_path: Path
+) -> None:
+    """By those that the study would find, and within its limit on them."""
+    images, net = Digits(), NET.load(run_folder / "supernet", "cpu")
+    recipe = TrajectoryDistance(images, rungs=(4, 8), conditions=Labels(images))
+    space = Stepwise(NET, uniform(4), (2, 2), guidance=guidance)
+    (tmp_path / "supernet").symlink_to(run_folder / "supernet")
+    scored: list[Schedule] = []
+    evaluate = recipe.load(net, tmp_path)
+
+    class Heard:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(evaluate, name)
+
+        def __call__(self, schedule: Schedule, rung: int, seed: int) -> Any:
+            scored.append(schedule)
+            return evaluate(schedule, rung, seed)
+
+    found = Partitions(space, Heard(), images, recipe, tmp_path, 0, 3, 2, 0.6, "trajectory_mse")
+    list(found.measure())
+    asked = guidance[-1] if isinstance(guidance[-1], Guidance) else Guidance(guidance[-1])
+    kinds = {step.guidance for schedule in scored for step in schedule.steps}
+    assert kinds <= {asked, Guidance(asked.scale)}
+    assert None not in kinds
+    whole = sum(NET.macs(Step(t, WHOLE, (), Guidance(1.0))) for t in uniform(4))
+    for row in found.facts()["rows"]:
+        assert least / 2 < row["macs_share"] <= 0.6
+        schedule = space.of_each_step(Options((0.5, 1.0))).decode(tuple(row["genome"]))
+        assert row["macs_share"] == sum(map(NET.macs, schedule.steps)) / whole
 
 
 def test_who_guides_counts_along_the_trajectory(run_folder: Path) -> None:

@@ -551,6 +551,23 @@ def test_a_tokenizer_that_is_a_sentencepiece_model_and_a_sharded_encoder_are_rea
         dict(opened(tmp_path, "pixart").initial(0).text.components)  # type: ignore[union-attr]
 
 
+def test_texts_of_another_image_size_are_kept_by_themselves(folder: Path, tmp_path: Path) -> None:
+    """A T5 encoder's rows say the size, whether a length is given or the tokenizer says one."""
+    with pytest.raises(UserError, match="does not say how many tokens a text has; give length=120"):
+        TextEncoder(str(folder / "pixart")).load(tmp_path, "cpu").rows(TEXTS)
+    shutil.copytree(folder / "pixart", tmp_path / "pixart")
+    config = tmp_path / "pixart" / "tokenizer" / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": 9}))
+    for length in (None, 7):
+        for size in ((16, 16), (24, 16)):
+            recipe = TextEncoder(str(tmp_path / "pixart"), size=size, length=length)
+            rows = recipe.load(tmp_path, "cpu").rows(TEXTS)(torch.arange(3))
+            assert rows["encoder_attention_mask"].shape == (3, length or 9)
+            assert rows["resolution"].tolist() == [list(size)] * 3
+    small, large = (TextEncoder(str(tmp_path / "pixart"), size=size).describe() for size in ((16, 16), (24, 16)))
+    assert small != large
+
+
 def test_half_precision_of_what_is_reused_goes_along_with_the_schedule(folder: Path, tmp_path: Path) -> None:
     recipe = opened(folder, "dit")
     net = recipe.initial(0)
