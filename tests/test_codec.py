@@ -516,6 +516,15 @@ def test_latents_of_the_script_are_those_of_the_project(tmp_path: Path) -> None:
     assert torch.allclose(one, other, atol=1e-5)
 
 
+def test_images_to_train_on_are_moved_batch_by_batch(tmp_path: Path) -> None:
+    """There may be more than the device holds, which here holds none at all."""
+    pixels, nothing = IMAGES.load().pixels, torch.device("meta")
+    data = train_data.prepared(tmp_path, {"shape": pixels.shape[1:]}, pixels, train_data.Told(), True, nothing)
+    assert data.pixels.data_ptr() == pixels.ctypes.data
+    drawn = data.draw(torch.arange(4), torch.ones(4, dtype=torch.bool, device=nothing), torch.Generator())
+    assert (drawn.device, drawn.shape) == (nothing, (4, *pixels.shape[1:]))
+
+
 def test_the_next_training_of_the_same_images_finds_them_encoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

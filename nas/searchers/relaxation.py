@@ -78,7 +78,7 @@ def learn(
     full = problem.space.decode(dearest(problem.space))
     homes = [costs.home(gene) for gene in range(len(problem.space.choices))]
     steps_of = _steps_of(problem, costs)
-    pixels = torch.from_numpy(images.pixels).to(supernet.device)
+    pixels = torch.from_numpy(images.pixels)  # not moved whole: there may be more than a device holds
     states = getattr(supernet, "to_states", lambda images: images)
     conditions = conditions_of(supernet, images)
     if not len(pixels):
@@ -98,8 +98,8 @@ def learn(
         gene = int(rng.integers(len(homes)))
         place = int(rng.choice(steps_of[homes[gene]]))
         generator = torch.Generator().manual_seed(derive_seed(seed, number, "relaxation batch"))
-        chosen = torch.randint(len(pixels), (settings.batch,), generator=generator).to(pixels.device)
-        x0, condition = states(pixels[chosen]), None if conditions is None else conditions(chosen)
+        chosen = torch.randint(len(pixels), (settings.batch,), generator=generator)
+        x0, condition = states(pixels[chosen].to(supernet.device)), None if conditions is None else conditions(chosen)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         step = full.steps[place]
         x = abar[step.timestep].sqrt() * x0 + (1 - abar[step.timestep]).sqrt() * noise

@@ -34,12 +34,12 @@ class Told:
         return len(self._rows)
 
     def of(self, chosen: torch.Tensor, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of the chosen images, nothing of those that are dropped; where these are said. Rows are kept on the CPU, there may be many."""
+        """Of the chosen images, nothing of those that are `dropped`, on its device. Rows are kept on the CPU, there may be many."""
         found: dict[str, torch.Tensor] = {}
         for rows, places, null in self._rows:
-            mine = places[chosen.cpu()]
+            mine = places[chosen]
             mine = torch.where(dropped.cpu(), torch.full_like(mine, null), mine)
-            found |= {name: values[mine].to(chosen.device) for name, values in rows.items()}
+            found |= {name: values[mine].to(dropped.device) for name, values in rows.items()}
         return found
 
 
@@ -101,32 +101,34 @@ def _text_parts(folder: Path, names: Sequence[str], device: Any) -> dict[str, An
 
 class Data(NamedTuple):
     """Images (n, channels, height, width), and what they are conditioned on. Of latents mean and log-variance of the posteriors instead, (n, 2,
-    channels, height, width), `mirrored` those of the mirrored images, and the autoencoder."""
+    channels, height, width), `mirrored` those of the mirrored images, and the autoencoder. They stay on the CPU, for there may be more than the
+    `device` holds, to which a batch is moved."""
 
     pixels: torch.Tensor
     told: Told
+    device: torch.device
     mirrored: torch.Tensor | None = None
     autoencoder: Any = None
     posterior: str = ""
 
     def draw(self, chosen: torch.Tensor, mirrored: torch.Tensor | None, generator: torch.Generator) -> torch.Tensor:
         """What networks are trained on, (n, channels, height, width), of the mirrored images where `mirrored` says so."""
-        x = self.pixels[chosen]
+        x = self.pixels[chosen].to(self.device)
         if mirrored is not None:
-            other = x.flip(-1) if self.mirrored is None else self.mirrored[chosen]
+            other = x.flip(-1) if self.mirrored is None else self.mirrored[chosen].to(self.device)
             x = torch.where(mirrored.reshape(-1, *(1,) * (x.dim() - 1)), other, x)
         return x if self.autoencoder is None else drawn(self.autoencoder, x, self.posterior, generator)
 
 
 def prepared(folder: Path, plan: Any, pixels: npt.NDArray[np.float32], told: Told, flip: bool, device: Any) -> Data:
     if "image_shape" not in plan:
-        return Data(torch.from_numpy(pixels).to(device), told)
+        return Data(torch.from_numpy(pixels), told, device)
     autoencoder = read_network(folder / AUTOENCODER, AUTOENCODERS).to(device).requires_grad_(False)
     of = hashlib.sha256((folder / AUTOENCODER / WEIGHTS).read_bytes())
     of.update(np.ascontiguousarray(pixels).data)
     plain = _encoded(autoencoder, pixels, False, of.hexdigest())
     other = _encoded(autoencoder, pixels, True, of.hexdigest()) if flip else None
-    return Data(plain, told, other, autoencoder, plan["posterior"])
+    return Data(plain, told, device, other, autoencoder, plan["posterior"])
 
 
 _ENCODED: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -145,7 +147,7 @@ def _encoded(autoencoder: Any, pixels: npt.NDArray[np.float32], mirrored: bool, 
         made = []
         for start in range(0, len(pixels), 256):
             part = torch.from_numpy(pixels[start : start + 256]).to(device)
-            made.append(moments(autoencoder, part.flip(-1) if mirrored else part))
+            made.append(moments(autoencoder, part.flip(-1) if mirrored else part).cpu())
         _ENCODED[*mine, mirrored] = torch.cat(made)
     return _ENCODED[*mine, mirrored]
 

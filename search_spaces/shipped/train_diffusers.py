@@ -284,8 +284,8 @@ def _step(
     # Each process has noise of its own; the same step has the same noise, whatever came before it.
     seed = int.from_bytes(np.random.default_rng((settings.seed, step, accelerator.process_index)).bytes(4), "big")
     generator = torch.Generator().manual_seed(seed)
-    device = data.pixels.device
-    chosen = torch.randint(len(data.pixels), (settings.batch,), generator=generator).to(device)
+    device = data.device
+    chosen = torch.randint(len(data.pixels), (settings.batch,), generator=generator)
     mirrored = torch.rand(settings.batch, generator=generator).to(device) < 0.5 if settings.flip else None
     x0 = data.draw(chosen, mirrored, generator)
     told = {}
