@@ -435,14 +435,14 @@ class Stepwise:
             if computed or (first and place == 0):
                 mine = arch.replace(expert=expert) if expert else arch
                 by = self._guided_by(guide, mine)
-                whole = price(Step(0, mine, (), by))
-                reused = Step(0, mine, self._reused(arch, computed), by) if computed else Step(0, mine, (), by)
+                whole = Step(0, mine, (), by)
+                reused = Step(0, mine, self._reused(arch, computed), by) if computed else whole
                 if before == expert:
                     total += price(reused)
                 elif before is None and not (first and place == 0):  # the interval before may have run the same subnet
-                    total += max(whole, price(reused))
+                    total += max(price(whole), price(reused))
                 else:
-                    total += whole
+                    total += price(whole)
                 before = expert
             elif not computed and computed is not None and not self.deterministic:
                 # Holds a prediction, guided as it was, that is priced wherever its subnet is.

@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch.utils.checkpoint import checkpoint
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from nas.contracts import (
     Condition,
@@ -301,9 +300,11 @@ class _Walk:
 def dissimilarity(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """1 - SSIM (Wang et al. 2004) of states in [-1, 1], mean over the batch, on intensities from 0 to 1; its Gaussian window of at most 11 pixels covers no more
     than half an image."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim  # which takes a second
+
     side = min(one.shape[-2:])
     sigma = min(1.5, max((side // 2 - 1) // 2, 1) / 3.5)
-    similarity = structural_similarity_index_measure(one / 2 + 0.5, other / 2 + 0.5, sigma=sigma, data_range=1.0)
+    similarity = ssim(one / 2 + 0.5, other / 2 + 0.5, sigma=sigma, data_range=1.0)
     assert isinstance(similarity, torch.Tensor)
     return 1 - similarity
 

@@ -8,12 +8,13 @@ once for each depth and choice of attention, for each layer of the subnet's bran
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+from cachetools import LRUCache
 
 from search_spaces.networks.anatomy import Anatomy
 from search_spaces.networks.parts import Stretch, TensorAnatomy
@@ -40,13 +41,14 @@ class CostModel:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
-        self._known: dict[Arch, dict[str, Matrix]] = {}
+        self._known: dict[Arch, tuple[tuple[str, ...], Matrix]] = {}
         self._counts: dict[Arch, dict[str, Cost]] = {}
         self._graphs: dict[Arch, Graph] = {}
+        self._sums: LRUCache[tuple[Arch, frozenset[str]], Cost] = LRUCache(2**16)
 
     def __call__(self, arch: Arch) -> Cost:
         """`arch` is one that `Anatomy.subconfig` and `Anatomy.segments` accept."""
-        return sum(self.layers(arch).values(), Cost(0, 0, 0))
+        return self._running(arch, ())
 
     def distinct_params(self, arch: Arch) -> int:
         """Parameters as papers count them: one of each where the stock class keeps copies, and tables that nobody trains."""
@@ -74,27 +76,33 @@ class CostModel:
         """What each layer of its branches costs; under "" what always runs."""
         arch = arch.replace(expert="")
         if arch not in self._counts:
-            lengths = self._vector(arch)
-            found = {}
-            for name, forms in self._forms(arch).items():
-                linear, products, params = (int(form) for form in (forms @ lengths) @ lengths)
-                found[name] = Cost(linear + products, products, params)
-            self._counts[arch] = found
+            lengths, (names, forms) = self._vector(arch), self._forms(arch)
+            counts = ((forms @ lengths) @ lengths).tolist()
+            self._counts[arch] = {
+                name: Cost(linear + products, products, params)
+                for name, (linear, products, params) in zip(names, counts, strict=True)
+            }
         return self._counts[arch]
 
     def macs(self, arch: Arch, reuse: Collection[str] = ()) -> int:
         """Of one call in which the outputs of these blocks or branches are those of the step before: none where no block of a UNet runs."""
-        return sum(cost.macs for cost in self._running(arch, reuse))
+        return self._running(arch, reuse).macs
 
     def attention_macs(self, arch: Arch, reuse: Collection[str] = ()) -> int:
         """Those among them of the products of attention."""
-        return sum(cost.attention_macs for cost in self._running(arch, reuse))
+        return self._running(arch, reuse).attention_macs
 
-    def _running(self, arch: Arch, reuse: Collection[str]) -> Iterator[Cost]:
-        graph = self.graph(arch)
-        reused = graph.expand(reuse)
-        if graph.predicts_anew or len(reused) < len(graph.layers):
-            yield from (cost for name, cost in self.layers(arch).items() if name not in reused)
+    def _running(self, arch: Arch, reuse: Collection[str]) -> Cost:
+        """Of the layers that run, all together."""
+        key = arch.replace(expert="") if arch.expert else arch, frozenset(reuse)
+        found: Cost | None = self._sums.get(key)
+        if found is None:
+            graph = self.graph(arch)
+            reused = graph.expand(reuse)
+            runs = graph.predicts_anew or len(reused) < len(graph.layers)
+            each = self.layers(arch).items() if runs else ()
+            found = self._sums[key] = sum((cost for name, cost in each if name not in reused), Cost(0, 0, 0))
+        return found
 
     def _vector(self, arch: Arch) -> npt.NDArray[np.int64]:
         shares = [1.0 if level is None else arch.widths[level] for _, level in self._lengths]
@@ -108,8 +116,8 @@ class CostModel:
         elastic = ((s.size, s.level) for t in tensors for axis in t.axes for s in axis if s.level is not None)
         return [(1, None), *dict.fromkeys(elastic)]
 
-    def _forms(self, arch: Arch) -> dict[str, Matrix]:
-        """Of each layer: MACs of weights, MACs of attention products, parameters, (3, lengths, lengths)."""
+    def _forms(self, arch: Arch) -> tuple[tuple[str, ...], Matrix]:
+        """Names of the layers, and of each: MACs of weights, MACs of attention products, parameters, (layers, 3, lengths, lengths)."""
         anatomy = self._anatomy
         synthetic = [name for name in anatomy.identities if anatomy.widened(name, arch)]
         key = arch if synthetic else arch.replace(widths=())
@@ -131,7 +139,7 @@ class CostModel:
                         forms[anatomy.layer_of(placed, graph)][1, 0, self._index(stretch)] += (
                             2 * block.queries * block.keys
                         )
-            self._known[key] = forms
+            self._known[key] = tuple(forms), np.stack([*forms.values()])
         return self._known[key]
 
     def _weights(self, tensors: Iterable[TensorAnatomy]) -> Matrix:

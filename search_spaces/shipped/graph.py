@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain, combinations
 from typing import Any, ClassVar, Literal
 
@@ -33,11 +33,11 @@ class Layer:
     reads: tuple[str, ...]
     output: str
 
-    @property
+    @cached_property
     def block(self) -> str:
         return self.name.partition(".")[0]
 
-    @property
+    @cached_property
     def branch(self) -> str:
         return ".".join(self.name.split(".")[:2])
 
@@ -80,7 +80,7 @@ class Graph(ABC):
 
     def expand(self, names: Collection[str]) -> frozenset[str]:
         """The layers that these names of blocks, branches and layers stand for; those that the network lacks are left out."""
-        return frozenset(layer.name for layer in self.layers if layer.among(names))
+        return _expanded(self, frozenset(names))
 
     def outputs(self, names: Collection[str]) -> frozenset[str]:
         """What is kept of blocks, branches and layers of these names: of whole branches their outputs alone."""
@@ -230,6 +230,11 @@ def _branches(blocks: int, text: bool) -> tuple[Layer, ...]:
     parts = ("attn", "text", "mlp") if text else ("attn", "mlp")
     names = [f"b{block}.{part}" for block in range(blocks) for part in parts]
     return tuple(Layer(name, ("in", *names[:place]), name) for place, name in enumerate(names))
+
+
+@lru_cache(maxsize=4096)
+def _expanded(graph: Graph, names: frozenset[str]) -> frozenset[str]:
+    return frozenset(layer.name for layer in graph.layers if layer.among(names))
 
 
 def _name(layer: Layer, finer: Finer) -> str:
