@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain, combinations
 from typing import Any, ClassVar, Literal
 
@@ -33,11 +33,11 @@ class Layer:
     reads: tuple[str, ...]
     output: str
 
-    @cached_property
+    @property
     def block(self) -> str:
         return self.name.partition(".")[0]
 
-    @cached_property
+    @property
     def branch(self) -> str:
         return ".".join(self.name.split(".")[:2])
 
