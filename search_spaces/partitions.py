@@ -92,11 +92,11 @@ def best_schedule(space: SearchSpace, effects: Array, intervals: Sequence[int], 
 def compare(
     effects: StepEffects, partitions: Mapping[str, Sequence[int]], share: float, rung: int, seeds: int = 3
 ) -> Iterator[tuple[Progress, dict[str, Any]]]:
-    """For each partition the best schedule within the share of the MACs (of the full network's schedule, guided by itself where any is) and its mean score on fresh seeds, with the paired
+    """For each partition the best schedule within the share of the MACs (of the full network's schedule, guided by itself where the space has guidance) and its mean score on fresh seeds, with the paired
     difference to the first partition's and its error. Yields a row with each tick."""
     space, metric = effects.space, effects.metric
     dear = space.cost(dearest(space))
-    budget = share * dear["macs"] / dear["macs_share"]
+    budget = share * round(dear["macs"] / dear["macs_share"])
     first: list[Score] = []
     known: dict[Genome, list[Score]] = {}
     for number, (name, intervals) in enumerate(partitions.items(), 1):

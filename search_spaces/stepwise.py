@@ -204,7 +204,8 @@ class Stepwise:
         return cost
 
     def of_each_step(self, options: Options) -> Stepwise:
-        """A space whose every step chooses by itself among the options: sampled and guided as this one's dearest schedule, without reuse."""
+        """A space whose every step chooses by itself among the options: guided as this one's dearest schedule, by the last of its samplers, without
+        reuse."""
         genome = dearest(self)
         guide = self._guides[genome[-1] if len(self._guides) > 1 else 0]
         sampler = genome[0] if len(self.samplers) > 1 else 0
@@ -445,9 +446,16 @@ class Stepwise:
                     total += price(whole)
                 before = expert
             elif not computed and computed is not None and not self.deterministic:
-                # Holds a prediction, guided as it was, that is priced wherever its subnet is.
-                total += price(Step(0, arch, self._everything(arch), self._guided_by(guide, arch)))
+                # Of whichever subnet ran last, guided as it was: one of another interval is priced there.
+                total += max(self._held(price, arch, expert, guide) for expert in dict.fromkeys(experts))
         return total
+
+    def _held(self, price: Price, arch: Arch, expert: str, guide: Guidance | None) -> int:
+        """Of a step that holds what a whole call of this subnet predicted, which is priced along."""
+        mine = arch.replace(expert=expert) if expert else arch
+        by = self._guided_by(guide, mine)
+        price(Step(0, mine, (), by))
+        return price(Step(0, mine, self._everything(arch), by))
 
     # ----------------------------------------------------------------------------------------------------- genomes
 

@@ -292,7 +292,7 @@ class LoadedTextEncoder(_Tabled):
             raise UserError(
                 f"{self._source}: {tokenizer} cannot be read ({first_line(error)}); copy it anew, or save it with a tokenizer.json"
             ) from error
-        if not self._length and words.model_max_length > 10**6:
+        if words.model_max_length > 10**6 and (kind is not T5EncoderModel or not self._length):
             told = (
                 "give length=120 for PixArt-alpha, 300 for PixArt-Sigma" if kind is T5EncoderModel else "copy it anew"
             )

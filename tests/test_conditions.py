@@ -45,7 +45,7 @@ from search_spaces.intervals import per_step, uniform
 from search_spaces.loaded import LoadedElastic
 from search_spaces.networks.slices import Arch
 from search_spaces.options import Options
-from search_spaces.partitions import Partitions
+from search_spaces.partitions import Partitions, StepEffects, compare
 from search_spaces.patterns import Every, Only
 from search_spaces.shipped.graph import graph_of
 from search_spaces.shipped.reuse import run
@@ -243,6 +243,7 @@ SPACES = {
         patterns=(Every(1), Every(2), Every(3, ("d0", "u1"))),
         deterministic=False,
     ),
+    "by the last of two samplers": Stepwise(NET, uniform(6), (2, 2, 2), guidance=GUIDES, samplers=(DDPM(), DDIM())),
     "of experts": Stepwise(Elastic(dict(NET.config), (0.5, 1.0), experts=(500,)), uniform(6), (3, 3), guidance=GUIDES),
 }
 
@@ -269,11 +270,15 @@ def test_spaces_with_guidance_keep_the_laws(name: str) -> None:
                 assert not before.guidance.arch, "who guides itself reuses of who did"
 
 
+@pytest.mark.parametrize("experts", [(), (500,), (300,)])
 @pytest.mark.parametrize("guidance", [(2.0,), (None, 2.0)])
-def test_steps_that_hold_a_guided_prediction_have_a_time(guidance: tuple[float | None, ...]) -> None:
+def test_steps_that_hold_a_guided_prediction_have_a_time(
+    guidance: tuple[float | None, ...], experts: tuple[int, ...]
+) -> None:
     """They call nothing, whatever was called before."""
+    net = replace(NET, experts=experts)
     space = Stepwise(
-        NET, uniform(4), (2, 2), guidance=guidance, patterns=(Every(1), Every(2), Only(())), deterministic=False
+        net, uniform(4), (2, 2), guidance=guidance, patterns=(Every(1), Every(2), Only(())), deterministic=False
     )
     times = {key(step): 0.0 if not space.net.macs(step) else 1.0 + len(key(step)) for step in calls(space)}
     timed = TimedSpace(space, times)
@@ -306,7 +311,9 @@ def test_single_steps_are_guided_as_the_dearest_schedule_is(name: str) -> None:
     space = SPACES[name]
     full = space.decode(dearest(space))
     each = space.of_each_step(Options((0.5, 1.0)) if 0.5 in space.net.widths else Options((1.0,)))
-    assert [step.guidance for step in each.decode(dearest(each)).steps] == [full.steps[0].guidance] * 6
+    found = each.decode(dearest(each))
+    assert [step.guidance for step in found.steps] == [full.steps[0].guidance] * 6
+    assert found.sampler == full.sampler
     assert each.cost(dearest(each)) == space.cost(dearest(space))
     assert len(each.choices) == 6
 
@@ -347,10 +354,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("guidance", "least"), [((2.0,), 0.5), ((None, Guidance(3.0, HALF)), 0.25)])
-def test_timesteps_are_divided_by_guided_schedules(
-    guidance: tuple[Any, ...], least: float, run_folder: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("guidance", [(2.0,), (None, Guidance(3.0, HALF))])
+def test_timesteps_are_divided_by_guided_schedules(guidance: tuple[Any, ...], run_folder: Path, tmp_path: Path) -> None:
     """By those that the study would find, and within its limit on them."""
     images, net = Digits(), NET.load(run_folder / "supernet", "cpu")
     recipe = TrajectoryDistance(images, rungs=(4, 8), conditions=Labels(images))
@@ -374,10 +379,29 @@ def test_timesteps_are_divided_by_guided_schedules(
     assert kinds <= {asked, Guidance(asked.scale)}
     assert None not in kinds
     whole = sum(NET.macs(Step(t, WHOLE, (), Guidance(1.0))) for t in uniform(4))
-    for row in found.facts()["rows"]:
-        assert least / 2 < row["macs_share"] <= 0.6
+    rows = found.facts()["rows"]
+    for row in rows:
+        assert row["macs_share"] <= 0.6
         schedule = space.of_each_step(Options((0.5, 1.0))).decode(tuple(row["genome"]))
         assert row["macs_share"] == sum(map(NET.macs, schedule.steps)) / whole
+
+
+@pytest.mark.parametrize("guidance", [(2.0,), (Guidance(3.0, HALF),)])
+def test_a_partition_may_spend_the_share_of_the_full_guided_network(
+    guidance: tuple[Any, ...], run_folder: Path
+) -> None:
+    """Also where the space's own dearest schedule, by a smaller guide, takes less."""
+    images, each = Digits(), Stepwise(NET, uniform(4), (1, 1, 1, 1), guidance=guidance)
+    recipe = TrajectoryDistance(images, rungs=(4,), conditions=Labels(images))
+    evaluate = recipe.load(NET.load(run_folder / "supernet", "cpu"), run_folder)
+    effects = StepEffects(each, evaluate, "trajectory_mse", 4, 0)
+    effects.table = np.array([[1.0, 0.0]] * 4)  # the smaller one is worse at every step
+    for share in (0.4, 0.5, 0.55, 0.6):
+        [(_, row)] = compare(effects, {"each": each.intervals}, share, 4, seeds=1)
+        genomes = itertools.product(range(2), repeat=4)
+        most = max((genome for genome in genomes if each.cost(genome)["macs_share"] <= share), key=sum)
+        assert sum(row["genome"]) == sum(most)
+        assert row["macs_share"] == each.cost(most)["macs_share"]
 
 
 def test_who_guides_counts_along_the_trajectory(run_folder: Path) -> None:

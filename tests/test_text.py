@@ -123,6 +123,18 @@ def test_damaged_rows_and_missing_encoders_are_told(folder: Path, tmp_path: Path
         TextEncoder(str(folder / "sd" / "vae")).describe()
 
 
+def test_a_tokenizer_that_says_no_length_is_refused(folder: Path, tmp_path: Path) -> None:
+    """CLIP's texts are as long as it says, whatever is asked for."""
+    shutil.copytree(folder / "sd", tmp_path / "sd")
+    config = tmp_path / "sd" / "tokenizer" / "tokenizer_config.json"
+    said = json.loads(config.read_text())
+    del said["model_max_length"]
+    config.write_text(json.dumps(said))
+    for length in (None, 77):
+        with pytest.raises(UserError, match="tokenizer does not say how many tokens a text has; copy it anew"):
+            TextEncoder(str(tmp_path / "sd"), length=length).load(None, "cpu").rows(TEXTS)
+
+
 def test_prompts_have_their_turns_and_their_classes(folder: Path, tmp_path: Path) -> None:
     file, encoder = tmp_path / "prompts.txt", TextEncoder(str(folder / "sd"))
     file.write_text("a bag\t3\n\na small dress\t1\na coat\t1\n")

@@ -78,7 +78,10 @@ def intervals(
     share: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Budget, of the full net's MACs. Default: the study's, else 0.5.", show_default=False
+            min=0,
+            max=1,
+            help="Budget, of the full (where any is, guided) net's MACs. Default: the study's, else 0.5.",
+            show_default=False,
         ),
     ] = None,
     grid: Annotated[int, typer.Option(min=3, help="Training timesteps whose gradients are compared.")] = 32,

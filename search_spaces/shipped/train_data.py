@@ -34,7 +34,7 @@ class Told:
         return len(self._rows)
 
     def of(self, chosen: torch.Tensor, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of the chosen images, nothing of those that are `dropped`, on its device. Rows are kept on the CPU, there may be many."""
+        """Of the chosen images, on the CPU, nothing of those that are dropped; rows on the device of `dropped`. They are kept on the CPU, there may be many."""
         found: dict[str, torch.Tensor] = {}
         for rows, places, null in self._rows:
             mine = places[chosen]
