@@ -178,7 +178,9 @@ def test_the_best_within_a_time_is_found_measured_or_limited(tiny_study: Study, 
     with open_session(study, tmp_path) as session:
         conductor = session.conductor("uniform")
         session.run(conductor)
-    verified = {t.objectives(("latency_ms",))[0]: t for t in conductor.ledger.trials if t.status == "complete"}
+    done = [t for t in conductor.ledger.trials if t.status == "complete"]
+    # As measured, a dearer network may be the faster one; the study's own limit is kept all the same.
+    verified = {t.objectives(("latency_ms",))[0]: t for t in done if t.cost["macs_share"] <= 0.6}
     for limit in verified:
         allowed = [trial for time, trial in verified.items() if time <= limit]
         expected = min(allowed, key=lambda trial: trial.objectives(("fd",)))

@@ -34,7 +34,8 @@ def best_within(trials: Sequence[Trial], name: str, limit: float, objective: str
     within = [trial for trial in legal if trial.objectives([name])[0] <= limit]
     if not within:
         least = min(trial.objectives([name])[0] for trial in legal or verified)
-        beside = "" if legal else ", but it breaks the study's other limits"
+        kept = ", of those that keep the study's other limits" if len(legal) < len(verified) else ""
+        beside = kept if legal else ", but it breaks the study's other limits"
         raise UserError(f"no verified trial keeps {name}<={limit:g}; the cheapest has {name}={least:.4g}{beside}")
     return min(within, key=lambda trial: (trial.objectives([objective])[0], trial.number))
 
