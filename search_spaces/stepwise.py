@@ -432,6 +432,7 @@ class Stepwise:
         guide: Guidance | None,
     ) -> int:
         total, before = 0, experts[0] if alike and not first else None
+        distinct = dict.fromkeys(experts)
         for place, (computed, expert) in enumerate(zip(steps, experts, strict=True)):
             if computed or (first and place == 0):
                 mine = arch.replace(expert=expert) if expert else arch
@@ -447,7 +448,7 @@ class Stepwise:
                 before = expert
             elif not computed and computed is not None and not self.deterministic:
                 # Of whichever subnet ran last, guided as it was: one of another interval is priced there.
-                total += max(self._held(price, arch, expert, guide) for expert in dict.fromkeys(experts))
+                total += max(self._held(price, arch, expert, guide) for expert in distinct)
         return total
 
     def _held(self, price: Price, arch: Arch, expert: str, guide: Guidance | None) -> int:

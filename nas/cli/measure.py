@@ -80,7 +80,7 @@ def intervals(
         typer.Option(
             min=0,
             max=1,
-            help="Budget, of the full (where any is, guided) net's MACs. Default: the study's, else 0.5.",
+            help="Budget, of the full net's MACs, guided where the study is. Default: the study's, else 0.5.",
             show_default=False,
         ),
     ] = None,

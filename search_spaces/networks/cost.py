@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from cachetools import LRUCache
 
 from search_spaces.networks.anatomy import Anatomy
 from search_spaces.networks.parts import Stretch, TensorAnatomy
@@ -44,7 +43,7 @@ class CostModel:
         self._known: dict[Arch, tuple[tuple[str, ...], Matrix]] = {}
         self._counts: dict[Arch, dict[str, Cost]] = {}
         self._graphs: dict[Arch, Graph] = {}
-        self._sums: LRUCache[tuple[Arch, frozenset[str]], Cost] = LRUCache(2**16)
+        self._summed = lru_cache(maxsize=2**16)(self._sum)
 
     def __call__(self, arch: Arch) -> Cost:
         """`arch` is one that `Anatomy.subconfig` and `Anatomy.segments` accept."""
@@ -94,15 +93,14 @@ class CostModel:
 
     def _running(self, arch: Arch, reuse: Collection[str]) -> Cost:
         """Of the layers that run, all together."""
-        key = arch.replace(expert="") if arch.expert else arch, frozenset(reuse)
-        found: Cost | None = self._sums.get(key)
-        if found is None:
-            graph = self.graph(arch)
-            reused = graph.expand(reuse)
-            runs = graph.predicts_anew or len(reused) < len(graph.layers)
-            each = self.layers(arch).items() if runs else ()
-            found = self._sums[key] = sum((cost for name, cost in each if name not in reused), Cost(0, 0, 0))
-        return found
+        return self._summed(arch.replace(expert="") if arch.expert else arch, frozenset(reuse))
+
+    def _sum(self, arch: Arch, reuse: frozenset[str]) -> Cost:
+        graph = self.graph(arch)
+        reused = graph.expand(reuse)
+        runs = graph.predicts_anew or len(reused) < len(graph.layers)
+        each = self.layers(arch).items() if runs else ()
+        return sum((cost for name, cost in each if name not in reused), Cost(0, 0, 0))
 
     def _vector(self, arch: Arch) -> npt.NDArray[np.int64]:
         shares = [1.0 if level is None else arch.widths[level] for _, level in self._lengths]
