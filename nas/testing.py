@@ -312,6 +312,11 @@ def check_space(space: SearchSpace, samples: int = 50) -> None:
     assert space.cost(dearest(space))["macs"] == costs.total(dearest(space)), "nothing is saved at full cost"
     least = space.cost(cheapest(space))["macs_share"]
     check_reachable(Problem(space, ("macs",), {"macs_share": least}))
+    sent = pickle.loads(pickle.dumps(space))
+    assert sent.describe() == space.describe(), (
+        "a space must survive pickling, whatever was asked of it: workers get it so"
+    )
+    assert sent.cost(dearest(space)) == space.cost(dearest(space)), "a worker must count what the space counts here"
 
 
 def check_supernet(loaded: LoadedSupernet, space: SearchSpace, samples: int = 8) -> None:

@@ -45,6 +45,10 @@ class CostModel:
         self._graphs: dict[Arch, Graph] = {}
         self._summed = lru_cache(maxsize=2**16)(self._sum)
 
+    def __reduce__(self) -> tuple[type[CostModel], tuple[Anatomy]]:
+        """A worker gets none of the counts: a cache of `functools` cannot be pickled, and counting is quick."""
+        return CostModel, (self._anatomy,)
+
     def __call__(self, arch: Arch) -> Cost:
         """`arch` is one that `Anatomy.subconfig` and `Anatomy.segments` accept."""
         return self._running(arch, ())
