@@ -26,7 +26,7 @@ from search_spaces.networks.anatomy import StockNet, predict, skeleton, unset
 from search_spaces.networks.slices import Arch, take
 from search_spaces.shipped.reuse import as_noise, first_rows, guided, null_of, run
 from search_spaces.shipped.walks import arguments
-from search_spaces.text import LoadedText
+from search_spaces.text import ClassTable, LoadedText
 
 if TYPE_CHECKING:
     from search_spaces.supernet import Elastic
@@ -273,9 +273,9 @@ class LoadedElastic:
     @property
     def text_shape(self) -> dict[str, Any] | None:
         anatomy = self.recipe.anatomy
-        if not anatomy.text_channels:
-            return None
         text = self.recipe.text
+        if not anatomy.text_channels or isinstance(text, ClassTable):
+            return None
         size, zeros = getattr(text, "size", self.image_shape[1:]), getattr(text, "zeros", False)
         return {"tokens": anatomy.tokens, "size": list(size), **({"zeros": True} if zeros else {})}
 

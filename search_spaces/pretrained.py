@@ -19,6 +19,7 @@ import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from nas.base.exported import CLASS_EMBEDDING, CLASS_EMBEDDINGS, WEIGHTS
 from nas.base.files import first_line, read_json
 from nas.contracts import UserError
 from search_spaces.noise import NoiseSchedule
@@ -56,7 +57,8 @@ FORMER_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 class Found(NamedTuple):
     """`folder`: of the network. `config`: arguments of its class. `noise`: None where nothing says which process it was trained on.
     `autoencoder`: the folder of the one whose latents it works on; None where it works on pixels. `text`: the folder of the pipeline whose text
-    encoders make what it reads; None where there are none. `length`: tokens of a text, None where its tokenizer says so."""
+    encoders make what it reads; None where there are none. `length`: tokens of a text, None where its tokenizer says so. `classes`: the file of the
+    vectors that it reads in a text's place, as folders that were exported here have it."""
 
     folder: Path
     config: dict[str, Any]
@@ -64,6 +66,7 @@ class Found(NamedTuple):
     autoencoder: Path | None = None
     text: Path | None = None
     length: int | None = None
+    classes: Path | None = None
 
 
 def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
@@ -99,7 +102,8 @@ def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
         )
     kinds = () if pipeline is None else tuple(_parts(pipeline).values())
     text = pipeline if any(kind in TEXT_ENCODERS for kind in kinds) else None
-    return Found(folder, config, noise, autoencoder, text, None if text is None else _length(text, kinds))
+    classes = pipeline / CLASS_EMBEDDING / WEIGHTS if pipeline and {*kinds} & {*CLASS_EMBEDDINGS} else None
+    return Found(folder, config, noise, autoencoder, text, None if text is None else _length(text, kinds), classes)
 
 
 def _length(pipeline: Path, kinds: Collection[str]) -> int | None:
@@ -123,7 +127,7 @@ def _parts(pipeline: Path) -> dict[str, Any]:
         for name, entry in index.items()
         if isinstance(entry, list) and len(entry) == 2 and not name.startswith("_")
     }
-    known = (*NETWORKS, FORMER, *AUTOENCODERS, *TEXT_ENCODERS)
+    known = (*NETWORKS, FORMER, *AUTOENCODERS, *TEXT_ENCODERS, *CLASS_EMBEDDINGS)
     left = [name for name, kind in parts.items() if kind and kind not in known and not name.startswith(USED)]
     if left:
         log.info("%s: %s is not needed, and is left out", pipeline, ", ".join(left))

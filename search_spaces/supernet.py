@@ -35,7 +35,7 @@ from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options, PerLevel, Subnets
 from search_spaces.pretrained import find, read_weights, weights_digest
 from search_spaces.shipped.reuse import run
-from search_spaces.text import LoadedText, Text, TextEncoder
+from search_spaces.text import ClassTable, LoadedText, Text, TextEncoder
 
 WEIGHTS = "weights.safetensors"
 
@@ -142,6 +142,8 @@ class Elastic:
             shape = (found.config["in_channels"], *((side, side) if isinstance(side, int) else side))
             height, width = settings.get("codec", Pixels()).image_shape(shape)[1:]
             settings["text"] = TextEncoder(str(found.text), size=(height, width), length=found.length)
+        if found.classes is not None and "text" not in settings:
+            settings["text"] = ClassTable(str(found.classes))
         if settings.get("text") is not None and "tokens" not in settings:
             settings["tokens"] = settings["text"].shape[0]
         return cls(found.config, pretrained=str(found.folder), noise=found.noise or NoiseSchedule(), **settings)

@@ -22,11 +22,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from nas.base.exported import CLASS_EMBEDDING
 from nas.base.files import first_line, partial_of, read_json, room
 from nas.base.quiet import quiet_transformers
 from nas.contracts import Condition, Progress, UserError, digest_of
 from nas.recipes import Count, recipe
 from search_spaces.pretrained import INDEX, VARIANTS
+from search_spaces.shipped.class_embedding import ClassEmbedding
 from search_spaces.shipped.reuse import NEGATIVE
 from search_spaces.shipped.texts import PARTS, encoded, nothing_said
 
@@ -337,7 +339,7 @@ class ClassTable:
 
 
 class LoadedTable(_Tabled):
-    components: Mapping[str, Any] = {}
+    """`components`: the table alone, as a model of diffusers."""
 
     def __init__(self, file: Path) -> None:
         tensors = _read(file)
@@ -346,6 +348,9 @@ class LoadedTable(_Tabled):
         self._rows = next(iter(tensors.values())).float()
         self._file = file
         self.channels = int(self._rows.shape[1])
+        vectors = ClassEmbedding(len(self._rows) - 1, self.channels)
+        vectors.load_state_dict({"weight": self._rows})
+        self.components: Mapping[str, Any] = {CLASS_EMBEDDING: vectors}
 
     def keep(self, texts: Sequence[str]) -> Iterator[Progress]:
         yield from ()

@@ -30,6 +30,9 @@ TEXTS = {
 """What makes of a text what the networks read, if they read any, and its classes, which are those of transformers."""
 TEXT_WEIGHTS = "model.safetensors"
 
+CLASS_EMBEDDING, CLASS_EMBEDDINGS = "class_embedding", ("ClassEmbedding",)
+"""The folder of the learned vectors that networks read in a text's place, if they do, and its class, whose code lies there too."""
+
 SAMPLERS = ("DDIM", "DDPM", "DPMSolver")
 
 NAME = re.compile(r"(unet|transformer)_[0-9]{1,5}|teacher")
@@ -55,9 +58,10 @@ class Export:
 
     @property
     def parts(self) -> list[str]:
-        """Folders of what a training needs: networks, teacher, autoencoder, text encoders and tokenizers."""
+        """Folders of what a training needs: networks, teacher, autoencoder, text encoders and tokenizers, or vectors of classes."""
         vae = [AUTOENCODER] if "image_shape" in self.plan else []
-        return list(dict.fromkeys([*self.training["timesteps"], self.training["teacher"], *vae, *self.texts]))
+        classes = [CLASS_EMBEDDING] if "class_channels" in self.plan else []
+        return list(dict.fromkeys([*self.training["timesteps"], self.training["teacher"], *vae, *self.texts, *classes]))
 
 
 def read_export(folder: Path) -> Export:
@@ -70,14 +74,16 @@ def read_export(folder: Path) -> Export:
     _check_training(folder, training, networks)
     if ("image_shape" in plan) != ("image_shape" in training):
         raise ExportError(f"{folder / TRAINING} and {SCHEDULE} do not agree whether networks work on latents; {REMEDY}")
-    for name in ("text", "null_label"):
+    for name in ("text", "null_label", "class_channels"):
         if (name in plan) != (name in training):
             raise ExportError(f"{folder / TRAINING} and {SCHEDULE} do not agree on the networks' {name}; {REMEDY}")
-    texts = _check_index(folder / INDEX, networks, "image_shape" in plan, "text" in plan)
+    texts = _check_index(folder / INDEX, networks, plan)
     for name in (*networks, training["teacher"]):
         _network_class(folder / name)
     if "image_shape" in plan:
         _network_class(folder / AUTOENCODER, AUTOENCODERS)
+    if "class_channels" in plan:
+        _network_class(folder / CLASS_EMBEDDING, CLASS_EMBEDDINGS)
     _hashes(folder, provenance)
     return Export(folder, networks, plan, training, provenance, texts)
 
@@ -180,6 +186,10 @@ def _check_classes(data: Mapping[str, Any], path: Path) -> None:
         raise ExportError(f"{path}: guided_channels={data['guided_channels']} is out of range; {REMEDY}")
     if "null_label" in data and not 0 <= _entry(data, "null_label", int, path) <= 10**6:
         raise ExportError(f"{path}: null_label={data['null_label']} is out of range; {REMEDY}")
+    if "class_channels" in data and not 1 <= _entry(data, "class_channels", int, path) <= 2**16:
+        raise ExportError(f"{path}: class_channels={data['class_channels']} is out of range; {REMEDY}")
+    if "class_channels" in data and "null_label" not in data:
+        raise ExportError(f"{path} has class_channels, and does not say how many classes; {REMEDY}")
     if "text" in data:
         text = _entry(data, "text", dict, path)
         size: Any = text.get("size")
@@ -221,21 +231,23 @@ def _check_scheduler(data: Mapping[str, Any], path: Path) -> None:
         raise ExportError(f"{path}: posterior={data['posterior']!r} is none of {', '.join(POSTERIORS)}; {REMEDY}")
 
 
-def _check_index(path: Path, networks: Mapping[str, Any], latent: bool, reads: bool) -> tuple[str, ...]:
+def _check_index(path: Path, networks: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[str, ...]:
     """The components that make of a text what networks read."""
     index = _json(path)
     if index.get("_class_name") != ["pipeline", "StepAwarePipeline"]:
         raise ExportError(f"{path}: _class_name={index.get('_class_name')!r} is not the exported pipeline; {REMEDY}")
-    texts = tuple(name for name in TEXTS if name in index and reads)
+    texts = tuple(name for name in TEXTS if name in index and "text" in plan)
+    folders = (*texts, CLASS_EMBEDDING) if "class_channels" in plan else texts
     for name, entry in index.items():
         if name.startswith("_") or name == "schedule":
             continue
         known: Sequence[str] = ["DDIMScheduler"] if name == "scheduler" else CLASSES if name in networks else ()
-        known = AUTOENCODERS if name == AUTOENCODER and latent else TEXTS[name] if name in texts else known
-        library = "transformers" if name in texts else "diffusers"
+        known = AUTOENCODERS if name == AUTOENCODER and "image_shape" in plan else known
+        known = TEXTS[name] if name in texts else CLASS_EMBEDDINGS if name in folders else known
+        library = "transformers" if name in texts else name if name in folders else "diffusers"
         if not isinstance(entry, list) or len(entry) != 2 or entry[0] != library or entry[1] not in known:
             raise ExportError(f"{path}: {name}={entry!r} is no part of an exported pipeline; {REMEDY}")
-        if name in texts and ((path.parent / name).is_symlink() or not (path.parent / name).is_dir()):
+        if name in folders and ((path.parent / name).is_symlink() or not (path.parent / name).is_dir()):
             raise ExportError(f"{path} names {name}, but {path.parent} has no such folder; {REMEDY}")
     return texts
 

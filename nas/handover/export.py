@@ -11,12 +11,14 @@ DIR/exported.py, pictures.py  what the scripts read the folder and pictures with
 DIR/teacher                 the full network, unless it is among the models
 DIR/vae                     the stock autoencoder whose latents they work on, if any
 DIR/tokenizer, text_encoder the stock parts that make of a text what they read, if they read any
+DIR/class_embedding         the vectors of classes that they read in a text's place, if they do
 DIR/provenance.json         SHA-256 of the networks' files, versions, the trial with its score
 DIR/README.md               a model card: how to use it, what was measured; with schedule.svg, what runs when, and samples.png
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -105,10 +107,10 @@ def export(
         teacher = _write_training(net, schedule, names, provenance, partial)
         facts = {"parity": differences, "versions": package_versions()}
         vae = [exported.AUTOENCODER] if "image_shape" in plan else []
-        texts = [*getattr(net, "text_components", {})]
-        files = hashes_of(partial, dict.fromkeys([*names.values(), teacher, *vae, *texts]))
+        others = [*getattr(net, "text_components", {})]
+        files = hashes_of(partial, dict.fromkeys([*names.values(), teacher, *vae, *others]))
         _write(partial / "provenance.json", {**provenance, **facts, "files": files})
-        _write_pipeline(net, plan, [*names.values(), *vae], texts, partial)
+        _write_pipeline(net, plan, [*names.values(), *vae], others, partial)
         write_card(plan, bars_of(schedule, net), provenance, samples, partial)
         (partial / "sample.py").write_text(_SAMPLE)
         if folder.exists():
@@ -146,13 +148,16 @@ def _step_in_words(step: Step, names: Mapping[Any, str]) -> dict[str, Any]:
 
 
 def _classes(net: LoadedSupernet) -> dict[str, int]:
-    """The label of no class, where the networks take labels: there are as many classes before it."""
+    """The label of no class, where the networks take labels, or read vectors of so many channels: there are as many classes before it."""
+    vectors = getattr(net, "text_components", {}).get(exported.CLASS_EMBEDDING)
+    if vectors is not None:
+        return {"null_label": vectors.config.classes, "class_channels": vectors.config.channels}
     condition = some_condition(net, 1) or {}
     return {"null_label": int(net.null_condition(condition)["class_labels"][0])} if "class_labels" in condition else {}
 
 
 def _texts(net: LoadedSupernet, folder: Path) -> dict[str, Any]:
-    """Writes the text encoders, where there are any, and says what the networks read."""
+    """Writes the text encoders, or vectors of classes, where there are any, and says what text the networks read."""
     shape = getattr(net, "text_shape", None)
     for name, component in getattr(net, "text_components", {}).items():
         if not (folder / name).exists():
@@ -225,9 +230,9 @@ def _write(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _write_pipeline(
-    net: LoadedSupernet, plan: Mapping[str, Any], names: Sequence[str], texts: Sequence[str], folder: Path
+    net: LoadedSupernet, plan: Mapping[str, Any], names: Sequence[str], others: Sequence[str], folder: Path
 ) -> None:
-    """`texts`: names of tokenizers and text encoders."""
+    """`others`: names of tokenizers and text encoders, or of vectors of classes, whose code is put beside them."""
     from diffusers import DDIMScheduler, __version__
 
     DDIMScheduler(**plan["scheduler"]).save_pretrained(folder / "scheduler")
@@ -235,10 +240,11 @@ def _write_pipeline(
         code = file.read_text().replace("from nas.base.", "from ").replace("from search_spaces.shipped.", "from ")
         for template in ("{}: Any", "{0}={0}"):
             code = code.replace(
-                template.format("unet_0"), ", ".join(template.format(name) for name in (*names, *texts))
+                template.format("unet_0"), ", ".join(template.format(name) for name in (*names, *others))
             )
         code = code.replace("->unet_0->", "".join(f"->{name}" for name in names if name != exported.AUTOENCODER) + "->")
         (folder / file.name).write_text(code)
+    parts = getattr(net, "text_components", {})
     index = {
         "_class_name": ["pipeline", "StepAwarePipeline"],
         "_diffusers_version": __version__,
@@ -248,8 +254,13 @@ def _write_pipeline(
             name: ["diffusers", json.loads((folder / name / "config.json").read_text())["_class_name"]]
             for name in names
         },
-        **{name: ["transformers", type(getattr(net, "text_components", {})[name]).__name__] for name in texts},
+        **{
+            name: [name if name == exported.CLASS_EMBEDDING else "transformers", type(parts[name]).__name__]
+            for name in others
+        },
     }
+    if exported.CLASS_EMBEDDING in others:
+        shutil.copy(inspect.getfile(type(parts[exported.CLASS_EMBEDDING])), folder / exported.CLASS_EMBEDDING)
     _write(folder / "model_index.json", index)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import diffusers
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
+from nas.base.exported import TEXTS
 from nas.base.quiet import quiet_transformers
 from nas.contracts import LoadedSupernet, Schedule, UserError, some_condition
 
@@ -41,7 +42,7 @@ def export_stock(
     scheduler = next((grid for grid in grids if _same_steps(grid, schedule.timesteps)), grids[0])
     network: Any = net.extract(schedule.archs[0])
     autoencoder = getattr(net, "autoencoder", None)
-    texts = getattr(net, "text_components", {})
+    texts = _texts(net)
     kind = type(network).__name__
     tokens = (getattr(net, "text_shape", None) or {}).get("tokens")
     if texts:
@@ -85,6 +86,11 @@ def _scheduler(net: LoadedSupernet, sampler: Mapping[str, Any], spacing: str, of
     return DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero")
 
 
+def _texts(net: LoadedSupernet) -> dict[str, Any]:
+    """The text encoders and tokenizers."""
+    return {name: part for name, part in getattr(net, "text_components", {}).items() if name in TEXTS}
+
+
 def _of_text(kind: str, texts: Mapping[str, Any], autoencoder: Any, network: Any, scheduler: Any, zeros: bool) -> Any:
     """`zeros`: whether these stand for no negative prompt, of XL."""
     if kind == PIXART:
@@ -104,7 +110,7 @@ def _scales(schedule: Schedule) -> set[float]:
 
 def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) -> None:
     latent = getattr(net, "autoencoder", None)
-    texts, condition = getattr(net, "text_components", {}), some_condition(net, 1) or {}
+    texts, condition = _texts(net), some_condition(net, 1) or {}
     kind = type(net.extract(schedule.archs[0])).__name__
     labelled, reads = "class_labels" in condition, "encoder_hidden_states" in condition
     dit = kind == DIT

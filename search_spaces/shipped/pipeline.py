@@ -9,6 +9,8 @@ argument of the class for each network:
 
 from __future__ import annotations
 
+import inspect
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -36,7 +38,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
     """
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet_0->vae"
-    _optional_components = [name for pair in PARTS for name in pair]  # noqa: RUF012
+    _optional_components = [*(name for pair in PARTS for name in pair), "class_embedding"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(self, scheduler: Any, unet_0: Any, schedule: Any = None) -> None:
@@ -55,6 +57,13 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         for file in Path(__file__).parent.glob("*.py"):
             if file.name != "__init__.py":
                 shutil.copyfile(file, Path(save_directory) / file.name)
+        vectors = getattr(self, "class_embedding", None)
+        if vectors is not None:  # of which diffusers notes where its code lies in this process alone
+            shutil.copy(inspect.getfile(type(vectors)), Path(save_directory) / "class_embedding")
+            index = Path(save_directory) / "model_index.json"
+            told = json.loads(index.read_text())
+            told["class_embedding"] = ["class_embedding", type(vectors).__name__]
+            index.write_text(json.dumps(told, indent=2) + "\n")
 
     @torch.inference_mode()
     def __call__(
@@ -98,7 +107,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         if reuse_dtype is None and "reuse_precision" in plan["sampler"]:
             reuse_dtype = getattr(torch, plan["sampler"]["reuse_precision"])
         told = self._told(plan, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, guides, device)
-        told |= _labelled(plan.get("null_label"), class_labels, batch_size, device)
+        told |= self._classes(plan.get("null_label"), class_labels, batch_size, device)
         count = len(next(iter(told.values()))) if told else batch_size or (1 if latents is None else len(latents))
         if (batch_size or count) != count or any(len(rows) != count for rows in told.values()):
             raise ValueError(f"{count} prompts or labels for {batch_size or count} images; give one for each")
@@ -164,6 +173,15 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         null = nothing_said(null) if negative is None and plan["text"].get("zeros") else null
         told |= {NEGATIVE + name: rows for name, rows in null.items()}
         return {name: rows.repeat_interleave(each, dim=0) for name, rows in told.items()}
+
+    def _classes(self, null_label: int | None, labels: Any, count: int | None, device: Any) -> dict[str, torch.Tensor]:
+        """The labels, or the vectors of these classes that the networks read in a text's place."""
+        told = _labelled(null_label, labels, count, device)
+        vectors = getattr(self, "class_embedding", None)
+        if vectors is None or null_label is None:
+            return told
+        chosen, none = told["class_labels"], torch.full_like(told["class_labels"], null_label)
+        return {"encoder_hidden_states": vectors(chosen), f"{NEGATIVE}encoder_hidden_states": vectors(none)}
 
     def _denoise(
         self,

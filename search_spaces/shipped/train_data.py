@@ -14,8 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from nas.base.exported import AUTOENCODER, AUTOENCODERS, INDEX, WEIGHTS, ExportError, read_network
+from nas.base.exported import (
+    AUTOENCODER,
+    AUTOENCODERS,
+    CLASS_EMBEDDING,
+    INDEX,
+    REMEDY,
+    WEIGHTS,
+    ExportError,
+    read_network,
+)
 from nas.base.pictures import PictureError, find_pictures, read_caption, read_picture
 from search_spaces.shipped.latents import drawn, moments
 from search_spaces.shipped.texts import encoded, nothing_said
@@ -54,7 +65,10 @@ def conditions(export: Any, labels: Any, captions: Sequence[str] | None, count: 
             else f"the networks need a label from 0 to {null - 1} for each image: give --labels folders, or images that have them"
         )
     if labels is not None:
-        told.add({"class_labels": torch.arange(null + 1)}, torch.from_numpy(labels), null)
+        rows = (
+            {"class_labels": torch.arange(null + 1)} if "class_channels" not in plan else _vectors(export.folder, null)
+        )
+        told.add(rows, torch.from_numpy(labels), null)
     if (captions is None) != (plan.get("text") is None):
         raise ExportError(
             "the networks read no text; leave the captions out"
@@ -80,6 +94,18 @@ def conditions(export: Any, labels: Any, captions: Sequence[str] | None, count: 
         place = {text: number for number, text in enumerate(distinct)}
         told.add(rows, torch.tensor([place[text] for text in captions]), len(distinct))
     return told
+
+
+def _vectors(folder: Path, null: int) -> dict[str, torch.Tensor]:
+    """Those that networks read in a text's place, of each class and of none."""
+    path = folder / CLASS_EMBEDDING / WEIGHTS
+    try:
+        found = load_file(path)["weight"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ExportError(f"{path} cannot be read ({error}); {REMEDY}") from error
+    if found.shape[:1] != (null + 1,):
+        raise ExportError(f"{path} holds {tuple(found.shape)}, no vector for each of {null} classes and none; {REMEDY}")
+    return {"encoder_hidden_states": found[:, None]}
 
 
 def _text_parts(folder: Path, names: Sequence[str], device: Any) -> dict[str, Any]:

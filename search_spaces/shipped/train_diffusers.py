@@ -36,6 +36,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nas.base.exported import (
     AUTOENCODER,
+    CLASS_EMBEDDING,
     PROVENANCE,
     ExportError,
     check_hashes,
@@ -51,6 +52,7 @@ from search_spaces.shipped.walks import arguments
 TRAINED = "trained"
 OURS = (
     "README.md",
+    "class_embedding",
     "exported.py",
     "graph.py",
     "latents.py",
@@ -161,7 +163,7 @@ def train(
     kept = {
         file: exported[file]
         for file in exported
-        if file.startswith(("teacher/", f"{AUTOENCODER}/", "text_encoder", "tokenizer"))
+        if file.startswith(("teacher/", f"{AUTOENCODER}/", f"{CLASS_EMBEDDING}/", "text_encoder", "tokenizer"))
     }
     for name, ranges in (timesteps or plan["timesteps"]).items():
         if not (into / name / "config.json").exists():
