@@ -158,12 +158,26 @@ class Benchmark:
         """The rows of these keys; those not kept yet are measured in `processes` processes and kept as they finish. A job is
         a function of a module and its arguments."""
         missing = {key: job for key, job in jobs.items() if key not in self._rows}
+        failed: BaseException | None = None
         if missing:
+            if commit() != self._commit:  # new processes read the code anew
+                raise SystemExit(
+                    f"error: the code is no longer that of commit {self._commit[:9]}, with which this was begun; run it in a clone of its own, or begin the command again"
+                )
             context = get_context("spawn")
             with ProcessPoolExecutor(self.processes, mp_context=context, initializer=end_with_parent) as pool:
                 running = {pool.submit(*job): key for key, job in missing.items()}
                 for future in as_completed(running):
+                    failed = future.exception()
+                    if failed is not None:
+                        pool.shutdown(cancel_futures=True)  # what runs beside it ends
+                        break
                     self.row(running[future], future.result)
+            for future, key in running.items():
+                if not future.cancelled() and future.exception() is None:
+                    self.row(key, future.result)
+        if failed is not None:
+            raise failed
         return {key: self._rows[key] for key in jobs}
 
     def say(self, text: str) -> None:

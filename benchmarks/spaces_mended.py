@@ -1,7 +1,7 @@
-"""Can a larger space be made to pay? A width and a depth for each level against one width for the network, each with mends of training and search.
+"""Can a larger space be made to pay? A width for each level, and a depth too, against one width for the network, with mends of training and search.
 
 Arms, seeds, choice and test stand in `protocols/spaces-mended.json`, written down before any row; network and searcher are those of `benchmarks.spaces`.
-Some thirteen hours of one core.
+Some sixteen hours of one core.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ from studies.digits import steps
 
 PROTOCOL = committed("spaces-mended")
 SETTINGS = PROTOCOL.settings
-ALONE, LARGER = "width alone", "larger"
+SPACES = {"width alone": "width alone", "larger in width": "+ width per level", "larger": "+ depth"}
+"""What an arm's name begins with, and the space that `benchmarks.spaces` has of it."""
+ALONE, IN_WIDTH, LARGER = SPACES
 SHARED = {
     f"{LARGER}, 16 options": LARGER,
     f"{LARGER}, screened evolution": LARGER,
     f"{ALONE}, screened evolution": ALONE,
 }
 """Arms on the weights of their space's own."""
+DEEP, MANY = ("+ depth",), ("+ depth", "+ width per level")
+"""Spaces that have depths, and that have more than four options."""
 FULL_NETWORK = "the full network, frozen"
 Row = dict[str, Any]
 Pair = tuple[str, int]
@@ -53,8 +57,9 @@ class Setting(spaces.Setting):
 
     mend: str = ""
 
-    def mended(self, *names: str) -> bool:
-        return self.mend in (*names, "together")
+    def mended(self, *names: str, together: Sequence[str] = tuple(SPACES.values())) -> bool:
+        """`together`: the spaces that have this mend where they have several."""
+        return self.mend in names or (self.mend == "together" and self.variant in together)
 
     @property
     def net(self) -> Elastic:
@@ -86,15 +91,15 @@ class Setting(spaces.Setting):
             distillation=teacher["distillation"] if self.mend == "teacher" else 0.0,
             drawn="by macs" if self.mended("by macs") else "evenly",
         )
-        begun: list[Stage] = [*([ZeroInit()] if self.mended("zero units") else []), whole]
+        begun: list[Stage] = [*([ZeroInit()] if self.mended("zero units", together=DEEP) else []), whole]
         left -= whole.macs(self.net)
         if self.mend == "order per interval":
             order = Order(**{**SETTINGS["order"], **({"stride": 200} if self.quick else {})})
-            own = replace(elastic, learning_rate=SETTINGS["learning_rates"]["experts"], ema=SETTINGS["experts_ema"])
-            # The visit is of all timesteps, whatever copy it is for.
-            each = self._as_many(own, (left / 4 - order.macs(self.net)) / spaces.INTERVALS)
-            return Stages((*begun, self._as_many(elastic, 0.75 * left), Experts(each, order)))
-        if self.mended("gradual"):
+            own = replace(elastic, ema=SETTINGS["experts_ema"])
+            # The visits of all copies together are of all timesteps.
+            each = self._as_many(own, (left - order.macs(self.net)) / spaces.INTERVALS)
+            return Stages((*begun, Experts(each, order)))
+        if self.mended("gradual", together=DEEP):
             wide = self._as_many(replace(elastic, held=("depth",)), left / 2)
             return Stages((*begun, wide, self._as_many(elastic, left / 2)))
         return Stages((*begun, self._as_many(elastic, left)))
@@ -106,7 +111,7 @@ class Setting(spaces.Setting):
 
     @property
     def study(self) -> Study:
-        many = self.mended("16 options")
+        many = self.mended("16 options", together=MANY)
         searcher: Any = Knapsack(around="full" if many else "both", options=16 if many else 4)
         if self.mend == "screened evolution":
             searcher = Evolution(screened=16)
@@ -162,9 +167,8 @@ def judge(setting: Setting, genome: Sequence[int], tuned: bool) -> Row:
 
 def arm(name: str, seed: int, folder: Path, quick: bool) -> Setting:
     space, _, mend = name.partition(", ")
-    variant = spaces.VARIANTS[0] if space == ALONE else "+ depth"
     own = folder / name.replace(",", "").replace(" ", "-") / f"seed-{seed}"
-    return Setting(variant, seed, own, (), quick, mend)
+    return Setting(SPACES[space], seed, own, (), quick, mend)
 
 
 def measured(name: str, seed: int, folder: Path, quick: bool) -> Row:
@@ -180,7 +184,20 @@ def measured(name: str, seed: int, folder: Path, quick: bool) -> Row:
     return {**told, **found, **states, FULL_NETWORK: judge(setting, (), False), "judge": features}
 
 
-def rows_of(bench: Benchmark, pairs: Sequence[Pair]) -> dict[Pair, Row]:
+def rows_of(bench: Benchmark, names: Iterable[str], seeds: Iterable[int]) -> dict[Pair, Row]:
+    """Seed by seed, so that one is whole and judged by one classifier when it is done."""
+    found: dict[Pair, Row] = {}
+    for seed in seeds:
+        mine = of_seed(bench, [(name, seed) for name in names])
+        if len({row["judge"] for row in mine.values()}) > 1:
+            raise SystemExit(
+                f"error: arms of seed {seed} have different judges, as another kind of processor trains them; go on where the first were made, or begin with --fresh"
+            )
+        found |= mine
+    return found
+
+
+def of_seed(bench: Benchmark, pairs: Sequence[Pair]) -> dict[Pair, Row]:
     """Arms that share weights after each other, so that no two processes make them."""
     turns = [[pair for pair in pairs if pair[0] not in SHARED], *([p for p in pairs if p[0] == one] for one in SHARED)]
     found: dict[Pair, Row] = {}
@@ -189,15 +206,6 @@ def rows_of(bench: Benchmark, pairs: Sequence[Pair]) -> dict[Pair, Row]:
         rows = bench.rows({key: (measured, *pair, bench.folder, bench.quick) for pair, key in keys.items()})
         found |= {pair: rows[key] for pair, key in keys.items()}
     return found
-
-
-def check_judges(rows: Mapping[Pair, Row]) -> None:
-    """Raises SystemExit where arms of a seed were judged by different classifiers, as another kind of processor trains them."""
-    for seed in {seed for _, seed in rows}:
-        if len({row["judge"] for (_, one), row in rows.items() if one == seed}) > 1:
-            raise SystemExit(
-                f"error: arms of seed {seed} have different judges; go on where the first were made, or begin with --fresh"
-            )
 
 
 def interval(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -210,8 +218,7 @@ def main() -> None:
     bench = Benchmark("spaces_mended", __doc__ or "", ("benchmarks/spaces.py", "search_spaces/training"), PROTOCOL)
     few = 2 if bench.quick else None
     seeds, others = PROTOCOL.seeds[:few], tuple(SETTINGS["judged_with"])[:few]
-    rows = rows_of(bench, [(name, seed) for name in PROTOCOL.arms for seed in seeds])
-    check_judges(rows)
+    rows = rows_of(bench, PROTOCOL.arms, seeds)
 
     def of(name: str, state: str, whose: Iterable[int]) -> list[Row]:
         return [rows[name, seed][state] for seed in whose]
@@ -220,7 +227,7 @@ def main() -> None:
         return float(np.mean([row["fd"] for row in of(name, state, seeds)]))
 
     for name in PROTOCOL.arms:
-        plain = LARGER if name.startswith(LARGER) else ALONE
+        plain = name.partition(", ")[0]
         told: Row = {
             "macs_share": float(np.mean([rows[name, seed]["macs_share"] for seed in seeds])),
             "full_fd": mean(name, FULL_NETWORK),
@@ -234,11 +241,14 @@ def main() -> None:
         return min((one for one in PROTOCOL.arms if one.startswith(space)), key=lambda one: mean(one, "fine-tuned"))
 
     larger, alone = best(LARGER), best(ALONE)
-    rows |= rows_of(bench, [(name, seed) for name in dict.fromkeys((ALONE, LARGER, alone, larger)) for seed in others])
-    check_judges(rows)
-    for mine, theirs in ((LARGER, ALONE), (larger, alone)):
+    rows |= rows_of(bench, dict.fromkeys((*SPACES, alone, larger)), others)
+    pairs = {
+        f"{LARGER}, without a mend": (LARGER, ALONE),
+        f"{IN_WIDTH}, without a mend": (IN_WIDTH, ALONE),
+        "the chosen of each": (larger, alone),
+    }
+    for what, (mine, theirs) in pairs.items():
         row = compared(of(mine, "fine-tuned", others), of(theirs, "fine-tuned", others))
-        what = "the chosen of each" if (mine, theirs) == (larger, alone) else "without a mend"
         told = bench.reckon(what, {"larger": mine, "alone": theirs, **row, "interval": interval(row)})
     bench.finish(
         [

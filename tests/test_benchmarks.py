@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -266,3 +267,36 @@ def test_rows_of_other_weights_are_not_gone_on_with(begun: Path, monkeypatch: py
     fresh.rest_on(network="b")
     assert not fresh.has("first")
     assert not (fresh.folder / "run").exists()
+
+
+def measured_or_not(number: int, place: Path) -> dict[str, int]:
+    """A job: the first fails once the second has begun, the second ends well after."""
+    (place / str(number)).touch()
+    while not (place / "1").exists():
+        time.sleep(0.01)
+    if number == 0:
+        raise ValueError("no such row")
+    time.sleep(0.5)
+    return {"number": number}
+
+
+def test_what_runs_beside_a_failing_job_is_kept_and_nothing_more_begun(begun: Path, tmp_path: Path) -> None:
+    bench = common.Benchmark("bench", "")
+    bench.processes = 2
+    jobs = {f"job {n}": (measured_or_not, n, tmp_path) for n in range(12)}
+    with pytest.raises(ValueError, match="no such row"):
+        bench.rows(jobs)
+    assert common.Benchmark("bench", "").kept("job 1")["number"] == 1
+    # Of those behind, a pool has handed one on before it is asked for.
+    assert not (tmp_path / "11").exists()
+    assert not bench.has("job 11")
+
+
+def test_rows_are_of_the_code_that_the_benchmark_was_begun_with(
+    begun: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bench = common.Benchmark("bench", "")
+    monkeypatch.setattr(common, "commit", lambda: "another")
+    with pytest.raises(SystemExit, match=r"no longer that of commit .* begin the command again"):
+        bench.rows({"job 1": (measured_or_not, 1, tmp_path)})
+    assert bench.rows({"first": (measured_or_not, 1, tmp_path)})["first"]["fd"] == 1.0
