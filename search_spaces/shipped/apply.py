@@ -10,6 +10,7 @@ Needs torch alone. Networks: UNet2DModel, UNet2DConditionModel, DiTTransformer2D
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -35,6 +36,8 @@ CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask")
 EXTRA = "added_cond_kwargs"
 CLOSE = 1e-4
 """By how much abar may differ, relatively, between the model that the schedule was found for and this one."""
+METHODS = ("set_timesteps", "step", "scale_model_input", "add_noise")
+"""Of a scheduler, which are replaced."""
 FAINT = 1e-6
 """abar below which hardly a signal is left: diffusers' schedulers have numbers of their own where none is."""
 
@@ -51,7 +54,6 @@ def apply_schedule(
 
     Raises ScheduleError where the file is no schedule of this version, or was found for another kind of network, sampler or noise process.
     """
-    remove_schedule(pipeline)
     plan = read_schedule(schedule)
     component = next((name for name in COMPONENTS if getattr(pipeline, name, None) is not None), None)
     if component is None:
@@ -62,30 +64,34 @@ def apply_schedule(
             f"pipeline.{component} is compiled as a whole, which knows no blocks that do not run; give the plain network back, and compiled=True here"
         )
     _check(plan, net, scheduler)
-    applied = _Applied(plan, pipeline, net, compiled)
+    remove_schedule(pipeline)
+    _check_call(component, net)
+    applied = _Applied(plan, pipeline, component, compiled)
     applied.begin()
     return plan
 
 
 def remove_schedule(pipeline: Any) -> None:
     """The pipeline runs as it did before; nothing happens where no schedule is applied."""
-    for name in COMPONENTS:
+    for name in (*COMPONENTS, "scheduler"):
         applied = getattr(getattr(pipeline, name, None), "_step_aware", None)
         if applied is not None:
             applied.end()
 
 
 class _Applied:
-    """One schedule on one pipeline. The network's call and two methods of the scheduler are replaced on these very objects."""
+    """One schedule on one pipeline. The network's call and four methods of the scheduler are replaced on these very objects."""
 
-    def __init__(self, plan: Mapping[str, Any], pipeline: Any, net: Any, compiled: bool | str) -> None:
+    def __init__(self, plan: Mapping[str, Any], pipeline: Any, component: str, compiled: bool | str) -> None:
         self.plan = plan
         self.pipeline = pipeline
-        self.net = net
+        self.component = component
+        self.net = net = getattr(pipeline, component)
         self.scheduler = pipeline.scheduler
         self.steps: Sequence[Mapping[str, Any]] = plan["steps"]
         self.number = 0
         self.called = -1
+        self.thread = 0
         self.cache: Any = None
         self.memory: Any = None
         self.held: torch.Tensor | None = None
@@ -101,11 +107,10 @@ class _Applied:
         self.call = getattr(net, self.place)
 
     def begin(self) -> None:
-        self.net._step_aware = self
+        self.net._step_aware = self.scheduler._step_aware = self
         setattr(self.net, self.place, self.forward)
-        self.scheduler.set_timesteps = self.set_timesteps
-        self.scheduler.step = self.step
-        self.scheduler.scale_model_input = lambda sample, *_, **__: sample
+        for name in METHODS:
+            setattr(self.scheduler, name, getattr(self, name))
 
     def end(self) -> None:
         # Hooks of offloading may have been put on or taken off since, and with them where ours stands; within one that says nothing of it, ours passes on.
@@ -116,21 +121,38 @@ class _Applied:
                     delattr(self.net, place)
                 else:
                     setattr(self.net, place, self.call)
-        for name in ("set_timesteps", "step", "scale_model_input"):
-            self.scheduler.__dict__.pop(name, None)
-        del self.net._step_aware
+        for name in METHODS:
+            if self.scheduler.__dict__.get(name) == getattr(self, name):
+                delattr(self.scheduler, name)
+        for one in (self.net, self.scheduler):
+            if one.__dict__.get("_step_aware") is self:
+                del one._step_aware
 
     # ---------------------------------------------------------------------------------- in place of the scheduler's
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, **other: Any) -> None:
-        """Begins a trajectory."""
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        **other: Any,
+    ) -> None:
+        """Begins a trajectory. `timesteps`, `sigmas`: named here, or pipelines say that the scheduler knows none."""
+        other |= {name: told for name, told in (("timesteps", timesteps), ("sigmas", sigmas)) if told is not None}
         if num_inference_steps != len(self.steps) or other:
-            asked = f"{num_inference_steps} steps" if not other else ", ".join(other)
+            asked = f"{num_inference_steps} steps" if not other else f"{', '.join(other)} of its own"
             raise ScheduleError(
                 f"the schedule has {len(self.steps)} steps, the pipeline asks for {asked}; call it with num_inference_steps={len(self.steps)}, "
                 "or make a schedule of as many"
             )
+        if 0 < (getattr(self.pipeline, "denoising_end", None) or 0) < 1:
+            raise ScheduleError(
+                f"the pipeline stops at denoising_end={self.pipeline.denoising_end:g}, and the schedule was made for whole trajectories: its steps stand elsewhere; "
+                "leave that out, or remove_schedule(pipeline)"
+            )
         self.number, self.called, self.cache, self.memory, self.held = 0, -1, None, None, None
+        self.thread = threading.get_ident()
         self._check_network()
         self._compare_guidance()
         self.scheduler.num_inference_steps = len(self.steps)
@@ -152,7 +174,14 @@ class _Applied:
             raise ScheduleError(
                 f"the schedule was found without noise on the way, and eta={eta:g} adds some; leave it out"
             )
+        if use_clipped_model_output:
+            raise ScheduleError("the schedule was found without use_clipped_model_output; leave it out")
         here = self._here(timestep)
+        if self.called != self.number:
+            raise ScheduleError(
+                f"at timestep {here['timestep']} the scheduler is asked for a step of another network than the schedule was applied to; apply_schedule again on the "
+                "pipeline that is called, or remove_schedule(pipeline) on the one that it was applied to"
+            )
         after: Mapping[str, Any] = (
             self.steps[self.number + 1] if self.number + 1 < len(self.steps) else {"alpha": self.plan["final_alpha"]}
         )
@@ -172,6 +201,16 @@ class _Applied:
         self.number += 1
         previous = made.to(sample.dtype)
         return SimpleNamespace(prev_sample=previous) if return_dict else (previous,)
+
+    def scale_model_input(self, sample: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return sample
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """By abar at these timesteps, (n,): multistep schedulers look for them among their own steps."""
+        abar = self.scheduler.alphas_cumprod.to(original_samples.device)[timesteps.to(original_samples.device)]
+        abar = abar.reshape(-1, *(1,) * (original_samples.ndim - 1))
+        made: torch.Tensor = abar.sqrt() * original_samples + (1 - abar).sqrt() * noise
+        return made.to(original_samples.dtype)
 
     # ----------------------------------------------------------------------------------- in place of the network's
 
@@ -199,6 +238,15 @@ class _Applied:
 
     def _check_network(self) -> None:
         """Raises ScheduleError where the network was given what blocks one by one do not follow, before or since the schedule was applied."""
+        present = getattr(self.pipeline, self.component, None)
+        if present is not self.net:
+            compiled = getattr(present, "_orig_mod", None) is self.net
+            what = "compiled as a whole" if compiled else "another than the schedule was applied to"
+            remedy = (
+                "give the plain network back, and apply_schedule(..., compiled=True)" if compiled else "apply it again"
+            )
+            raise ScheduleError(f"pipeline.{self.component} is {what}; {remedy}, or remove_schedule(pipeline)")
+        self._check_offloading()
         freed = any(getattr(block, "s1", None) is not None for block in getattr(self.net, "up_blocks", ()))
         adapted = getattr(self.net, "encoder_hid_proj", None) is not None
         if adapted or freed:
@@ -206,6 +254,19 @@ class _Applied:
             raise ScheduleError(
                 f"the network has {what}, which steps that take blocks from the step before cannot follow; pipeline.{off}() first, or remove_schedule(pipeline)"
             )
+
+    def _check_offloading(self) -> None:
+        """Raises ScheduleError where blocks' own calls, which are not made here, bring their weights."""
+        for name, module in self.net.named_modules():
+            if not name or next(module.children(), None) is None:
+                continue
+            hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+            away = any(weight.is_meta for weight in module._parameters.values() if weight is not None)
+            if away or any(hook.startswith("group_offloading") for hook in hooks):
+                raise ScheduleError(
+                    f"{name} is offloaded by itself, and its call, which would bring its weights, is not made where blocks run one by one; take "
+                    "pipeline.enable_model_cpu_offload() instead, or remove_schedule(pipeline)"
+                )
 
     def _compare_guidance(self) -> None:
         """Warns where the pipeline says that it guides by another scale: what that loses was not measured."""
@@ -221,6 +282,14 @@ class _Applied:
             )
 
     def _here(self, timestep: Any) -> Mapping[str, Any]:
+        if self.pipeline.scheduler is not self.scheduler:
+            raise ScheduleError(
+                "the pipeline has another scheduler than when the schedule was applied; apply_schedule again, or remove_schedule(pipeline)"
+            )
+        if self.thread != threading.get_ident() and self.thread:
+            raise ScheduleError(
+                "another thread has begun a call of this pipeline, whose steps take from each other; one call at a time, or a pipeline for each thread"
+            )
         asked = int(torch.as_tensor(timestep).reshape(-1)[0])
         if self.number >= len(self.steps) or self.steps[self.number]["timestep"] != asked:
             expected = self.steps[self.number]["timestep"] if self.number < len(self.steps) else "no further one"
@@ -244,7 +313,7 @@ class _Applied:
         if guides and not twice:
             raise ScheduleError(
                 f"the pipeline asks for {len(x)} predictions that are not two of each sample, with and without the condition; leave other kinds of guidance "
-                "out, or remove_schedule(pipeline)"
+                "out, apply the schedule to the pipeline that is called, or remove_schedule(pipeline)"
             )
         return (slice(0, half) if self._own_first else slice(half, None)) if guides else None
 
@@ -255,6 +324,11 @@ class _Applied:
             raise ScheduleError(
                 f"the pipeline asks for {self.asked} predictions of {samples} samples at a step that is not guided, some of equal noise, which looks as if it "
                 f"guided; call it with guidance_scale={self.plan['guidance_scale'] or 1:g}, or give each sample a noise of its own"
+            )
+        if getattr(self.pipeline, "do_classifier_free_guidance", None) is False and self.asked == 2 * samples:
+            raise ScheduleError(
+                f"the pipeline that the schedule was applied to does not guide, and {self.asked} predictions of {samples} samples are asked for, as of one that does; "
+                "apply_schedule to the pipeline that is called"
             )
         says = self._own_first or hasattr(self.pipeline, "guidance_scale")
         if not says and self.number == 0 and self.plan["guidance_scale"] is None and self.asked == 2 * samples:
@@ -338,6 +412,18 @@ def _call(
             return graph(*given)
 
     return call
+
+
+def _check_call(component: str, net: Any) -> None:
+    """Raises ScheduleError where somebody else has replaced the network's call: blocks that run one by one would leave that out."""
+    for place in ("forward", "_old_forward") if hasattr(net, "_hf_hook") else ("forward",):
+        call = net.__dict__.get(place)
+        hooked = place == "forward" and hasattr(net, "_hf_hook")
+        if call is not None and not hooked and getattr(call, "__func__", None) is not type(net).forward:
+            raise ScheduleError(
+                f"pipeline.{component}.{place} was replaced, by torch.compile, by offloading of groups or by another tool, which blocks that run one by one leave "
+                "out; take that off first, and give compiled=True here where it was to be compiled"
+            )
 
 
 def _check(plan: Mapping[str, Any], net: Any, scheduler: Any) -> None:
