@@ -128,6 +128,31 @@ def test_the_same_command_scores_nothing_again(place: Path) -> None:
     assert again["verdict"] == said(place)["verdict"]
 
 
+def test_another_limit_loses_no_schedule_that_was_found(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "out", tmp_path / "out")
+    before = (tmp_path / "out" / "schedule.json").read_bytes()
+    few = ("--steps", "4", "--trials", "10", "--samples", "4,8", "-q")
+    where = ("--to", tmp_path / "out", "--out", tmp_path / "run")
+    for limit, kept, moved in (("macs=0.9", 1, True), ("macs=0.9", 1, False), ("macs=0.3", 2, True)):
+        result = nas("tune", place / "dit", "--within", limit, *few, *where)
+        assert result.returncode == 0, result.stderr
+        aside = sorted((tmp_path / "out").glob("schedule.before*.json"))
+        assert len(aside) == kept
+        assert ("was another schedule, which is now" in result.stderr) == moved
+        assert before in [file.read_bytes() for file in aside]
+
+
+def test_pipelines_that_are_not_to_guide_are_called_so(place: Path, tmp_path: Path) -> None:
+    found = tune(replace(quick(place / "dit"), guidance=1.0), tmp_path / "run")
+    assert "guidance_scale=1)" in usage(found, tmp_path / "out", tmp_path / "run")
+    index = json.loads((place / "dit" / "model_index.json").read_text())
+    shutil.copytree(place / "dit", tmp_path / "other")
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps({**index, "_class_name": "OwnPipeline"}))
+    with pytest.raises(UserError, match=r"how strongly OwnPipeline is usually guided .* give --guidance, 1 for none"):
+        quick(tmp_path / "other").check()
+    replace(quick(tmp_path / "other"), guidance=2.0).check()
+
+
 def test_the_study_goes_on_by_hand(place: Path) -> None:
     study = load_study(place / "out" / "study.py")
     assert study.limits == {"macs_share": 0.6}
@@ -183,6 +208,7 @@ def test_where_all_is_far_nothing_is_left_to_be_used(place: Path, tmp_path: Path
     page = (tmp_path / "out" / "report.html").read_text()
     assert "No gain: keep 6 steps" in page
     assert "How to use it" not in page
+    assert replace(found, wanted=replace(found.wanted, full_steps=50)).verdict[0].startswith("No gain: keep 50 steps")
 
 
 def test_another_sampler_is_taken_where_it_is_nearer(place: Path, tmp_path: Path, monkeypatch: Any) -> None:

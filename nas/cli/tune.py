@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -65,7 +66,9 @@ def tune(
     guidance: Annotated[
         float | None,
         typer.Option(
-            min=1, help="The full pipeline's guidance, 1 for none. Default: its usual one.", show_default=False
+            min=1,
+            help="The full pipeline's guidance, 1 for none. Default: the usual one of Stable Diffusion, XL, DiT and PixArt; of other conditional pipelines say it.",
+            show_default=False,
         ),
     ] = None,
     prompts: Annotated[
@@ -221,7 +224,7 @@ class _Made:
 
 def _written(found: Found, target: Path, folder: Path, by_hand: Path | None, device: str) -> _Made:
     """Schedule, report and study in the target; the study in another file too, for who goes on by hand."""
-    from nas.tuning.page import keep_study, study_file, write_found
+    from nas.tuning.page import SCHEDULE, aside_of, keep_study, study_file, write_found
 
     for path in filter(None, (target / "study.py", by_hand)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +232,16 @@ def _written(found: Found, target: Path, folder: Path, by_hand: Path | None, dev
             notes.print(f"{path} was another study, which is now {aside}", highlight=False, soft_wrap=True)
     evaluator = found.study.load(folder, device)
     sampler = evaluator.sampler_of(found.chosen.schedule)
-    return _Made(found, target, folder, write_found(found, evaluator.supernet, sampler, target, folder))
+    schedule, before = target / SCHEDULE, None
+    if schedule.exists():
+        before = aside_of(schedule)
+        shutil.copy(schedule, before)
+    left_out = write_found(found, evaluator.supernet, sampler, target, folder)
+    if before is not None and schedule.exists() and schedule.read_bytes() == before.read_bytes():
+        before.unlink()
+    elif before is not None:
+        notes.print(f"{schedule} was another schedule, which is now {before}", highlight=False, soft_wrap=True)
+    return _Made(found, target, folder, left_out)
 
 
 def _number(text: str) -> float | None:

@@ -98,7 +98,9 @@ class Found:
         lost = chosen.loss / self.apart
         near = f"its samples are {percent(lost)} (± {percent(CONFIDENCE * chosen.error / self.apart)}) of the way from the full pipeline's own to unrelated ones"
         if self.far:
-            words = [f"No gain: keep {count} steps. The best schedule within {share} is too far: {near}."]
+            words = [
+                f"No gain: keep {self.wanted.full_steps or count} steps. The best schedule within {share} is too far: {near}."
+            ]
         elif chosen == self.rival:
             words = [
                 f"Another sampler is nearer: {len(chosen.schedule.steps)} whole steps of DPM-Solver++ take {share}; {near}. The schedule that DDIM is best with "

@@ -19,7 +19,7 @@ from nas.handover.portable import module, portable, write_portable
 from nas.results.samples import draw_samples
 from nas.results.schedules import mapped
 from nas.tuning.found import CONFIDENCE, Candidate, Found, percent
-from nas.tuning.study import LOSS, Wanted
+from nas.tuning.study import LOSS, USUAL, Wanted
 from search_spaces import shipped
 from search_spaces.layouts import cache_dit_yaml, smoothcache_json
 from search_spaces.shipped.schedule_file import FORMAT
@@ -120,13 +120,18 @@ def check_target(folder: Path) -> None:
         )
 
 
+def aside_of(path: Path) -> Path:
+    """Where a file that another one takes the place of is kept."""
+    names = (path.with_name(f"{path.stem}.before{'' if n == 1 else f'-{n}'}{path.suffix}") for n in count(1))
+    return next(name for name in names if not name.exists())
+
+
 def keep_study(path: Path, text: str) -> Path | None:
     """Another one that is there is not lost, since studies are changed by hand: returned is where it is kept."""
     if not path.exists() or path.read_text() == text:
         write_text(path, text)
         return None
-    names = (path.with_name(f"{path.stem}.before{'' if n == 1 else f'-{n}'}{path.suffix}") for n in count(1))
-    aside = next(name for name in names if not name.exists())
+    aside = aside_of(path)
     os.replace(path, aside)
     write_text(path, text)
     return aside
@@ -211,6 +216,8 @@ def usage(found: Found, folder: Path, run: Path) -> str:
         [(cost, limit)] = found.study.limits.items()
         return f"nas export {folder / 'study.py'} --within {cost}={limit!r} --to model --out {run}  # no stock pipeline of diffusers samples with it"
     scale = next((s.guidance.scale for s in found.chosen.schedule.steps if s.guidance), None)
+    # A pipeline that guides where nobody says otherwise is told not to.
+    scale = 1.0 if scale is None and found.wanted.kind in USUAL else scale
     guided = "" if scale is None else f", guidance_scale={scale:g}"
     own, load, swap = found.wanted.scheduler.get("_class_name"), "", ""
     if own not in STEPPED:

@@ -141,6 +141,10 @@ class Wanted:
             raise UserError(f"--guidance {self.guidance:g}: the network takes no condition; leave that out")
         if self.classes and "labels" not in self.net.condition_kind:
             raise UserError(f"--labels {','.join(map(str, self.classes))}: the network takes no labels; leave that out")
+        if self.guidance is None and self.net.conditional and self.kind not in (*USUAL, "StepAwarePipeline"):
+            raise UserError(
+                f"{self.folder}: how strongly {self.kind or 'a network without a pipeline'} is usually guided is not known here; give --guidance, 1 for none"
+            )
         own = self.scheduler.get("_class_name")
         if own in DISTILLED:
             raise UserError(

@@ -277,7 +277,8 @@ class _Applied:
         wanted = self.plan["guidance_scale"] or 1.0
         if asked != wanted:
             warnings.warn(
-                f"the schedule was found guided at {wanted:g}, the pipeline guides at {asked:g} (1 is not at all); what it loses so was not measured",
+                f"the schedule was found guided at {wanted:g}, the pipeline guides at {asked:g} (1 is not at all); what it loses so was not measured; "
+                f"call it with guidance_scale={wanted:g}",
                 stacklevel=2,
             )
 
@@ -333,7 +334,7 @@ class _Applied:
         says = self._own_first or hasattr(self.pipeline, "guidance_scale")
         if not says and self.number == 0 and self.plan["guidance_scale"] is None and self.asked == 2 * samples:
             warnings.warn(
-                "the schedule was found without guidance, the pipeline guides; what it loses so was not measured",
+                "the schedule was found without guidance, the pipeline guides; what it loses so was not measured; call it with guidance_scale=1",
                 stacklevel=2,
             )
 
