@@ -1,7 +1,7 @@
 """DDSM's search on CelebA at 64 pixels (Yang et al., ICLR 2024), with 100 DDIM steps in 20 intervals.
 
 Data: CelebA, aligned, cropped and resized to 64 pixels, as files in `data/celeba64`, and Inception features as a local file (`inception.pt`, see docs/bring-your-own.md).
-Hours: `nas run studies/ddsm_celeba64.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/ddsm_celeba64.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 The paper, 100 DDIM steps: FID 7.912 at 4.988 TFLOPs for the full network, 7.132 at 2.384 for its schedule (52 % saved).
 The weight of the multiply-adds is 0.001 a MMAC, as published for CIFAR-10, of this network's 24,051.
 """

@@ -1,7 +1,7 @@
 """DDSM's search on CIFAR-10 (Yang et al., ICLR 2024): one of four widths of the whole network at each of 1,000 ancestral steps.
 
 Data: CIFAR-10's training images as files in `data/cifar10`, and Inception features as a local file (`inception.pt`, see docs/bring-your-own.md).
-Hours: `nas run studies/ddsm_cifar10.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/ddsm_cifar10.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 The paper: FID 3.713 at 12.14 GFLOPs a step for the full network, 3.552 at 6.20 for the schedule it found (49 % saved), one seed.
 What differs here:
 - skips are sliced apart from the trunk; groups keep their number at every width, as theirs do;

@@ -3,7 +3,7 @@ importance, each level's width free.
 
 Data: CIFAR-10's training images as files in `data/cifar10`, and the pretrained network as a diffusers folder in `data/ddpm-cifar10`, to be
 named as `Elastic.from_pretrained` where it is at hand, and Inception features as a local file (`inception.pt`, see docs/bring-your-own.md).
-Hours: `nas run studies/diff_pruning_cifar10.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/diff_pruning_cifar10.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 The paper: FID 4.19 at 6.1 GMACs for the full network; 5.29 at 3.4 after pruning and 100,000 steps of fine-tuning, one seed.
 """
 

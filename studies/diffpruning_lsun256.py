@@ -2,7 +2,7 @@
 agent that divides one budget among them. The paper works in latent space; its tables are not reproduced here.
 
 Data: LSUN churches at 256 pixels as files in `data/church256`, and Inception features as a local file (`inception.pt`, see docs/bring-your-own.md).
-Hours: `nas run studies/diffpruning_lsun256.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/diffpruning_lsun256.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 `nas intervals` measures the clusters; put its boundaries in place of these.
 For comparison, Diff-Pruning at 100 DDIM steps: FID 10.6 for the full network, 13.9 pruned.
 """

@@ -2,7 +2,7 @@
 learned through the unrolled sampler, weights frozen.
 
 Data: CIFAR-10's training images as files in `data/cifar10`, and the pretrained network as a diffusers folder in `data/ddpm-cifar10`, and Inception features as a local file (`inception.pt`, see docs/bring-your-own.md).
-Hours: `nas run studies/dip_go_cifar10.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/dip_go_cifar10.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 The paper, Stable Diffusion 1.5 at 50 steps: CLIP score 30.30 at 16.94 TMACs, 30.29 at 3.38. Its released solution runs ten whole steps; compare
 with a subset of steps (`patterns=(Only(ALL), Only(()))`) before calling it reuse.
 """

@@ -3,7 +3,7 @@ own sampler does it. DyDiT's question (Zhao et al., ICLR 2025): should the netwo
 
 Data: a local copy of the pipeline in `dit` (DiTPipeline, safetensors), ImageNet's pictures in a folder for each class in `data/imagenet`, in the classes'
 order, Inception features in `inception.pt` (see docs/bring-your-own.md).
-Hours: `nas run studies/dit_width.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/dit_width.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 Differs from DyDiT, whose heads and feed-forward channels are chosen for each block and for each token: here a step runs an ordinary stock network, narrower by
 whole heads everywhere, or of fewer blocks. 75,000 steps of 256, distilled from the original by half; DyDiT takes 200,000 of 256. Timesteps are DDIM's 250.
 For comparison, MACs of a call and FID-50K at 250 ancestral steps, guided at 1.5: the original 118.69 G and 2.27, DyDiT 84.33 G and 2.12, 57.88 G and 2.07; TinyFusion's

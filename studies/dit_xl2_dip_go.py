@@ -3,7 +3,7 @@ branch of its 28 blocks, attention or feed-forward, runs or adds what it added a
 
 Data: a local copy of the pipeline in `dit` (DiTPipeline, safetensors), ImageNet's pictures in a folder for each class in `data/imagenet`, in the classes'
 order, Inception features in `inception.pt` (see docs/bring-your-own.md).
-Hours: `nas run studies/dit_xl2_dip_go.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained but gates.
+Hours: `nas run studies/dit_xl2_dip_go.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained but gates.
 Differs: which gates the paper has for a transformer is not said; these are one for each branch and step, which keep what it adds before the timestep's gate.
 Guidance is not said either; without it here, as 250 x 118.64 G are the 29.66 T that its table begins with. The gates are learned by steps of their own
 (`scope="step"`): 250 steps of gradients through the trajectory take more memory than a card has.

@@ -4,7 +4,7 @@ gates and evolution. `STEPS = 50`, and `Router(sparsity=1e-6)`, for the row of 5
 
 Data: a local copy of the pipeline in `dit` (DiTPipeline, safetensors), ImageNet's pictures in a folder for each class in `data/imagenet`, in the classes'
 order, Inception features in `inception.pt` (see docs/bring-your-own.md).
-Hours: `nas run studies/dit_xl2_reuse.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained but router and gates.
+Hours: `nas run studies/dit_xl2_reuse.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained but router and gates.
 For comparison, FID-50K of 20 steps: whole 3.48 in 2.87 s, Learning-to-Cache's router (lambda 5e-6, threshold 0.1) 3.46 in 2.26 s; of 50 steps 2.26 in 7.25 s
 and 2.27 in 5.57 s (lambda 1e-6), its authors' measurements. Released routers are read by `search_spaces.layouts.learning_to_cache`, SmoothCache's
 schedules by `smoothcache`: `space.genome(learning_to_cache("router.safetensors", 20))` is the router as a genome of this space. Not run here.

@@ -4,7 +4,7 @@ of its VQ autoencoder, searched by DDSM's evolution, as its paper says it can be
 Data: CelebA-HQ as files in `data/celebahq256`, the autoencoder as a diffusers folder in `vqvae` (of a local copy of ldm-celebahq-256), and Inception
 features as a local file (`inception.pt`, see docs/bring-your-own.md). Who has the pretrained network too takes `Elastic.from_pretrained(folder,
 channels=..., codec=codec)` for `net`, and leaves the first stage of training out.
-Hours: `nas run studies/ldm_celebahq256.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/ldm_celebahq256.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 For comparison, the LDM paper's FID 5.11 with 200 DDIM steps at 274 M parameters; 101.2 GMACs a call, 96.0 without attention products, and
 335 GMACs to decode an image, which is as much as 3.3 calls. Batch, learning rate and iterations are the paper's as remembered; all multiply-adds
 together weigh 1.6 times that FID, as they do in DDSM's on CIFAR-10. Not run here.

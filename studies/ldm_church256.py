@@ -4,7 +4,7 @@ and the routing agent that divides one budget among them.
 Data: LSUN churches as files in `data/church256`, the KL-f8 autoencoder as a diffusers folder in `vae`, and Inception features as a local file
 (`inception.pt`, see docs/bring-your-own.md). `scale` is a buffer of the published checkpoint ("scale_by_std"), one over the deviation of its latents: put it
 in place of the one below, which is Stable Diffusion's.
-Hours: `nas run studies/ldm_church256.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/ldm_church256.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 `nas intervals` measures the clusters; put its boundaries in place of these.
 For comparison, the LDM paper's FID 4.02 with 200 to 400 DDIM steps at 295 M parameters; 20.9 GMACs a call, 18.6 without attention products, and 311
 GMACs to decode an image, which is as much as 15 calls. Parameters and multiply-adds are the published network's; its eight heads are not: a

@@ -3,7 +3,7 @@ first a bit for each of the 84 branches of its 28 blocks, attention, text and fe
 
 Data: a local copy of the pipeline in `pixart` (PixArtAlphaPipeline, safetensors, with a T5 encoder), prompts in `prompts.txt`, one in each line (the paper
 calibrates with 100), a CLIP model in `clip`.
-Hours: `nas run studies/pixart_ecad.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained.
+Hours: `nas run studies/pixart_ecad.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained.
 Differs: ECAD scores by ImageReward; here it is CLIP's score of the model that you bring. Its population is 72 of 500 generations; here 4,000 trials in all.
 For comparison, the whole network's 20 guided steps are 5.71 TMACs without attention's products; ECAD reaches 2.58 times the speed where others have 2.35, at a
 COCO FID better by 4.47 (its authors' numbers). Not run here.

@@ -4,7 +4,7 @@ of the 47 legal sets of its 9 blocks runs, of which the empty one leaves the ste
 Data: a local copy of the pipeline in `sd15` (StableDiffusionPipeline, safetensors), prompts in `prompts.txt`, one in each line (the paper's are
 PartiPrompts, or the first captions of COCO 2017's 5,000 validation images), others to learn the gates of in `learning.txt`, those images in `data/coco`, a CLIP model in `clip` (the paper's is
 OpenCLIP's ViT-g/14), Inception features in `inception.pt` (see docs/bring-your-own.md).
-Hours: `nas run studies/sd15_dip_go.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained but gates.
+Hours: `nas run studies/sd15_dip_go.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained but gates.
 Differs: MACs here are of both halves of a guided step, with attention's products: 50 steps are 40.2 TMACs, the paper's 16.94 are of one half without
 them (`macs_share_without_attention` is the share as it counts). The gates' loss compares latents where the paper's compares decoded images, its noises
 are new at every step, DDIM samples where its rows are of PLMS, and the score is CLIP's of the model that you bring.

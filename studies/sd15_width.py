@@ -4,7 +4,7 @@ GMACs, and that without a middle, 255.4.
 
 Data: a local copy of the pipeline in `sd15` (StableDiffusionPipeline, safetensors), pictures of 512 pixels with their captions beside them as text
 files in `data/captioned`, prompts in `prompts.txt`, a CLIP model in `clip`, Inception features in `inception.pt` (see docs/bring-your-own.md).
-Hours: `nas run studies/sd15_width.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/sd15_width.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 For comparison, BK-SDM's Base (0.58 B parameters) and Small (0.49 B): FID 15.76 and 16.98 on MS-COCO's 30,000 where the original has 13.05, CLIP
 score 0.2878 and 0.2677 against 0.2958, as remembered; 50,000 iterations of batch 256, learning rate 5e-5. Not run here.
 """

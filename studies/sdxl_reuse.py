@@ -2,7 +2,7 @@
 is guided. Five block patterns, from the whole network to the outermost level alone, as DeepCache (Ma et al. 2024) has them.
 
 Data: a local copy of the base pipeline in `sdxl` (StableDiffusionXLPipeline, safetensors), prompts in `prompts.txt`, a CLIP model in `clip`.
-Hours: `nas run studies/sdxl_reuse.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained.
+Hours: `nas run studies/sdxl_reuse.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600; nothing is trained.
 For comparison, DiP-GO's row is of XL distilled to 4 steps: 11.95 TMACs and a CLIP score of 31.92 become 11.58 and 31.30, hardly anything saved. Not
 run here.
 """

@@ -2,7 +2,7 @@
 network, and multi-round proposals for each group's widths, by the router beside them. A group's budget is the space's: both searchers keep to it.
 
 Data: CIFAR-10's training images as files in `data/cifar10`, and Inception features as a local file (`inception.pt`, see docs/bring-your-own.md).
-Hours: `nas run studies/tdc_cifar10.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/tdc_cifar10.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 The abstract: about 80 % of the compute at a better FID; absolute numbers are not known to us.
 """
 

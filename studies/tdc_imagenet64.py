@@ -5,7 +5,7 @@ step to each of the two noisiest: cosine betas end at -98 dB.
 
 Data: ImageNet at 64 pixels, a folder for each of its 1,000 classes, in `data/imagenet64`, and Inception features as a local file (`inception.pt`,
 see docs/bring-your-own.md).
-Hours: `nas run studies/tdc_imagenet64.py --dry-run` reckons them from the exact costs, hours = MACs / throughput / 3600.
+Hours: `nas run studies/tdc_imagenet64.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 For comparison, IDDPM's FID 2.92 with 250 of 4,000 steps at 273 M parameters and 89.1 GMACs a call (88.5 without attention products); of TDC an FID
 better by 1.5 at about 80 % of the compute, absolute numbers are not known to us, nor whether this was its network. Cosine betas,
 learned variance, one label more than IDDPM has, that of no class. Parameters and multiply-adds are the published network's but for that label; its
