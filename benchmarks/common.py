@@ -237,9 +237,10 @@ def digits_run(study: Study, quick: bool) -> tuple[Study, Path]:
 
 
 def borrow(trained: Path, folder: Path) -> Path:
-    """A run folder of its own with the weights and features of another."""
+    """A run folder of its own with the weights and features of another, and its images where it keeps some."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in ("supernet", "features"):
+    kept = ("images",) if (trained / "images").exists() else ()
+    for part in ("supernet", "features", *kept):
         if not (folder / part).exists():
             (folder / part).symlink_to(trained / part)
     return folder

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -97,6 +97,13 @@ class Table:
         rows = (row for file in self.files for row in np.load(file, mmap_mode="r"))
         return dict(zip(genomes, rows, strict=True))
 
+    def genome_of(self, schedule: Schedule) -> Genome:
+        return self._by_digest[schedule.digest]
+
+    @cached_property
+    def _by_digest(self) -> dict[str, Genome]:
+        return {self.size.space.decode(genome).digest: genome for genome in self.features}
+
     @cached_property
     def _known(self) -> dict[Any, tuple[float, tuple[float, ...]]]:
         return {}
@@ -125,6 +132,31 @@ class Table:
         return self.distance(genome, self.size.half, self.size.samples)[0]
 
 
+class SpaceSize(Protocol):
+    """`half`: the most images of a candidate."""
+
+    @property
+    def space(self) -> Stepwise: ...
+
+    @property
+    def half(self) -> int: ...
+
+
+class Lookup(Protocol):
+    """What a replay asks: distances on samples from start up to stop, or on fresh ones, with replicates."""
+
+    @property
+    def size(self) -> SpaceSize: ...
+
+    def genome_of(self, schedule: Schedule) -> Genome: ...
+
+    def distance(
+        self, genome: Genome, start: int, stop: int, seed: int | None = None
+    ) -> tuple[float, tuple[float, ...]]: ...
+
+    def fresh(self, genome: Genome, rng: np.random.Generator) -> tuple[float, tuple[float, ...]]: ...
+
+
 class Replay:
     """An evaluator that looks up features instead of sampling, and charges what sampling would have taken.
 
@@ -133,7 +165,7 @@ class Replay:
     are seen, None for the order in which they were made.
     """
 
-    def __init__(self, table: Table, rungs: Sequence[int], shared: bool, seed: int | None) -> None:
+    def __init__(self, table: Lookup, rungs: Sequence[int], shared: bool, seed: int | None) -> None:
         self._table = table
         self._rungs = rungs
         self._shared = shared
@@ -141,10 +173,9 @@ class Replay:
         self._calls = 0
         self._run: dict[Any, int] = {}
         self._costs = table.size.space.interval_costs()
-        self._by_digest = {table.size.space.decode(genome).digest: genome for genome in table.features}
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
-        genome = self._by_digest[schedule.digest]
+        genome = self._table.genome_of(schedule)
         self._calls += 1
         if not self._shared:
             rng = np.random.default_rng(derive_seed(self._seed or 0, self._calls, "fresh noise"))
@@ -165,7 +196,7 @@ class Replay:
 
 
 def replayed(
-    table: Table,
+    table: Lookup,
     searcher: Searcher,
     rungs: tuple[int, ...],
     trials: int,

@@ -29,6 +29,7 @@ from benchmarks.tune_arms import (
     Row,
     folder_of,
     learned_routes,
+    restored,
     routed,
     ruled,
     searched,
@@ -125,7 +126,8 @@ def verdict(cells: list[Cell], budget: float, bench: Benchmark) -> Row:
         references |= {"router": routes} if all(routes) else {}
     best = min(references, key=lambda name: mean(references[name]))
     worse = []
-    for rows in references.values():
+    rivals = {**references, **({"steps": steps} if cells[0].settings.get("steps_among_rivals") else {})}
+    for rows in rivals.values():
         difference, error = compared(list(zip(mine, rows, strict=True)))
         worse.append(float(norm.sf(difference / error)) if error > 0 else (0.0 if difference > 0 else 1.0))
     error = math.sqrt(sum(row["loss_error"] ** 2 for row in references[best])) / len(cells)
@@ -189,6 +191,7 @@ def measured(model: str, steps: int, bench: Benchmark, protocol: Protocol) -> li
     cells = [Cell(bench.folder, protocol.settings, bench.quick, model, steps, seed) for seed in seeds]
     # On one thread, with nothing beside it that this benchmark starts.
     times = bench.row(f"{model}, {steps} steps: times", partial(timed, cells[0]))
+    restored(cells[0], times)
     jobs: dict[str, tuple[object, ...]] = {}
     for cell in cells:
         folder_of(cell, "rules")  # which several processes look into

@@ -40,6 +40,8 @@ from search_spaces.patterns import Every, Only, Pattern, Subset
 from search_spaces.stepwise import Stepwise
 from search_spaces.training import Stages
 
+TIMES = ("times.json", "latency.json")
+"""Of a run folder, what its calls take."""
 SEARCHED = ("path", "evolution", "knapsack", "gates", "steps")
 Row = dict[str, Any]
 
@@ -77,10 +79,11 @@ class Cell:
     def as_tuned(self) -> bool:
         return bool(self.settings.get("as_tuned", False))
 
-    def schedules(self, arm: str) -> int:
-        """That the arm's search scores."""
+    def schedules(self, arm: str, budget: float) -> int:
+        """That the arm's search scores within this budget."""
         if not self.quick and "schedules" in self.settings:
-            return int(self.settings["schedules"][arm])
+            told = self.settings["schedules"][arm]
+            return int(told[f"{budget:g}"] if isinstance(told, Mapping) else told)
         every = (5 if self.quick else int(self.settings["schedules_for_each_step"])) * self.steps
         return every // 2 if arm == "gates" else every
 
@@ -106,8 +109,8 @@ class Cell:
             guidance=self.scale,
         )
 
-    def study(self, limits: Mapping[str, float], arm: str = "path") -> Study:
-        """Of what this arm chooses from."""
+    def study(self, limits: Mapping[str, float], arm: str = "path", budget: float = 0.5) -> Study:
+        """Of what this arm chooses from. `budget`: which says how many schedules it scores."""
         setting, _ = self.trained
         net, grid, loss = setting.net, uniform(self.steps), self.loss
         graph = net.cost.graph(net.anatomy.full)
@@ -125,7 +128,7 @@ class Cell:
             finer=graph.predicts_anew,
             guidance=guides,
         )
-        trials = self.schedules(arm)
+        trials = self.schedules(arm, budget)
         probes = round(0.75 * trials)
         pruner = Pruner(steps=self.gradients("gates"), batch=2, clip=False, finer=graph.predicts_anew)
         return Study(
@@ -190,7 +193,16 @@ def timed(cell: Cell) -> Row:
     full = study.problem_in(cell.run).space.cost(dearest(study.space))[LATENCY]
     own = timer(cell)
     own.of_step(Step(0, net.full_arch))  # not guided, as a rule may be where the space never is
-    return {"full_ms": full, "decoding_ms": own.of_decoding()}
+    files = {file: (cell.run / file).read_text() for file in TIMES if (cell.run / file).exists()}
+    return {"full_ms": full, "decoding_ms": own.of_decoding(), "files": files}
+
+
+def restored(cell: Cell, times: Row) -> None:
+    """The files of times where another machine has begun, whose calls are not timed anew."""
+    borrow(cell.trained[1], cell.run)
+    for file, text_ in times.get("files", {}).items():
+        if not (cell.run / file).exists():
+            (cell.run / file).write_text(text_)
 
 
 def timer(cell: Cell) -> Timer:
@@ -208,7 +220,7 @@ def limit(budget: float, times: Row) -> dict[str, float]:
 def folder_of(cell: Cell, name: str) -> Path:
     """A run folder of its own, with the weights and the times that all arms of this model and number of steps share."""
     own = borrow(cell.trained[1], cell.run / f"{name}-{cell.seed}")
-    for file in ("times.json", "latency.json"):
+    for file in TIMES:
         if not (own / file).exists() and (cell.run / file).exists():
             shutil.copy(cell.run / file, own / file)
     return own
@@ -220,12 +232,12 @@ def folder_of(cell: Cell, name: str) -> Path:
 def searched(cell: Cell, arm: str, times: Row) -> Row:
     """The schedules that an arm ends with, and what its searches took."""
     torch.set_num_threads(1)
-    judge = Judge(cell, times)
+    judge = judge_of(cell, times)
     return {"of": {f"{budget:g}": _searched(cell, arm, budget, times, judge) for budget in cell.budgets}}
 
 
 def _searched(cell: Cell, arm: str, budget: float, times: Row, judge: Judge) -> Row:
-    study = cell.study(limit(budget, times), arm)
+    study = cell.study(limit(budget, times), arm, budget)
     if cell.as_tuned and arm != "gates":
         study = replace(study, enqueue=first_tries(cell, study, budget, times))
     folder = folder_of(cell, f"{budget:g}-{arm}")
@@ -255,7 +267,7 @@ def first_tries(cell: Cell, study: Study, budget: float, times: Row) -> tuple[Ge
 def ruled(cell: Cell, times: Row) -> Row:
     """All rules within each budget, and the full pipeline; where searches are those of `nas tune`, another sampler's fewer steps beside them."""
     torch.set_num_threads(1)
-    judge = Judge(cell, times)
+    judge = judge_of(cell, times)
     rivals = {budget: rival(cell, budget, times) for budget in cell.budgets} if cell.as_tuned else {}
     return {
         "full": judge(full_pipeline(cell)),
@@ -319,7 +331,7 @@ def learned_routes(cell: Cell) -> Row:
 def routed(cell: Cell, times: Row) -> Row:
     """Of the branches with the highest scores as many as keep to each budget, by the time of the calls that this makes."""
     torch.set_num_threads(1)
-    judge = Judge(cell, times)
+    judge = judge_of(cell, times)
     found = {budget: _within(cell, limit(budget, times)[LATENCY]) for budget in cell.budgets}
     return {"of": {f"{budget:g}": judge(schedule) for budget, schedule in found.items() if schedule is not None}}
 
@@ -357,6 +369,18 @@ def _routed(cell: Cell) -> tuple[Study, Path]:
 
 
 # -------------------------------------------------------------------------------------------------------------- judging
+
+
+_JUDGES: dict[Path, Judge] = {}
+"""Of this process the latest, by the cell that it judges: it keeps the full pipeline's samples."""
+
+
+def judge_of(cell: Cell, times: Row) -> Judge:
+    place = cell.run / str(cell.seed)
+    if place not in _JUDGES:
+        _JUDGES.clear()
+        _JUDGES[place] = Judge(cell, times)
+    return _JUDGES[place]
 
 
 class Judge:

@@ -18,14 +18,25 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from benchmarks import common, cost, ddsm_loop, digits_table, handover, pareto_problems
+from benchmarks import (
+    common,
+    cost,
+    ddsm_loop,
+    digits_table,
+    fitted_table,
+    handover,
+    pareto_problems,
+    search_cost_latents,
+)
 from benchmarks.published import NETWORKS
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet, Moments
 from evaluators.images import Digits
 from evaluators.sampling import DDIM, sample
-from nas.contracts import Schedule, Step
-from search_spaces.intervals import uniform
+from nas.contracts import Schedule, Step, jackknife_error
+from nas.searchers.random import Random
+from search_spaces.intervals import per_step, uniform
+from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from tests.test_protocol import WHOLE
 
@@ -63,8 +74,6 @@ def test_the_published_loops_distance_is_the_frechet_distance(tiny_run: Path, tm
 def test_a_replay_scores_and_charges_as_sampling_does(
     tiny_net: Elastic, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from search_spaces.stepwise import Stepwise
-
     steps = uniform(4)
     space = Stepwise(tiny_net, steps, (2, 2))
     size = digits_table.TableSize(2, 64)
@@ -300,3 +309,86 @@ def test_rows_are_of_the_code_that_the_benchmark_was_begun_with(
     with pytest.raises(SystemExit, match=r"no longer that of commit .* begin the command again"):
         bench.rows({"job 1": (measured_or_not, 1, tmp_path)})
     assert bench.rows({"first": (measured_or_not, 1, tmp_path)})["first"]["fd"] == 1.0
+
+
+def test_a_fitted_table_says_what_it_was_told_with_the_noise_of_what_it_misses(tiny_net: Elastic) -> None:
+    space = Stepwise(tiny_net, uniform(6), per_step(uniform(6)))
+    options = [len(choice.options) for choice in space.choices]
+    slopes = np.linspace(0.1, 0.4, len(options))
+    noise = {32: 0.02, 8: 0.05}
+
+    def told(seed: int, count: int) -> list[tuple[tuple[int, ...], int, float]]:
+        """Wider is nearer; fewer images are farther by a constant factor."""
+        rng = np.random.default_rng(seed)
+        found = []
+        for number in range(count):
+            genome = tuple(int(rng.integers(n)) for n in options)
+            images = 8 if number % 4 else 32
+            log = 1 - float(slopes @ genome) + (0.5 if images == 8 else 0.0) + noise[images] * rng.standard_normal()
+            found.append((genome, images, float(np.exp(log))))
+        return found
+
+    table = fitted_table.Fitted(fitted_table.Size(space, 32), told(0, 1200))
+    genome = tuple(n - 1 for n in options)
+    assert np.log(table.true(genome)) == pytest.approx(1 - slopes @ genome, abs=4 * 0.02)
+    checked = table.checked(told(1, 400))
+    for images, error in noise.items():
+        row = checked[str(images)]
+        assert row["tau"] > 0.85
+        assert row["missed"] == pytest.approx(error, rel=0.25)
+        assert row["missed_by_the_fit"] == pytest.approx(error, rel=0.25)
+    value, replicates = table.distance(genome, 0, 8, seed=3)
+    assert table.distance(genome, 0, 8, seed=3) == (value, replicates)
+    assert table.distance(genome, 0, 8, seed=4) != (value, replicates)
+    assert jackknife_error(replicates) == pytest.approx(value * checked["8"]["missed_by_the_fit"])
+    drawn = [np.log(table.distance(genome, 0, 32, seed)[0]) for seed in range(400)]
+    assert np.std(drawn) == pytest.approx(noise[32], rel=0.3)
+    trials = digits_table.replayed(table, Random(), (32,), 20, 0, shared=False)
+    assert len({trial.genome for trial in trials}) == 20
+    for trial in trials:
+        assert trial.score is not None
+        assert trial.score.spent["macs"] == 32 * space.cost(trial.genome)["macs"]
+    assert table.volume([genome]) == pytest.approx(
+        (table.true((0,) * 6) - table.true(genome)) * (1.0001 - space.cost(genome)["macs_share"])
+    )
+
+
+def test_the_smallest_search_that_gets_there_is_found() -> None:
+    looked: list[int] = []
+
+    def at(reaching: set[int]) -> Any:
+        looked.clear()
+
+        def look(trials: int) -> dict[str, Any]:
+            looked.append(trials)
+            return {"trials": trials, "reached": trials in reaching}
+
+        return look
+
+    assert search_cost_latents.until(at({20, 40}), (10, 20, 30, 40))["trials"] == 20
+    assert looked == [10, 20]
+    assert search_cost_latents.until(at(set()), (10, 20))["trials"] == 20
+    assert not search_cost_latents.until(at({10}), (10, 20), largest_first=True)["reached"]
+    assert looked == [20]
+    assert search_cost_latents.until(at({10, 20}), (10, 20), largest_first=True)["trials"] == 10
+    assert search_cost_latents.until(at({20, 40}), (10, 20, 30, 40), every=True) == {
+        "trials": 20,
+        "reached": True,
+        "holds_from_there_on": False,
+    }
+    assert looked == [10, 20, 30, 40]
+
+
+def test_a_share_of_hypervolumes_has_the_error_of_noises_that_both_share() -> None:
+    rng = np.random.default_rng(0)
+    common = 1 + 0.1 * rng.standard_normal(20)
+    own = 0.01 * rng.standard_normal(20)
+
+    def volume(scale: float, extra: Any = 0.0) -> Any:
+        return search_cost_latents.Volume(scale, tuple((scale * common + extra).tolist()))
+
+    share, error = search_cost_latents.share_of([volume(1.0), volume(2.0)], [volume(2.0), volume(1.0)])
+    assert share == pytest.approx(1)
+    assert error == pytest.approx(0, abs=1e-9)
+    _, apart = search_cost_latents.share_of([volume(1.0, own)], [volume(1.0)])
+    assert apart == pytest.approx(jackknife_error((own / common).tolist()), rel=1e-6)
