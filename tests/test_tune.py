@@ -403,6 +403,10 @@ def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> No
     )
     assert Wanted(tmp_path / "pixels", "macs", 0.5).sampler.clip is False  # as the stock scheduler, which does not
     assert Wanted(place / "ddim", "macs", 0.5).sampler.clip is False  # its config says so
+    DDIMScheduler(thresholding=True, clip_sample_range=2.0).save_pretrained(tmp_path / "pixels" / "scheduler")
+    assert (
+        Wanted(tmp_path / "pixels", "macs", 0.5).stepped_by == "by DDIM without its thresholding and clip_sample_range"
+    )
     shutil.copytree(place / "dit", tmp_path / "euler")
     EulerDiscreteScheduler(**euler).save_pretrained(tmp_path / "euler" / "scheduler")
     instead = Wanted(tmp_path / "euler", "macs", 0.5)

@@ -62,6 +62,9 @@ PLAIN: Mapping[str, Any] = {
 }
 """What DPM-Solver++ is here: of the midpoint, its steps spaced by timesteps alone."""
 
+CLIPPED: Mapping[str, Any] = {"thresholding": False, "clip_sample_range": 1.0}
+"""How images are clipped here on the way, where they are."""
+
 SPACING = ("timestep_spacing", "steps_offset", "num_train_timesteps")
 LOSS = "teacher_mse"
 
@@ -161,10 +164,12 @@ class Wanted:
             else ("DDIM", "DDIMScheduler")
         )
         own = self.scheduler.get("_class_name", like)
+        others = {**(PLAIN if mine != "DDIM" else {}), **(CLIPPED if self.net.in_pixels else {})}
+        left_out = [name for name, plain in others.items() if self.scheduler.get(name, plain) != plain]
+        without = f" without its {' and '.join(left_out)}" if left_out else ""
         if own == like or self.kind == "StepAwarePipeline":
-            unlike = [name for name, plain in PLAIN.items() if self.scheduler.get(name, plain) != plain]
-            return f"by {mine}" + (f" without its {' and '.join(unlike)}" if unlike and mine != "DDIM" else "")
-        return f"by {mine} in place of its {own}"
+            return f"by {mine}{without}"
+        return f"by {mine} in place of its {own}{without}"
 
     @cached_property
     def rival(self) -> DPMSolver | None:
