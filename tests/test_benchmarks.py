@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from nas.searchers.random import Random
 from search_spaces.intervals import per_step, uniform
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
+from tests.jobs import measured_or_not
 from tests.test_protocol import WHOLE
 
 ROOT = Path(__file__).parent.parent
@@ -276,17 +276,6 @@ def test_rows_of_other_weights_are_not_gone_on_with(begun: Path, monkeypatch: py
     fresh.rest_on(network="b")
     assert not fresh.has("first")
     assert not (fresh.folder / "run").exists()
-
-
-def measured_or_not(number: int, place: Path) -> dict[str, int]:
-    """A job: the first fails once the second has begun, the second ends well after."""
-    (place / str(number)).touch()
-    while not (place / "1").exists():
-        time.sleep(0.01)
-    if number == 0:
-        raise ValueError("no such row")
-    time.sleep(0.5)
-    return {"number": number}
 
 
 def test_what_runs_beside_a_failing_job_is_kept_and_nothing_more_begun(begun: Path, tmp_path: Path) -> None:

@@ -97,10 +97,9 @@ def test_it_and_a_copy_that_diffusers_saved_are_opened_in_a_process_of_their_own
     pipeline.save_pretrained(tmp_path / "copy")
     images = pipeline(class_labels=[3, 7], seed=0, output_type="np").images
     for name in ("model", "copy"):
-        moved = tmp_path / f"moved {name}"
-        (tmp_path / name).rename(moved)
-        run(tmp_path / f"cache of {name}", moved, "-c", SHOW)
-        assert np.allclose(np.load(moved / "shown.npy"), images, atol=SAMPLES)
+        (tmp_path / name).rename(tmp_path / f"moved {name}")
+    run(tmp_path / "cache of the copy", tmp_path / "moved copy", "-c", SHOW)
+    assert np.allclose(np.load(tmp_path / "moved copy" / "shown.npy"), images, atol=SAMPLES)
     said = run(tmp_path / "cache of model", tmp_path / "moved model", "sample.py", "--count", "4", "--labels", "3", "7")
     assert "4 samples are in samples.png" in said
 
