@@ -33,7 +33,7 @@ CPUS = Path("/proc/cpuinfo")
 UNFINISHED = Path(__file__).parent / "unfinished"
 """NAME/: of a benchmark that is not finished its rows, and the weights that they rest on, committed so that another machine goes on with them."""
 RUNS = Path("runs") / "benchmarks"
-LONG = ("replicates", "scores")
+LONG = ("replicates", "scores", "files")
 """Of a row, what stays in runs/ alone."""
 ON_ONE_LINE = ("schedule", "schedules")
 """Of a row, what is written as JSON within the JSON, where a number a line would be thousands of them."""
