@@ -6,7 +6,7 @@ Arms, seeds, goal and settings stand in `protocols/search-cost-latents.json`, wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
@@ -259,6 +259,21 @@ def literal_searcher(bench: Benchmark, setting: Setting) -> DDSM:
     return DDSM(macs_weight=round(1.6 * fd, 3), mutation="released", population=setting.population)
 
 
+def goal_of(
+    setting: Setting, looks: Iterable[int], volumes_of: Callable[[Sequence[int]], Sequence[float]]
+) -> tuple[int, int, int]:
+    """Of the published search's looks, by their numbers of candidates: the last, the first generation that is as good but for the margin, and within it the
+    first look that is."""
+    every = list(looks)
+    generations = [end for end in every if end % setting.population == 0]
+    found = volumes_of(generations)
+    goal = (1 - PROTOCOL.margin) * found[-1]
+    reached = next(end for end, value in zip(generations, found, strict=True) if value >= goal)
+    within = [end for end in every if reached - setting.population < end <= reached]
+    first = next(end for end, value in zip(within, volumes_of(within), strict=True) if value >= goal)
+    return generations[-1], reached, first
+
+
 def literal(bench: Benchmark, setting: Setting, searcher: DDSM, seeds: Sequence[int]) -> Literal:
     """Looked at after each generation, and within the one that reached its own goal, after every few candidates."""
     rows = bench.rows(
@@ -281,20 +296,18 @@ def literal(bench: Benchmark, setting: Setting, searcher: DDSM, seeds: Sequence[
     for seed in seeds:
         row = rows[f"literal search, seed {seed}"]
         fronts = {front["trials"]: front for front in row["fronts"]}
-        generations = [end for end in fronts if end % setting.population == 0]
-        found = volumes(bench, setting, [fronts[end]["genomes"] for end in generations])
-        goal = (1 - PROTOCOL.margin) * found[-1].value
-        reached = next(end for end, one in zip(generations, found, strict=True) if one.value >= goal)
-        within = [end for end in fronts if reached - setting.population < end <= reached]
-        finer = volumes(bench, setting, [fronts[end]["genomes"] for end in within])
-        first = next(end for end, one in zip(within, finer, strict=True) if one.value >= goal)
-        ends.append(found[-1])
+
+        def seen(some: Sequence[int], fronts: Mapping[int, Row] = fronts) -> list[Volume]:
+            return volumes(bench, setting, [fronts[end]["genomes"] for end in some])
+
+        last, reached, first = goal_of(setting, fronts, lambda some, seen=seen: [one.value for one in seen(some)])  # type: ignore[misc]
+        ends += seen([last])
         until.append(fronts[first]["macs"])
         scores.append(row["scores"])
         bench.reckon(
             f"literal search, seed {seed}, looked at",
             {
-                "hypervolume": found[-1].value,
+                "hypervolume": ends[-1].value,
                 "macs": row["macs"],
                 "trials_until": first,
                 "macs_until": until[-1],
@@ -373,11 +386,14 @@ def replayed_until(
     ends, spent = [], []
     for seed in seeds:
         found = replayed(table, searcher, (setting.images,), setting.candidates, seed, shared=False)
-        fronts = after(found, setting.looks)["fronts"]
-        each = [table.volume(front["genomes"]) for front in fronts]
-        ends.append(each[-1])
-        reached = next(place for place, value in enumerate(each) if value >= (1 - PROTOCOL.margin) * each[-1])
-        spent.append(fronts[reached]["macs"])
+        fronts = {front["trials"]: front for front in after(found, setting.looks)["fronts"]}
+
+        def seen(some: Sequence[int], fronts: Mapping[int, Row] = fronts) -> list[float]:
+            return [table.volume(fronts[end]["genomes"]) for end in some]
+
+        last, _, first = goal_of(setting, fronts, seen)
+        ends += seen([last])
+        spent.append(fronts[first]["macs"])
     goal = (1 - PROTOCOL.margin) * float(np.mean(ends))
     told_of: dict[str, Row] = {"literal search": {"hypervolumes": ends, "macs_until": spent}}
     for name in arms:
@@ -414,7 +430,10 @@ def on_a_table(bench: Benchmark, setting: Setting, searcher: DDSM, published: Li
         return [*published.scores[place], *(one for row in rows for one in row["scores"])]
 
     first, second = (told_by(place) for place in (0, 1))
-    bench.reckon("the table, against the other live seed", fitted_to(setting, first).checked(second))
+    checked = fitted_to(setting, first).checked(second)
+    bench.reckon("the table, against the other live seed", checked)
+    if checked[str(setting.images)]["tau"] < SETTINGS["table_tau"] and not bench.quick:
+        return
     seeds = SETTINGS["table_seeds"][: 2 if bench.quick else None]
     # Each arm by itself, since the published search takes little of a replay's time.
     found = bench.rows(

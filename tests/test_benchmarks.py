@@ -368,6 +368,22 @@ def test_the_smallest_search_that_gets_there_is_found() -> None:
     assert looked == [10, 20, 30, 40]
 
 
+def test_a_goal_is_looked_for_within_the_generation_that_reaches_it(tmp_path: Path) -> None:
+    setting = search_cost_latents.Setting(tmp_path, quick=True)
+    assert setting.population == 4
+    values = {2: 0.999, 4: 0.5, 6: 0.95, 8: 0.995, 10: 0.2, 12: 1.0}
+    asked: list[int] = []
+
+    def of(some: Any) -> list[float]:
+        asked.extend(some)
+        return [values[end] for end in some]
+
+    assert search_cost_latents.goal_of(setting, values, of) == (12, 8, 8)
+    assert asked == [4, 8, 12, 6, 8], "what a generation has lost again before its end is no goal"
+    values[6] = 0.991
+    assert search_cost_latents.goal_of(setting, values, of) == (12, 8, 6)
+
+
 def test_a_share_of_hypervolumes_has_the_error_of_noises_that_both_share() -> None:
     rng = np.random.default_rng(0)
     common = 1 + 0.1 * rng.standard_normal(20)

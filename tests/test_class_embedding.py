@@ -172,12 +172,20 @@ def test_what_a_folder_says_of_them_is_not_trusted(file: str, change: Any, messa
         read_export(folder)
 
 
+def test_an_index_without_them_is_refused(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["class_embedding"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ExportError, match="names no class_embedding, which the networks read"):
+        read_export(folder)
+
+
 def test_damaged_vectors_are_refused(folder: Path) -> None:
     data, file = Digits().load(), folder / "class_embedding" / WEIGHTS
     save_file({"weight": torch.zeros(3, CHANNELS)}, file)
     with pytest.raises(ExportError, match="was changed or damaged"):
         next(train(folder, data.pixels, SETTINGS, cpu=True, labels=data.labels))
-    with pytest.raises(ExportError, match="no vector for each of 10 classes and none"):
+    with pytest.raises(ExportError, match="no vector of 6 channels for each of 10 classes and none"):
         next(train(folder, data.pixels, SETTINGS, cpu=True, changed_weights=True, labels=data.labels))
     file.write_bytes(b"nothing")
     with pytest.raises(ExportError, match="cannot be read"):

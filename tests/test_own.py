@@ -198,6 +198,8 @@ def test_what_it_says_of_itself_follows_the_code(mixer: Elastic, tmp_path: Path)
     assert mixer.network is not None
     said = mixer.network.describe()
     assert pickle.loads(pickle.dumps(mixer)).describe() == mixer.describe()
+    half = mixer.uniform(0.5)
+    assert pickle.loads(pickle.dumps(mixer.cost))(half) == mixer.cost(half)
     for text, same in (("a comment", True), ("return x + 2 * self.down", False)):
         path = tmp_path / "own_mixer.py"
         code = path.read_text()

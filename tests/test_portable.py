@@ -701,6 +701,26 @@ def test_calls_that_replaced_the_networks_are_not_left_out(tool: Any, tmp_path: 
     assert not {"step", "set_timesteps"} & pipeline.scheduler.__dict__.keys()
     del pipeline.unet.forward
     tool.apply_schedule(pipeline, plan)
+    images, ours = called(pipeline, "ddim"), pipeline.unet.forward
+    pipeline.unet.forward = torch.compile(ours, backend="eager")
+    with pytest.raises(tool.ScheduleError, match=r"pipeline\.unet\.forward was replaced"):
+        tool.apply_schedule(pipeline, plan)
+    pipeline.unet.forward = ours
+    assert np.array_equal(called(pipeline, "ddim"), images), "what is refused leaves what is applied"
+
+
+def test_a_network_that_accelerate_gives_back_is_the_stock_one(tool: Any, tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    pipeline, net = made("stable diffusion", tmp_path)
+    plan = portable(net, schedule_for(net, 3.0), DDIM, {})
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    wrapped = accelerator.prepare_model(pipeline.unet, evaluation_mode=True)
+    with pytest.raises(tool.ScheduleError, match=r"accelerate's mixed precision.*keep_fp32_wrapper=False"):
+        tool.apply_schedule(pipeline, plan)
+    pipeline.unet = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    tool.apply_schedule(pipeline, plan)
+    called(pipeline, "stable diffusion")
 
 
 def test_weights_that_blocks_own_calls_would_bring_are_missed_in_words(tool: Any, tmp_path: Path) -> None:
@@ -720,6 +740,22 @@ def test_weights_that_blocks_own_calls_would_bring_are_missed_in_words(tool: Any
     pipeline.transformer.enable_group_offload(**where, offload_type="block_level", num_blocks_per_group=1)
     with pytest.raises(tool.ScheduleError, match="is offloaded by itself"):
         called(pipeline, "pixart")
+    tool.remove_schedule(pipeline)
+    for part in pipeline.transformer.modules():
+        if hasattr(part, "_diffusers_hook"):
+            part._diffusers_hook.remove_hook("group_offloading", recurse=False)
+    tool.apply_schedule(pipeline, plan)  # although a hook has put back what it was around
+    assert np.array_equal(called(pipeline, "pixart"), images)
+
+
+def test_offloading_by_leaves_follows(tool: Any, tmp_path: Path) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    pipeline, _ = ready("dit", tool, tmp_path)
+    images = called(pipeline, "dit")
+    where = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+    apply_group_offloading(pipeline.transformer, **where, offload_type="leaf_level")
+    assert np.array_equal(called(pipeline, "dit"), images)
 
 
 def test_a_pipeline_that_shares_the_network_says_itself_whether_it_guides(tool: Any, tmp_path: Path) -> None:

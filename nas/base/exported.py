@@ -238,6 +238,8 @@ def _check_index(path: Path, networks: Mapping[str, Any], plan: Mapping[str, Any
         raise ExportError(f"{path}: _class_name={index.get('_class_name')!r} is not the exported pipeline; {REMEDY}")
     texts = tuple(name for name in TEXTS if name in index and "text" in plan)
     folders = (*texts, CLASS_EMBEDDING) if "class_channels" in plan else texts
+    if "class_channels" in plan and CLASS_EMBEDDING not in index:
+        raise ExportError(f"{path} names no {CLASS_EMBEDDING}, which the networks read; {REMEDY}")
     for name, entry in index.items():
         if name.startswith("_") or name == "schedule":
             continue

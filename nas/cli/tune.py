@@ -236,7 +236,12 @@ def _written(found: Found, target: Path, folder: Path, by_hand: Path | None, dev
     if schedule.exists():
         before = aside_of(schedule)
         shutil.copy(schedule, before)
-    left_out = write_found(found, evaluator.supernet, sampler, target, folder)
+    try:
+        left_out = write_found(found, evaluator.supernet, sampler, target, folder)
+    except BaseException:
+        if before is not None and schedule.exists() and schedule.read_bytes() == before.read_bytes():
+            before.unlink()
+        raise
     if before is not None and schedule.exists() and schedule.read_bytes() == before.read_bytes():
         before.unlink()
     elif before is not None:

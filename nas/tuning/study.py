@@ -62,9 +62,6 @@ PLAIN: Mapping[str, Any] = {
 }
 """What DPM-Solver++ is here: of the midpoint, its steps spaced by timesteps alone."""
 
-CLIPPED: Mapping[str, Any] = {"thresholding": False, "clip_sample_range": 1.0}
-"""How images are clipped here on the way, where they are."""
-
 SPACING = ("timestep_spacing", "steps_offset", "num_train_timesteps")
 LOSS = "teacher_mse"
 
@@ -164,7 +161,8 @@ class Wanted:
             else ("DDIM", "DDIMScheduler")
         )
         own = self.scheduler.get("_class_name", like)
-        others = {**(PLAIN if mine != "DDIM" else {}), **(CLIPPED if self.net.in_pixels else {})}
+        others = {**(PLAIN if mine != "DDIM" else {}), **({"thresholding": False} if self.net.in_pixels else {})}
+        others |= {"clip_sample_range": 1.0} if self.sampler.clip else {}
         left_out = [name for name, plain in others.items() if self.scheduler.get(name, plain) != plain]
         without = f" without its {' and '.join(left_out)}" if left_out else ""
         if own == like or self.kind == "StepAwarePipeline":

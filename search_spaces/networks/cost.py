@@ -47,7 +47,7 @@ class CostModel:
 
     def __reduce__(self) -> tuple[type[CostModel], tuple[Anatomy]]:
         """A worker gets none of the counts: a cache of `functools` cannot be pickled, and counting is quick."""
-        return CostModel, (self._anatomy,)
+        return type(self), (self._anatomy,)
 
     def __call__(self, arch: Arch) -> Cost:
         """`arch` is one that `Anatomy.subconfig` and `Anatomy.segments` accept."""

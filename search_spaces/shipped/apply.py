@@ -10,6 +10,7 @@ Needs torch alone. Networks: UNet2DModel, UNet2DConditionModel, DiTTransformer2D
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask")
 EXTRA = "added_cond_kwargs"
 CLOSE = 1e-4
 """By how much abar may differ, relatively, between the model that the schedule was found for and this one."""
+LEFT_OUT = re.compile(r"(down|up)_blocks\.\d+|transformer_blocks\.\d+(\.norm1)?")
+"""Modules of a network whose parts are called, and not they."""
 METHODS = ("set_timesteps", "step", "scale_model_input", "add_noise")
 """Of a scheduler, which are replaced."""
 FAINT = 1e-6
@@ -64,8 +67,8 @@ def apply_schedule(
             f"pipeline.{component} is compiled as a whole, which knows no blocks that do not run; give the plain network back, and compiled=True here"
         )
     _check(plan, net, scheduler)
-    remove_schedule(pipeline)
     _check_call(component, net)
+    remove_schedule(pipeline)
     applied = _Applied(plan, pipeline, component, compiled)
     applied.begin()
     return plan
@@ -77,6 +80,16 @@ def remove_schedule(pipeline: Any) -> None:
         applied = getattr(getattr(pipeline, name, None), "_step_aware", None)
         if applied is not None:
             applied.end()
+    for name in COMPONENTS:  # one that ended within a hook, which has put it back since
+        ended = _owner(getattr(getattr(pipeline, name, None), "__dict__", {}).get("forward"))
+        if ended is not None:
+            ended.end()
+
+
+def _owner(call: Any) -> Any:
+    """The schedule whose call it is, of this module or of a copy of it; None where it is nobody's."""
+    found = getattr(call, "__self__", None)
+    return found if type(found).__name__ == _Applied.__name__ else None
 
 
 class _Applied:
@@ -148,8 +161,8 @@ class _Applied:
             )
         if 0 < (getattr(self.pipeline, "denoising_end", None) or 0) < 1:
             raise ScheduleError(
-                f"the pipeline stops at denoising_end={self.pipeline.denoising_end:g}, and the schedule was made for whole trajectories: its steps stand elsewhere; "
-                "leave that out, or remove_schedule(pipeline)"
+                f"the pipeline that the schedule was applied to stops at denoising_end={self.pipeline.denoising_end:g}, and the schedule was made for whole trajectories: its "
+                "steps stand elsewhere; leave that out, apply it to the pipeline that is called, or remove_schedule(pipeline)"
             )
         self.number, self.called, self.cache, self.memory, self.held = 0, -1, None, None, None
         self.thread = threading.get_ident()
@@ -258,7 +271,7 @@ class _Applied:
     def _check_offloading(self) -> None:
         """Raises ScheduleError where blocks' own calls, which are not made here, bring their weights."""
         for name, module in self.net.named_modules():
-            if not name or next(module.children(), None) is None:
+            if not LEFT_OUT.fullmatch(name) or next(module.children(), None) is None:
                 continue
             hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
             away = any(weight.is_meta for weight in module._parameters.values() if weight is not None)
@@ -420,10 +433,13 @@ def _check_call(component: str, net: Any) -> None:
     for place in ("forward", "_old_forward") if hasattr(net, "_hf_hook") else ("forward",):
         call = net.__dict__.get(place)
         hooked = place == "forward" and hasattr(net, "_hf_hook")
-        if call is not None and not hooked and getattr(call, "__func__", None) is not type(net).forward:
+        # What accelerate unwraps is the function within the stock one's decorators.
+        own = (type(net).forward, inspect.unwrap(type(net).forward))
+        if call is not None and not hooked and _owner(call) is None and getattr(call, "__func__", None) not in own:
             raise ScheduleError(
-                f"pipeline.{component}.{place} was replaced, by torch.compile, by offloading of groups or by another tool, which blocks that run one by one leave "
-                "out; take that off first, and give compiled=True here where it was to be compiled"
+                f"pipeline.{component}.{place} was replaced, by torch.compile, by offloading of groups, by accelerate's mixed precision or by another tool, which blocks that "
+                "run one by one leave out; take that off first (accelerator.unwrap_model(network, keep_fp32_wrapper=False)), and give compiled=True here where it was "
+                "to be compiled"
             )
 
 

@@ -65,9 +65,8 @@ def conditions(export: Any, labels: Any, captions: Sequence[str] | None, count: 
             else f"the networks need a label from 0 to {null - 1} for each image: give --labels folders, or images that have them"
         )
     if labels is not None:
-        rows = (
-            {"class_labels": torch.arange(null + 1)} if "class_channels" not in plan else _vectors(export.folder, null)
-        )
+        channels = plan.get("class_channels")
+        rows = {"class_labels": torch.arange(null + 1)} if channels is None else _vectors(export.folder, null, channels)
         told.add(rows, torch.from_numpy(labels), null)
     if (captions is None) != (plan.get("text") is None):
         raise ExportError(
@@ -96,15 +95,17 @@ def conditions(export: Any, labels: Any, captions: Sequence[str] | None, count: 
     return told
 
 
-def _vectors(folder: Path, null: int) -> dict[str, torch.Tensor]:
+def _vectors(folder: Path, null: int, channels: int) -> dict[str, torch.Tensor]:
     """Those that networks read in a text's place, of each class and of none."""
     path = folder / CLASS_EMBEDDING / WEIGHTS
     try:
         found = load_file(path)["weight"]
     except (OSError, SafetensorError, KeyError) as error:
         raise ExportError(f"{path} cannot be read ({error}); {REMEDY}") from error
-    if found.shape[:1] != (null + 1,):
-        raise ExportError(f"{path} holds {tuple(found.shape)}, no vector for each of {null} classes and none; {REMEDY}")
+    if found.shape != (null + 1, channels):
+        raise ExportError(
+            f"{path} holds {tuple(found.shape)}, no vector of {channels} channels for each of {null} classes and none; {REMEDY}"
+        )
     return {"encoder_hidden_states": found[:, None]}
 
 
