@@ -711,11 +711,14 @@ def test_calls_that_replaced_the_networks_are_not_left_out(tool: Any, tmp_path: 
 
 def test_a_network_that_accelerate_gives_back_is_the_stock_one(tool: Any, tmp_path: Path) -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     pipeline, net = made("stable diffusion", tmp_path)
     plan = portable(net, schedule_for(net, 3.0), DDIM, {})
+    AcceleratorState._reset_state(reset_partial_state=True)  # of other tests' trainings in this process
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     wrapped = accelerator.prepare_model(pipeline.unet, evaluation_mode=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(tool.ScheduleError, match=r"accelerate's mixed precision.*keep_fp32_wrapper=False"):
         tool.apply_schedule(pipeline, plan)
     pipeline.unet = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
