@@ -1,4 +1,4 @@
-"""How to run networks fast on this device: batch size, memory format, compilation. Decided by measuring, once per run folder.
+"""How to run networks fast on this device: batch size and memory format. Decided by measuring, once per run folder.
 
 Nothing here changes what is computed beyond the rounding of floats. Lower precision does, so it is a setting of the score.
 """
@@ -38,13 +38,12 @@ LARGE = 2**13
 
 
 def candidates(device: torch.device, state: Sequence[int] = ()) -> list[Execution]:
-    """Settings worth timing for states of this shape, plain ones first, small ones first. On a CPU a single one, whatever it takes: compiling takes long
-    there, and what a loaded machine happens to measure must not decide the last bits of a score."""
+    """Settings worth timing for states of this shape, plain ones first, small ones first. None is compiled: each of the many subnets that a search meets would
+    be, which takes longer than it saves. On a CPU a single one: what a loaded machine happens to measure must not decide the last bits of a score."""
     if device.type == "cpu":
         return [Execution(16 if math.prod(state) >= LARGE else 256)]
     plain = [Execution(batch) for batch in (4, 16, 64, 256, 512, 1024, 2048)]
-    forms = [(True, False), (False, True), (True, True)]
-    return plain + [Execution(batch, *form) for form in forms for batch in (16, 64, 256, 1024)]
+    return plain + [Execution(batch, channels_last=True) for batch in (16, 64, 256, 1024)]
 
 
 def settle(
@@ -75,15 +74,26 @@ def measure(
     net: LoadedSupernet, settings: Sequence[Execution], precision: Precision = "float32", repeats: int = 5
 ) -> Iterator[tuple[Execution, float]]:
     """Seconds per image of one call of the whole network under each setting, the least of some; guided by itself where it takes conditions, which
-    takes the most memory. What does not run here, for want of memory or of a compiler, is left out, but for the first."""
+    takes the most memory. What does not run here, for want of memory or of a compiler, is left out, but for the first; behind that, and behind a batch that
+    gains nothing, no larger one of the same form is tried."""
+    least: dict[tuple[bool, bool], float] = {}
     for number, setting in enumerate(settings):
-        net.run_as(setting.channels_last, setting.compiled)
+        form = (setting.channels_last, setting.compiled)
+        if least.get(form) == 0:
+            continue
+        net.run_as(*form)
         try:
-            yield setting, _seconds(net, setting.batch, precision, repeats) / setting.batch
+            seconds = _seconds(net, setting.batch, precision, repeats) / setting.batch
         except Exception:  # compilers fail in ways of their own
             if number == 0:
                 raise
+            least[form] = 0.0
+            continue
+        yield setting, seconds
+        least[form] = seconds if seconds < WORTH * least.get(form, math.inf) else 0.0
     net.run_as(False, False)
+    if net.device.type == "cuda":  # what the largest took is others' again
+        torch.cuda.empty_cache()
 
 
 def fingerprint(device: torch.device) -> str:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.export.passes import move_to_device_pass
 
 from nas.base.files import file_digest, first_line, tensors_digest, written
 from nas.contracts import ImageSet, Progress, UserError, derive_seed, digest_of
@@ -228,7 +229,10 @@ class ExternalFeatures:
         net: Any
         try:
             if path.suffix == ".pt2":
-                net = torch.export.load(path).module().to(device)
+                program = torch.export.load(path)
+                if device.type != "cpu":  # where it made tensors of its own as it was exported
+                    program = move_to_device_pass(program, str(device))
+                net = program.module()
             else:
                 net = torch.jit.load(path, map_location=device).eval()  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError, BadZipFile) as error:
@@ -277,6 +281,10 @@ class _Classifier(nn.Module):
         return features
 
 
+AT_ONCE = 256
+"""Images in a call of an extractor."""
+
+
 class _Extractor:
     def __init__(self, net: Any, label: str, distance: str, preprocess: Any = None) -> None:
         self.label = label
@@ -285,10 +293,14 @@ class _Extractor:
         self._preprocess = preprocess or (lambda images: images)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """So many at once as of real images, whatever the batch that was chosen for the network."""
         with torch.inference_mode():
-            output = self._net(self._preprocess(images))
-            features: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
-            return features.flatten(1).float()
+            return torch.cat([self._of(part) for part in torch.split(images, AT_ONCE)])
+
+    def _of(self, images: torch.Tensor) -> torch.Tensor:
+        output = self._net(self._preprocess(images))
+        features: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
+        return features.flatten(1).float()
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from evaluators.features import Features, LoadedFeatures, SmallClassifier
+from evaluators.features import AT_ONCE, Features, LoadedFeatures, SmallClassifier
 from evaluators.grounds import nearer_than_held_out
 from evaluators.images import check_shape, load_once, read_into
 from evaluators.scoring import BLOCKS, Array, LoadedScore, Rows, Sampled
@@ -178,7 +178,7 @@ def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def in_batches(pixels: npt.NDArray[np.float32]) -> Iterator[torch.Tensor]:
-    yield from (torch.from_numpy(pixels[start:stop]) for start, stop in batches(len(pixels), 256))
+    yield from (torch.from_numpy(pixels[start:stop]) for start, stop in batches(len(pixels), AT_ONCE))
 
 
 def rows_of(features: LoadedFeatures, images: torch.Tensor, device: torch.device) -> npt.NDArray[np.float32]:

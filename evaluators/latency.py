@@ -111,7 +111,9 @@ class Timer:
         settings, net = self._settings, self._net
         before = net.run_as(settings.channels_last, settings.compiled)
         x = torch.zeros((settings.batch, *net.state_shape), device=net.device)
-        condition = some_condition(net, settings.batch)
+        condition = {
+            name: rows.to(net.device) for name, rows in (some_condition(net, settings.batch) or {}).items()
+        } or None
         try:
             cache = None
             if step.reuse:

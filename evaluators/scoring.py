@@ -152,7 +152,7 @@ class LoadedScore:
     def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
         return torch.cat(
             [
-                self.trajectories.images(schedule, seed, start, stop)
+                self.trajectories.images(schedule, seed, start, stop).cpu()
                 for start, stop in self.trajectories.batches(count, self.recipe.rungs, schedule)
             ]
         )

@@ -313,7 +313,8 @@ class LoadedElastic:
         return asdict(Settings())
 
     def adopt(self, arch: Arch, model: torch.nn.Module) -> None:
-        self._adopted[Arch(*arch)] = model.to(self.device).eval().requires_grad_(False)
+        # Of many, those that do not run now lie in main memory.
+        self._adopted[Arch(*arch)] = model.cpu().eval().requires_grad_(False)
         self.forget()
 
     def apart(self, arch: Arch, name: str) -> Arch:
@@ -350,7 +351,11 @@ class LoadedElastic:
             self._subnets.move_to_end(arch)
         else:
             channels_last, compiled = self._form
-            net: Any = self._adopted.get(arch) or self._copy(arch, self.device)
+            net: Any = self._adopted.get(arch)
+            if net is None:
+                net = self._copy(arch, self.device)
+            elif self.device.type != "cpu":
+                net = copy.deepcopy(net).to(self.device)
             net = net.to(memory_format=torch.channels_last) if channels_last else net
             self._subnets[arch] = torch.compile(net) if compiled else net
             while len(self._subnets) > 1 and (len(self._subnets) > self._cache_size or self._too_large()):

@@ -30,7 +30,7 @@ from search_spaces.codec import Autoencoder, LoadedAutoencoder, Pixels
 from search_spaces.intervals import uniform
 from search_spaces.loaded import LoadedElastic
 from search_spaces.shipped import train_data
-from search_spaces.shipped.latents import moments
+from search_spaces.shipped.latents import decoded, moments
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich, TrainAutoencoder
@@ -599,3 +599,18 @@ def test_decoding_is_timed_apart(tmp_path: Path) -> None:
     assert score.values["latency_ms"] == pytest.approx(
         2 * float(np.median(next(v for k, v in times.items() if k != "decoding"))), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_an_autoencoder_that_half_precision_is_too_small_for_decodes_in_whole(upcast: bool) -> None:
+    """As Stable Diffusion XL's says of itself; another one keeps to its precision."""
+    torch.manual_seed(0)
+    half = AutoencoderKL(**SHAPES, latent_channels=3, force_upcast=upcast).eval().to(torch.float16)
+    whole = AutoencoderKL(**SHAPES, latent_channels=3).eval()
+    whole.load_state_dict({name: tensor.float() for name, tensor in half.state_dict().items()})
+    states = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    with torch.inference_mode():
+        found, wanted = decoded(half, states), decoded(whole, states.float())
+    assert half.dtype == torch.float16
+    assert found.dtype == (torch.float32 if upcast else torch.float16)
+    assert torch.allclose(found.float(), wanted, atol=1e-6) == upcast

@@ -358,3 +358,6 @@ def test_an_address_where_nobody_listens_and_too_long_a_folder_are_refused(
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("long" * 20)))
     with pytest.raises(UserError, match="too long a path for Ray's sockets"):
         check_workers(Workers(1))
+    with pytest.raises(UserError, match=r"2 workers on cuda must say how much of a GPU .* --gpus-per-worker"):
+        Workers(2, device="cuda")
+    assert Workers(2, gpus=0.5, device="cuda").gpus == 0.5

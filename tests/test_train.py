@@ -35,6 +35,7 @@ from nas.handover.training import adopt, fine_tune
 from nas.results.report import Run
 from nas.study import load_study
 from search_spaces.noise import NoiseSchedule
+from search_spaces.shipped import train_diffusers as script
 from search_spaces.shipped.train_diffusers import Settings, train
 from search_spaces.supernet import Elastic
 from tests.conftest import TINY
@@ -360,6 +361,17 @@ def test_killed_between_any_two_files_the_trained_folder_has_the_hashes_of_its_n
 
 
 @pytest.mark.long
+def test_a_training_goes_on_whose_steps_so_far_overflowed(tmp_path: Path) -> None:
+    """Adam has seen none of them."""
+    net, average = torch.nn.Linear(2, 2), {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    script._keep(tmp_path / "state", net, torch.optim.AdamW(net.parameters()), average, 3)
+    again = torch.nn.Linear(2, 2)
+    optimiser = torch.optim.AdamW(again.parameters())
+    assert script._restore(tmp_path / "state", again, optimiser, average) == 3
+    assert torch.equal(again.weight, net.weight)
+    assert not any(state["exp_avg"].any() or state["exp_avg_sq"].any() for state in optimiser.state.values())
+
+
 def test_distillation_is_the_share_of_the_teacher(exported: Path) -> None:
     """The full network is its own teacher: wholly distilled it has nothing to learn, not distilled it has the noise to predict."""
     pixels = Digits().load().pixels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import warnings
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from evaluators import device
 from evaluators.device import Execution, settle
 from evaluators.features import ExternalFeatures
 from evaluators.frechet import Frechet
@@ -160,6 +162,30 @@ def test_the_fastest_setting_is_measured_once_and_kept(tiny_net: Elastic, tmp_pa
     assert settle(net, tmp_path, "float32", [Execution(2), Execution(3)]) == chosen
     assert settle(net, tmp_path, "bfloat16", [Execution(2), Execution(3)]).batch in (2, 3)
     assert settle(net, tmp_path / "other") == Execution()
+
+
+def test_no_larger_batch_is_tried_behind_one_that_fails_or_gains_nothing(
+    tiny_net: Elastic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {1: 1.0, 4: 3.0, 16: 11.9, 64: 40.0, 256: math.nan}
+    tried = []
+
+    def timed(net: Any, batch: int, *_: Any) -> float:
+        tried.append(batch)
+        if math.isnan(seconds[batch]):
+            raise torch.OutOfMemoryError("no room")
+        return seconds[batch]
+
+    monkeypatch.setattr(device, "_seconds", timed)
+    plain, last = ([Execution(batch, form) for batch in (1, 4, 16, 64, 256)] for form in (False, True))
+    told = dict(device.measure(tiny_net.initial(0), [*plain, *last]))
+    assert tried == [1, 4, 16] * 2, "16 at once take as long for each as 4"
+    assert {one.batch for one in told} == {1, 4, 16}
+    tried.clear()
+    assert [one.batch for one, _ in device.measure(tiny_net.initial(0), [plain[1], plain[4], plain[3]])] == [4]
+    assert tried == [4, 256]
+    on_gpu = device.candidates(torch.device("cuda"), (4, 64, 64))
+    assert not [one for one in on_gpu if one.compiled], "a search meets too many subnets to compile each"
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])

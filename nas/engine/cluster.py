@@ -51,6 +51,11 @@ class Workers:
             raise UserError(
                 f"{self.count} workers with {self.gpus:g} GPUs each cannot run; use at least 1 worker and no negative share"
             )
+        if self.device.startswith("cuda") and not self.gpus:
+            raise UserError(
+                f"{self.count} workers on {self.device} must say how much of a GPU each takes; give --gpus-per-worker, 1 for one each, 0.5 for two on one "
+                "(Workers(count, gpus) in Python)"
+            )
 
 
 @contextmanager

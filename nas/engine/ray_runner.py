@@ -54,6 +54,7 @@ def run_on_ray(conductors: Sequence[Conductor], study: Study, folder: Path, work
 
     Raises UserError where the cluster cannot be reached, never has room for a worker, or dies.
     """
+    _give_back()
     with cluster(workers), tempfile.TemporaryDirectory(prefix="nas-tune-") as scratch:
         resources = {"cpu": 1.0, "gpu": workers.gpus} if workers.gpus else {"cpu": 1.0}
         desk = _Desk.remote(min(workers.count, room_for(resources)))  # type: ignore[attr-defined]
@@ -342,6 +343,13 @@ class _Bridge(TuneSearcher):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: str) -> None:
         raise UserError("Ray Tune's restore is not used; run the same `nas run` command again")
+
+
+def _give_back() -> None:
+    """What this process has freed of a GPU's memory is the workers'."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -27,9 +27,17 @@ def scaling(config: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tens
 
 
 def decoded(network: Any, states: torch.Tensor) -> torch.Tensor:
-    """Images of scaled latents, (n, channels, height, width). A VQModel quantises here."""
+    """Images of scaled latents, (n, channels, height, width). A VQModel quantises here; one in half precision whose config says that its numbers are too large
+    for that, as Stable Diffusion XL's does, runs in float32."""
+    kind = network.dtype
+    if kind == torch.float16 and getattr(network.config, "force_upcast", False):
+        network.to(torch.float32)
+        try:
+            return decoded(network, states)
+        finally:
+            network.to(kind)
     scale, shift = scaling(network.config, states.device)
-    latents = (states / scale + shift).to(network.dtype)
+    latents = (states / scale + shift).to(kind)
     factor = 2 ** (len(network.config.block_out_channels) - 1)
     each = at_once(network, latents.shape[-2] * latents.shape[-1] * factor**2)
     return torch.cat([network.decode(part).sample for part in torch.split(latents, each)])

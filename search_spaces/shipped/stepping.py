@@ -24,6 +24,8 @@ def update(
 ) -> tuple[torch.Tensor, Any]:
     """The state at abar = b after that at a, by the predicted noise, and what the next update needs to know of this one. `drawn`: fresh noise,
     None in the last step. `learned`: what the network says of the variance, between -1 and 1; no channels where it says nothing."""
+    # In float32 at least, as multistep solvers take differences of images.
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     prediction = prediction.to(torch.promote_types(prediction.dtype, x.dtype))
     image = (x - (1 - a) ** 0.5 * prediction) / a**0.5
     image = image.clamp(-1, 1) if sampler["clip"] else image

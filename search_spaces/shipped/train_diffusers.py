@@ -409,8 +409,9 @@ def _restore(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tens
     for name, parameter in net.named_parameters():
         bare.state[parameter] = {
             "step": torch.tensor(float(kept["step"])),
-            "exp_avg": kept[f"first:{name}"].to(parameter.device),
-            "exp_avg_sq": kept[f"second:{name}"].to(parameter.device),
+            # Where each step so far was left out, as those that overflow in half precision are, there is none yet.
+            "exp_avg": kept.get(f"first:{name}", torch.zeros_like(parameter)).to(parameter.device),
+            "exp_avg_sq": kept.get(f"second:{name}", torch.zeros_like(parameter)).to(parameter.device),
         }
     return int(kept["step"])
 

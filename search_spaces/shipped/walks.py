@@ -228,7 +228,9 @@ class _PixArt(_Transformer):
 
 def _each(x: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
     """A timestep for each sample."""
-    rows = torch.as_tensor(t, device=x.device).reshape(-1)
+    if not isinstance(t, torch.Tensor):
+        return torch.full((len(x),), t, device=x.device)  # which a GPU is not waited for
+    rows = t.to(x.device).reshape(-1)
     return rows * torch.ones(len(x), dtype=rows.dtype, device=rows.device)
 
 

@@ -221,8 +221,8 @@ def _evened_out(network: Any, data: ImageSet) -> dict[str, Any]:
     can be said of reconstructions and of the channels."""
     device = next(network.parameters()).device
     means, variances = _moments(network, data, device)
-    mean, spread = means.mean((0, 2, 3)), means.var((0, 2, 3))
-    noise = variances.mean((0, 2, 3))
+    mean, spread = means.mean((0, 2, 3)).to(device), means.var((0, 2, 3)).to(device)
+    noise = variances.mean((0, 2, 3)).to(device)
     scale = (spread + noise).sqrt()
     encoder, decoder = network.quant_conv, network.post_quant_conv
     both = torch.cat([scale, torch.ones_like(scale)])
@@ -243,10 +243,11 @@ def _evened_out(network: Any, data: ImageSet) -> dict[str, Any]:
 
 
 def _moments(network: Any, data: ImageSet, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and variances of all posteriors, on the CPU."""
     found = []
     for x in _parts(network, data, device):
         posterior = network.encode(x).latent_dist
-        found.append((posterior.mean, posterior.var))
+        found.append((posterior.mean.cpu(), posterior.var.cpu()))
     means, variances = zip(*found, strict=True)
     return torch.cat(means), torch.cat(variances)
 
