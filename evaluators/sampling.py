@@ -183,8 +183,6 @@ class DPMSolver(_Named):
         x0 = _predicted_image(x, prediction, alpha, self.clip)
         if alpha_next >= 1:
             return x0, None
-        if alpha_next == alpha:  # the last step, where abar ends at that of timestep 0 and the schedule does too
-            return x, (x0, alpha)
         step = _half_log_snr(alpha_next) - _half_log_snr(alpha)
         image = x0
         if memory is not None:
@@ -283,7 +281,9 @@ def advance(
     condition = conditions.of(seed, start, start + len(state.x)) if conditions is not None else None
     prediction, cache = _call(net, step, state.x, state.cache, precision, keep, condition)
     with torch.inference_mode():
-        after = getattr(net, "final_alpha", 1.0) if following is None else float(abar[following.timestep])
+        # A multistep solver arrives at the image, as diffusers' do, wherever the process ends for others.
+        end = 1.0 if getattr(sampler, "multistep", False) else getattr(net, "final_alpha", 1.0)
+        after = end if following is None else float(abar[following.timestep])
         channels = state.x.shape[1]
         said = {"learned": prediction[:, channels:]} if prediction.shape[1] > channels else {}
         x, memory = in_space(sampler, getattr(net, "in_pixels", True)).update(

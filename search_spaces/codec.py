@@ -170,7 +170,7 @@ class Autoencoder:
         if self.scale is None and (told is None or (kind == "VQModel" and told == 0.18215)):
             raise UserError(
                 f"{self.folder / 'config.json'}: the {kind}'s scaling_factor is {told}, which diffusers takes where nothing was said; give "
-                "Autoencoder(..., scale=) what its latents were multiplied with in training (1.0 for LDM's VQ models)"
+                'Autoencoder(..., scale=), or write there, what its latents were multiplied with in training ("scaling_factor": 1.0 for LDM\'s VQ models)'
             )
 
     @property

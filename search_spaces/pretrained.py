@@ -203,8 +203,10 @@ def weight_files(folder: Path) -> list[Path]:
 def weights_digest(folder: Path) -> str:
     """16 hexadecimal digits that identify the files of the weights."""
     found = hashlib.sha256()
-    for file in weight_files(folder):
-        found.update(file.read_bytes())
+    for path in weight_files(folder):
+        with path.open("rb") as file:  # a piece at a time, since files of gigabytes are many
+            while piece := file.read(2**24):
+                found.update(piece)
     return found.hexdigest()[:16]
 
 

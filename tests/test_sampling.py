@@ -104,15 +104,6 @@ def test_the_multistep_solver_equals_diffusers(process: NoiseSchedule, timesteps
         assert torch.allclose(states[number + 1].float(), x.float(), atol=1e-5, rtol=1e-4), number
 
 
-def test_the_multistep_solver_may_end_where_its_last_step_is() -> None:
-    """Stable Diffusion's process ends at abar of timestep 0, and a schedule may have a step there."""
-    abar = NoiseSchedule(beta_schedule="scaled_linear").alphas_cumprod
-    solver, x = DPMSolver(clip=False), torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double()
-    first, memory = solver.update(x, x / 3, abar[500], abar[0], None)
-    last, _ = solver.update(first, first / 3, abar[0], abar[0], None, memory)
-    assert torch.equal(last, first)
-
-
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_eulers_method_is_ddim_without_noise() -> None:
     """Its state is x / sqrt(abar), its sigma sqrt(1 - abar) / sqrt(abar)."""

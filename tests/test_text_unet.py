@@ -559,6 +559,10 @@ def test_bk_sdms_networks_are_subnets_of_stable_diffusion() -> None:
     [
         ({"attention_head_dim": 3}, "is a number of heads"),
         ({"transformer_layers_per_block": ((1, 0), (1, 1))}, "transformer_layers_per_block"),
+        (
+            {"reverse_transformer_layers_per_block": ((1,), (1,))},
+            "other depths on the way up .* as SSD-1B's has, which is",
+        ),
         ({"only_cross_attention": True}, "only_cross_attention=True is not elastic"),
         ({"encoder_hid_dim": 8, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim"),
         ({"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8}, "class_embed_type"),

@@ -10,6 +10,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from nas.handover.portable import schedule_of
 from nas.study import load_study
 from nas.tuning.found import Candidate, Found
 from nas.tuning.page import usage, write_found
-from nas.tuning.study import Wanted, sets
+from nas.tuning.study import LEAST_CACHE, MOST_CACHE, Wanted, sets
 from nas.tuning.tune import baselines, fixed, full_samples, given_schedule, read_file, tune, within
 from search_spaces.patterns import LeftOut
 from search_spaces.shipped.graph import AROUND, TransformerGraph, UNetGraph
@@ -151,6 +152,26 @@ def test_pipelines_that_are_not_to_guide_are_called_so(place: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"how strongly OwnPipeline is usually guided .* give --guidance, 1 for none"):
         quick(tmp_path / "other").check()
     replace(quick(tmp_path / "other"), guidance=2.0).check()
+    shutil.copytree(place / "dit" / "transformer", tmp_path / "transformer")
+    shutil.copytree(place / "sd" / "unet", tmp_path / "unet")
+    with pytest.raises(
+        UserError, match=r"works on 4 channels, which are no pixels.* give the folder of the whole pipeline"
+    ):
+        replace(quick(tmp_path / "transformer"), guidance=2.0).check()
+    with pytest.raises(UserError, match="has no text encoder; give the folder of the whole pipeline"):
+        Wanted(tmp_path / "unet", "macs", 0.6, guidance=2.0, prompts=place / "prompts.txt").check()
+
+
+def test_scores_have_room_for_what_the_first_leaves_to_the_next(place: Path, tmp_path: Path) -> None:
+    """What is sampled is sampled once, however large."""
+    wanted = quick(place / "dit")
+    assert wanted.cache_bytes == LEAST_CACHE
+    large = replace(wanted, samples=(32, 256))
+    large.__dict__["net"] = SimpleNamespace(image_shape=(3, 512, 512), state_shape=(4, 64, 64))
+    assert 2 * 256 * 4 * 3 * 512**2 < large.cache_bytes <= MOST_CACHE
+    study = wanted.study({})
+    smaller = replace(study.evaluator.parts[0], cache_bytes=2**29)  # type: ignore[attr-defined]
+    assert smaller.digest(tmp_path) == replace(smaller, cache_bytes=2**32).digest(tmp_path)
 
 
 def test_the_study_goes_on_by_hand(place: Path) -> None:

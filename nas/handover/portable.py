@@ -52,7 +52,7 @@ def portable(
         "prediction": net.scheduler["prediction_type"],
         "num_inference_steps": len(schedule.steps),
         "guidance_scale": next(iter(scales), None),
-        "final_alpha": getattr(net, "final_alpha", 1.0),
+        "final_alpha": 1.0 if sampler["class"] == "DPMSolver" else getattr(net, "final_alpha", 1.0),
         "steps": [
             {
                 "timestep": step.timestep,

@@ -1,5 +1,5 @@
 """One network for all steps as the plain pipeline that diffusers has for it: DDIMPipeline, DDPMPipeline, LDMPipeline, DiTPipeline,
-StableDiffusionPipeline, StableDiffusionXLPipeline or PixArtAlphaPipeline."""
+StableDiffusionPipeline, StableDiffusionXLPipeline, PixArtAlphaPipeline or PixArtSigmaPipeline."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ GRIDS = tuple((spacing, offset) for spacing in ("trailing", "leading", "linspace
 """How diffusers spaces timesteps, and what it adds to them."""
 
 DIT, PIXART = "DiTTransformer2DModel", "PixArtTransformer2DModel"
+SIGMA_TOKENS = 300
+"""Of a text, as PixArt-Sigma's pipeline has it."""
 NULL = 1000
 """The label of no class that DiTPipeline knows."""
 
@@ -48,7 +50,7 @@ def export_stock(
     if texts:
         with quiet_transformers():
             zeros = bool((getattr(net, "text_shape", None) or {}).get("zeros"))
-            pipeline = _of_text(kind, texts, autoencoder, network, scheduler, zeros)
+            pipeline = _of_text(kind, texts, autoencoder, network, scheduler, zeros, tokens)
     elif kind == DIT:
         pipeline = diffusers.DiTPipeline(transformer=network, vae=autoencoder, scheduler=scheduler)
     elif autoencoder is not None:
@@ -91,10 +93,13 @@ def _texts(net: LoadedSupernet) -> dict[str, Any]:
     return {name: part for name, part in getattr(net, "text_components", {}).items() if name in TEXTS}
 
 
-def _of_text(kind: str, texts: Mapping[str, Any], autoencoder: Any, network: Any, scheduler: Any, zeros: bool) -> Any:
-    """`zeros`: whether these stand for no negative prompt, of XL."""
+def _of_text(
+    kind: str, texts: Mapping[str, Any], autoencoder: Any, network: Any, scheduler: Any, zeros: bool, tokens: Any
+) -> Any:
+    """`zeros`: whether these stand for no negative prompt, of XL. `tokens`: of a text, by which PixArt-Sigma is told from alpha."""
     if kind == PIXART:
-        return diffusers.PixArtAlphaPipeline(**texts, vae=autoencoder, transformer=network, scheduler=scheduler)
+        known = diffusers.PixArtSigmaPipeline if tokens == SIGMA_TOKENS else diffusers.PixArtAlphaPipeline
+        return known(**texts, vae=autoencoder, transformer=network, scheduler=scheduler)
     parts = {"vae": autoencoder, "unet": network, "scheduler": scheduler, **texts}
     if "text_encoder_2" in texts:
         return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False, force_zeros_for_empty_prompt=zeros)
@@ -138,7 +143,7 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         f"{sampler['class']} is not {' or '.join(known)}": sampler["class"] not in known,
         f"DDIM with eta={sampler.get('eta')} adds noise": bool(sampler.get("eta")),
         f"its network says where the variance lies, and {sampler['class']} does not ask": varies,
-        f"{sampler['class']}'s last step arrives at the image, the network's at timestep 0": sampler["class"] != "DDIM"
+        f"{sampler['class']}'s last step arrives at the image, the network's at timestep 0": sampler["class"] == "DDPM"
         and getattr(net, "final_alpha", 1.0) != 1.0,
         f"{'DiTPipeline' if dit else 'LDMPipeline'} knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
         f"its network is a {kind}": kind not in ("UNet2DModel", DIT) and not texts,

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from evaluators.proxies import TeacherDistance, TeacherSimilarity
 from evaluators.sampling import DDIM, DPMSolver
 from evaluators.scoring import Scores
 from evaluators.teacher import NetworkAgreement, NetworkFrechet, TeacherPerceptual
+from evaluators.trajectories import STATES_KEPT
 from nas.base.files import read_json
 from nas.contracts import Evaluator, Images, UserError
 from nas.searchers.evolution import Evolution
@@ -59,8 +61,12 @@ PLAIN: Mapping[str, Any] = {
     "use_beta_sigmas": False,
     "use_lu_lambdas": False,
     "solver_type": "midpoint",
+    "final_sigmas_type": "zero",
 }
 """What DPM-Solver++ is here: of the midpoint, its steps spaced by timesteps alone."""
+
+LEAST_CACHE, MOST_CACHE = 2**29, 2**32
+"""Bytes of what scores keep."""
 
 SPACING = ("timestep_spacing", "steps_offset", "num_train_timesteps")
 LOSS = "teacher_mse"
@@ -144,6 +150,13 @@ class Wanted:
         if self.guidance is None and self.net.conditional and self.kind not in (*USUAL, "StepAwarePipeline"):
             raise UserError(
                 f"{self.folder}: how strongly {self.kind or 'a network without a pipeline'} is usually guided is not known here; give --guidance, 1 for none"
+            )
+        if self.net.condition_kind == "texts" and self.net.text is None:
+            raise UserError(f"{self.folder} has no text encoder; give the folder of the whole pipeline")
+        if self.net.in_pixels and self.net.image_shape[0] not in (1, 3):
+            raise UserError(
+                f"{self.folder}: the network works on {self.net.image_shape[0]} channels, which are no pixels, and has no autoencoder beside it; give the folder of the "
+                "whole pipeline"
             )
         own = self.scheduler.get("_class_name")
         if own in DISTILLED:
@@ -262,6 +275,13 @@ class Wanted:
         """A step that does not run. DDIM without memory does not tell it from one that holds the prediction."""
         return Only(()) if isinstance(self.sampler, DDIM) else LeftOut()
 
+    @property
+    def cache_bytes(self) -> int:
+        """Room for what one score leaves to the next of the samples that verify, the full pipeline's and a schedule's: images, and states on the way. Of
+        several gigabytes no more, where they are large; then the scores that search, of fewer samples, have room."""
+        numbers = prod(self.net.image_shape) + (STATES_KEPT + 2) * prod(self.net.state_shape)
+        return min(max(LEAST_CACHE, 2 * 4 * numbers * self.samples[1]), MOST_CACHE)
+
     def study(self, limits: Mapping[str, float], enqueue: tuple[tuple[int, ...], ...] = ()) -> Study:
         """`limits`: on `macs_share` or `latency_ms`."""
         steps, full = self.grid(self.steps), self.grid(self.full_steps or self.steps)
@@ -272,6 +292,7 @@ class Wanted:
             "sampler": self.sampler if self.rival is None else (self.sampler, self.rival),
             "timesteps": full,
             "guidance": self.scale,
+            "cache_bytes": self.cache_bytes,
         }
         parts: list[Evaluator] = [TeacherDistance(**given)]
         if min(self.net.image_shape[1:]) >= WINDOW:

@@ -59,6 +59,11 @@ class TextUNet(UNet):
         }
 
     def _check_config(self) -> None:
+        if self.config.get("reverse_transformer_layers_per_block") is not None:
+            raise UserError(
+                "the network's attention has other depths on the way up than on the way down (reverse_transformer_layers_per_block), as SSD-1B's has, which is not "
+                "covered; give one whose levels are alike both ways"
+            )
         super()._check_config()
         config, levels = self.config, len(self.config["block_out_channels"])
         self.head_counts = self._each("attention_head_dim", levels)
