@@ -77,9 +77,10 @@ def measure(
     takes the most memory. What does not run here, for want of memory or of a compiler, is left out, but for the first; behind that, and behind a batch that
     gains nothing, no larger one of the same form is tried."""
     least: dict[tuple[bool, bool], float] = {}
+    ended: set[tuple[bool, bool]] = set()
     for number, setting in enumerate(settings):
         form = (setting.channels_last, setting.compiled)
-        if least.get(form) == 0:
+        if form in ended:
             continue
         net.run_as(*form)
         try:
@@ -87,10 +88,12 @@ def measure(
         except Exception:  # compilers fail in ways of their own
             if number == 0:
                 raise
-            least[form] = 0.0
+            ended.add(form)
             continue
         yield setting, seconds
-        least[form] = seconds if seconds < WORTH * least.get(form, math.inf) else 0.0
+        if seconds >= WORTH * least.get(form, math.inf):
+            ended.add(form)
+        least[form] = seconds
     net.run_as(False, False)
     if net.device.type == "cuda":  # what the largest took is others' again
         torch.cuda.empty_cache()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib.util
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,3 +106,19 @@ def ray_cluster() -> Iterator[Any]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tool(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The module that applies schedules as people get it, in one file."""
+    from tests.test_portable import CODE
+
+    path = tmp_path_factory.mktemp("module") / "apply_schedule.py"
+    path.write_text(CODE)
+    spec = importlib.util.spec_from_file_location("apply_schedule", path)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules["apply_schedule"] = found
+    spec.loader.exec_module(found)
+    return found

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics.pairwise import polynomial_kernel
 
-from evaluators.features import ExternalFeatures, SmallClassifier
+from evaluators.features import ExternalFeatures, SmallClassifier, _Extractor
 from evaluators.frechet import (
     Frechet,
     Gaussian,
@@ -525,3 +525,17 @@ def test_settings_of_scores_are_checked(kind: Any) -> None:
 def test_a_score_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert str(tmp_path) not in repr(Frechet(Digits(), reference="stats.npz"))
+
+
+def test_an_extractor_sees_no_more_images_at_once_than_real_ones_come() -> None:
+    """Whatever the batch that was chosen for the network alone; with the same rows."""
+    torch.manual_seed(0)
+    net, images, seen = torch.nn.Conv2d(1, 4, 3), torch.randn(600, 1, 8, 8), []
+
+    def noted(part: torch.Tensor) -> Any:
+        seen.append(len(part))
+        return net(part)
+
+    rows = _Extractor(noted, "noted", "FD")(images)
+    assert seen == [256, 256, 88]
+    assert torch.allclose(rows, net(images).flatten(1), atol=1e-5)

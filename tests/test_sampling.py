@@ -27,6 +27,7 @@ from search_spaces.noise import NoiseSchedule
 from search_spaces.patterns import Every
 from search_spaces.shipped.graph import graph_of
 from search_spaces.shipped.reuse import as_noise
+from search_spaces.shipped.stepping import update
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from search_spaces.training.optimiser import Batches
@@ -293,3 +294,20 @@ def _whole(net: Elastic, timesteps: tuple[int, ...]) -> Schedule:
 
 def _images(pixels: torch.Tensor) -> Any:
     return ImageSet(pixels.numpy(), None, "")
+
+
+def test_what_an_exported_folder_steps_in_half_precision_is_reckoned_in_whole() -> None:
+    """As diffusers' multistep solvers do, whose second order takes differences of images that are nearly alike."""
+    abar = NoiseSchedule().alphas_cumprod
+    sampler, memory, states = {"class": "DPMSolver", "clip": False}, [None, None], []
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).half()
+    for t, following in ((900, 880), (880, 860)):
+        said, nothing = noise_of(x.float(), t).half(), torch.empty(2, 0, 4, 4)
+        a, b = float(abar[t]), float(abar[following])
+        half, memory[0] = update(sampler, x, said, a, b, None, memory[0], nothing)
+        whole, memory[1] = update(sampler, x.float(), said.float(), a, b, None, memory[1], nothing)
+        assert half.dtype == torch.float32
+        assert torch.equal(half, whole)
+        x = half.half()
+        states.append(x)
+    assert not torch.equal(*states)

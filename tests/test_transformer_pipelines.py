@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, PixArtSigmaPipeline
 from safetensors.torch import load_file
 
 from evaluators.conditions import Labels, Prompts
@@ -606,3 +606,15 @@ def test_an_exported_pixart_is_opened_again_with_texts_of_its_own_length(folder:
 def test_block_order_is_for_transformers() -> None:
     with pytest.raises(UserError, match="block_order: a UNet2DModel is no transformer"):
         Elastic(TINY, (1.0,), block_order=(1, 0))
+
+
+def test_pixart_sigma_is_handed_out_as_what_it_is(tmp_path: Path) -> None:
+    """Its pipeline says how long a text is, and another would read it shorter."""
+    PixArtSigmaPipeline(**pixart(tmp_path / "alpha").components).save_pretrained(tmp_path / "sigma")
+    recipe = Elastic.from_pretrained(tmp_path / "sigma", widths=(1.0,), noise=NoiseSchedule(final_alpha="one"))
+    assert recipe.tokens == 300
+    net = recipe.initial(0)
+    schedule = Schedule(tuple(Step(t, net.full_arch, (), Guidance(5.0)) for t in leading(4)))
+    facts = export_stock(net, schedule, DDIM(clip=False).describe(), {}, tmp_path / "stock")
+    assert (facts["pipeline"], facts["max_sequence_length"]) == ("PixArtSigmaPipeline", 300)
+    assert Elastic.from_pretrained(tmp_path / "stock", widths=(1.0,)).tokens == 300

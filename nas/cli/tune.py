@@ -238,13 +238,10 @@ def _written(found: Found, target: Path, folder: Path, by_hand: Path | None, dev
         shutil.copy(schedule, before)
     try:
         left_out = write_found(found, evaluator.supernet, sampler, target, folder)
-    except BaseException:
+    finally:
         if before is not None and schedule.exists() and schedule.read_bytes() == before.read_bytes():
             before.unlink()
-        raise
-    if before is not None and schedule.exists() and schedule.read_bytes() == before.read_bytes():
-        before.unlink()
-    elif before is not None:
+    if before is not None and before.exists():
         notes.print(f"{schedule} was another schedule, which is now {before}", highlight=False, soft_wrap=True)
     return _Made(found, target, folder, left_out)
 

@@ -348,7 +348,7 @@ class _Bridge(TuneSearcher):  # type: ignore[misc]
 def _give_back() -> None:
     """What this process has freed of a GPU's memory is the workers'."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 

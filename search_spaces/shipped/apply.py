@@ -114,8 +114,7 @@ class _Applied:
         self.signature = inspect.signature(type(net).forward)
         self.compiled = compiled
         self.graphs: dict[Any, Callable[..., Any]] = {}
-        # Where a network is offloaded, its hook calls what it calls the old forward.
-        self.place = "_old_forward" if hasattr(net, "_hf_hook") else "forward"
+        self.place = _place(net)
         self.before = net.__dict__.get(self.place)
         self.call = getattr(net, self.place)
 
@@ -430,17 +429,21 @@ def _call(
 
 def _check_call(component: str, net: Any) -> None:
     """Raises ScheduleError where somebody else has replaced the network's call: blocks that run one by one would leave that out."""
-    for place in ("forward", "_old_forward") if hasattr(net, "_hf_hook") else ("forward",):
-        call = net.__dict__.get(place)
-        hooked = place == "forward" and hasattr(net, "_hf_hook")
-        # What accelerate unwraps is the function within the stock one's decorators.
-        own = (type(net).forward, inspect.unwrap(type(net).forward))
-        if call is not None and not hooked and _owner(call) is None and getattr(call, "__func__", None) not in own:
-            raise ScheduleError(
-                f"pipeline.{component}.{place} was replaced, by torch.compile, by offloading of groups, by accelerate's mixed precision or by another tool, which blocks that "
-                "run one by one leave out; take that off first (accelerator.unwrap_model(network, keep_fp32_wrapper=False)), and give compiled=True here where it was "
-                "to be compiled"
-            )
+    place = _place(net)
+    call = net.__dict__.get(place)
+    # What accelerate unwraps is the function within the stock one's decorators.
+    own = (type(net).forward, inspect.unwrap(type(net).forward))
+    if call is not None and _owner(call) is None and getattr(call, "__func__", None) not in own:
+        raise ScheduleError(
+            f"pipeline.{component}.{place} was replaced, by torch.compile, by offloading of groups, by accelerate's mixed precision or by another tool, which blocks that "
+            "run one by one leave out; take that off first (accelerator.unwrap_model(network, keep_fp32_wrapper=False)), and give compiled=True here where it was "
+            "to be compiled"
+        )
+
+
+def _place(net: Any) -> str:
+    """Where the network's own call is: its hook, where it is offloaded, calls what it calls the old forward."""
+    return "_old_forward" if hasattr(net, "_hf_hook") else "forward"
 
 
 def _check(plan: Mapping[str, Any], net: Any, scheduler: Any) -> None:
