@@ -115,10 +115,15 @@ def tool(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     path = tmp_path_factory.mktemp("module") / "apply_schedule.py"
     path.write_text(CODE)
-    spec = importlib.util.spec_from_file_location("apply_schedule", path)
+    return module_of(path)
+
+
+def module_of(file: Path) -> Any:
+    """As who has the file beside his own code imports it."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     found = importlib.util.module_from_spec(spec)
-    sys.modules["apply_schedule"] = found
+    sys.modules[file.stem] = found
     spec.loader.exec_module(found)
     return found

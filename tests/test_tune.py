@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +27,7 @@ from nas.tuning.tune import baselines, fixed, full_samples, given_schedule, read
 from search_spaces.patterns import LeftOut
 from search_spaces.shipped.graph import AROUND, TransformerGraph, UNetGraph
 from search_spaces.supernet import Elastic
+from tests.conftest import module_of
 from tests.pipelines import LINEAR, dit, pixart, stable_diffusion
 from tests.test_cli import nas, refused
 from tests.test_portable import pixels
@@ -73,13 +72,7 @@ def said(place: Path) -> dict[str, Any]:
 
 def applied(folder: Path) -> Any:
     """The module that lies beside the schedule."""
-    spec = importlib.util.spec_from_file_location("tuned_schedule", folder / "apply_schedule.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tuned_schedule"] = module
-    spec.loader.exec_module(module)
-    return module
+    return module_of(folder / "apply_schedule.py")
 
 
 def test_a_folder_becomes_a_schedule_that_its_own_pipeline_runs(place: Path) -> None:
