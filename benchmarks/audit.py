@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, Benchmark, Target, borrow, digits_run
-from benchmarks.digits import digits, images
+from benchmarks.common import RESULTS, Benchmark, Target, borrow
+from benchmarks.digits import digits, digits_run, images
 from evaluators.frechet import Frechet, KernelDistance
 from evaluators.proxies import Additive, DenoisingLoss, TeacherDistance, TeacherFrechet, TrajectoryDistance
 from nas.contracts import Evaluator, Genome, Score, Trial, derive_seed
@@ -131,7 +131,7 @@ def _trial(number: int, genome: Genome, score: Score, row: Mapping[str, Any]) ->
 def main() -> None:
     bench = Benchmark("audit", __doc__ or "", ("evaluators", "nas/results/audit.py"))
     torch.set_num_threads(1)
-    base, trained = digits_run(digits, bench.quick)
+    base, trained = digits_run(bench.quick)
     reference, count = (128, 24) if bench.quick else (4096, 200)
     study = replace(
         base,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -23,10 +23,7 @@ from typing import Any
 
 from benchmarks.protocol import order
 from nas.engine.facts import package_versions
-from nas.engine.session import open_session
 from nas.evidence.protocol import Protocol
-from nas.study import Study
-from search_spaces.training import Sandwich
 
 RESULTS = Path(__file__).parent / "results"
 CPUS = Path("/proc/cpuinfo")
@@ -224,16 +221,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
-
-
-def digits_run(study: Study, quick: bool) -> tuple[Study, Path]:
-    """The digits study with its supernet and features trained, and their run folder; shared by the benchmarks."""
-    study = replace(study, training=Sandwich(steps=60)) if quick else study
-    folder = (RUNS / ("digits-quick" if quick else "digits")).resolve()
-    with open_session(study, folder) as session:
-        for _ in session.prepare(threads=1):
-            pass
-    return study, folder
 
 
 def borrow(trained: Path, folder: Path) -> Path:

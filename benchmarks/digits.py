@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import studies.digits
 import studies.digits_reuse
+from benchmarks.common import RUNS
 from nas.contracts import Images
+from nas.engine.session import open_session
 from nas.study import Study
+from search_spaces.training import Sandwich
 
 
 def on_all_images(study: Study) -> Study:
@@ -36,3 +40,13 @@ def _with(value: Any, old: Images, new: Images) -> Any:
 digits = on_all_images(studies.digits.study)
 digits_reuse = on_all_images(studies.digits_reuse.study)
 images, images16 = digits.images, digits_reuse.images
+
+
+def digits_run(quick: bool) -> tuple[Study, Path]:
+    """`digits` with its supernet and features trained, and their run folder; shared by the benchmarks."""
+    study = replace(digits, training=Sandwich(steps=60)) if quick else digits
+    folder = (RUNS / ("digits-quick" if quick else "digits")).resolve()
+    with open_session(study, folder) as session:
+        for _ in session.prepare(threads=1):
+            pass
+    return study, folder

@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks import ddsm_loop
-from benchmarks.common import Benchmark, Target, borrow, digits_run
+from benchmarks.common import Benchmark, Target, borrow
 from benchmarks.cost import DDPM_CIFAR10
-from benchmarks.digits import digits, images
+from benchmarks.digits import digits_run, images
 from evaluators.device import Execution
 from evaluators.frechet import Frechet, Moments
 from evaluators.images import PhotoPatches, load_once
@@ -358,7 +358,7 @@ def main() -> None:
     bench = Benchmark("evaluation", __doc__ or "", ("evaluators",))
     torch.set_num_threads(1)
     quick = bench.quick
-    study, folder = digits_run(digits, quick)
+    study, folder = digits_run(quick)
     place = Place(folder)
     samples, few = (64, 16) if quick else (2048, 64)
     five, ten = (study_with(study, count, samples, quick) for count in (5, 10))

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import Benchmark, Target, digits_run
-from benchmarks.digits import digits
+from benchmarks.common import Benchmark, Target
+from benchmarks.digits import digits_run
 from evaluators.latency import Latency, Timer
 from evaluators.sampling import DDIM, trajectory
 from nas.contracts import LoadedSupernet, Schedule
@@ -64,7 +64,7 @@ def compare(net: LoadedSupernet, schedules: dict[str, Schedule], sizes: Sizes) -
 def main() -> None:
     bench = Benchmark("latency", __doc__ or "", ("evaluators/latency.py",))
     torch.set_num_threads(1)
-    study, folder = digits_run(digits, bench.quick)
+    study, folder = digits_run(bench.quick)
     net = study.supernet.load(folder / "supernet", "cpu")
     sizes = Sizes(3, 3, 32) if bench.quick else Sizes(10, 15, 256)
     rng = np.random.default_rng(0)

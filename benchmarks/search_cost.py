@@ -22,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.common import Benchmark, Target, borrow, digits_run
-from benchmarks.digits import digits, images
+from benchmarks.common import Benchmark, Target, borrow
+from benchmarks.digits import digits_run, images
 from benchmarks.digits_table import (
     FULL_TABLE,
     QUICK_TABLE,
@@ -313,7 +313,7 @@ WHAT = (
 def main() -> None:
     bench = Benchmark("search_cost", __doc__ or "", ("nas/searchers/knapsack.py", "nas/genomes/allocation.py"))
     torch.set_num_threads(1)
-    base, trained = digits_run(digits, bench.quick)
+    base, trained = digits_run(bench.quick)
     scale = QUICK if bench.quick else FULL
     built = build_table(bench, scale, trained)
     table = ScaledTable(built.size, built.files, built.reference, scale)

@@ -22,8 +22,8 @@ import optuna
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.common import Benchmark, Target, borrow, digits_run, needs
-from benchmarks.digits import digits, images
+from benchmarks.common import Benchmark, Target, borrow, needs
+from benchmarks.digits import digits_run, images
 from benchmarks.digits_table import (
     FULL_TABLE,
     QUICK_TABLE,
@@ -251,7 +251,7 @@ def main() -> None:
     bench = Benchmark("searchers", __doc__ or "", ("nas/searchers",))
     needs("pymoo", "benchmarks")
     quick = bench.quick
-    study, trained = digits_run(digits, quick)
+    study, trained = digits_run(quick)
     table = build_table(bench, QUICK_TABLE if quick else FULL_TABLE, trained)
     trials, rungs, seeds = (12, (32, 64), 3) if quick else (TRIALS, RUNGS, 50)
     learned = bench.folder / "learned.safetensors"

@@ -1,7 +1,7 @@
 """Faster schedules for frozen models of 50 steps, found as `nas tune` finds them: what they lose beside rules, beside what others learn, and beside fewer steps.
 
 Question, arms, seeds, reference and test stand in `protocols/tune-50.json`, written down before any row. Models are those of `benchmarks.tune`, whose rows are
-of 20 steps. Some twenty-four hours of one core for the three models; their networks are those that `benchmarks.latent`, `.transformer` and `.text` leave, two more.
+of 20 steps. Some twenty-two hours of one core for the three models; their networks are those that `benchmarks.latent`, `.transformer` and `.text` leave, two more.
 """
 
 from __future__ import annotations

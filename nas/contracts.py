@@ -656,7 +656,8 @@ Learned = tuple[Mapping[str, "torch.Tensor"], int]
 @runtime_checkable
 class LearningSearcher(Protocol):
     """A searcher that first learns from the supernet's gradients or losses: once in a run, on a worker; what it learned is kept as
-    safetensors in the run folder and handed to `start`. It yields snapshots now and then, and goes on from the last one."""
+    safetensors in the run folder and handed to `start`. It yields snapshots now and then, and goes on from the last one. With other limits it
+    learns anew, unless it says `for_any_limits = True`: what it learns is the same whatever they are."""
 
     @property
     def learns(self) -> bool:

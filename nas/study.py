@@ -121,11 +121,14 @@ class LedgerInfo:
         """Eight hexadecimal digits of what may differ between ledgers that compare."""
         return digest_of({part: self.provenance[part] for part in (*SEARCH, "evaluator")})[:8]
 
-    def digests(self) -> tuple[str, ...]:
-        """Of the provenance as a whole, the present one first; any of its parts may be called as it was once."""
-        parts = [*self.former.items()]
-        some = chain.from_iterable(combinations(parts, count) for count in range(len(parts) + 1))
-        return tuple(dict.fromkeys(digest_of({**self.provenance, **dict(former)}) for former in some))
+    def digests(self, without: Collection[str] = ()) -> tuple[str, ...]:
+        """Of the provenance as a whole, but for some parts, the present one first; any of its parts may be called as it was once."""
+        present, former = (
+            {part: value for part, value in named.items() if part not in without}
+            for named in (self.provenance, self.former)
+        )
+        some = chain.from_iterable(combinations(former.items(), count) for count in range(len(former) + 1))
+        return tuple(dict.fromkeys(digest_of({**present, **dict(renamed)}) for renamed in some))
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "former"}

@@ -496,12 +496,13 @@ def test_intervals_divide_the_timesteps_and_say_how_well(workplace: Path) -> Non
     assert len(facts["affinity"]) == 6
 
 
-def test_a_command_that_loads_for_long_says_so_at_once_unless_it_is_quiet(tmp_path: Path) -> None:
-    (tmp_path / "study.py").write_text("import time, torch\ntime.sleep(1.5)\nstudy = None\n")
+def test_a_command_that_loads_for_long_says_so_at_once_unless_it_is_quiet() -> None:
+    """Here it loads torch alone: what a study asks for besides takes seconds more."""
+    code = "import nas.cli, time; nas.cli.app = lambda: (__import__('torch'), time.sleep(1.5)); nas.cli.main()"
 
     def said(*options: str) -> str:
-        command = [sys.executable, "-m", "nas.cli", "run", str(tmp_path / "study.py"), "--dry-run", *options]
-        return subprocess.run(command, check=False, capture_output=True, text=True).stderr
+        command = [sys.executable, "-c", code, *options]
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stderr
 
     assert said().startswith("loading torch")
-    assert said("--quiet").startswith("error: ")
+    assert said("--quiet") == ""

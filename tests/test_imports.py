@@ -66,8 +66,7 @@ import os, sys
 class Seen:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"))
-            sys.meta_path.remove(self)
+            sys.exit(print(os.environ.get("GOMP_SPINCOUNT")))  # before seconds of imports
 sys.meta_path.insert(0, Seen())
 {first}
 import torch

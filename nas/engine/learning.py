@@ -1,12 +1,13 @@
 """Searchers that learn from the supernet before they search: once in a run, kept as safetensors in <run>/learned/.
 
-Metadata of a file: what it was learned from (the ledger's provenance), and the MACs that it took, which count as the search's.
+Metadata of a file: what it was learned from (the ledger's provenance, without the limits where these do not matter to what is learned), and the MACs that
+it took, which count as those of every search that uses it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,13 +24,23 @@ if TYPE_CHECKING:
     from nas.study import Study
 
 
+LIMITS = ("limits",)
+
+
 def learned_file(folder: Path, info: LedgerInfo) -> Path:
-    """The first that a searcher of this seed has learned has the ledger's plain name; what it learns otherwise later stands beside it."""
+    """Where what serves this search is, or will be. The first that a searcher of this seed has learned has the ledger's plain name; what it learns otherwise
+    later stands beside it."""
     plain = folder / "learned" / f"{info.base_name}.safetensors"
-    metadata = _metadata(plain)
-    if metadata is None or metadata["recipe"] in info.digests():
+    if not plain.exists():
         return plain
-    return plain.with_name(f"{info.base_name}.{info.of_its_search}.safetensors")
+    beside = sorted(plain.parent.glob(f"{info.base_name}.{'[0-9a-f]' * 8}.safetensors"))
+    own = plain.with_name(f"{info.base_name}.{info.of_its_search}.safetensors")
+    return next((file for file in (plain, *beside) if _serves(info, _metadata(file))), own)
+
+
+def _serves(info: LedgerInfo, metadata: Mapping[str, str] | None) -> bool:
+    """Whether it was learned under this very provenance, or under one that differs in limits alone, which did not matter."""
+    return metadata is not None and metadata["recipe"] in (*info.digests(), *info.digests(LIMITS))
 
 
 def learned_macs(folder: Path, info: LedgerInfo) -> int:
@@ -39,13 +50,11 @@ def learned_macs(folder: Path, info: LedgerInfo) -> int:
 
 
 def learned_tensors(folder: Path, info: LedgerInfo) -> dict[str, torch.Tensor] | None:
-    """What it learned under this very provenance; None where it has not."""
+    """What it learned under this provenance; None where it has not."""
     from safetensors.torch import load_file
 
     path = learned_file(folder, info)
-    metadata = _metadata(path)
-    same = metadata is not None and metadata["recipe"] in info.digests()
-    return load_file(path) if same else None
+    return load_file(path) if _serves(info, _metadata(path)) else None
 
 
 def learn_once(study: Study, folder: Path, device: str, searcher: str, seed: int) -> Iterator[Progress]:
@@ -56,12 +65,13 @@ def learn_once(study: Study, folder: Path, device: str, searcher: str, seed: int
         return
     assert isinstance(recipe, LearningSearcher)
     supernet = study.supernet.load(folder / "supernet", device)
-    path, digest = learned_file(folder, info), info.digests()[0]
+    path = learned_file(folder, info)
+    digest = info.digests(LIMITS if getattr(recipe, "for_any_limits", False) else ())[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     snapshot = path.with_suffix(".snapshot")
     seed = derive_seed(seed, "searcher's learning")
     learning = recipe.learn(
-        study.problem_in(folder), supernet, study.images.load(), seed, _read_snapshot(snapshot, info.digests())
+        study.problem_in(folder), supernet, study.images.load(), seed, _read_snapshot(snapshot, info)
     )
     while True:
         try:
@@ -87,12 +97,12 @@ def _write(tensors: Mapping[str, torch.Tensor], macs: int, digest: str, path: Pa
     os.replace(partial, path)
 
 
-def _read_snapshot(path: Path, digests: Sequence[str]) -> Snapshot | None:
+def _read_snapshot(path: Path, info: LedgerInfo) -> Snapshot | None:
     """Where an interrupted learning under the same provenance stopped."""
     from safetensors.torch import load_file
 
     metadata = _metadata(path)
-    if metadata is None or metadata["recipe"] not in digests:
+    if metadata is None or not _serves(info, metadata):
         return None
     return Snapshot(load_file(path), int(metadata["macs"]))
 
@@ -103,8 +113,7 @@ def wants_to_learn(study: Study, folder: Path, searcher: str, seed: int) -> bool
     if not isinstance(recipe, LearningSearcher) or not recipe.learns:
         return False
     info = study.ledger_info(folder, searcher, seed)
-    metadata = _metadata(learned_file(folder, info))
-    return metadata is None or metadata["recipe"] not in info.digests()
+    return not _serves(info, _metadata(learned_file(folder, info)))
 
 
 @dataclass(frozen=True)

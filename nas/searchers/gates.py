@@ -49,6 +49,7 @@ class Gates:
     pruner: Pruner | Router = field(default_factory=Pruner)
     choosing: Annotated[tuple[Choosing, ...], Field(min_length=1)] = ("bisection", "greedy", "knapsack")
     learns = True
+    for_any_limits = True
 
     def learn(
         self,
