@@ -16,6 +16,7 @@ from evaluators.images import Digits
 from nas.searchers.evolution import Evolution
 from nas.study import Study
 from search_spaces.intervals import per_step, uniform
+from search_spaces.loaded import LoadedElastic
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
@@ -87,6 +88,39 @@ def tiny_run(tiny_study: Study, tmp_path_factory: pytest.TempPathFactory) -> Pat
             pass
         for name in ("uniform", "evolution"):
             session.run(session.conductor(name))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds "sd" and "xl", of small networks."""
+    from tests.pipelines import stable_diffusion, stable_diffusion_xl
+
+    where = tmp_path_factory.mktemp("pipelines")
+    stable_diffusion(where / "sd")
+    stable_diffusion_xl(where / "xl")
+    return where
+
+
+@pytest.fixture(scope="session")
+def labelled() -> LoadedElastic:
+    """A small network that takes labels, of random weights."""
+    from tests.labelled import NET
+    from tests.test_supernet import randomised
+
+    found: LoadedElastic = randomised(NET)
+    return found
+
+
+@pytest.fixture(scope="session")
+def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, trained a little."""
+    from tests.labelled import NET
+
+    folder = tmp_path_factory.mktemp("conditional")
+    training = Sandwich(steps=12, batch=16, warmup=2, checkpoint_every=5)
+    for _ in training.run(NET, Digits(), folder / "supernet", 0, "cpu"):
+        pass
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Small stock pipelines that read a text or take labels, with random weights, as people have them in a folder."""
+"""Small stock pipelines that read a text or take labels, with random weights, as people have them in a folder, and what they are asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -21,11 +22,22 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from benchmarks.small_text import text_config, tokenizer
+from evaluators.conditions import Prompts
+from nas.contracts import ImageSet
 
 TOKENS, TEXT_WIDTH = 12, 16
+TEXTS = ["a photo of a bag", "a small dress", "", "a drawing of a coat"]
 WORDS = ("a", "photo", "of", "drawing", "small", "bag", "boot", "coat", "dress", "shirt")
 
 UNET: dict[str, Any] = {
@@ -171,3 +183,30 @@ def as_released_in_2022(folder: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({n: v for n, v in config.items() if n != "scaling_factor"}))
+
+
+def prompts(folder: Path, encoder: Any, **settings: Any) -> Prompts:
+    (folder / "prompts.txt").write_text("\n".join(text for text in TEXTS if text))
+    return Prompts(str(folder / "prompts.txt"), encoder, **settings)
+
+
+def captioned_images() -> ImageSet:
+    pixels = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32).clip(-1, 1)
+    return ImageSet(pixels, None, "eight", captions=tuple(TEXTS * 2))
+
+
+def small_clip(folder: Path) -> tuple[CLIPModel, Any]:
+    """Saved there, with its tokenizer."""
+    words = tokenizer(folder, WORDS, TOKENS)
+    words.save_pretrained(folder)
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "intermediate_size": 32}
+    vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": TEXT_WIDTH}
+    config = CLIPConfig(
+        text_config=text_config(len(words), TOKENS, TEXT_WIDTH).to_dict(),
+        vision_config=vision,
+        projection_dim=TEXT_WIDTH,
+    )
+    clip = CLIPModel(config).eval()
+    clip.save_pretrained(folder)
+    return clip, words
