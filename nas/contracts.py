@@ -657,7 +657,7 @@ Learned = tuple[Mapping[str, "torch.Tensor"], int]
 class LearningSearcher(Protocol):
     """A searcher that first learns from the supernet's gradients or losses: once in a run, on a worker; what it learned is kept as
     safetensors in the run folder and handed to `start`. It yields snapshots now and then, and goes on from the last one. With other limits it
-    learns anew, unless it says `for_any_limits = True`: what it learns is the same whatever they are."""
+    learns anew, unless it says `for_any_limits = True`: what it learns is the same whatever they are. (Where time is limited the space is another one.)"""
 
     @property
     def learns(self) -> bool:

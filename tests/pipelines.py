@@ -34,7 +34,10 @@ from transformers import (
 
 from benchmarks.small_text import text_config, tokenizer
 from evaluators.conditions import Prompts
-from nas.contracts import ImageSet
+from evaluators.sampling import DDIM
+from nas.contracts import Guidance, ImageSet, Schedule, Step
+from nas.handover.export import export
+from search_spaces.supernet import Elastic
 
 TOKENS, TEXT_WIDTH = 12, 16
 TEXTS = ["a photo of a bag", "a small dress", "", "a drawing of a coat"]
@@ -210,3 +213,21 @@ def small_clip(folder: Path) -> tuple[CLIPModel, Any]:
     clip = CLIPModel(config).eval()
     clip.save_pretrained(folder)
     return clip, words
+
+
+def exported(
+    folder: Path, to: Path, kind: str = "sd", reuse: tuple[str, ...] = ("d1", "mid", "u0")
+) -> tuple[Any, Schedule]:
+    """A network of a folder that holds these pipelines, and the schedule by which it was handed out."""
+    recipe = Elastic.from_pretrained(folder / kind, widths=(0.5, 1.0))
+    net = recipe.initial(0)
+    half = recipe.uniform(0.5)
+    steps = (
+        Step(801, net.full_arch, (), Guidance(3.0)),
+        Step(601, net.full_arch, reuse, Guidance(3.0)),
+        Step(401, half, (), Guidance(2.0)),
+        Step(201, half),
+    )
+    schedule = Schedule(steps)
+    export(net, schedule, DDIM(clip=False).describe(), {}, to)
+    return net, schedule

@@ -91,14 +91,14 @@ def test_agreement_is_the_share_that_the_judge_puts_into_their_class(labelled_ru
     data, labels = images.load(), Labels(images)
     evaluator = Agreement(images, rungs=(32, 64), conditions=labels)
     check_evaluator(evaluator, NET, SPACES["guidance and width"], labelled_run)
-    labelled = evaluator.load(NET.load(labelled_run / "supernet", "cpu"), labelled_run)
+    loaded = evaluator.load(NET.load(labelled_run / "supernet", "cpu"), labelled_run)
     classify = SmallClassifier().classifier(labelled_run, torch.device("cpu"))
     with torch.inference_mode():
         real = classify(torch.from_numpy(data.pixels)).argmax(1).numpy()
-        seen = classify(labelled.sample(SCHEDULES["guided in the middle"], 64, 5)).argmax(1)
+        seen = classify(loaded.sample(SCHEDULES["guided in the middle"], 64, 5)).argmax(1)
     assert (real == data.labels).mean() > 0.9, "the judge knows real digits"
     asked = labels.load().of(5, 0, 64)["class_labels"]
-    score = labelled(SCHEDULES["guided in the middle"], 64, 5)
+    score = loaded(SCHEDULES["guided in the middle"], 64, 5)
     assert score.values["disagreement"] == pytest.approx(float((seen != asked).double().mean()))
     with pytest.raises(UserError, match=r"give it conditions=Labels\(images\)"):
         Agreement(images)
@@ -111,7 +111,7 @@ def test_several_scores_of_the_same_samples_cost_their_samples_once(labelled_run
     both = Scores(parts)
     check_evaluator(both, NET, SPACES["guidance and width"], labelled_run)
     fresh = [part.load(NET.load(labelled_run / "supernet", "cpu"), labelled_run) for part in (both, *parts)]
-    together, fd, disagreement = (labelled(SCHEDULES["reused"], 32, 0) for labelled in fresh)
+    together, fd, disagreement = (loaded(SCHEDULES["reused"], 32, 0) for loaded in fresh)
     assert together.values == {**fd.values, **disagreement.values}
     assert together.replicates == {**fd.replicates, **disagreement.replicates}
     assert (together.spent["calls"], together.spent["macs"]) == (fd.spent["calls"], fd.spent["macs"])

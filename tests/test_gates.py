@@ -304,27 +304,33 @@ def test_a_run_learns_once_and_proposes_within_the_limit(
     assert all(trial.cost["macs_share"] <= 0.6 for trial in trials)
 
 
-def test_what_is_learned_serves_every_budget_and_no_other_settings(tiny_run: Path, tmp_path: Path) -> None:
+def test_what_is_learned_serves_every_budget_and_nothing_else(tiny_run: Path, tmp_path: Path) -> None:
     for part in ("supernet", "features"):
         (tmp_path / part).symlink_to(tiny_run / part)
 
-    def learned(study: Study, seed: int = 0) -> Path | None:
-        """The file that serves it, where something was learned for it."""
-        ticks = list(learn_once(study, tmp_path, "cpu", "gates", seed))
+    def of(study: Study, seed: int = 0) -> tuple[Path, bool]:
+        """The file that serves it, and whether it had to be learned."""
+        learned = bool(list(learn_once(study, tmp_path, "cpu", "gates", seed)))
         file = learned_file(tmp_path, study.ledger_info(tmp_path, "gates", seed))
         assert file.exists()
-        return file if ticks else None
+        return file, learned
+
+    def tighter(study: Study) -> Study:
+        return replace(study, limits={"macs_share": 0.4})
 
     first = gated()
-    tighter = replace(first, limits={"macs_share": 0.4})
     other = replace(first, searchers={"gates": Gates(Pruner(steps=4, batch=2, dimension=8), ("greedy",))})
-    names = [learned(first), learned(other), learned(first, seed=1)]
-    assert len(set(names)) == 3
-    assert None not in names
-    for study in (tighter, replace(other, limits={"macs_share": 0.4})):
-        assert learned(study) is None
-    assert learned(replace(tighter, searchers={"gates": Gates(Pruner(steps=2, batch=2))})) not in (None, *names)
-    with open_session(tighter, tmp_path) as session:
+    every = [of(first), of(other), of(first, seed=1)]
+    files = [file for file, _ in every]
+    assert len(set(files)) == 3
+    assert all(learned for _, learned in every)
+    assert [of(tighter(first)), of(tighter(other)), of(tighter(first), seed=1)] == [(file, False) for file in files]
+    assert of(tighter(replace(first, searchers={"gates": Gates(Pruner(steps=2, batch=2))})))[1]
+    elsewhere = replace(first, space=replace(first.space, intervals=(2, 2)))  # type: ignore[type-var]
+    assert of(elsewhere)[1]
+    files[0].unlink()
+    assert of(first) == (files[0], True)
+    with open_session(tighter(first), tmp_path) as session:
         session.run(session.conductor("gates"))
         trials = session.conductor("gates").ledger.trials
     assert all(trial.cost["macs_share"] <= 0.4 for trial in trials)

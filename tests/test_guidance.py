@@ -169,13 +169,13 @@ def test_steps_that_hold_a_guided_prediction_have_a_time(
 @pytest.mark.parametrize("name", SPACES)
 def test_every_schedule_of_such_a_space_can_be_sampled(name: str) -> None:
     space = SPACES[name]
-    labelled = randomised(space.net)
+    loaded = randomised(space.net)
     for seed, expert in enumerate(space.net.expert_names):
-        labelled.experts[expert] = space.net.initial(seed).full
+        loaded.experts[expert] = space.net.initial(seed).full
     rng, conditions = np.random.default_rng(1), Labels(Digits()).load()
     for _ in range(3):
         genome = tuple(int(rng.integers(len(choice.options))) for choice in space.choices)
-        assert sample(labelled, space.decode(genome), DDIM(), 0, 0, 2, conditions).isfinite().all()
+        assert sample(loaded, space.decode(genome), DDIM(), 0, 0, 2, conditions).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["guidance and width", "and reuse"])
@@ -319,11 +319,11 @@ def of_labels(labels: torch.Tensor) -> Any:
 
 def test_gates_are_learned_with_labels() -> None:
     """Through the gated network, whose answer at open gates is the plain network's."""
-    labelled, labels = randomised(NET), torch.tensor([7, 2])
+    loaded, labels = randomised(NET), torch.tensor([7, 2])
     settings = Pruner(steps=2, batch=2)
     full = Schedule(tuple(Step(t, WHOLE) for t in (900, 500, 100)))
     seen: list[torch.Tensor] = []
-    gated = labelled.gated
+    gated = loaded.gated
 
     def watched(arch: Any) -> Any:
         call = gated(arch)
@@ -334,45 +334,45 @@ def test_gates_are_learned_with_labels() -> None:
 
         return noted
 
-    labelled.gated = watched
-    for _ in learn_gates(settings, labelled, full, 0, conditions=of_labels(labels), images=len(labels)):
+    loaded.gated = watched
+    for _ in learn_gates(settings, loaded, full, 0, conditions=of_labels(labels), images=len(labels)):
         pass
     assert {tuple(rows.tolist()) for rows in seen} <= {(7, 2), (2, 7), (7, 7), (2, 2)}
     assert len(seen) >= 2 * 2 * 3
     x, asked, _ = batch()
     told = {"class_labels": asked}
     with torch.no_grad():
-        plain = labelled.denoiser(Step(400, WHOLE))(x, 400, None, told)[0]
+        plain = loaded.denoiser(Step(400, WHOLE))(x, 400, None, told)[0]
         assert torch.allclose(gated(WHOLE)(x, 400, {}, None, told)[0], plain, atol=CALL)
 
 
 @pytest.mark.parametrize("guidance", [Guidance(2.0), BY_HALF], ids=["by itself", "by the half"])
 def test_hard_gates_of_guided_steps_are_what_the_guided_denoiser_reuses(guidance: Guidance) -> None:
-    labelled = randomised(NET)
+    loaded = randomised(NET)
     x, asked, _ = batch()
-    told, names = {"class_labels": asked}, labelled.blocks(WHOLE)
-    reuse = labelled.reused(WHOLE, names[-1:])
+    told, names = {"class_labels": asked}, loaded.blocks(WHOLE)
+    reuse = loaded.reused(WHOLE, names[-1:])
     assert 0 < len(reuse) < len(names)
     gates = {name: torch.tensor(float(name not in reuse)) for name in names}
     with torch.no_grad():
-        _, cache = labelled.denoiser(Step(600, WHOLE, (), guidance), reuse)(x, 600, None, told)
-        expected, _ = labelled.denoiser(Step(400, WHOLE, reuse, guidance))(x, 400, cache, told)
-        call = labelled.gated(WHOLE)
+        _, cache = loaded.denoiser(Step(600, WHOLE, (), guidance), reuse)(x, 600, None, told)
+        expected, _ = loaded.denoiser(Step(400, WHOLE, reuse, guidance))(x, 400, cache, told)
+        call = loaded.gated(WHOLE)
         _, mine = call(x, 600, {}, None, told, guidance)
         assert torch.allclose(call(x, 400, gates, mine, told, guidance)[0], expected, atol=CALL)
         after, _ = call(x, 400, gates, mine, told)  # an unguided step takes the rows of the samples' own conditions
-        unguided, _ = labelled.denoiser(Step(400, WHOLE, reuse))(x, 400, cache, told)
+        unguided, _ = loaded.denoiser(Step(400, WHOLE, reuse))(x, 400, cache, told)
         assert torch.allclose(after, unguided, atol=CALL)
 
 
 @pytest.mark.parametrize("scope", ["trajectory", "step"])
 def test_gates_are_learned_of_guided_steps(scope: Any) -> None:
     """By itself, by another, not at all, and by itself again, where nothing that is kept is enough."""
-    labelled, labels = randomised(NET), torch.tensor([7, 2])
+    loaded, labels = randomised(NET), torch.tensor([7, 2])
     told = (Guidance(2.0), Guidance(2.0), BY_HALF, None, Guidance(1.5))
     full = Schedule(tuple(Step(t, WHOLE, (), by) for t, by in zip((900, 700, 500, 300, 100), told, strict=True)))
     learning = learn_gates(
-        Pruner(steps=2, batch=2, scope=scope), labelled, full, 0, conditions=of_labels(labels), images=len(labels)
+        Pruner(steps=2, batch=2, scope=scope), loaded, full, 0, conditions=of_labels(labels), images=len(labels)
     )
     while True:
         try:
@@ -380,15 +380,15 @@ def test_gates_are_learned_of_guided_steps(scope: Any) -> None:
         except StopIteration as end:
             keep, spent = end.value
             break
-    assert keep.shape == (4, len(labelled.blocks(WHOLE)))
+    assert keep.shape == (4, len(loaded.blocks(WHOLE)))
     runs = 1 + (3 if scope == "step" else 4)
-    assert spent == 2 * 2 * runs * sum(map(labelled.macs, full.steps))
+    assert spent == 2 * 2 * runs * sum(map(loaded.macs, full.steps))
     start = 1 / (1 + np.exp(-1))
     assert ((keep[:3] - start).abs() > 1e-6).any()
     # The last step's gates have no say, so all that moves them is the price of what they keep open.
     quiet = learn_gates(
         Pruner(steps=2, batch=2, scope=scope, sparsity=0.0, weight_decay=0.0, scores="plain"),
-        labelled,
+        loaded,
         full,
         0,
         conditions=of_labels(labels),

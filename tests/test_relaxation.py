@@ -163,6 +163,8 @@ def test_damaged_or_foreign_files_are_not_used(tiny_study: Study, tiny_run: Path
     info = study.ledger_info(tmp_path, "routing", 0)
     other = replace(info, provenance={**info.provenance, "supernet": "another"})
     assert learned_tensors(tmp_path, other) is None
+    tighter = replace(study, limits={"macs_share": 0.5}).ledger_info(tmp_path, "routing", 0)
+    assert learned_tensors(tmp_path, tighter) is None  # the policy is of the budgets that it was learned for
     learned_file(tmp_path, info).write_bytes(b"no tensors")
     with pytest.raises(UserError, match=r"is damaged .*delete it"):
         searched(study, tmp_path, 2)

@@ -30,14 +30,7 @@ from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from search_spaces.text import ClassTable, TextEncoder
 from search_spaces.training import Stages
-from tests.pipelines import (
-    TEXT_WIDTH,
-    TEXTS,
-    TOKENS,
-    captioned_images,
-    prompts,
-    small_clip,
-)
+from tests.pipelines import TEXT_WIDTH, TEXTS, TOKENS, captioned_images, prompts, small_clip
 
 
 def test_texts_are_encoded_as_the_stock_pipelines_do(text_pipelines: Path, tmp_path: Path) -> None:

@@ -24,11 +24,7 @@ from nas.handover.stock import export_stock
 from search_spaces.intervals import free, leading
 from search_spaces.loaded import LoadedElastic
 from search_spaces.supernet import Elastic
-from tests.pipelines import (
-    TEXTS,
-    prompts,
-    small_clip,
-)
+from tests.pipelines import TEXTS, exported, prompts, small_clip
 from tests.test_cli import nas
 
 
@@ -62,23 +58,6 @@ def test_samples_are_those_of_the_stock_pipeline(
         output_type="np",
     ).images
     assert torch.allclose(ours / 2 + 0.5, torch.from_numpy(theirs).permute(0, 3, 1, 2), atol=1e-4)
-
-
-def exported(
-    text_pipelines: Path, to: Path, kind: str = "sd", reuse: tuple[str, ...] = ("d1", "mid", "u0")
-) -> tuple[Any, Schedule]:
-    recipe = Elastic.from_pretrained(text_pipelines / kind, widths=(0.5, 1.0))
-    net = recipe.initial(0)
-    half = recipe.uniform(0.5)
-    steps = (
-        Step(801, net.full_arch, (), Guidance(3.0)),
-        Step(601, net.full_arch, reuse, Guidance(3.0)),
-        Step(401, half, (), Guidance(2.0)),
-        Step(201, half),
-    )
-    schedule = Schedule(steps)
-    export(net, schedule, DDIM(clip=False).describe(), {}, to)
-    return net, schedule
 
 
 @pytest.mark.parametrize("kind", ["sd", pytest.param("xl", marks=pytest.mark.long)])

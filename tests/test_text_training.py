@@ -23,11 +23,7 @@ from search_spaces.text import TextEncoder
 from search_spaces.training import Sandwich, Stages
 from search_spaces.training.optimiser import Batches, Optimiser
 from tests.conftest import TINY
-from tests.pipelines import (
-    TEXTS,
-    captioned_images,
-)
-from tests.test_text_pipelines import exported
+from tests.pipelines import TEXTS, captioned_images, exported
 
 
 def test_trained_on_captions_some_are_dropped_whole(text_pipelines: Path) -> None:
@@ -122,8 +118,8 @@ def test_a_batch_has_no_more_parts_than_images(text_pipelines: Path) -> None:
         Sandwich(steps=1).check(replace(recipe, text=None), captioned_images())
 
 
-def with_pictures(text_pipelines: Path) -> Path:
-    images = text_pipelines / "pictures"
+def with_pictures(folder: Path) -> Path:
+    images = folder / "pictures"
     images.mkdir()
     for number in range(12):
         colour = (20 * number, 120, 255 - 20 * number)

@@ -31,11 +31,10 @@ def learned_file(folder: Path, info: LedgerInfo) -> Path:
     """Where what serves this search is, or will be. The first that a searcher of this seed has learned has the ledger's plain name; what it learns otherwise
     later stands beside it."""
     plain = folder / "learned" / f"{info.base_name}.safetensors"
-    if not plain.exists():
-        return plain
-    beside = sorted(plain.parent.glob(f"{info.base_name}.{'[0-9a-f]' * 8}.safetensors"))
     own = plain.with_name(f"{info.base_name}.{info.of_its_search}.safetensors")
-    return next((file for file in (plain, *beside) if _serves(info, _metadata(file))), own)
+    of_others = sorted(plain.parent.glob(f"{info.base_name}.{'[0-9a-f]' * 8}.safetensors"))
+    serving = (file for file in (plain, own, *of_others) if _serves(info, _metadata(file)))
+    return next(serving, own if plain.exists() else plain)
 
 
 def _serves(info: LedgerInfo, metadata: Mapping[str, str] | None) -> bool:
