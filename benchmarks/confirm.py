@@ -75,14 +75,15 @@ def main() -> None:
         [
             Target(
                 "confirmed_saving",
-                f"share of the multiply-adds saved at no loss by the schedule {reached}, under both judges, {len(seeds)} seeds; None where none is confirmed",
+                f"share of the network's multiply-adds saved at no loss beyond 5 % of its distance above that of real images, by the schedule {reached}, under both judges, "
+                f"{len(seeds)} seeds; None where none is confirmed",
                 0.6,
                 least.saved if least else None,
                 at_most=False,
             ),
             Target(
                 "least_share_confirmed",
-                "least share of the multiply-adds confirmed",
+                "least share of the network's multiply-adds confirmed",
                 None,
                 1 - least.saved if least else None,
             ),
