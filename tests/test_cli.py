@@ -434,12 +434,6 @@ def interrupted(arguments: list[str], ready: Callable[[], bool]) -> str:
     return errors
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path) -> None:
-    path = study_file(tmp_path, steps=100000)
-    checkpoint = tmp_path / "run" / "supernet" / "checkpoint.safetensors"
-    assert "Traceback" not in interrupted(["run", str(path), "--out", str(tmp_path / "run")], checkpoint.exists)
-
-
 def test_another_seed_and_a_database_have_ledgers_of_their_own(workplace: Path, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/ledger.db"
     study, run = workplace / "study.py", workplace / "run"

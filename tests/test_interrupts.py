@@ -76,7 +76,7 @@ def until(condition: object, seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_training_that_is_stopped_keeps_its_steps(number: signal.Signals, tmp_path: Path) -> None:
     run = started(tmp_path)
     until((tmp_path / "run" / "features" / "classifier.safetensors").exists)
