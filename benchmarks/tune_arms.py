@@ -241,11 +241,10 @@ def _searched(cell: Cell, arm: str, budget: float, times: Row, judge: Judge) -> 
     if cell.as_tuned and arm != "gates":
         study = replace(study, enqueue=first_tries(cell, study, budget, times))
     folder = folder_of(cell, f"{budget:g}-{arm}")
-    if (
-        arm == "gates" and not (folder / "learned").exists()
-    ):  # the same whatever the budget, one of which follows another
+    here = folder / "learned"
+    if arm == "gates" and not here.is_symlink():  # the same whatever the budget, one of which follows another
         (cell.run / f"learned-{cell.seed}").mkdir(exist_ok=True)
-        (folder / "learned").symlink_to(cell.run / f"learned-{cell.seed}")
+        here.symlink_to(cell.run / f"learned-{cell.seed}")
     for _ in study.evaluator.prepare(folder, cell.seed, "cpu"):
         pass
     with open_session(study, folder) as session:

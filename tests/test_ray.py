@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from nas.study import Study, load_study
 from tests.arithmetic import CALL
-from tests.test_cli import ROOT, interrupted
+from tests.test_cli import ROOT
 from tests.test_relaxation import warm
 from tests.test_runner import facts, killed_at_random, run
 from tests.toy import toy_study
@@ -190,6 +193,32 @@ def test_a_killed_ray_run_loses_nothing_and_doubles_nothing(tmp_path: Path) -> N
     calls = Counter((tmp_path / "calls").read_text().splitlines())
     assert sum(calls.values()) <= len(trials) + 2 * 3
     assert set(calls) == {f"{t.digest} {t.rung}" for t in trials}
+
+
+def interrupted(arguments: list[str], ready: Callable[[], bool]) -> str:
+    """Starts `nas`, presses Ctrl-C once it is ready, and gives what it then says. It must end with 130."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nas.cli", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # Tests that were started in the background hand on that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while not ready() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 130, errors
+    assert "interrupted; the same command goes on" in errors
+    return errors
 
 
 @pytest.mark.long

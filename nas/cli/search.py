@@ -103,7 +103,6 @@ def run(
     from nas.engine.storage import check_answers
     from nas.library import StudyRun
     from nas.study import load_study
-    from search_spaces.training.team import helps
 
     study = load_study(study_file)
     first = next(iter(study.searchers), "evolution")
@@ -120,6 +119,10 @@ def run(
         return
     study.check()
     folder = run_folder(study, out_dir)
+    from search_spaces.training.team import (
+        helps,  # seconds of imports, which a study that cannot be read shall not wait for
+    )
+
     if (place := helps()) is not None:  # one of the processes of `accelerate launch`
         for _ in study.help_to_train(folder, f"cuda:{place}" if device == "cuda" else device):
             pass

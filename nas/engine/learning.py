@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 LIMITS = ("limits",)
+"""Of a provenance, the part that does not matter to who says `for_any_limits`."""
 
 
 def learned_file(folder: Path, info: LedgerInfo) -> Path:
