@@ -246,6 +246,11 @@ class Trial:
     def scored(self) -> bool:
         return self.status in ("complete", "pruned")
 
+    @property
+    def failure(self) -> str:
+        """What its reason comes to, in one line."""
+        return next(iter(self.reason.strip().splitlines()[-1:]), "unknown")
+
     def objectives(self, names: Sequence[str]) -> tuple[float, ...]:
         """The named objectives, from the exact cost or the measured score; NaN where not (yet) known."""
         measured = self.score.values if self.score else {}

@@ -162,10 +162,12 @@ class StudyRun:
 
     def _confirm_best(self, session: Session, pool: Workers | None = None) -> None:
         bar = self.show.bar("confirming")
-        conductor = session.confirmation([t.genome for t in Run.open(self.folder, session.storage).chosen()])
+        genomes = [t.genome for t in Run.open(self.folder, session.storage).chosen()]
+        conductor = session.confirmation(genomes)
         bar.begin(conductor)
         session.run(conductor, workers=pool)
         bar.end()
+        conductor.check_scored(genomes)
 
     # --------------------------------------------------------------------------------------------------------- looking
 
@@ -248,12 +250,10 @@ class StudyRun:
         known = self.results.confirmed.get(trial.digest)
         if known is None:
             with open_session(self.study, self.folder, self._kept_storage, self.device) as session:
-                session.run(session.confirmation([trial.genome]))
-            known = self.results.confirmed.get(trial.digest)
-        if known is None:
-            raise UserError(
-                f"trial {trial.number} could not be scored again; `nas status {self.folder}` shows how the ledger stands"
-            )
+                conductor = session.confirmation([trial.genome])
+                session.run(conductor)
+                conductor.check_scored([trial.genome])
+            known = self.results.confirmed[trial.digest]
         return known
 
     @property
@@ -413,7 +413,7 @@ def compared(run: Run, file: str = "STUDY.py") -> dict[str, Any]:
     from nas.results.plots import draw_curves, draw_front
 
     if not run.ledgers:
-        raise UserError(f"{run.folder} holds no search yet; the same `nas run` command goes on to it")
+        raise UserError(f"{run.folder} holds no search; `nas run` makes one")
     facts = {**run.compare(), "recommended": recommended(run, file)}
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], run.ledgers, strict=True)}
     picture, curves = (run.folder / "report" / name for name in ("front.png", "curves.png"))

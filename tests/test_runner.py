@@ -26,6 +26,7 @@ from nas.engine.ledger import Ledger, read_ledgers
 from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job, attempt
 from nas.engine.session import open_session
 from nas.engine.storage import open_storage
+from nas.library import StudyRun
 from nas.results.report import Run
 from nas.results.trials import wall_seconds
 from nas.searchers.knapsack import Knapsack
@@ -397,6 +398,35 @@ class Noted(ToyEvaluator):
         with open(self.log, "a") as file:
             file.write(f"{schedule.digest} {rung} {seed}\n")
         return ToyEvaluator(self.rungs)(schedule, rung, seed)
+
+
+@dataclass(frozen=True)
+class Short(ToyEvaluator):
+    """Memory is short on the third noise, as long as a file is there."""
+
+    while_there: str = ""
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        if seed == derive_seed(0, "confirmation noise") and os.path.exists(self.while_there):
+            raise RuntimeError("out of memory")
+        return super().__call__(schedule, rung, seed)
+
+
+def test_what_could_not_be_confirmed_is_tried_again_by_the_next_command(tmp_path: Path) -> None:
+    """Though it failed as often as a candidate may."""
+    short = tmp_path / "short"
+    study = toy_study(trials=12, evaluator=Short(while_there=str(short)))
+    short.touch()
+    for _ in range(3):
+        with pytest.raises(UserError, match="could not be scored once more: RuntimeError: out of memory; once the"):
+            StudyRun(study, tmp_path / "run").search("evolution")
+    with pytest.raises(UserError, match="could not be scored once more: RuntimeError: out of memory"):
+        StudyRun(study, tmp_path / "run").best(macs_share=0.5)
+    short.unlink()
+    assert StudyRun(study, tmp_path / "run").best(macs_share=0.5).confirmed is not None
+    StudyRun(study, tmp_path / "run").search("evolution")
+    found = Run.open(tmp_path / "run")
+    assert {trial.digest for trial in found.chosen()} <= set(found.confirmed)
 
 
 def test_searching_verifying_and_confirming_have_noises_of_their_own(tmp_path: Path) -> None:

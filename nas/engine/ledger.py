@@ -132,11 +132,10 @@ class Ledger:
         self._check()
         trial_id = self._ids[number]
         self._storage.set_trial_system_attr(trial_id, REASON, {"reason": reason, "order": self._next()})
-        self._storage.set_trial_user_attr(
-            trial_id, "failed", reason.strip().splitlines()[-1] if reason.strip() else "unknown"
-        )
+        failed = replace(self._trials[number], status="failed", reason=reason)
+        self._storage.set_trial_user_attr(trial_id, "failed", failed.failure)
         self._storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
-        return self._settled(replace(self._trials[number], status="failed", reason=reason))
+        return self._settled(failed)
 
     def _next(self) -> int:
         """Place in the order of completion."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from nas.contracts import (
     DONE,
     WAIT,
+    Genome,
     Problem,
     Proposal,
     Schedule,
@@ -46,7 +47,8 @@ class Conductor:
 
     On creation it replays the ledger: finished trials are told to the search in order of completion, RUNNING ones of a
     killed run are handed out again first. `known` holds scores of other ledgers of the run, by (digest, rung): they are
-    taken instead of run again; this one's are added. `noise`: purpose of the noises of all rungs, where it is not the rung's own. `on_settled` sees every trial that is closed in this run.
+    taken instead of run again; this one's are added. `noise`: purpose of the noises of all rungs, where it is not the rung's own. `forgiven`: genomes whose
+    failures in earlier runs do not count, so that they are tried again. `on_settled` sees every trial that is closed in this run.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Conductor:
         known: dict[tuple[str, int], tuple[str, Score]] | None = None,
         on_settled: Callable[[Trial], None] = lambda trial: None,
         noise: str | None = None,
+        forgiven: Collection[Genome] = (),
     ) -> None:
         self.ledger = ledger
         self._noise = noise
@@ -76,7 +79,7 @@ class Conductor:
         self._failed_in_a_row: list[tuple[str, int]] = []
         self._retries: deque[Trial] = deque()
         self._search_done = False
-        self._replay(ledger.finished)
+        self._replay([t for t in ledger.finished if t.status != "failed" or t.genome not in forgiven])
         self._running = {trial.number: trial for trial in ledger.trials if trial.status == "running"}
         self._stale = deque(self._running.values())
         reopened = {(trial.digest, trial.rung) for trial in self._running.values()}
@@ -140,11 +143,20 @@ class Conductor:
             self.settle(opened.number, replace(known[1], spent={}) if mine else known[1].charged_in_full())
 
     def _failing(self) -> UserError:
-        last = next(trial.reason for trial in reversed(self.ledger.finished) if trial.status == "failed")
+        last = next(trial for trial in reversed(self.ledger.finished) if trial.status == "failed")
         return UserError(
-            f"{len(set(self._failed_in_a_row))} candidates in a row failed, the last with: {last.strip().splitlines()[-1]}; once the cause is mended, the same "
-            "command tries them again"
+            f"{len(set(self._failed_in_a_row))} candidates in a row failed, the last with: {last.failure}; once the cause is mended, the same command tries them "
+            "again"
         )
+
+    def check_scored(self, genomes: Collection[Genome]) -> None:
+        """Raises UserError, with the reason, where the last trial of one of these failed."""
+        last = {trial.genome: trial for trial in self.ledger.finished if trial.genome in genomes}
+        failed = next((trial for trial in last.values() if trial.status == "failed"), None)
+        if failed is not None:
+            raise UserError(
+                f"a schedule that was chosen could not be scored once more: {failed.failure}; once the cause is mended, the same command tries it again"
+            )
 
     def settle(self, number: int, outcome: Score | str) -> Trial:
         """Books a score, or the reason of a failure, and tells the search what it should know."""

@@ -126,17 +126,20 @@ class Session:
         # Shared by all searchers of the session: what one has scored no other scores again.
         for key, score in known_scores(self.storage, info).items():
             self._known.setdefault(key, score)
-        return Conductor(ledger, search, problem, ladder, study.seed, self._known, on_settled)
+        with torch_threads(1):  # as a search that learns was told it the first time
+            return Conductor(ledger, search, problem, ladder, study.seed, self._known, on_settled)
 
     def confirmation(self, genomes: Sequence[Genome]) -> Conductor:
-        """Scores chosen schedules once more, on noises on which nothing was chosen, with as many samples as verified them."""
+        """Scores chosen schedules once more, on noises on which nothing was chosen, with as many samples as verified them. They have been scored before, so that a
+        failure is not theirs: whatever failed in an earlier run is tried again."""
         study, problem = self.study, self.study.unlimited(self.folder)
         info = confirmed_ledger(study, self.folder)
         check = self._writers.enter_context(only_writer(self._url, info.name, lambda holder: None))
         ledger = Ledger(self.storage, info, problem, check)
         ladder = Ladder(info.rungs, study.objectives, len(ledger.trials) + len(genomes), 1, everything=True)
         known = known_scores(self.storage, info)
-        return Conductor(ledger, UniformSearch(genomes), problem, ladder, study.seed, known, noise=CONFIRMING)
+        search = UniformSearch(genomes)
+        return Conductor(ledger, search, problem, ladder, study.seed, known, noise=CONFIRMING, forgiven=genomes)
 
     def run(self, *conductors: Conductor, workers: Workers | None = None) -> None:
         """Runs the conductors' jobs: one after another in this process, on one CPU thread, or side by side on Ray workers."""
