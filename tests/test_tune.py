@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
 
+from evaluators.sampling import DDIM, DPMSolver
 from nas.contracts import Guidance, Schedule, Score, Step, UserError, derive_seed
 from nas.engine.session import open_session
 from nas.handover.portable import schedule_of
@@ -272,8 +275,9 @@ def test_a_sampler_with_a_memory_is_compared_with_fewer_steps(tmp_path: Path) ->
     assert len(found.fewer.schedule.steps) == 3
     assert not any(step.reuse for step in found.fewer.schedule.steps)
     assert found.kept_prompts == 1
-    assert (tmp_path / "run" / "prompts" / "verified.txt").read_text() == "a photo of a shirt\n"
-    assert "a photo of a shirt" not in (tmp_path / "run" / "prompts" / "searched.txt").read_text()
+    [searched], [kept] = ([*(tmp_path / "run" / "prompts").glob(f"{name}-*.txt")] for name in ("searched", "verified"))
+    assert kept.read_text() == "a photo of a shirt\n"
+    assert "a photo of a shirt" not in searched.read_text()
     loaded = found.study.load(tmp_path / "run", "cpu")
     write_found(found, loaded.supernet, loaded.sampler_of(found.chosen.schedule), tmp_path / "out", tmp_path / "run")
     assert "noises and 1 prompt that nothing was searched on" in (tmp_path / "out" / "report.html").read_text()
@@ -281,6 +285,40 @@ def test_a_sampler_with_a_memory_is_compared_with_fewer_steps(tmp_path: Path) ->
     by_hand = load_study(tmp_path / "out" / "study.py")
     with open_session(by_hand, tmp_path / "run") as session:  # whose ledgers are not those of the kept prompts
         session.confirmation([by_hand.enqueue[0]])
+    (tmp_path / "prompts.txt").write_text("a bag\na cap\na coat\na dress\na sock\n")
+    with pytest.raises(UserError, match="another network, training, seed or images"):
+        tune(wanted, tmp_path / "run")
+    assert kept.read_text() == "a photo of a shirt\n"  # the run's own are as they were
+    with open_session(by_hand, tmp_path / "run") as session:
+        session.confirmation([by_hand.enqueue[0]])
+
+
+def test_the_command_that_the_report_names_writes_the_chosen_schedule(place: Path, tmp_path: Path) -> None:
+    """A folder that can be tuned in turn, as it samples; and cannot be trained on no images."""
+    page = html.unescape((place / "out" / "report.html").read_text())
+    [command] = re.findall(r"or as a folder of its own: (nas export .*)</pre>", page)
+    arguments = shlex.split(command)
+    arguments[arguments.index("--to") + 1] = str(tmp_path / "model")
+    result = nas(*arguments[1:])
+    assert result.returncode == 0, result.stderr
+    plan, exported = (
+        json.loads((folder / "schedule.json").read_text()) for folder in (place / "out", tmp_path / "model")
+    )
+    assert [(step["timestep"], step["reuse"], "guidance" in step) for step in exported["steps"]] == [
+        (step["timestep"], step["reuse"], step["guided"]) for step in plan["steps"]
+    ]
+    where = ("--study", place / "out" / "study.py", "--out", place / "run" / "6-macs-0.6")
+    refused(nas("train", tmp_path / "model", *where), "has no images to train on")
+    wanted = Wanted(tmp_path / "model", "macs", 0.5)
+    assert (wanted.stepped_by, wanted.sampler, wanted.scale) == ("by DDIM", DDIM(clip=False), 4.0)
+    told = {**exported, "guided_channels": 3, "sampler": {"class": "DPMSolver", "clip": True}}
+    (tmp_path / "model" / "schedule.json").write_text(json.dumps(told))
+    assert (wanted := replace(wanted)).sampler == DPMSolver(clip=True)
+    assert wanted.stepped_by == "by DPM-Solver++"
+    assert wanted.net.guided_channels == 3
+    told["sampler"] = {"class": "DDPM", "variance": "fixed_small", "clip": False}
+    (tmp_path / "model" / "schedule.json").write_text(json.dumps(told))
+    assert replace(wanted).stepped_by == "by DDIM in place of its DDPM"
 
 
 @pytest.mark.slow
@@ -302,6 +340,8 @@ def test_several_numbers_of_steps_time_and_texts(place: Path) -> None:
         assert f"no {why}" in result.stderr
         [scores] = re.findall(r"(\d+) scores", (place / "sd out" / f"{count}-steps" / "report.html").read_text())
         assert int(scores) >= 30
+        page = (place / "sd out" / f"{count}-steps" / "report.html").read_text()
+        assert f"ms an image in {count} whole steps" in page  # not in the eight of what it is compared with
     first, second = (
         json.loads((place / "sd run" / f"{count}-time-0.95" / "latency.json").read_text()) for count in (4, 6)
     )

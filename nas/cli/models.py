@@ -257,6 +257,8 @@ def train(
         else:
             assert study is not None
             data = study.images.load()
+            if not len(data):
+                raise UserError(f"study {study.name} has no images to train on; give --images")
             pixels, classes = data.pixels, data.labels if conditional else None
             texts = data.texts if reads else None
         keep_settings(folder, settings)

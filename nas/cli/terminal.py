@@ -68,7 +68,7 @@ def print_status(facts: Mapping[str, Any]) -> None:
         old = working.get("stopped") or working["seconds_ago"] > STALE
         out.print(
             f"{'stopped at' if old else 'working on'} {working['stage']}: {working['done']:,} of {working['total']:,}{values}"
-            + (f", {duration(working['seconds_ago'])} ago; the same `nas run` goes on" if old else left),
+            + (f", {duration(working['seconds_ago'])} ago; the same command goes on" if old else left),
             highlight=False,
             soft_wrap=True,
         )
@@ -311,7 +311,7 @@ def print_audit(facts: Mapping[str, Any]) -> None:
             _with_interval(row, "tau_in_band"),
             f"{row['relative']:.2f}",
             f"{row['recall']:.0%}",
-            f"{row['regret']:.1%}",
+            "-" if row["regret"] is None else f"{row['regret']:.1%}",
             f"{row['macs_share']:.1%}",
         )
     out.print(table)

@@ -21,7 +21,7 @@ def measure(space: SearchSpace, timing: Timing, net: LoadedSupernet, folder: Pat
         kept = json.loads(path.read_text())
     if kept["device"] != device:
         raise UserError(
-            f"{path} holds times of {kept['device']}, this is {device}; go on as they were taken, or delete the file to limit searches by new times"
+            f"{path} holds times of {kept['device']}, this is {device}; go on as they were taken, or limit searches by new times in another --out"
         )
     missing = [step for step in calls(space) if key(step) not in kept["milliseconds"]]
     for number, step in enumerate(missing):

@@ -20,12 +20,13 @@ FAR = 0.25
 @dataclass(frozen=True)
 class Candidate:
     """A schedule with what is known of it on noises that nothing was chosen on. `share`: of the full pipeline's time, decoding included, or of its
-    multiply-adds."""
+    multiply-adds. `trial`: its number in the search, where that scored it."""
 
     name: str
     schedule: Schedule
     share: float
     score: Score
+    trial: int | None = None
 
     @property
     def loss(self) -> float:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,7 +20,7 @@ from nas.handover.portable import module, portable, write_portable
 from nas.results.samples import draw_samples
 from nas.results.schedules import mapped
 from nas.tuning.found import CONFIDENCE, Candidate, Found, percent
-from nas.tuning.study import LOSS, USUAL, Wanted
+from nas.tuning.study import LOSS, SEARCHER, USUAL, Wanted
 from search_spaces import shipped
 from search_spaces.layouts import cache_dit_yaml, smoothcache_json
 from search_spaces.shipped.schedule_file import FORMAT
@@ -208,13 +209,15 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
 
 
 def usage(found: Found, folder: Path, run: Path) -> str:
-    """What runs the chosen schedule: code for a stock pipeline; a command for a network without one, or with a pipeline of this project's; nothing where the
-    full pipeline is to be kept."""
+    """What runs the chosen schedule: code for a stock pipeline, and the command that writes a pipeline with it, where the search scored it; nothing where the full
+    pipeline is to be kept."""
     if found.far:
         return ""
+    trial, study = found.chosen.trial, quote(str(folder / "study.py"))
+    where = f"--searcher {SEARCHER} --trial {trial} --to model --out {quote(str(run))}"
+    export = "" if trial is None else f"nas export {study} {where}"
     if found.wanted.kind in ("", "StepAwarePipeline"):
-        [(cost, limit)] = found.study.limits.items()
-        return f"nas export {folder / 'study.py'} --within {cost}={limit!r} --to model --out {run}  # no stock pipeline of diffusers samples with it"
+        return f"{export or f'# {SCHEDULE} holds it, and no trial of a search does'}  # no stock pipeline of diffusers samples with it"
     scale = next((s.guidance.scale for s in found.chosen.schedule.steps if s.guidance), None)
     # A pipeline that guides where nobody says otherwise is told not to.
     scale = 1.0 if scale is None and found.wanted.kind in USUAL else scale
@@ -227,6 +230,7 @@ def usage(found: Found, folder: Path, run: Path) -> str:
         f"from apply_schedule import apply_schedule, remove_schedule\n{load}\n{swap}"
         'apply_schedule(pipeline, "schedule.json")  # your own, as diffusers loads it\n'
         f"pipeline(..., num_inference_steps={len(found.chosen.schedule.steps)}{guided})"
+        + (f"\n\n# or as a folder of its own: {export}" if export else "")
     )
 
 
@@ -241,7 +245,8 @@ def _apart(found: Found) -> str:
 def _what(found: Found) -> str:
     wanted = found.wanted
     full = len(wanted.grid(wanted.full_steps or wanted.steps))
-    time = "" if found.milliseconds is None else f", {found.milliseconds:.3g} ms an image"
+    each = "" if full == wanted.steps else f" in {wanted.steps} whole steps"
+    time = "" if found.milliseconds is None else f", {found.milliseconds:.3g} ms an image{each}"
     guided = "" if wanted.scale is None else f", guided at {wanted.scale:g}"
     return (
         f"{wanted.kind or 'A network'} of {full} steps {wanted.stepped_by}{guided}{time}; a schedule within {wanted.limit:.0%} of {wanted.whole} {wanted.measure}. "

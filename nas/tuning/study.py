@@ -7,7 +7,6 @@ pipeline's own of the same noise, condition and guidance.
 from __future__ import annotations
 
 import inspect
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ LEAST_CACHE, MOST_CACHE = 2**29, 2**32
 """Bytes of what scores keep."""
 
 SPACING = ("timestep_spacing", "steps_offset", "num_train_timesteps")
-LOSS = "teacher_mse"
+LOSS, SEARCHER = "teacher_mse", "path"
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,8 @@ class Wanted:
 
     @cached_property
     def net(self) -> Elastic:
-        return Elastic.from_pretrained(self.folder, widths=(1.0,))
+        channels = {"guided_channels": self.exported["guided_channels"]} if "guided_channels" in self.exported else {}
+        return Elastic.from_pretrained(self.folder, widths=(1.0,), **channels)
 
     @property
     def graph(self) -> Graph:
@@ -122,6 +122,12 @@ class Wanted:
         return str(name[1] if isinstance(name, list) else name)
 
     @cached_property
+    def exported(self) -> Mapping[str, Any]:
+        """What a folder that `nas export` wrote says of its schedule; nothing of others."""
+        own = self.kind == "StepAwarePipeline"
+        return read_json(self.folder / "schedule.json", "export it anew") if own else {}
+
+    @cached_property
     def scheduler(self) -> Mapping[str, Any]:
         """Settings of the pipeline's own, none where it has none."""
         places = (self.folder / "scheduler", self.folder)  # the first DDPMs were released without folders within
@@ -131,6 +137,9 @@ class Wanted:
     @cached_property
     def sampler(self) -> DDIM | DPMSolver:
         """DPM-Solver++ of second order where that is the pipeline's; DDIM for all others."""
+        if self.exported:
+            own = self.exported["sampler"]
+            return (DPMSolver if own["class"] == "DPMSolver" else DDIM)(clip=bool(own.get("clip", True)))
         config = self.scheduler
         multistep = (
             config.get("_class_name") == "DPMSolverMultistepScheduler"
@@ -173,19 +182,24 @@ class Wanted:
             if isinstance(self.sampler, DPMSolver)
             else ("DDIM", "DDIMScheduler")
         )
+        if self.exported:
+            # A deterministic DDIM is what samples; one of another eta, and DDPM, draw noise on the way.
+            told = self.exported["sampler"]
+            own = f"{told['class']} of eta {told['eta']:g}" if told.get("eta") else told["class"]
+            return f"by {mine}" if own == type(self.sampler).__name__ else f"by {mine} in place of its {own}"
         own = self.scheduler.get("_class_name", like)
         others = {**(PLAIN if mine != "DDIM" else {}), **({"thresholding": False} if self.net.in_pixels else {})}
         others |= {"clip_sample_range": 1.0} if self.sampler.clip else {}
         left_out = [name for name, plain in others.items() if self.scheduler.get(name, plain) != plain]
         without = f" without its {' and '.join(left_out)}" if left_out else ""
-        if own == like or self.kind == "StepAwarePipeline":
+        if own == like:
             return f"by {mine}{without}"
         return f"by {mine} in place of its {own}{without}"
 
     @cached_property
     def rival(self) -> DPMSolver | None:
         """Another sampler, whose fewer steps are compared with, where the pipeline is one of diffusers' and DDIM samples."""
-        other = isinstance(self.sampler, DPMSolver) or self.kind in ("", "StepAwarePipeline")
+        other = isinstance(self.sampler, DPMSolver) or self.exported or not self.kind
         return None if other else DPMSolver(clip=self.sampler.clip)  # which the module that runs it does as it is told
 
     @property
@@ -204,7 +218,7 @@ class Wanted:
 
     def grid(self, steps: int) -> Timesteps:
         """Timesteps of the full pipeline in so many steps, as its scheduler spaces them: DPM-Solver++ where that samples, else DDIM with its settings."""
-        if not self.scheduler or self.kind == "StepAwarePipeline":
+        if not self.scheduler or self.exported:
             return uniform(steps, self.net.noise.timesteps)
         kind = DDIMScheduler if isinstance(self.sampler, DDIM) else DPMSolverMultistepScheduler
         known = inspect.signature(kind).parameters
@@ -228,9 +242,8 @@ class Wanted:
     def scale(self) -> float | None:
         """By which the full pipeline guides; None for not at all."""
         given = self.guidance
-        if given is None and self.kind == "StepAwarePipeline":
-            plan = json.loads((self.folder / "schedule.json").read_text())
-            given = max((step["guidance"]["scale"] for step in plan["steps"] if step.get("guidance")), default=None)
+        if given is None and self.exported:
+            given = max((s["guidance"]["scale"] for s in self.exported["steps"] if s.get("guidance")), default=None)
         elif given is None:
             given = USUAL.get(self.kind)
         return None if given is None or given == 1 or not self.net.conditional else float(given)
@@ -322,7 +335,7 @@ class Wanted:
             images=self.images,
             training=Stages(()),
             evaluator=Timed(scores, Latency(self.batch, warmup=1, repeats=5)) if self.measure == "time" else scores,
-            searchers={"path": path, "evolution": Evolution()},
+            searchers={SEARCHER: path, "evolution": Evolution()},
             objectives=(LOSS,),
             limits=limits,
             trials=self.trials,

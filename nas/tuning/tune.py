@@ -35,11 +35,10 @@ from nas.genomes.genetics import LATENCY, cheapest, dearest
 from nas.handover.portable import resampled, schedule_of
 from nas.study import Study
 from nas.tuning.found import FAR, Candidate, Found
-from nas.tuning.study import LOSS, Wanted, computed
+from nas.tuning.study import LOSS, SEARCHER, Wanted, computed
 from search_spaces.patterns import ALL, Every, Only, Pattern, Subset
 from search_spaces.shipped.schedule_file import ScheduleError, read_schedule
 
-SEARCHER = "path"
 KEPT_FOR_VERIFYING = 5
 """Of so many prompts one."""
 
@@ -107,8 +106,9 @@ def _tune(
         judge = verifying.load(folder, device)
         rival = show.follow(_by_rival(wanted, verifying, judge, folder, device)) if searched else None
     shares = shares_of(study, folder, device, list(scores))
+    numbers = {trial.genome: trial.number for trial in trials}
     candidates = {
-        genome: Candidate(name, space.decode(genome), shares[genome], scores[genome])
+        genome: Candidate(name, space.decode(genome), shares[genome], scores[genome], numbers.get(genome))
         for genome, name in ((own, "given"), (few, "fewer steps"), (best, "found"))
         if genome is not None
     }
@@ -134,7 +134,8 @@ def _tune(
 
 
 def split_prompts(wanted: Wanted, folder: Path) -> tuple[Wanted, Wanted]:
-    """Of what is searched on, and of what is verified: every fifth prompt is kept for it alone. Of few prompts it is the same."""
+    """Of what is searched on, and of what is verified: every fifth prompt is kept for it alone. Of few prompts it is the same. Files are called after what they
+    hold, so that a run that is under way, or done, keeps its own."""
     if wanted.prompts is None:
         return wanted, wanted
     lines = list(dict.fromkeys(line.strip() for line in lines_of(wanted.prompts)))
@@ -145,7 +146,7 @@ def split_prompts(wanted: Wanted, folder: Path) -> tuple[Wanted, Wanted]:
     (folder / "prompts").mkdir(parents=True, exist_ok=True)
     found = []
     for name, part in (("searched", rest), ("verified", kept)):
-        path = folder / "prompts" / f"{name}.txt"
+        path = folder / "prompts" / f"{name}-{digest_of(part)}.txt"
         write_text(path, "\n".join(part) + "\n")
         found.append(replace(wanted, prompts=path))
     return found[0], found[1]
@@ -333,7 +334,9 @@ def _confirmed(session: Session, show: Show, verifying: Study, genomes: list[Gen
     """On the noises, and what samples are told, that nothing was searched on."""
     searching, session.study = session.study, verifying
     try:
-        trials = _run(session, show, show.bar("confirming"), session.confirmation(genomes))
+        conductor = session.confirmation(genomes)
+        trials = _run(session, show, show.bar("confirming"), conductor)
+        conductor.check_scored(genomes)
     finally:
         session.study = searching
     return {t.genome: t.score for t in trials if t.score is not None and t.genome in genomes}
