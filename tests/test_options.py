@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -401,3 +402,17 @@ def test_a_schedules_cost_is_told_with_and_without_attention_products() -> None:
     assert WITHOUT_ATTENTION not in Stepwise(NETS["three levels, three blocks, no attention"], steps, (4,)).cost(
         (0,) * 6
     )
+
+
+def test_what_is_kept_to_price_subnets_does_not_grow_with_their_widths() -> None:
+    """Neighbouring levels of equal width have shortcuts that stand only where they are cut unequally."""
+    config = {**TINY, "block_out_channels": (16, 16, 16), "down_block_types": ("DownBlock2D",) * 3}
+    net = Elastic(
+        {**config, "up_block_types": ("UpBlock2D",) * 3},
+        (0.25, 0.5, 0.75, 1.0),
+        per_level=("width",),
+    )
+    archs = [Arch(widths) for widths in itertools.product((0.25, 0.5, 0.75, 1.0), repeat=3)]
+    costs = {net.cost(arch).macs for arch in archs}
+    assert len(costs) > 30
+    assert len(net.cost._known) <= 4

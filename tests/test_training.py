@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -177,6 +178,28 @@ def test_stages_killed_anywhere_resume_bit_identically(tiny_net: Elastic, tmp_pa
     assert list(run_stages(net, tmp_path / "parts")) == []
 
 
+def test_a_run_that_is_killed_between_two_stages_goes_on(
+    tiny_net: Elastic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a stage's weights are written, and its checkpoint is still there."""
+    net, unlink = with_experts(tiny_net), Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        raise SystemExit(path)
+
+    list(run_stages(net, tmp_path / "whole"))
+    for _ in range(20):
+        monkeypatch.setattr(Path, "unlink", killed)
+        with contextlib.suppress(SystemExit):
+            list(run_stages(net, tmp_path / "parts"))
+        monkeypatch.setattr(Path, "unlink", unlink)
+        if (tmp_path / "parts" / "weights.safetensors").exists():
+            break
+        next(run_stages(net, tmp_path / "parts"), None)
+    expected, found = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_training_says_what_each_stage_took(tiny_net: Elastic, tmp_path: Path) -> None:
     net = with_experts(tiny_net)
     list(run_stages(net, tmp_path))
@@ -186,6 +209,14 @@ def test_training_says_what_each_stage_took(tiny_net: Elastic, tmp_path: Path) -
     assert spent[0]["macs"] == 3 * 6 * 8 * full
     assert spent[1]["macs"] == 0
     assert spent[2]["macs"] > 6 * 8 * 3 * full  # the full net, smaller ones, and the teacher for each of them
+
+
+def test_every_subnet_of_a_step_tells_its_own_loss(tmp_path: Path) -> None:
+    """Though two that lack one attention each, at different places, are called the same."""
+    net = Elastic({**TINY, "layers_per_block": 2}, (1.0,), attention=True)
+    ticks = list(Sandwich(2, 4, between=2).fit(net.initial(0), Digits().load(), 0))
+    assert [len(tick.values) for tick in ticks] == [4, 4]
+    assert {"1 less 1 attention", "1 less 1 attention (2)"} < ticks[0].values.keys()
 
 
 def test_experts_train_their_own_weights_on_their_own_timesteps(tiny_net: Elastic, tmp_path: Path) -> None:

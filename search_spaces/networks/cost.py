@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ class CostModel:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
-        self._known: dict[Arch, tuple[tuple[str, ...], Matrix]] = {}
+        self._known: dict[tuple[Any, ...], tuple[tuple[str, ...], Matrix]] = {}
         self._counts: dict[Arch, dict[str, Cost]] = {}
         self._graphs: dict[Arch, Graph] = {}
         self._summed = lru_cache(maxsize=2**16)(self._sum)
@@ -122,7 +123,7 @@ class CostModel:
         """Names of the layers, and of each: MACs of weights, MACs of attention products, parameters, (layers, 3, lengths, lengths)."""
         anatomy = self._anatomy
         synthetic = [name for name in anatomy.identities if anatomy.widened(name, arch)]
-        key = arch if synthetic else arch.replace(widths=())
+        key = arch.replace(widths=()), *synthetic
         if key not in self._known:
             graph = anatomy.graph(arch)
             members: dict[str, list[TensorAnatomy]] = {"": []}

@@ -283,15 +283,20 @@ def _prefix(expert: str) -> str:
     return f"{expert}/" if expert else ""
 
 
-def check_recipe(path: Path, digest: str) -> dict[str, str]:
-    """Metadata of a weights or checkpoint file. Raises UserError where it is damaged or of another recipe."""
+def metadata_of(path: Path) -> dict[str, str]:
+    """Of a weights or checkpoint file; `recipe` says what was trained. Raises UserError where it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
+            return file.metadata() or {}
     except SafetensorError as error:
         raise UserError(
             f"{path} is damaged ({first_line(error)}); delete it, and the same command trains again"
         ) from error
+
+
+def check_recipe(path: Path, digest: str) -> dict[str, str]:
+    """Metadata of a weights or checkpoint file. Raises UserError where it is damaged or of another recipe."""
+    metadata = metadata_of(path)
     if metadata.get("recipe") != digest:
         raise UserError(
             f"{path} was trained with another network, training, seed or images; use another --out, or delete it to train again"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
 
@@ -107,7 +107,8 @@ class Sandwich(OneStage):
                     x0, condition = batches.images(generator)
                     for arch in self._members(net.recipe, generator):
                         weight = self.full_weight if arch == net.full_arch else 1.0
-                        losses[_name(arch)] = 0.0
+                        label = _name(arch, losses)
+                        losses[label] = 0.0
                         whole_batch = (x0, *batches.noised(x0, generator, served))
                         with net.lent(arch.replace(expert=self.expert), self.checkpointing) as call:
                             for part, (clean, t, x, truth), told in mates.mine(
@@ -118,7 +119,7 @@ class Sandwich(OneStage):
                                     prediction = call(x, t, told)
                                 loss = part * batches.loss(prediction.float(), target.float(), clean, x, t)
                                 torch.autograd.backward(weight * loss)
-                                losses[_name(arch)] += loss.item()
+                                losses[label] += loss.item()
                     losses = _over_all(losses, mates, net.device)
                     _check_finite(losses, name, optimiser.step + 1, self.learning_rate)
                     optimiser.update(mates)
@@ -277,11 +278,12 @@ def _check_finite(losses: Mapping[str, float], name: str, step: int, rate: float
         )
 
 
-def _name(arch: Arch) -> str:
-    """Short label for progress bars: one share where all levels have the same."""
+def _name(arch: Arch, taken: Collection[str] = ()) -> str:
+    """Short label for progress bars: one share where all levels have the same. What it leaves out may be all that tells two subnets apart."""
     shares = arch.widths[:1] if len(set(arch.widths)) == 1 else arch.widths
     depths = f" depth {'/'.join(map(str, arch.depths))}" if arch.depths else ""
     layers = f" layers {'/'.join(map(str, arch.layers))}" if arch.layers else ""
     without = sum(not kept for kept in arch.attention)
     less = [*([f"{without} attention"] if without else []), *([] if arch.middle else ["the middle"])]
-    return "/".join(f"{share:g}" for share in shares) + depths + layers + (f" less {', '.join(less)}" if less else "")
+    name = "/".join(f"{share:g}" for share in shares) + depths + layers + (f" less {', '.join(less)}" if less else "")
+    return next(each for each in (name, *(f"{name} ({number})" for number in range(2, 99))) if each not in taken)

@@ -13,7 +13,7 @@ from nas.contracts import Images, ImageSet, Progress, UserError, derive_seed, di
 from nas.recipes import Count, recipe
 from search_spaces.loaded import LoadedElastic
 from search_spaces.supernet import WEIGHTS, Elastic
-from search_spaces.training.optimiser import Optimiser, check_recipe, gather, write_tensors
+from search_spaces.training.optimiser import Optimiser, check_recipe, gather, metadata_of, write_tensors
 from search_spaces.training.team import Team, team
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -143,6 +143,11 @@ class Stages:
             yield from mates.in_turn(lambda: net.codec.keep(data, any(getattr(p, "flip", False) for p in parts)))
         elif mates.first:  # the weights are pretrained, or meant to stay as they are drawn
             write_tensors(gather(net), folder / STAGE, {"recipe": digest, "spent": "[]"})
+        # A run that was killed between a stage's weights and the end of its checkpoint leaves both.
+        done = {digest_of([digest, number]) for number in range(len(spent))}
+        if mates.first and (folder / CHECKPOINT).exists() and metadata_of(folder / CHECKPOINT).get("recipe") in done:
+            (folder / CHECKPOINT).unlink()
+        mates.wait()
         for number, part in enumerate(parts[len(spent) :], len(spent)):
             net.trained_macs = 0
             files = Checkpoints(folder / CHECKPOINT, digest_of([digest, number]), self.checkpoint_every, mates)
