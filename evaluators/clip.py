@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812  as everybody calls it
 
+from evaluators.features import in_parts
 from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
 from nas.base.files import first_line, read_json
 from nas.base.quiet import quiet_transformers
@@ -127,7 +128,7 @@ class Clip:
     @torch.no_grad()
     def similarity(self, images: torch.Tensor, texts: Sequence[str]) -> npt.NDArray[np.float64]:
         """Cosine of each image, (n, channels, height, width) in [-1, 1], and its text."""
-        seen = self.of_images(images)
+        seen = in_parts(self.of_images)(images)
         told = torch.stack([self._of_text(text) for text in texts])
         return F.cosine_similarity(seen.cpu().double(), told.cpu().double(), dim=-1).numpy()
 

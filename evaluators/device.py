@@ -124,3 +124,5 @@ def wait(device: torch.device) -> None:
     """Until it has done what it was asked to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -135,7 +135,7 @@ class SmallClassifier:
     def classifier(self, folder: Path, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         """Images (n, channels, height, width) in [-1, 1] to a logit for each class, (n, classes), or where there are not two of them for each turn."""
         net = self._network(folder, device)
-        return lambda images: net.head(net(images))
+        return in_parts(lambda images: net.head(net(images)))
 
     def _network(self, folder: Path, device: torch.device) -> _Classifier:
         path = self._path(folder)
@@ -285,6 +285,16 @@ AT_ONCE = 256
 """Images in a call of an extractor."""
 
 
+def in_parts(call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The same in calls of so many images at once as of real images, whatever the batch that was chosen for the network that made them."""
+
+    def called(*images: torch.Tensor) -> torch.Tensor:
+        parts = zip(*(torch.split(each, AT_ONCE) for each in images), strict=True)
+        return torch.cat([call(*part) for part in parts])
+
+    return called
+
+
 class _Extractor:
     def __init__(self, net: Any, label: str, distance: str, preprocess: Any = None) -> None:
         self.label = label
@@ -293,9 +303,8 @@ class _Extractor:
         self._preprocess = preprocess or (lambda images: images)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """So many at once as of real images, whatever the batch that was chosen for the network."""
         with torch.inference_mode():
-            return torch.cat([self._of(part) for part in torch.split(images, AT_ONCE)])
+            return in_parts(self._of)(images)
 
     def _of(self, images: torch.Tensor) -> torch.Tensor:
         output = self._net(self._preprocess(images))

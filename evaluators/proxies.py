@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
+from evaluators.features import in_parts
 from evaluators.frechet import OfFeatures, feature_rows, paired_frechet_with_replicates
 from evaluators.images import check_shape, load_once, read_into
 from evaluators.sampling import Sampler, State, predict, step_noise
@@ -226,9 +227,12 @@ class TeacherSimilarity(TeacherDistance):
     def between(self, mine: torch.Tensor, theirs: torch.Tensor) -> Floats:
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-        found = ssim(mine / 2 + 0.5, theirs / 2 + 0.5, reduction="none", data_range=1.0)
-        assert isinstance(found, torch.Tensor)
-        return 1 - found.reshape(len(mine)).cpu().double().numpy()
+        def similarity(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            found = ssim(mine / 2 + 0.5, theirs / 2 + 0.5, reduction="none", data_range=1.0)
+            assert isinstance(found, torch.Tensor)
+            return found.reshape(len(mine))
+
+        return 1 - in_parts(similarity)(mine, theirs).cpu().double().numpy()
 
 
 @recipe

@@ -36,6 +36,10 @@ class Sampler(Protocol):
     def multistep(self) -> bool:
         """Whether an update depends on the predictions before it: its `memory`."""
 
+    @property
+    def to_image(self) -> bool:
+        """Whether the last step arrives at the image itself, as diffusers' ancestral and multistep schedulers do, even where the process ends short of it."""
+
     def describe(self) -> dict[str, Any]:
         """`class` and settings, as an exported folder names them."""
 
@@ -86,6 +90,7 @@ class DDIM(_Named):
     clip: bool | None = None
     eta: Share = 0.0
     multistep = False
+    to_image = False
 
     @property
     def stochastic(self) -> bool:
@@ -123,6 +128,7 @@ class DDPM(_Named):
     clip: bool | None = None
     stochastic = True
     multistep = False
+    to_image = True
 
     def describe(self) -> dict[str, Any]:
         return {"class": "DDPM", "variance": self.variance, "clip": self.clip is not False}
@@ -166,6 +172,7 @@ class DPMSolver(_Named):
     clip: bool | None = None
     stochastic = False
     multistep = True
+    to_image = True
 
     def describe(self) -> dict[str, Any]:
         return {"class": "DPMSolver", "clip": self.clip is not False}
@@ -281,8 +288,7 @@ def advance(
     condition = conditions.of(seed, start, start + len(state.x)) if conditions is not None else None
     prediction, cache = _call(net, step, state.x, state.cache, precision, keep, condition)
     with torch.inference_mode():
-        # A multistep solver arrives at the image, as diffusers' do, wherever the process ends for others.
-        end = 1.0 if getattr(sampler, "multistep", False) else getattr(net, "final_alpha", 1.0)
+        end = 1.0 if getattr(sampler, "to_image", False) else getattr(net, "final_alpha", 1.0)
         after = end if following is None else float(abar[following.timestep])
         channels = state.x.shape[1]
         said = {"learned": prediction[:, channels:]} if prediction.shape[1] > channels else {}

@@ -13,6 +13,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nas.cli.terminal import print_audit
 from nas.contracts import Schedule, Score, UserError
 from nas.engine.session import open_session
 from nas.results.audit import TABLE, Agreement, Tabular, bands_of, measure, read_table, schedules_to_audit, summary
@@ -87,6 +88,22 @@ def test_an_audit_tells_good_proxies_from_bad(tmp_path: Path) -> None:
     assert found["good"]["recall"] > 0.5 > found["bad"]["recall"]
     assert found["good"]["macs_share"] == pytest.approx(128 / 256)
     assert sum(facts["bands"]) == facts["schedules"] == 60
+
+
+@dataclass(frozen=True)
+class NotAbove(ToyEvaluator):
+    """Of losses that may be nothing or, as an unbiased estimate, less."""
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        score = super().__call__(schedule, rung, seed)
+        return replace(score, values={"fd": score.values["fd"] - 10})
+
+
+def test_of_a_loss_of_nothing_there_is_no_share_that_a_pick_is_worse_by(tmp_path: Path) -> None:
+    facts = summary(audited(tmp_path, count=20, evaluator=NotAbove()), resamples=20)
+    assert [row["regret"] for row in facts["proxies"]] == [None] * 3
+    print_audit({**facts, "picture": "audit.png"})
+    json.dumps(facts, allow_nan=False)
 
 
 @dataclass(frozen=True)

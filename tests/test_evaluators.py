@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics.pairwise import polynomial_kernel
+from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
 from evaluators.features import ExternalFeatures, SmallClassifier, _Extractor
 from evaluators.frechet import (
@@ -539,3 +540,29 @@ def test_an_extractor_sees_no_more_images_at_once_than_real_ones_come() -> None:
     rows = _Extractor(noted, "noted", "FD")(images)
     assert seen == [256, 256, 88]
     assert torch.allclose(rows, net(images).flatten(1), atol=1e-5)
+
+
+def test_no_score_sees_a_whole_batch_of_the_network_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it is of thousands, chosen for small states."""
+    images = torch.rand(600, 1, 16, 16)
+    found = ssim(images / 2 + 0.5, images.flip(3) / 2 + 0.5, reduction="none", data_range=1.0)
+    assert isinstance(found, torch.Tensor)
+    seen = []
+
+    def noted(mine: torch.Tensor, theirs: torch.Tensor, **settings: Any) -> Any:
+        seen.append(len(mine))
+        return ssim(mine, theirs, **settings)
+
+    monkeypatch.setattr("torchmetrics.functional.image.structural_similarity_index_measure", noted)
+    assert np.allclose(
+        TeacherSimilarity(Digits()).between(images, images.flip(3)), 1 - found.double().numpy(), atol=1e-6
+    )
+    assert seen == [256, 256, 88]
+    judge = SmallClassifier(steps=2)
+    list(judge.prepare(Digits().load(), tmp_path, 0, "cpu"))
+    digits = torch.rand(600, 1, 8, 8)
+    net = judge._network(tmp_path, torch.device("cpu"))
+    net.register_forward_hook(lambda module, given, found: seen.append(len(found)))
+    monkeypatch.setattr(SmallClassifier, "_network", lambda *_: net)
+    assert judge.classifier(tmp_path, torch.device("cpu"))(digits).shape == (600, 10)
+    assert seen[3:] == [256, 256, 88]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nas.contracts import Genome, Price, Problem, UserError, frozen
+from nas.contracts import DONE, Genome, Price, Problem, Proposal, Trial, UserError, frozen
 from nas.genomes.genetics import (
     anchor,
     check_reachable,
@@ -24,6 +24,7 @@ from nas.genomes.genetics import (
     repair,
     uniform_genomes,
 )
+from nas.searchers.enumerate import Enumerate
 from nas.testing import TableSpace, limited_problem, table_problem, timed_limited_problem
 from tests.toy import ToySpace
 
@@ -149,6 +150,13 @@ def test_a_limit_that_does_not_add_up_ends_the_search_for_a_new_genome_too() -> 
     only = (0,) * 20
     assert next(feasible_genomes(problem)) == only
     assert novel(problem, lambda: only, {only}.__contains__) is None
+
+
+def test_an_enumeration_ends_where_such_a_limit_leaves_nothing_more() -> None:
+    search, only = Enumerate().start(Problem(ToySpace(20), ("macs",), {"params": 1}), 0), (0,) * 20
+    assert search.ask(()) == Proposal(only)
+    search.tell(Trial(0, only, "", 1, "complete"))
+    assert search.ask(()) is DONE
 
 
 def test_an_unreachable_budget_names_the_cheapest() -> None:

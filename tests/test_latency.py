@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluators.device import wait
 from evaluators.frechet import Frechet
 from evaluators.images import Digits
 from evaluators.latency import FILE, Latency, Timed, Timer
@@ -230,3 +231,13 @@ def test_wrong_settings_are_refused(tiny_study: Study) -> None:
     assert set(both.limits) == {"latency_ms", "macs", "params"}
     with pytest.raises(UserError, match="'watts' is not one that a search can keep to"):
         replace(tiny_study, limits={"watts": 1.0})
+
+
+def test_every_accelerator_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls return when work is queued; here there is none to queue it on."""
+    waited = []
+    for module in (torch.cuda, torch.mps):
+        monkeypatch.setattr(module, "synchronize", lambda *_, name=module.__name__: waited.append(name))
+    for kind in ("cpu", "cuda", "mps"):
+        wait(torch.device(kind))
+    assert waited == ["torch.cuda", "torch.mps"]

@@ -125,7 +125,7 @@ def single(net: Any, timesteps: tuple[int, ...], width: float = 0.5) -> Schedule
     return Schedule(tuple(Step(t, net.recipe.uniform(width)) for t in timesteps))
 
 
-@pytest.mark.parametrize("kind", ["pixels, DDIM", "pixels, DDPM", "latents"])
+@pytest.mark.parametrize("kind", ["pixels, DDIM", "pixels, DDPM", "pixels, DDPM, its end at timestep 0", "latents"])
 def test_a_schedule_of_one_network_is_diffusers_own_pipeline(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,14 +134,15 @@ def test_a_schedule_of_one_network_is_diffusers_own_pipeline(
         made("KL", tmp_path / "vae")
         net = Elastic(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae"))).initial(0)
     else:
-        net = Elastic(TINY, (0.5, 1.0)).initial(0)
-    recipe: Any = DDPM() if kind == "pixels, DDPM" else DDIM()
+        net = Elastic(TINY, (0.5, 1.0), noise=NoiseSchedule(final_alpha="first" if "end" in kind else "one")).initial(0)
+    ancestral = "DDPM" in kind
+    recipe: Any = DDPM() if ancestral else DDIM()
     sampler = in_space(recipe, net.in_pixels)
     # Ancestral steps of diffusers are those between neighbours of its own grid.
-    schedule = single(net, tuple(range(900, -1, -100)) if kind == "pixels, DDPM" else uniform(10))
+    schedule = single(net, tuple(range(900, -1, -100)) if ancestral else uniform(10))
     facts = export_stock(net, schedule, sampler.describe(), {"study": "x"}, tmp_path / "stock")
     assert facts == {
-        "pipeline": {"pixels, DDIM": "DDIMPipeline", "pixels, DDPM": "DDPMPipeline", "latents": "LDMPipeline"}[kind],
+        "pipeline": "DDPMPipeline" if ancestral else "LDMPipeline" if kind == "latents" else "DDIMPipeline",
         "steps": 10,
         "timesteps": True,
     }
@@ -151,7 +152,7 @@ def test_a_schedule_of_one_network_is_diffusers_own_pipeline(
     images = pipeline(batch_size=4, num_inference_steps=10, output_type="np").images
     assert torch.allclose(sample(net, schedule, sampler, 0, 0, 4), shown(images), atol=1e-4)
     again = Elastic.from_pretrained(tmp_path / "stock", widths=(1.0,))
-    assert again.noise == net.recipe.noise
+    assert again.noise == (net.recipe.noise if not ancestral else NoiseSchedule())  # DDPM's scheduler knows no end
     assert json.loads((tmp_path / "stock" / "provenance.json").read_text())["study"] == "x"
 
 
@@ -192,18 +193,15 @@ def test_it_is_said_whether_a_stock_scheduler_takes_the_schedules_own_steps(
         ("shift", "LDMPipeline knows no latents_mean, latents_std"),
         ("depth", "its network is a UNet2DConditionModel"),
         ("variance", "its network says where the variance lies, and DDIM does not ask"),
-        ("end", "DDPM's last step arrives at the image"),
         ("full", "is not empty"),
     ],
 )
 def test_what_no_stock_pipeline_does_is_refused_in_words(change: str, words: str, tmp_path: Path) -> None:
     config = {**TINY, "num_class_embeds": 11} if change == "labels" else {**TINY, "layers_per_block": 2}
     recipe = Elastic(config, (0.5, 1.0), depths=(1, 2) if change == "depth" else (), per_level=("depth",))
-    sampler: Any = DDPM() if change == "end" else DDIM()
+    sampler: Any = DDIM()
     if change == "variance":
         recipe = Elastic({**TINY, "out_channels": 2}, (0.5, 1.0))
-    elif change == "end":
-        recipe = Elastic(TINY, (0.5, 1.0), noise=NoiseSchedule(final_alpha="first"))
     elif change == "shift":
         made("KL, by channel", tmp_path / "vae")
         recipe = Elastic(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))

@@ -24,7 +24,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.storages.journal._file import get_lock_file
 from optuna.storages.journal._storage import JournalOperation
 
@@ -58,7 +58,8 @@ class CheckedJournal(JournalFileBackend):
     """Optuna's backend, each append of which is checked. `path`: absolute."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
+        # Not by a symbolic link, as Optuna's is by default, which memory cards and some shares lack.
+        super().__init__(str(path), JournalFileOpenLock(str(path)))
         self._path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
@@ -95,7 +96,7 @@ def prepare(path: Path) -> None:
     no check file one. Raises UserError where the journal is damaged elsewhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stale = path.with_name(path.name + ".lock")
-    if stale.is_symlink() and time.time() - stale.lstat().st_mtime > 2:
+    if os.path.lexists(stale) and time.time() - stale.lstat().st_mtime > 2:
         stale.unlink()
     if not path.exists():
         if path.with_name(CHECK).exists():

@@ -143,8 +143,6 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         f"{sampler['class']} is not {' or '.join(known)}": sampler["class"] not in known,
         f"DDIM with eta={sampler.get('eta')} adds noise": bool(sampler.get("eta")),
         f"its network says where the variance lies, and {sampler['class']} does not ask": varies,
-        f"{sampler['class']}'s last step arrives at the image, the network's at timestep 0": sampler["class"] == "DDPM"
-        and getattr(net, "final_alpha", 1.0) != 1.0,
         f"{'DiTPipeline' if dit else 'LDMPipeline'} knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
         f"its network is a {kind}": kind not in ("UNet2DModel", DIT) and not texts,
     }

@@ -288,13 +288,14 @@ def _recall(mine: Array, theirs: Array) -> float:
     return len({*np.argsort(mine)[:count]} & {*np.argsort(theirs)[:count]}) / count
 
 
-def _regret(mine: Array, judge: Array, bands: npt.NDArray[np.int64]) -> float:
+def _regret(mine: Array, judge: Array, bands: npt.NDArray[np.int64]) -> float | None:
     lost = []
     for band in np.unique(bands):
         inside = np.flatnonzero(bands == band)
         best = judge[inside].min()
-        lost.append((judge[inside[np.argmin(mine[inside])]] - best) / best)
-    return float(np.mean(lost))
+        if best > 0:  # of a loss of nothing, and of an unbiased estimate below it, there is no share
+            lost.append((judge[inside[np.argmin(mine[inside])]] - best) / best)
+    return float(np.mean(lost)) if lost else None
 
 
 # --------------------------------------------------------------------------------------------------------------- tabular

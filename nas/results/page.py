@@ -74,7 +74,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         provenance=_provenance(run, study),
     )
     path = folder / "index.html"
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")
     return path
 
 

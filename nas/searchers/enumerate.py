@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial
-from nas.genomes.genetics import feasible_genomes
+from nas.genomes.genetics import PATIENCE, feasible_genomes
 from nas.recipes import recipe
 
 
 @recipe
 class Enumerate:
     """In lexicographic order of the intervals' options, cheap ones first, so that neighbours share their beginnings. With fewer
-    trials than feasible genomes it sees one corner of the space alone."""
+    trials than feasible genomes it sees one corner of the space alone. Where another limit than one on multiply-adds or times is broken by ten thousand genomes
+    one after another, it ends."""
 
     def start(self, problem: Problem, seed: int) -> EnumerateSearch:
         return EnumerateSearch(problem)
@@ -20,7 +21,7 @@ class Enumerate:
 
 class EnumerateSearch:
     def __init__(self, problem: Problem) -> None:
-        self._order = feasible_genomes(problem)
+        self._order = feasible_genomes(problem, PATIENCE)
         self._ahead: list[Genome] = []
         self._told: set[Genome] = set()
 

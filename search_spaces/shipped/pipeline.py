@@ -118,9 +118,9 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         noise = _noise(count, plan["shape"], generator, seed)
         # Where no signal is left at all, what is divided by must not be zero.
         alphas = [max(a, 1e-12) for a in self.scheduler.alphas_cumprod.double().tolist()]
-        # A multistep solver arrives at the image, wherever the process ends for others.
-        multistep = plan["sampler"]["class"] == "DPMSolver"
-        alphas.append(1.0 if multistep else float(self.scheduler.final_alpha_cumprod))
+        # DDIM alone arrives where the process ends, which may be short of the image.
+        ends = plan["sampler"]["class"] == "DDIM"
+        alphas.append(float(self.scheduler.final_alpha_cumprod) if ends else 1.0)
         drawn = next(noise)
         x = (drawn if latents is None else latents).to(device)
         cache: Any = None
