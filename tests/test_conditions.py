@@ -270,12 +270,26 @@ def test_networks_with_labels_are_trained_on_images_with_labels(
         next(train(tmp_path / "model", Digits().load().pixels, Settings(), cpu=True, labels=labels))
 
 
+def test_a_compiled_network_holds_what_it_predicted(labelled: LoadedElastic, tmp_path: Path) -> None:
+    """At a guided step that does not run."""
+    export(labelled, SCHEDULES["reused"], DDIM().describe(), {}, tmp_path / "model")
+    folder = str(tmp_path / "model")
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    made = [pipeline(class_labels=labels, seed=1, output_type="pt").images for labels in ([3], [1, 2])]
+    pipeline.unet_0 = torch.compile(pipeline.unet_0, backend="eager")
+    for labels, images in zip(([3], [1, 2]), made, strict=True):
+        again = pipeline(class_labels=labels, seed=1, output_type="pt").images
+        assert torch.allclose(again, images, atol=1e-5)
+
+
 def test_folders_are_classes_where_asked(tmp_path: Path) -> None:
     for name, count in (("b", 2), ("a", 1)):
         (tmp_path / name).mkdir()
         for i in range(count):
             Image.new("L", (8, 8)).save(tmp_path / name / f"{i}.png")
-    assert folder_labels(tmp_path).tolist() == [0, 1, 1]
+    assert folder_labels(tmp_path).tolist() == folder_labels(tmp_path, 2).tolist() == [0, 1, 1]
+    with pytest.raises(PictureError, match="has pictures in 2 folders, and the networks take 10 classes"):
+        folder_labels(tmp_path, 10)
     Image.new("L", (8, 8)).save(tmp_path / "c.png")
     with pytest.raises(PictureError, match="lies in no class's folder"):
         folder_labels(tmp_path)

@@ -409,9 +409,15 @@ def _share(searched: Path, protocol: dict[str, Any]) -> float:
     return space.cost(space.genome(schedule))["macs_share"]  # type: ignore[attr-defined]
 
 
-def test_both_are_trained_for_as_many_multiply_adds(tiny_net: Elastic, tiny_study: Study) -> None:
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_both_are_trained_for_as_many_multiply_adds(
+    learned_variance: bool, tiny_net: Elastic, tiny_study: Study
+) -> None:
+    """Where a network says where the variance lies the teacher is asked at every step, since it says it too."""
     from nas.evidence.confirm import equal_steps
 
+    if learned_variance:
+        tiny_net = Elastic({**tiny_net.config, "out_channels": 2}, tiny_net.widths, groups="count")
     net = tiny_net.initial(0)
     schedule = tiny_study.space.decode((0, 1, 2, 0))
     for distillation in (0.0, 0.5):
@@ -419,7 +425,7 @@ def test_both_are_trained_for_as_many_multiply_adds(tiny_net: Elastic, tiny_stud
         steps = equal_steps(net, schedule, settings)
         # Of `train`: every network has the share of the steps that its timesteps have of all 1,000.
         bounds = [1000, *(step.timestep + 1 for step in schedule.steps[1:]), 0]
-        teacher = tiny_net.cost(tiny_net.anatomy.full).macs if distillation else 0
+        teacher = tiny_net.cost(tiny_net.anatomy.full).macs if distillation or learned_variance else 0
         spent = sum(
             steps * (start - stop) / 1000 * (3 * tiny_net.cost(step.arch).macs + teacher)
             for step, start, stop in zip(schedule.steps, bounds, bounds[1:], strict=False)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -172,6 +173,13 @@ def test_a_copy_that_diffusers_saves_is_opened_as_the_original(tiny_net: Elastic
     export(tiny_net.initial(0), schedule(tiny_net), DDIM().describe(), {}, tmp_path / "model")
     folder = str(tmp_path / "model")
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    other = schedule(tiny_net)
+    alone = Schedule(tuple(replace(step, arch=other.steps[0].arch, reuse=()) for step in other.steps))
+    assert len(alone.archs) < len(other.archs)
+    export(tiny_net.initial(0), alone, DDIM().describe(), {}, tmp_path / "other")
+    DiffusionPipeline.from_pretrained(  # diffusers keeps its code where that of the first one was
+        str(tmp_path / "other"), custom_pipeline=str(tmp_path / "other"), trust_remote_code=True
+    )
     pipeline.save_pretrained(tmp_path / "copy")
     shutil.rmtree(folder)
     subprocess.run([sys.executable, "-c", COPY, tmp_path / "copy", tmp_path / "images.pt"], cwd=tmp_path, check=True)

@@ -193,6 +193,7 @@ def test_it_is_said_whether_a_stock_scheduler_takes_the_schedules_own_steps(
         ("shift", "LDMPipeline knows no latents_mean, latents_std"),
         ("depth", "its network is a UNet2DConditionModel"),
         ("variance", "its network says where the variance lies, and DDIM does not ask"),
+        ("last", "DDPM's last step adds noise to the image where it stands above timestep 0"),
         ("full", "is not empty"),
     ],
 )
@@ -215,6 +216,8 @@ def test_what_no_stock_pipeline_does_is_refused_in_words(change: str, words: str
     elif change == "depth":
         schedule = single(net, (900, 100), 1.0)
         schedule = Schedule(tuple(replace(step, arch=step.arch.replace(depths=(1, 2))) for step in schedule.steps))
+    elif change == "last":
+        sampler = DDPM("fixed_large")
     elif change in ("solver", "noise"):
         sampler = DPMSolver() if change == "solver" else DDIM(eta=0.5)
     elif change == "full":

@@ -168,7 +168,12 @@ def test_the_script_alone_trains_the_same(exported: Path) -> None:
         assert sampled.returncode == 0, sampled.stderr
         with Image.open(exported.parent / "grid.png") as grid:
             assert grid.size == (2 * 64, 64)  # enlarged to be looked at
-    wrong = alone(exported / "train_diffusers.py", "--images", exported / "unet_0")
+    otherwise = alone(exported / "train_diffusers.py", "--images", exported.parent / "pictures", *options, "--seed", 1)
+    assert otherwise.returncode == 1
+    assert "was trained otherwise: seed was 0, now 1. Delete it to train again" in otherwise.stderr
+    begun = ("train", exported, "--images", exported.parent / "pictures", "-q")
+    refused(nas(*begun, "--steps", 13), "steps was 12, now 13; batch was 8, now 64")
+    wrong = alone(again / "train_diffusers.py", "--images", exported / "unet_0")
     assert wrong.returncode == 1
     assert "holds no pictures" in wrong.stderr
 
@@ -263,6 +268,16 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
         assert scored[-1]["fd"] == pytest.approx(again_scored.values["fd"], abs=1e-4)
         again = nas(*command[3:], "--study", study, "--out", run, "--json")
         assert json.loads(again.stdout)["booked"] == trained[-1]["booked"]  # booked once
+        # Of the same networks another schedule, trained alike: another trial, with a score of its own.
+        copied, told = tmp_path / f"again-{share}", json.loads((folder / "provenance.json").read_text())
+        told["genome"] = [(gene + 1) % 3 for gene in genome]
+        another = recipe.space.decode(tuple(told["genome"]))
+        export(evaluator.supernet, another, dict(evaluator.sampler_of(another)), told, copied)
+        shutil.copytree(folder / "trained", copied / "trained")
+        other = nas("train", copied, *command[5:], "--study", study, "--out", run, "--changed-weights", "--json")
+        assert other.returncode == 0, other.stderr
+        assert json.loads(other.stdout)["booked"] != trained[-1]["booked"]
+        trained.append(json.loads(other.stdout))
         (tmp_path / "other.py").write_text(OTHER)
         refused(nas(*command[3:], "--study", tmp_path / "other.py", "--out", run), "from another search space")
     assert trained
@@ -369,7 +384,17 @@ def test_a_training_goes_on_whose_steps_so_far_overflowed(tmp_path: Path) -> Non
     optimiser = torch.optim.AdamW(again.parameters())
     assert script._restore(tmp_path / "state", again, optimiser, average) == 3
     assert torch.equal(again.weight, net.weight)
-    assert not any(state["exp_avg"].any() or state["exp_avg_sq"].any() for state in optimiser.state.values())
+    assert not optimiser.state
+    # Of others it has, fewer than were asked for; and the scale that was reached is gone on with.
+    net(torch.ones(1, 2)).sum().backward()
+    first, scaler = torch.optim.AdamW(net.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    first.step()
+    scaler.update(512.0)
+    script._keep(tmp_path / "state", net, first, average, 5, scaler)
+    scaler = torch.amp.GradScaler("cpu")
+    assert script._restore(tmp_path / "state", again, optimiser, average, scaler) == 5
+    assert {int(state["step"]) for state in optimiser.state.values()} == {1}
+    assert scaler.get_scale() == 512.0
 
 
 def test_distillation_is_the_share_of_the_teacher(exported: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,19 @@ def test_what_the_plain_pipeline_cannot_do_is_refused(folder: Path, tmp_path: Pa
         schedule = Schedule(tuple(Step(t, net.full_arch, (), Guidance(scale)) for t in leading(4)))
         with pytest.raises(UserError, match=words):
             export_stock(net, schedule, DDIM(clip=False).describe(), {}, tmp_path / "stock")
+
+
+def test_blocks_that_run_again_in_the_backward_pass_change_no_loss(folder: Path, tmp_path: Path) -> None:
+    """Though one of them makes the map that is compared with the full network's."""
+    data, losses = Digits().load(), []
+    pixels = np.repeat(np.repeat(np.repeat(data.pixels[:24], 2, axis=2), 2, axis=3), 3, axis=1)
+    for checkpointing in (False, True):
+        where = tmp_path / f"model-{checkpointing}"
+        exported(folder, where, "dit")
+        settings = Settings(steps=6, batch=4, warmup=0, features=0.1, checkpointing=checkpointing)
+        with closing(train(where, pixels, settings, cpu=True, labels=data.labels[:24])) as ticks:  # type: ignore[index]
+            losses.append([next(ticks)["loss"] for _ in range(2)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.long

@@ -209,7 +209,7 @@ def train(
     from nas.base.exported import check_hashes, read_export
     from nas.base.interrupts import whole
     from nas.handover.export import PROGRAM, write_programs
-    from nas.handover.training import Validation, check_origin, fine_tune, keep_settings, score_and_book, train_on
+    from nas.handover.training import Validation, check_origin, fine_tune, score_and_book, train_on
     from nas.study import load_study
 
     folder = export_dir.resolve()
@@ -237,7 +237,7 @@ def train(
     bars = progress_bars(quiet or as_json)
     facts: dict[str, Any] = {"trained": str(folder / "trained")}
     with resumable(folder), bars:
-        from search_spaces.shipped.train_diffusers import settings_of
+        from search_spaces.shipped.train_diffusers import keep_settings, settings_of
         from search_spaces.shipped.train_diffusers import train as begin
 
         train_on(device)
@@ -252,7 +252,7 @@ def train(
                     soft_wrap=True,
                 )
             pixels = follow(bars, _pixels(images, plan.get("image_shape", plan["shape"]), resize))
-            classes = _labels(images, labels) if conditional else None
+            classes = _labels(images, labels, plan.get("null_label")) if conditional else None
             texts = _captions(images, captions) if reads else None
         else:
             assert study is not None
@@ -261,7 +261,7 @@ def train(
                 raise UserError(f"study {study.name} has no images to train on; give --images")
             pixels, classes = data.pixels, data.labels if conditional else None
             texts = data.texts if reads else None
-        keep_settings(folder, settings)
+        keep_settings(folder, chosen)
         ticks = begin(folder, pixels, chosen, device == "cpu", changed_weights, whole, classes, texts)
         validation = None
         if study is not None and searched is not None and validate_every != 0:
@@ -280,7 +280,7 @@ def train(
             out.print(facts["words"], highlight=False, soft_wrap=True)
 
 
-def _labels(images: str, labels: Labels | None) -> Any:
+def _labels(images: str, labels: Labels | None, classes: int | None) -> Any:
     """Of the digits, or by folders; None where nothing says any."""
     from search_spaces.shipped.train_data import folder_labels
 
@@ -288,7 +288,7 @@ def _labels(images: str, labels: Labels | None) -> Any:
         from evaluators.images import Digits
 
         return Digits().load().labels
-    return folder_labels(Path(images)) if labels else None
+    return folder_labels(Path(images), classes) if labels else None
 
 
 def _captions(images: str, captions: Captions | None) -> Any:

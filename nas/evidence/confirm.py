@@ -28,11 +28,11 @@ from nas.evidence.protocol import Protocol
 from nas.evidence.verdict import Verdict, judged
 from nas.genomes.genetics import dearest
 from nas.handover.export import export
-from nas.handover.training import fine_tune, keep_settings, train_on
+from nas.handover.training import fine_tune, train_on
 from nas.results.report import CONFIRMATIONS, VERDICT, Run
 from nas.results.trials import full_network
 from nas.study import BASELINE, Study
-from search_spaces.shipped.train_diffusers import TRAINED, Settings, settings_of, train
+from search_spaces.shipped.train_diffusers import TRAINED, Settings, keep_settings, settings_of, train
 
 SCHEDULE, FULL = "schedule", "full"
 PROTOCOL, SCORES = "protocol.json", "scores.json"
@@ -181,7 +181,7 @@ class Confirmation:
         data = load_once(self.study.images)
         classes = data.labels if "null_label" in exported.training else None
         texts = data.texts if "text" in exported.training else None
-        keep_settings(folder, settings.__dict__)
+        keep_settings(folder, settings)
         train_on(self.device)
         ticks = train(folder, data.pixels, settings, self.device == "cpu", False, whole, classes, texts)
         for tick in fine_tune(ticks, folder):
@@ -330,6 +330,7 @@ def equal_steps(net: LoadedSupernet, schedule: Schedule, settings: Settings) -> 
 
 
 def gradient_macs(net: LoadedSupernet, arch: Arch, settings: Settings) -> int:
-    """Multiply-adds of one image of a gradient step of this subnet: forward and backward count thrice, the teacher once."""
-    teacher = net.macs(Step(0, net.full_arch)) if settings.distillation or settings.features else 0
-    return 3 * net.macs(Step(0, arch)) + teacher
+    """Multiply-adds of one image of a gradient step of this subnet: forward and backward count thrice, the teacher once, which says where the variance lies of
+    networks that have learned that."""
+    taught = settings.distillation or settings.features or getattr(net, "learned_variance", False)
+    return 3 * net.macs(Step(0, arch)) + (net.macs(Step(0, net.full_arch)) if taught else 0)

@@ -143,6 +143,9 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         f"{sampler['class']} is not {' or '.join(known)}": sampler["class"] not in known,
         f"DDIM with eta={sampler.get('eta')} adds noise": bool(sampler.get("eta")),
         f"its network says where the variance lies, and {sampler['class']} does not ask": varies,
+        "DDPM's last step adds noise to the image where it stands above timestep 0": sampler["class"] == "DDPM"
+        and sampler.get("variance") != "fixed_small"
+        and schedule.timesteps[-1] > 0,
         f"{'DiTPipeline' if dit else 'LDMPipeline'} knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
         f"its network is a {kind}": kind not in ("UNet2DModel", DIT) and not texts,
     }

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from nas.base.exported import WEIGHTS, Export, check_hashes, read_export, read_network
-from nas.base.files import read_json, tensors_digest, write_json
+from nas.base.files import tensors_digest
 from nas.contracts import LoadedEvaluator, Progress, Proposal, Score, UserError, derive_seed, digest_of, frozen
 from nas.engine.facts import read_facts
 from nas.engine.ledger import Ledger
@@ -60,25 +60,6 @@ class Validation:
             return self._evaluator(
                 self._schedule, self._study.evaluator.rungs[0], derive_seed(self._study.seed, "search noise")
             )
-
-
-def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Notes how `folder/trained` is trained. Raises UserError where it was begun otherwise; what was refused before anything was trained is no beginning."""
-    path = folder / "trained" / "settings.json"
-    if path.exists() and any(other != path for other in path.parent.iterdir()):
-        before = read_json(path, f"delete {path.parent} to train again")
-        changed = [
-            f"{name} was {before.get(name)}, now {value}"
-            for name, value in settings.items()
-            if before.get(name) != value
-        ]
-        if changed:
-            raise UserError(
-                f"{folder / 'trained'} was trained otherwise: {'; '.join(changed)}. Delete it to train again"
-            )
-        return
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, dict(settings))
 
 
 def train_on(device: str | torch.device) -> None:
@@ -170,10 +151,11 @@ def score_and_book(
     weights = digest_of([[name, tensors_digest(trained / name / WEIGHTS)] for name in sorted(export.networks)])
     with open_session(study, folder, storage or _storage_of(folder), device) as session:
         ledger = Ledger(session.storage, info, study.unlimited(folder))
-        booked = [t for t in ledger.trials if t.status == "complete" and t.origin.get("weights") == weights]
+        schedule = study.space.decode(genome)
+        done = [t for t in ledger.trials if t.status == "complete" and t.digest == schedule.digest]
+        booked = [t for t in done if t.origin.get("weights") == weights]
         yield Progress("scoring the trained networks", 0, 1)
         if not booked:
-            schedule = study.space.decode(genome)
             with torch_threads(1):
                 evaluator = study.load(folder, device)
                 adopt(evaluator, trained)

@@ -40,6 +40,11 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet_0->vae"
     _optional_components = [*(name for pair in PARTS for name in pair), "class_embedding"]  # noqa: RUF012
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    # As it was loaded: diffusers keeps the code of all folders in one place, where the next one's takes its.
+    _code = {  # noqa: RUF012
+        name: (Path(__file__).parent / name).read_text(encoding="utf-8")
+        for name in ("pipeline.py", "graph.py", "latents.py", "reuse.py", "stepping.py", "texts.py", "walks.py")
+    }
 
     def __init__(self, scheduler: Any, unet_0: Any, schedule: Any = None) -> None:
         super().__init__()
@@ -52,12 +57,15 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                     parameter.data = parameter.data.clone()
 
     def save_pretrained(self, save_directory: str | Path, **given: Any) -> None:
-        """As of every pipeline; with the code that reads it, so that the copy is opened as this one was."""
-        super().save_pretrained(save_directory, **given)
-        for file in Path(__file__).parent.glob("*.py"):
-            if file.name != "__init__.py":
-                shutil.copyfile(file, Path(save_directory) / file.name)
+        """As of every pipeline; with the code that reads it, so that the copy is opened as this one was. Raises ValueError for `push_to_hub` of networks that read
+        vectors of classes, which `pipeline.push_to_hub` itself does whole."""
         vectors = getattr(self, "class_embedding", None)
+        if vectors is not None and given.get("push_to_hub"):
+            raise ValueError("save_pretrained would push an index that nobody can read; call pipeline.push_to_hub(...)")
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for name, code in self._code.items():
+            (Path(save_directory) / name).write_text(code, encoding="utf-8")
+        super().save_pretrained(save_directory, **given)
         if vectors is not None:  # of which diffusers notes where its code lies in this process alone
             shutil.copy(inspect.getfile(type(vectors)), Path(save_directory) / "class_embedding")
             index = Path(save_directory) / "model_index.json"
@@ -198,7 +206,8 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         """The noise in x by a step's network, guided where the step is, and what the next step may reuse."""
         own = partial(self._noise_in, step["model"], step["timestep"], alpha, step["reuse"], keep)
         guidance = step.get("guidance")
-        if holds(getattr(self, step["model"]), step["reuse"]):
+        net = getattr(self, step["model"])
+        if holds(getattr(net, "_orig_mod", net), step["reuse"]):
             return own(x, cache, None)
         if guidance is None:
             return own(x, first_rows(cache, len(x)), told or None)

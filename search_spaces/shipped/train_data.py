@@ -204,16 +204,21 @@ def read_images(
         yield number + 1, len(listed.files), pixels
 
 
-def folder_labels(path: Path) -> npt.NDArray[np.int64]:
+def folder_labels(path: Path, classes: int | None = None) -> npt.NDArray[np.int64]:
     """The classes of all pictures below a folder, in the order in which they are read: the folders right below it, by name. Raises
-    PictureError where a picture lies in none."""
+    PictureError where a picture lies in none, and where there are not so many `classes`: then a folder's place would be another class's."""
     names = []
     for file in find_pictures(path).files:
         inside = Path(file).relative_to(path).parts
         if len(inside) < 2:
             raise PictureError(f"{file} lies in no class's folder; put each picture into one below {path}")
         names.append(inside[0])
-    return np.unique(names, return_inverse=True)[1].astype(np.int64)
+    found, places = np.unique(names, return_inverse=True)
+    if classes is not None and len(found) != classes:
+        raise PictureError(
+            f"{path} has pictures in {len(found)} folders, and the networks take {classes} classes, the folders in the order of their names; put some into each"
+        )
+    return places.astype(np.int64)
 
 
 def folder_captions(path: Path) -> list[str]:

@@ -128,6 +128,24 @@ def settings_of(given: Any) -> Settings:
     return made
 
 
+def keep_settings(folder: Path, settings: Settings, writes: bool = True) -> None:
+    """Notes how `folder/trained` is trained, where this process `writes`. Raises ExportError where it was begun otherwise; what was refused before anything was
+    trained is no beginning."""
+    path = folder / TRAINED / "settings.json"
+    if path.exists() and any(other != path for other in path.parent.iterdir()):
+        try:
+            before = asdict(settings_of(json.loads(path.read_text())))
+        except ValueError as error:
+            raise ExportError(f"{path} is damaged ({error}); delete {path.parent} to train again") from error
+        now = asdict(settings)
+        changed = [f"{name} was {before[name]}, now {value}" for name, value in now.items() if before[name] != value]
+        if changed:
+            raise ExportError(f"{path.parent} was trained otherwise: {'; '.join(changed)}. Delete it to train again")
+    elif writes:
+        path.parent.mkdir(exist_ok=True)
+        _replace(path, json.dumps(asdict(settings), indent=2) + "\n")
+
+
 def train(
     folder: Path,
     pixels: npt.NDArray[np.float32],
@@ -226,7 +244,8 @@ def _train_one(
     trained = bare.state_dict()
     average = {key: tensor.clone() for key, tensor in trained.items()}
     state = folder / TRAINED / f".{name}.safetensors"
-    done = _restore(state, bare, optimiser, average)
+    scaler = accelerator.scaler
+    done = _restore(state, bare, optimiser, average, scaler)
     try:
         while done < total:
             with whole():
@@ -236,12 +255,12 @@ def _train_one(
                 averaged(list(average.values()), list(trained.values()), done)
                 done += 1
                 if done % settings.checkpoint_every == 0 and accelerator.is_main_process:
-                    _keep(state, bare, optimiser, average, done)
+                    _keep(state, bare, optimiser, average, done, scaler)
             yield {"model": name, "step": done, "steps": total, "loss": float(loss), "average": average}
     except (GeneratorExit, KeyboardInterrupt):
         if done and done % settings.checkpoint_every and accelerator.is_main_process:
             with whole():
-                _keep(state, bare, optimiser, average, done)
+                _keep(state, bare, optimiser, average, done, scaler)
         raise
     if accelerator.is_main_process:
         bare.load_state_dict(average)
@@ -357,19 +376,26 @@ def _loss(
     return made
 
 
+SCALED = ("scale", "_growth_tracker")
+"""Of what a loss is scaled by in float16, that which changes."""
+
+
 class Maps:
     """Spatial maps of a UNet's blocks, or of a transformer's last one, (batch, positions), as its next call has them."""
 
     def __init__(self, net: Any, wanted: bool) -> None:
-        deep = hasattr(net, "transformer_blocks")
-        self._channels = -1 if deep else 1
-        every = [net.transformer_blocks[-1]] if deep else [*net.down_blocks, *net.up_blocks]
-        blocks = every if wanted else []
+        self._channels = 1
         self._found: list[torch.Tensor] = []
-        self._hooks = [block.register_forward_hook(self._note) for block in blocks]
+        self._hooks: list[Any] = []
+        if wanted and hasattr(net, "transformer_blocks"):
+            self._channels = -1
+            # What comes of the last block, outside of it: with checkpointing a block runs again in the backward pass, and a hook on it does not.
+            self._hooks = [net.norm_out.register_forward_pre_hook(lambda _, given: self._note(given[0]))]
+        elif wanted:
+            noted = lambda _, given, output: self._note(output[0] if isinstance(output, tuple) else output)  # noqa: E731
+            self._hooks = [block.register_forward_hook(noted) for block in (*net.down_blocks, *net.up_blocks)]
 
-    def _note(self, block: Any, inputs: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
+    def _note(self, hidden: torch.Tensor) -> None:
         squares = hidden.float().square().mean(self._channels).flatten(1)
         self._found.append(squares / squares.mean(1, keepdim=True).clamp_min(1e-12))
 
@@ -379,8 +405,10 @@ class Maps:
         return self._found
 
 
-def _keep(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tensor], step: int) -> None:
-    """Whole or not at all."""
+def _keep(
+    path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tensor], step: int, scaler: Any = None
+) -> None:
+    """Whole or not at all. `scaler`: of the loss in float16."""
     tensors = {"step": torch.tensor(step)}
     names = {id(parameter): name for name, parameter in net.named_parameters()}
     tensors |= {f"weight:{name}": tensor for name, tensor in net.state_dict().items()}
@@ -388,13 +416,17 @@ def _keep(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tensor]
     for parameter, state in optimiser.state.items():
         tensors[f"first:{names[id(parameter)]}"] = state["exp_avg"]
         tensors[f"second:{names[id(parameter)]}"] = state["exp_avg_sq"]
+        tensors[f"steps:{names[id(parameter)]}"] = torch.as_tensor(state["step"])
+    if scaler is not None:
+        told = scaler.state_dict()
+        tensors |= {f"scaler:{name}": torch.tensor(told[name]) for name in SCALED}
     partial = path.with_suffix(".partial")
     # Cloned, since copies of one tensor share their memory.
     save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, partial)
     os.replace(partial, path)
 
 
-def _restore(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tensor]) -> int:
+def _restore(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tensor], scaler: Any = None) -> int:
     """The step to go on with."""
     if not path.exists():
         return 0
@@ -407,12 +439,15 @@ def _restore(path: Path, net: Any, optimiser: Any, average: dict[str, torch.Tens
         average[name].copy_(kept[f"average:{name}"])
     bare = getattr(optimiser, "optimizer", optimiser)
     for name, parameter in net.named_parameters():
-        bare.state[parameter] = {
-            "step": torch.tensor(float(kept["step"])),
-            # Where each step so far was left out, as those that overflow in half precision are, there is none yet.
-            "exp_avg": kept.get(f"first:{name}", torch.zeros_like(parameter)).to(parameter.device),
-            "exp_avg_sq": kept.get(f"second:{name}", torch.zeros_like(parameter)).to(parameter.device),
-        }
+        # Where each step so far was left out, as those that overflow in half precision are, there is none yet.
+        if f"first:{name}" in kept:
+            bare.state[parameter] = {
+                "step": kept.get(f"steps:{name}", kept["step"]).float(),
+                "exp_avg": kept[f"first:{name}"].to(parameter.device),
+                "exp_avg_sq": kept[f"second:{name}"].to(parameter.device),
+            }
+    if scaler is not None and all(f"scaler:{name}" in kept for name in SCALED):
+        scaler.load_state_dict({**scaler.state_dict(), **{name: kept[f"scaler:{name}"].item() for name in SCALED}})
     return int(kept["step"])
 
 
@@ -457,9 +492,11 @@ def main() -> None:
                 print(f"reading images: {done} of {total}", flush=True)
             if asked:
                 raise SystemExit(128 + asked[0])
-        labels = folder_labels(images) if said else None
+        labels = folder_labels(images, plan.get("null_label")) if said else None
         captions = folder_captions(images) if shown else None
-        training = train(folder, pixels, settings_of(chosen), cpu, changed, labels=labels, captions=captions)
+        settings = settings_of(chosen)
+        keep_settings(folder, settings, speaks)
+        training = train(folder, pixels, settings, cpu, changed, labels=labels, captions=captions)
         with closing(training) as ticks:
             for tick in ticks:
                 if not math.isfinite(tick["loss"]):
