@@ -21,8 +21,8 @@ from nas.base.pictures import WHITE, PictureError, array_of, read_picture
 from nas.contracts import UserError, digest_of
 from nas.recipes import Few, recipe
 
-FIRST = 8
-"""Images that stand for all in the key under which they are kept."""
+FIRST, READINGS = 8, 3
+"""Images that stand for all in the key under which they are kept, and how often they are read to see whether they come out the same."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class OneByOne(KeptImages):
             (len(found.order), *self.shape),
             found.labels,
             found.held_out,
-            lambda: (self.read(int(place))[None] for place in found.order),
+            lambda places: (self.read(int(found.order[place]))[None] for place in places),
             self.named,
             f"{self.named}: {len(found.order):,} images{f'; {counts}' if counts else ''}{said}",
             found.captions,
@@ -203,7 +203,7 @@ class TorchDataset(OneByOne):
     channels]) or (channels, height, width), or of floats within `span`, channels first.
 
     `name` tells it from others: what is kept of a data set of the same name, length and first images is taken for it. Images that are read another way
-    each time, as augmentation does, are kept as they come first. Raises UserError naming the item that is something else.
+    each time, as augmentation does, are kept as they come first, and told by name and length alone. Raises UserError naming the item that is something else.
     """
 
     dataset: Any = field(compare=False)
@@ -223,8 +223,9 @@ class TorchDataset(OneByOne):
         return self.name
 
     def facts(self, items: Items) -> list[Any]:
-        first = b"".join(self.read(int(place)).tobytes() for place in items.order[:FIRST])
-        return [self.name, hashlib.sha256(first).hexdigest(), self.labels]
+        readings = [b"".join(self.read(int(n)).tobytes() for n in items.order[:FIRST]) for _ in range(READINGS)]
+        told = hashlib.sha256(readings[0]).hexdigest() if len(set(readings)) == 1 else "read another way each time"
+        return [self.name, told, self.labels]
 
     def items(self) -> Items:
         count = self._count()

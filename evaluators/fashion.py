@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Literal
@@ -68,11 +68,14 @@ class FashionMNIST(KeptImages):
                 )
         margin = (self.size - SIDE) // 2
 
-        def parts() -> Iterator[npt.NDArray[np.float32]]:
-            for whole in images:
-                for start in range(0, len(whole), 1000):
-                    pixels = whole[start : start + 1000, None].astype(np.float32) / np.float32(127.5) - 1
-                    yield np.pad(pixels, ((0, 0), (0, 0), (margin, margin), (margin, margin)), constant_values=-1)
+        def parts(places: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+            train = len(images[0])
+            for start in range(0, len(places), 1000):
+                some = [
+                    images[place >= train][place - train * (place >= train)] for place in places[start : start + 1000]
+                ]
+                pixels = np.stack(some)[:, None].astype(np.float32) / np.float32(127.5) - 1
+                yield np.pad(pixels, ((0, 0), (0, 0), (margin, margin), (margin, margin)), constant_values=-1)
 
         facts = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
         train, held_out = map(len, images)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import field, replace
 from functools import lru_cache
@@ -156,7 +157,7 @@ class ImageFolder(KeptImages):
             (len(files), *self.shape),
             labels,
             held_out,
-            lambda: (self._read(file)[None] for file in files),
+            lambda places: (self._read(files[place])[None] for place in places),
             str(self.root),
             f"{found.words(('.txt',) if self.captions else ())}{classes}{said}",
             self._captions(files),
@@ -226,7 +227,7 @@ class ImageArray:
                 if "images" not in file:
                     raise UserError(f"{path} holds {sorted(file)}, not an array named 'images'")
                 images, labels = file["images"], file.get("labels")
-        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path} cannot be read as an .npz file ({first_line(error)})") from error
         if images.dtype != np.uint8 or images.ndim not in (3, 4):
             raise UserError(

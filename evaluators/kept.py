@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from nas.base.files import partial_of, read_json, room, write_json
-from nas.contracts import ImageSet, Progress, UserError, digest_of
+from nas.contracts import ImageSet, Progress, UserError, digest_of, spread
 
 log = logging.getLogger("nas")
 
@@ -69,19 +69,23 @@ def train_first(count: int, labels: npt.NDArray[Any] | None, holdout: float) -> 
         members = np.flatnonzero(classes == label)
         chosen = np.random.default_rng([int(label), 0x5EED]).permutation(members)
         held_out[chosen[: round(holdout * len(members))]] = True
+    if holdout and not held_out.any():
+        raise UserError(
+            f"holdout={holdout:g} is less than half an image of each class of {count} images; give more, or 0 to hold out none"
+        )
     return np.concatenate([np.flatnonzero(~held_out), np.flatnonzero(held_out)]), int((~held_out).sum())
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be read: `shape` (n, channels, height, width), its last `held_out` images held out; `parts` yields the images in order, in
+    """What is to be read: `shape` (n, channels, height, width), its last `held_out` images held out; `parts` yields the images of these places, which rise, in
     arrays of any number of them. `key` identifies files and the way of reading them, `words` say what was found."""
 
     key: str
     shape: tuple[int, int, int, int]
     labels: npt.NDArray[np.int64] | None
     held_out: int
-    parts: Callable[[], Iterator[npt.NDArray[np.float32]]]
+    parts: Callable[[Sequence[int]], Iterator[npt.NDArray[np.float32]]]
     name: str
     words: str
     captions: tuple[str, ...] | None = None
@@ -98,13 +102,27 @@ class KeptImages(ABC):
     def peek(self) -> ImageSet:
         """The first few images alone, with all labels; to see whether they are what they should be, before all are read."""
         source = self.source()
-        found: list[npt.NDArray[np.float32]] = []
-        for part in source.parts():
-            found.append(part[:PEEKED])
-            if sum(map(len, found)) >= PEEKED:
-                break
+        first = np.concatenate([*source.parts(range(min(PEEKED, source.shape[0])))])
         captions = None if source.captions is None else source.captions[:PEEKED]
-        return ImageSet(np.concatenate(found)[:PEEKED], source.labels, "", captions=captions)
+        return ImageSet(first, source.labels, "", captions=captions)
+
+    def some(self, count: int) -> ImageSet:
+        """At most so many from all over, and of those that are held out: they alone are read."""
+        source = self.source()
+        train = source.shape[0] - source.held_out
+
+        def of(start: int, stop: int, held_out: ImageSet | None) -> ImageSet:
+            labels = None if source.labels is None else source.labels[start:stop]
+            places = [start + place for place in spread(stop - start, count, labels)]
+            return ImageSet(
+                np.concatenate([*source.parts(places)]),
+                None if source.labels is None else source.labels[places],
+                f"{source.key}, {count} of {start} to {stop}",
+                held_out,
+                None if source.captions is None else tuple(source.captions[place] for place in places),
+            )
+
+        return of(0, train, of(train, source.shape[0], None) if source.held_out else None)
 
     def load(self) -> ImageSet:
         for _ in self.prepare(_KEPT.get(self)):
@@ -125,7 +143,7 @@ class KeptImages(ABC):
             yield from _read(source, pixels)
             made = _in_two(pixels, source, train, None)
         else:
-            if not kept.with_suffix(".json").exists():
+            if not (kept.exists() and kept.with_suffix(".json").exists()):
                 yield from _keep(source, kept, train)
             pixels = np.load(kept, mmap_mode="c", allow_pickle=False)
             made = _in_two(pixels, source, train, read_json(kept.with_suffix(".json"), "delete it"))
@@ -150,7 +168,7 @@ def _keep(source: Source, kept: Path, train: int) -> Iterator[Progress]:
 
 def _read(source: Source, pixels: npt.NDArray[np.float32]) -> Iterator[Progress]:
     done, total = 0, len(pixels)
-    for part in source.parts():
+    for part in source.parts(range(total)):
         pixels[done : done + len(part)] = part
         before, done = done, done + len(part)
         if done // 100 > before // 100 or done == total:

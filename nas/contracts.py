@@ -588,6 +588,15 @@ class ImageSet:
         return len(self.pixels)
 
 
+def spread(count: int, most: int, labels: npt.NDArray[Any] | None = None) -> list[int]:
+    """At most so many places, rising, all over so many images; one of the last class is among them."""
+    most = min(count, most)
+    chosen = sorted({round(place * (count - 1) / max(1, most - 1)) for place in range(most)})
+    if labels is not None and most < count and labels.max() not in labels[chosen]:
+        chosen = sorted({*chosen[:-1], int(labels.argmax())})
+    return chosen
+
+
 class LoadedEvaluator(Protocol):
     @property
     def supernet(self) -> LoadedSupernet: ...

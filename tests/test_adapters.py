@@ -12,11 +12,12 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from scipy.special import ndtri
 from scipy.stats import norm
 
-from nas.contracts import Problem, Proposal, UserError, derive_seed
+from nas.contracts import Problem, Proposal, Score, Trial, UserError, derive_seed
 from nas.searchers.nevergrad import Nevergrad
 from nas.searchers.optuna_sampler import OptunaSampler
 from nas.testing import check_searcher, closed, table_problem, toy_score
 from tests.test_searchers import drive
+from tests.toy import ToySpace
 
 
 @pytest.mark.parametrize("optimizer", ["NGOpt", "CMA", "DE", "PSO", "TBPSA"])
@@ -154,3 +155,22 @@ def test_a_sampler_sees_finished_and_pending_trials_alone(monkeypatch: pytest.Mo
         search.tell(closed(problem, number, proposal, None if number == 1 else toy_score(proposal.genome), "fails"))
     search.ask([(0,) * 5, (1,) * 5])
     assert seen[-1] == ["COMPLETE"] * 2 + ["RUNNING"] * 2
+
+
+def test_an_optimizer_that_cannot_be_copied_is_refused_before_anything_is_scored() -> None:
+    """Those of scipy run in a thread of their own."""
+    with pytest.raises(UserError, match="optimizer 'Cobyla' cannot be copied, which a search that resumes needs"):
+        Nevergrad("Cobyla").start(Problem(ToySpace(4), ("fd",)), 0)
+
+
+def test_one_that_has_drawn_all_that_it_planned_goes_on_with_neighbours() -> None:
+    problem = Problem(ToySpace(4), ("fd",))
+    search, seen = Nevergrad("LHSSearch", budget=3).start(problem, 0), []
+    for number in range(12):
+        proposal = search.ask(())
+        assert isinstance(proposal, Proposal)
+        seen.append(proposal)
+        score = Score({"fd": float(sum(proposal.genome))})
+        search.tell(Trial(number, proposal.genome, "", 1, "complete", score, {}, {}, proposal.origin))
+    assert len({proposal.genome for proposal in seen}) == 12
+    assert seen[-1].origin == {"operator": "neighbour"}

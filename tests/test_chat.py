@@ -187,3 +187,10 @@ def test_an_answer_that_means_nothing_is_refused_in_a_short_line(text: str) -> N
 def test_what_is_booked_of_an_answer_is_cut() -> None:
     with listening(replying(answer("no list " * 10_000))) as (url, _):
         assert len(Chat(url, "m").propose(QUESTION)) == LONGEST_ANSWER
+
+
+def test_what_is_thought_aloud_first_does_not_hide_the_answer() -> None:
+    text = "Let me think of [1, 2]. " * 1000 + json.dumps([choice.options[0] for choice in QUESTION.choices])
+    with listening(replying(answer(text))) as (url, _):
+        option, _ = read_answer(Chat(url, "m").propose(QUESTION), QUESTION)
+    assert option == read_answer(text[-200:], QUESTION)[0]

@@ -92,6 +92,12 @@ def test_curves_areas_and_spreads_follow_from_the_trials(all_run: Path) -> None:
     spread = next(row for row in found["over_seeds"] if row["searcher"] == "evolution")
     values = [rows[f"evolution{suffix}"]["hypervolume"] for suffix in ("", " (seed 1)", " (seed 2)")]
     assert spread["hypervolume"] == pytest.approx({"mean": np.mean(values), "sd": np.std(values, ddof=1), "seeds": 3})
+    # Of the best within a budget, on noises on which nothing was chosen.
+    for share, told in spread["best_within"].items():
+        members = [rows[f"evolution{suffix}"]["best_within"][share] for suffix in ("", " (seed 1)", " (seed 2)")]
+        scores = [member["confirmed"]["fd"] for member in members if member]
+        assert (told is None) == (not scores)
+        assert told is None or (told["mean"], told["seeds"], told["confirmed"]) == (np.mean(scores), len(scores), True)
 
 
 def test_the_comparison_is_tables_pictures_and_words(all_run: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import random
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import evaluators.kept
 from evaluators.datasets import DatasetFolder, TorchDataset
 from evaluators.images import ImageFolder
 from evaluators.kept import KeptImages, Source
+from nas.base.files import partial_of
 from nas.contracts import UserError
 from tests.test_images import folder_of
 
@@ -142,7 +146,7 @@ def test_a_torch_data_set_holds_the_folders_images(form: str, folder: Path, tmp_
 def test_a_study_looks_at_a_few_images_before_all_are_read(folder: Path) -> None:
     class Counted(torch.utils.data.Dataset[Any]):
         def __init__(self) -> None:
-            self.files, self.read = sorted(folder.glob("*.png")), 0
+            self.files, self.read = sorted(folder.glob("*.png")) * 4, 0
 
         def __len__(self) -> int:
             return len(self.files)
@@ -155,7 +159,7 @@ def test_a_study_looks_at_a_few_images_before_all_are_read(folder: Path) -> None
     images = TorchDataset(dataset=items, name="counted", size=8)
     before = items.read
     found = images.peek()
-    assert len(found.pixels) < items.read - before + 1 < COUNT
+    assert len(found.pixels) < items.read - before + 1 < 4 * COUNT / 2
     assert np.array_equal(found.pixels, images.load().pixels[: len(found.pixels)])
 
 
@@ -196,8 +200,8 @@ class Many(KeptImages):
     def source(self) -> Source:
         return Source("many", (32, 4, 256, 256), None, 16, self._parts, "many", "many images")
 
-    def _parts(self) -> Any:
-        for place in range(32):
+    def _parts(self, places: Sequence[int]) -> Any:
+        for place in places:
             yield np.full((1, 4, 256, 256), place / 32, np.float32)
 
 
@@ -212,3 +216,57 @@ def test_more_images_than_memory_holds_are_read(tmp_path: Path) -> None:
     assert loaded.pixels[5, 0, 0, 0] == np.float32(5 / 32)
     assert loaded.reference.pixels[15, 3, 255, 255] == np.float32(31 / 32)
     assert not list((tmp_path / "images").glob("*.partial"))
+
+
+def test_a_look_from_all_over_reads_what_it_shows_alone() -> None:
+    tracemalloc.start()
+    found = Many().some(3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
+    assert found.held_out is not None
+    assert (found.pixels[:, 0, 0, 0] * 32).tolist() == [0, 8, 15]
+    assert (found.held_out.pixels[:, 0, 0, 0] * 32).tolist() == [16, 24, 31]
+
+
+def test_the_last_class_is_among_the_few(folder: Path) -> None:
+    found = TorchDataset(dataset=Pairs(folder, "picture"), name="pairs", size=8, labels=True).some(2)
+    assert found.labels is not None
+    assert found.labels.tolist() == [0, 3]
+
+
+def test_what_another_process_writes_at_the_moment_stays(tmp_path: Path) -> None:
+    mine = tmp_path / "images.npy"
+    alive, killed = (tmp_path / f"images.{process}.partial" for process in (os.getppid(), 2**22 + 1))
+    for path in (alive, killed):
+        path.touch()
+    with partial_of(mine) as partial:
+        partial.touch()
+        assert {*tmp_path.iterdir()} == {alive, partial}
+    assert [*tmp_path.iterdir()] == [alive]
+
+
+def test_images_that_are_never_read_alike_are_kept_as_they_come_first(folder: Path, tmp_path: Path) -> None:
+    class Flipped(Pairs):
+        def __getitem__(self, place: int) -> Any:
+            image, label = super().__getitem__(place)
+            return (image[:, ::-1].copy() if random.random() < 0.5 else image), label
+
+    recipe = TorchDataset(dataset=Flipped(folder, "bytes"), name="flipped", size=8)
+    list(recipe.prepare(tmp_path))
+    first = recipe.load()
+    for _ in range(3):
+        evaluators.kept._LOADED.clear()
+        again = recipe.load()
+        assert again.digest == first.digest
+        assert np.array_equal(again.pixels, first.pixels)
+    [kept] = (tmp_path / "images").glob("*.npy")
+    kept.unlink()  # by hand, and what is known of it is left
+    evaluators.kept._LOADED.clear()
+    assert len(recipe.load()) == COUNT
+
+
+def test_a_share_of_less_than_an_image_of_any_class_is_refused(folder: Path) -> None:
+    recipe = TorchDataset(dataset=Pairs(folder, "picture"), name="pairs", size=8, labels=True, holdout=0.05)
+    with pytest.raises(UserError, match=r"holdout=0\.05 is less than half an image of each class of 20 images"):
+        recipe.load()

@@ -249,6 +249,10 @@ def test_pictures_that_are_no_single_picture_are_named(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with pytest.raises(PictureError, match=r"a\.gif holds 3 pictures"):
         read_picture(tmp_path / "a.gif", (8, 8), 3)
+    Image.new("RGB", (8, 8), "white").save(  # as telephones write them, with a preview behind
+        tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))]
+    )
+    assert read_picture(tmp_path / "a.jpg", (8, 8), 3).min() > 0.99
     Image.fromarray(np.zeros((8, 8), np.int32)).save(tmp_path / "a.tif")
     with pytest.raises(PictureError, match="32 bits for each pixel"):
         read_picture(tmp_path / "a.tif", (8, 8), 1)

@@ -77,19 +77,26 @@ from dataclasses import dataclass
 from nas.searchers.random import Random
 from tests.toy import ToyEvaluator, toy_study
 from dataclasses import replace
+from beside_a_study import Words
 
 @dataclass(frozen=True)
 class OnlyHere(ToyEvaluator):
+    words: Words = Words()
+
     def __call__(self, schedule, rung, seed):
         score = super().__call__(schedule, rung, seed)
-        return replace(score, labels={"fd": "only here"})
+        return replace(score, labels={"fd": self.words.said})
 
 study = replace(toy_study(trials=6), evaluator=OnlyHere())
 """
 
 
 def test_classes_of_a_study_file_reach_the_workers(ray_cluster: Any, tmp_path: Path) -> None:
+    """And those of a module beside it."""
     (tmp_path / "mine.py").write_text(STUDY)
+    (tmp_path / "beside_a_study.py").write_text(
+        "from dataclasses import dataclass\n\n@dataclass(frozen=True)\nclass Words:\n    said: str = 'only here'\n"
+    )
     trials = run_on_ray(load_study(tmp_path / "mine.py"), tmp_path / "run")
     assert {t.score.labels["fd"] for t in trials if t.score} == {"only here"}
 
@@ -123,6 +130,25 @@ def test_an_audit_on_workers_has_the_rows_of_a_local_one(ray_cluster: Any, tmp_p
         assert [tick.done for tick in ticks] == list(range(1, 21))
     local, ray = (read_table(tmp_path / name / "audit" / TABLE) for name in ("local", "ray"))
     assert ray == local
+
+
+def test_a_shell_that_names_a_cluster_joins_it_only_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of this machine's own would not be closed to others."""
+    from nas.cli.options import worker_pool
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert worker_pool(2, 0.0, None, "cpu") is not None
+    assert "RAY_ADDRESS" not in os.environ
+
+
+def test_fractions_of_a_gpu_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from nas.engine import cluster
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 16.0, "GPU": 1.0}}])
+    for share in (0.1, 0.2, 0.5, 1.0):
+        assert cluster.room_for({"cpu": 1.0, "gpu": share}) == round(1 / share)
 
 
 def test_the_desk_sends_kin_the_same_way_and_waits_for_nobody_twice(monkeypatch: pytest.MonkeyPatch) -> None:

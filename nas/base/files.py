@@ -126,14 +126,27 @@ def room(path: Path | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
 
 @contextmanager
 def partial_of(path: Path) -> Iterator[Path]:
-    """Another name, to write under until all is there; nothing is left under it, nor under those of runs that were killed."""
+    """Another name, to write under until all is there; nothing is left under it, nor under those of processes that were killed."""
     for left in path.parent.glob(f"{path.stem}.*.partial"):
-        _remove(left)
+        process = left.name.split(".")[-2]
+        if not (process.isdigit() and int(process) != os.getpid() and is_alive(int(process))):
+            _remove(left)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         yield partial
     finally:
         _remove(partial)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine has this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

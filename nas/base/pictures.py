@@ -1,7 +1,7 @@
 """How picture files become arrays: one set of rules for search, training and exported folders. Needs numpy and pillow alone.
 
 Every file below a folder counts that has a picture's suffix, links followed; what is hidden, or of another kind, is left out and said. A
-camera's orientation is applied, what is transparent shows the background, 16 bits count as 16 bits, and nothing is resized unless asked for.
+camera's orientation is applied, what is transparent shows the background, grey of 16 bits counts as such, and nothing is resized unless asked for.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def read_picture(
                 raise PictureError(
                     f"{file} has {width * height / 1e6:.0f} million pixels, more than {MOST_PIXELS / 1e6:.0f}; make it smaller"
                 )
-            if getattr(opened, "n_frames", 1) > 1:
+            # The others of an MPO, which telephones write as .jpg, are previews or depths of its first.
+            if getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO":
                 raise PictureError(f"{file} holds {opened.n_frames} pictures; save one of them as a file of its own")  # type: ignore[attr-defined]
             sixteen = opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG")
             picture = _flat(ImageOps.exif_transpose(opened), channels, background, file, sixteen)

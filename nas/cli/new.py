@@ -77,16 +77,28 @@ HELD_OUT = 128
 """Pictures that are held out where a tenth of them would be fewer; of fewer than some four hundred, three tenths."""
 
 
+LEAST_HELD_OUT = 36
+
+
 def _checked(path: Path) -> None:
-    """As `nas run --dry-run` would, so that what is written runs."""
+    """As `nas run --dry-run` would, so that what is written runs. Raises UserError where it would not."""
+    from evaluators.kept import MINIMUM, KeptImages
     from nas.study import load_study
 
-    load_study(path).check()
+    study = load_study(path)
+    study.check()
+    assert isinstance(study.images, KeptImages)
+    source = study.images.source()
+    if source.held_out // 2 < MINIMUM:
+        raise UserError(
+            f"{source.shape[0]} pictures are too few: of the {source.held_out} that are held out the search and the last judgement have a half each, which must be "
+            f"{MINIMUM} at least; add pictures"
+        )
 
 
 def _held_out(count: int) -> float:
-    """A tenth, or more of few pictures: the search and the last judgement have a half each."""
-    return round(min(0.3, max(0.1, HELD_OUT / count)), 2)
+    """A tenth, or more of few pictures: the search and the last judgement have a half each, of very few as many as a distance needs."""
+    return round(max(min(0.3, max(0.1, HELD_OUT / count)), min(0.5, LEAST_HELD_OUT / count)), 2)
 
 
 def study_text(name: str, file: str, images: Path, pipeline: Path | None, labels: bool, size: int | None) -> str:
@@ -140,7 +152,7 @@ def _looked_at(images: Path) -> tuple[int, int, int, bool, int]:
             with Image.open(file) as picture:
                 sizes.add((picture.height, picture.width))
                 grey = grey and picture.mode in ("1", "L", "I;16")
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"{file} cannot be read as a picture ({error}); mend it, or take it away") from error
     height, width = min(sizes)
     return height, width, 1 if grey else 3, len(sizes) == 1, len(files)

@@ -109,6 +109,8 @@ def worker_pool(count: int, gpus: float, address: str | None, device: str) -> Wo
     """Ray workers, where any option asks for them."""
     if not (count or gpus or address):
         return None
+    # Ray reads it where it is imported: a cluster of this machine's own is closed to others only without it.
+    os.environ.pop("RAY_ADDRESS", None)
     if address:
         os.environ["RAY_ADDRESS"] = address
     from nas.engine.cluster import Workers, check_workers

@@ -217,18 +217,25 @@ def print_comparison(facts: Mapping[str, Any], details: bool = False) -> None:
 
 
 def _over_seeds(rows: Any, budgets: list[str]) -> Table:
-    table = _table("mean ± standard deviation over seeds")
+    table = _table(
+        "mean ± standard deviation over seeds; within a share of the full net's on a third noise, in brackets where not all are scored on it"
+    )
     table.add_column("searcher", no_wrap=True)
     for column in ("seeds", "hypervolume", "area", *(f"{float(budget):.0%}" for budget in budgets)):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         cells = [row["hypervolume"], row["area"], *(row["best_within"][budget] for budget in budgets)]
-        table.add_row(row["searcher"], str(row["seeds"]), *("-" if c is None else _with_spread(c) for c in cells))
+        table.add_row(
+            row["searcher"], str(row["seeds"]), *("-" if c is None else _with_spread(c, row["seeds"]) for c in cells)
+        )
     return table
 
 
-def _with_spread(one: Mapping[str, float]) -> str:
-    return f"{one['mean']:.3g}" + (f"±{one['sd']:.1g}" if math.isfinite(one["sd"]) else "")
+def _with_spread(one: Mapping[str, Any], seeds: int) -> str:
+    """With how many seeds it is of, where those are fewer."""
+    words = f"{one['mean']:.3g}" + (f"±{one['sd']:.1g}" if math.isfinite(one["sd"]) else "")
+    words = words if one.get("confirmed", True) else f"({words})"
+    return words + (f", {one['seeds']} seed{'s' * (one['seeds'] > 1)}" if one["seeds"] < seeds else "")
 
 
 def _best(member: Mapping[str, Any] | None, objective: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import atexit
+import logging
 import math
 import os
 import secrets
@@ -34,6 +35,11 @@ if not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import ray
+
+log = logging.getLogger("nas")
+
+CLOSED = os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0" and os.environ.get("RAY_AUTH_MODE") == "token"
+"""Whether a cluster that is started here is closed to others."""
 
 
 @recipe
@@ -226,6 +232,10 @@ def _join(workers: Workers) -> None:
             ray.init(address=workers.address, **quiet)
         else:
             memory = 200 * 2**20
+            if not CLOSED:
+                log.warning(
+                    "this machine's Ray cluster can be reached from other machines without a token, as RAY_ADDRESS was set, or ray imported, before nas.engine.cluster"
+                )
             ray.init(
                 "local",
                 num_cpus=workers.count,
@@ -243,7 +253,10 @@ def _join(workers: Workers) -> None:
 def room_for(resources: Mapping[str, float]) -> int:
     """How many workers the cluster holds at once. A request that no node can ever meet would wait for ever."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(int(min(node.get(name.upper(), 0) // amount for name, amount in resources.items())) for node in nodes)
+    # Sums of fractions of a GPU fall short of 1 by rounding.
+    room = sum(
+        int(min(node.get(name.upper(), 0) / amount + 1e-9 for name, amount in resources.items())) for node in nodes
+    )
     if not room:
         raise UserError(
             f"no node of the Ray cluster has room for a worker with {resources}; lower --gpus-per-worker or add nodes"

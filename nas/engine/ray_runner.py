@@ -354,9 +354,11 @@ def _give_back() -> None:
 
 @contextmanager
 def _sent_by_value(study: Study) -> Iterator[None]:
-    """Workers cannot import the study file: its classes travel inside the pickle."""
+    """Workers cannot import the study file, nor what lies beside it: their classes travel inside the pickle."""
     parts = (study, study.space, study.supernet, study.images, study.training, study.evaluator)
     names = {type(part).__module__ for part in parts} | {name for name in sys.modules if name.startswith("nas_study_")}
+    folders = {Path(file).parent for name in names if name.startswith("nas_study_") and (file := _file_of(name))}
+    names |= {name for name in [*sys.modules] if folders.intersection(Path(_file_of(name)).parents)}
     modules = [sys.modules[name] for name in names if name in sys.modules and not _importable(name)]
     for module in modules:
         ray.cloudpickle.register_pickle_by_value(module)
@@ -369,6 +371,8 @@ def _sent_by_value(study: Study) -> Iterator[None]:
 
 def _importable(name: str) -> bool:
     """Whether a worker finds the module: it belongs to an installed package, not to a study file or a script."""
-    return name.split(".")[0] in ("nas", "search_spaces", "evaluators") or "site-packages" in (
-        getattr(sys.modules[name], "__file__", None) or ""
-    )
+    return name.split(".")[0] in ("nas", "search_spaces", "evaluators") or "site-packages" in _file_of(name)
+
+
+def _file_of(name: str) -> str:
+    return getattr(sys.modules[name], "__file__", None) or ""

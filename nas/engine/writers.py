@@ -18,6 +18,7 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy import text
 
+from nas.base.files import is_alive
 from nas.contracts import UserError
 from nas.engine.storage import check_url
 
@@ -171,10 +172,4 @@ def _gone(holder: str) -> bool:
     process, _, rest = holder.removeprefix("process ").partition(" on ")
     if rest.rpartition(",")[0] != socket.gethostname() or not process.isdigit():
         return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return not is_alive(int(process))

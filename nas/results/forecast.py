@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from nas.contracts import (
     Trial,
     UserError,
     derive_seed,
+    spread,
 )
 from nas.engine.session import torch_threads
 from nas.genomes.genetics import LATENCY, cheapest, dearest, random_genome, uniform_genomes
@@ -44,21 +45,20 @@ SLOW = 2e10
 
 @dataclass(frozen=True)
 class Some:
-    """A few of some images, from all over, and of those that are held out of them; the last class is among them."""
+    """A few of some images, from all over, and of those that are held out of them, which alone are read where others need not be; the last class is among them."""
 
     images: Images
     count: int = IMAGES
 
     def load(self) -> ImageSet:
-        return _some(self.images.load(), self.count)
+        some: Callable[[int], ImageSet] | None = getattr(self.images, "some", None)
+        return _some(self.images.load(), self.count) if some is None else some(self.count)
 
 
 def _some(images: ImageSet, count: int) -> ImageSet:
     if len(images) <= count:
         return images
-    chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
-    if images.labels is not None:
-        chosen[-1] = int(images.labels.argmax())
+    chosen = spread(len(images), count, images.labels)
     return ImageSet(
         images.pixels[chosen],
         None if images.labels is None else images.labels[chosen],
@@ -112,7 +112,8 @@ def forecast(study: Study, searchers: Sequence[str], device: str = "cpu", thread
             "reckon with another's"
         )
     shrunk, steps = _shrunk(study)
-    real = len(study.images.load())
+    source = getattr(study.images, "source", None)  # of images that take long to read, how many there are
+    real = len(study.images.load()) if source is None else (told := source()).shape[0] - told.held_out
     with tempfile.TemporaryDirectory(prefix="nas-dry-run-") as where:
         folder = Path(where)
         with torch_threads(threads):

@@ -307,7 +307,7 @@ class Run:
                 "hypervolume": mean_and_spread([row["hypervolume"] for row in group]),
                 "area": mean_and_spread([row["area"] for row in group]),
                 "best_within": {
-                    share: mean_and_spread([best[quality] for row in group if (best := row["best_within"][share])])
+                    share: _over([best for row in group if (best := row["best_within"][share])], quality)
                     for share in group[0]["best_within"]
                 },
             }
@@ -369,6 +369,12 @@ def _member(trial: Trial, quality: str, scale: Scale) -> dict[str, Any]:
         quality: trial.score.values[quality],
         "error": trial.score.error(quality),
     }
+
+
+def _over(members: Sequence[Mapping[str, Any]], quality: str) -> dict[str, Any] | None:
+    """Of the best of each seed within a budget: on noises on which nothing was chosen, and `confirmed` says whether all were scored on these."""
+    found = mean_and_spread([(best["confirmed"] or best)[quality] for best in members])
+    return found and {**found, "confirmed": all(best["confirmed"] for best in members)}
 
 
 def _is_now(info: LedgerInfo, facts: Mapping[str, Any]) -> bool:

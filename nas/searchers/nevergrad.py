@@ -18,6 +18,7 @@ import numpy.typing as npt
 from nevergrad.common.errors import TellNotAskedNotSupportedError
 from scipy.special import ndtr, ndtri
 
+from nas.base.files import first_line
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
 from nas.genomes.genetics import LATENCY, TRIES, Taken, anchor, budget_of, near, repair
 from nas.recipes import Count, recipe
@@ -42,6 +43,7 @@ class Nevergrad:
             )
 
     def start(self, problem: Problem, seed: int) -> NevergradSearch:
+        """Raises UserError for an optimiser that cannot be copied, as those of scipy that Nevergrad runs in a thread of their own."""
         return NevergradSearch(self, problem, seed)
 
 
@@ -56,6 +58,13 @@ class NevergradSearch:
         variables = ng.p.Array(shape=(len(self._sizes),))
         variables.random_state.seed(derive_seed(seed, "nevergrad"))
         self._optimizer: Any = ng.optimizers.registry[settings.optimizer](variables, budget=settings.budget)
+        try:
+            copy.deepcopy(self._optimizer)
+        except Exception as error:
+            raise UserError(
+                f"Nevergrad's optimizer {settings.optimizer!r} cannot be copied, which a search that resumes needs ({first_line(error)}); take another one, "
+                "for example NGOpt, CMA, DE"
+            ) from error
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
@@ -64,8 +73,13 @@ class NevergradSearch:
         optimizer = copy.deepcopy(self._optimizer)  # drawing moves an optimiser on; only what is told may
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            genome = self._first
             for draw in range(TRIES):
-                genome = self._genome(optimizer.ask().value, draw)
+                try:
+                    drawn = optimizer.ask()
+                except AssertionError:  # those that plan all of their draws beforehand have no more than their budget
+                    break
+                genome = self._genome(drawn.value, draw)
                 if genome not in taken:
                     return Proposal(genome, {"tells": len(self._told), "draw": draw})
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "nevergrad neighbour"))

@@ -112,7 +112,7 @@ def read_answer(text: str, question: Question) -> tuple[Option, str]:
 
     Raises RefusedError for an answer that holds no list of one known option for each choice.
     """
-    text = text[:LONGEST_ANSWER]
+    text = text[-LONGEST_ANSWER:]  # what was thought aloud comes before it
     lists = re.findall(r"\[[^\[\]]*\]", text)
     if not lists:
         raise RefusedError("it holds no JSON list")
@@ -286,7 +286,7 @@ class Chat:
             raise self._failed(
                 f"with a {type(content).__name__} for a message", "it must speak OpenAI's chat completions"
             )
-        return content[:LONGEST_ANSWER]
+        return content[-LONGEST_ANSWER:]
 
     def _failed(self, answered: str, remedy: str) -> UserError:
         return UserError(
