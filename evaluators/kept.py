@@ -71,7 +71,7 @@ def train_first(count: int, labels: npt.NDArray[Any] | None, holdout: float) -> 
         held_out[chosen[: round(holdout * len(members))]] = True
     if holdout and not held_out.any():
         raise UserError(
-            f"holdout={holdout:g} is less than half an image of each class of {count} images; give more, or 0 to hold out none"
+            f"holdout={holdout:g} rounds to no image of any class, of {count} images in all; give more images of a class, or a larger share"
         )
     return np.concatenate([np.flatnonzero(~held_out), np.flatnonzero(held_out)]), int((~held_out).sum())
 

@@ -220,7 +220,8 @@ class LoadedTextEncoder(_Tabled):
                 for values in (yield from self._encoded(distinct, partial)).values():
                     assert isinstance(values, np.memmap)
                     values.flush()
-                os.replace(partial, path)
+                if not path.exists():  # by another process, which had to encode them too
+                    os.replace(partial, path)
         self._made[key] = _mapped(path)
 
     def _encoded(

@@ -268,5 +268,5 @@ def test_images_that_are_never_read_alike_are_kept_as_they_come_first(folder: Pa
 
 def test_a_share_of_less_than_an_image_of_any_class_is_refused(folder: Path) -> None:
     recipe = TorchDataset(dataset=Pairs(folder, "picture"), name="pairs", size=8, labels=True, holdout=0.05)
-    with pytest.raises(UserError, match=r"holdout=0\.05 is less than half an image of each class of 20 images"):
+    with pytest.raises(UserError, match=r"holdout=0\.05 rounds to no image of any class, of 20 images in all"):
         recipe.load()

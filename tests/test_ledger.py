@@ -82,13 +82,18 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, tail: bytes) -> None:
     assert len(ledger(tmp_path).trials) == 2
 
 
-def test_a_stale_journal_lock_does_not_stop_the_next_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("link", [True, False])
+def test_a_stale_journal_lock_does_not_stop_the_next_run(link: bool, tmp_path: Path) -> None:
+    """A link, as Optuna leaves by default, or a file."""
     import os
     import time
 
     open_trial(ledger(tmp_path), (0,) * 6)
     stale = tmp_path / "journal.log.lock"
-    stale.symlink_to(tmp_path / "journal.log")
+    if link:
+        stale.symlink_to(tmp_path / "journal.log")
+    else:
+        stale.touch()
     os.utime(stale, (time.time() - 60,) * 2, follow_symlinks=False)
     started = time.monotonic()
     open_trial(ledger(tmp_path), (1,) * 6)

@@ -76,8 +76,8 @@ FEW = 200
 HELD_OUT = 128
 """Pictures that are held out where a tenth of them would be fewer; of fewer than some four hundred, three tenths."""
 
-
 LEAST_HELD_OUT = 36
+"""Pictures that are held out where three tenths of them would be fewer, up to a half of them: those of two distances, with some to spare for rounding."""
 
 
 def _checked(path: Path) -> None:

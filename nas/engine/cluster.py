@@ -234,7 +234,8 @@ def _join(workers: Workers) -> None:
             memory = 200 * 2**20
             if not CLOSED:
                 log.warning(
-                    "this machine's Ray cluster can be reached from other machines without a token, as RAY_ADDRESS was set, or ray imported, before nas.engine.cluster"
+                    "this machine's Ray cluster may be reached by others: ray was imported before nas.engine.cluster, or RAY_ADDRESS, RAY_AUTH_MODE or "
+                    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER say something else than it does"
                 )
             ray.init(
                 "local",

@@ -358,7 +358,8 @@ def _sent_by_value(study: Study) -> Iterator[None]:
     parts = (study, study.space, study.supernet, study.images, study.training, study.evaluator)
     names = {type(part).__module__ for part in parts} | {name for name in sys.modules if name.startswith("nas_study_")}
     folders = {Path(file).parent for name in names if name.startswith("nas_study_") and (file := _file_of(name))}
-    names |= {name for name in [*sys.modules] if folders.intersection(Path(_file_of(name)).parents)}
+    # What lies in the working folder a worker imports.
+    names |= {name for name in [*sys.modules] for folder in folders - {Path.cwd()} if _lies_in(folder, name)}
     modules = [sys.modules[name] for name in names if name in sys.modules and not _importable(name)]
     for module in modules:
         ray.cloudpickle.register_pickle_by_value(module)
@@ -372,6 +373,12 @@ def _sent_by_value(study: Study) -> Iterator[None]:
 def _importable(name: str) -> bool:
     """Whether a worker finds the module: it belongs to an installed package, not to a study file or a script."""
     return name.split(".")[0] in ("nas", "search_spaces", "evaluators") or "site-packages" in _file_of(name)
+
+
+def _lies_in(folder: Path, name: str) -> bool:
+    """Whether it is imported from this folder, rather than from an installation somewhere below it."""
+    own = folder.joinpath(*name.split("."))
+    return _file_of(name) in (f"{own}.py", str(own / "__init__.py"))
 
 
 def _file_of(name: str) -> str:

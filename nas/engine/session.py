@@ -130,8 +130,8 @@ class Session:
             return Conductor(ledger, search, problem, ladder, study.seed, self._known, on_settled)
 
     def confirmation(self, genomes: Sequence[Genome]) -> Conductor:
-        """Scores chosen schedules once more, on noises on which nothing was chosen, with as many samples as verified them. They have been scored before, so that a
-        failure is not theirs: whatever failed in an earlier run is tried again."""
+        """Scores chosen schedules once more, on noises on which nothing was chosen, with as many samples as verified them. Whatever failed in an earlier
+        run is tried again."""
         study, problem = self.study, self.study.unlimited(self.folder)
         info = confirmed_ledger(study, self.folder)
         check = self._writers.enter_context(only_writer(self._url, info.name, lambda holder: None))
@@ -146,7 +146,8 @@ class Session:
         if workers is not None:
             from nas.engine.ray_runner import run_on_ray
 
-            run_on_ray(conductors, self.study, self.folder, workers)
+            with torch_threads(1):
+                run_on_ray(conductors, self.study, self.folder, workers)
             return
         for conductor in conductors:
             with torch_threads(1):

@@ -161,14 +161,15 @@ class LoadedRecovered(LoadedAroundAnother):
 
     def _recovered(self, arch: Arch, interval: int) -> tuple[Arch, float, bool]:
         """The subnet as it is trained in this interval, under a name of its own; the multiply-adds of that; and whether it was done now."""
-        name = digest_of([self._own, arch, interval])
-        new = False
+        settings, steps = self._settings(arch, interval)
+        # Where the teacher says where the variance lies, steps were once reckoned without it.
+        varies = [steps] if getattr(self.supernet, "learned_variance", False) else []
+        name, new = digest_of([self._own, arch, interval, *varies]), False
         if name not in self._kept.archs:
             new = self._train(arch, interval, name)
             own = self.supernet.apart(arch, name)
             self.supernet.adopt(own, read_network(self._folder / name))
             self._kept.archs[name], self._kept.version = own, self.supernet.version
-        settings, steps = self._settings(arch, interval)
         return (
             self._kept.archs[name],
             steps * settings.batch * gradient_macs(self.supernet, arch, settings),

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,14 @@ class Some:
     count: int = IMAGES
 
     def load(self) -> ImageSet:
-        some: Callable[[int], ImageSet] | None = getattr(self.images, "some", None)
-        return _some(self.images.load(), self.count) if some is None else some(self.count)
+        return _read(self.images, self.count)
+
+
+@lru_cache(maxsize=1)
+def _read(images: Images, count: int) -> ImageSet:
+    """Once, as several parts ask for them."""
+    some: Callable[[int], ImageSet] | None = getattr(images, "some", None)
+    return some(count) if callable(some) else _some(images.load(), count)
 
 
 def _some(images: ImageSet, count: int) -> ImageSet:
@@ -103,7 +110,7 @@ class Forecast:
 
 
 def forecast(study: Study, searchers: Sequence[str], device: str = "cpu", threads: int = 0, seeds: int = 1) -> Forecast:
-    """`seeds`: of each search. Reads the images, trains everything for a few steps, and scores a few schedules. Raises UserError where one step takes too long to try."""
+    """`seeds`: of each search. Reads a few images, trains everything for a few steps, and scores a few schedules. Raises UserError where one step takes too long to try."""
     largest = dearest(study.space)
     macs = study.space.cost(largest)["macs"] / len(study.space.decode(largest).steps)
     if device == "cpu" and macs / SLOW > SECONDS:
@@ -113,7 +120,8 @@ def forecast(study: Study, searchers: Sequence[str], device: str = "cpu", thread
         )
     shrunk, steps = _shrunk(study)
     source = getattr(study.images, "source", None)  # of images that take long to read, how many there are
-    real = len(study.images.load()) if source is None else (told := source()).shape[0] - told.held_out
+    real = (told := source()).shape[0] - told.held_out if callable(source) else len(study.images.load())
+    Some(study.images).load()  # before anything is timed
     with tempfile.TemporaryDirectory(prefix="nas-dry-run-") as where:
         folder = Path(where)
         with torch_threads(threads):

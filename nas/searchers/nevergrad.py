@@ -59,7 +59,9 @@ class NevergradSearch:
         variables.random_state.seed(derive_seed(seed, "nevergrad"))
         self._optimizer: Any = ng.optimizers.registry[settings.optimizer](variables, budget=settings.budget)
         try:
-            copy.deepcopy(self._optimizer)
+            probe = copy.deepcopy(self._optimizer)
+            getattr(probe, "optim", None)  # some choose a method of another's when they are first asked for it
+            copy.deepcopy(probe)
         except Exception as error:
             raise UserError(
                 f"Nevergrad's optimizer {settings.optimizer!r} cannot be copied, which a search that resumes needs ({first_line(error)}); take another one, "
