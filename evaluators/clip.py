@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812  as everybody calls it
 
 from evaluators.features import in_parts
 from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
-from nas.base.files import first_line, read_json
+from nas.base.files import add_file, first_line, read_json
 from nas.base.quiet import quiet_transformers
 from nas.contracts import LoadedSupernet, Progress, Schedule, UserError, digest_of
 from nas.recipes import recipe
@@ -98,7 +98,7 @@ class ClipScore(Sampled):
         found = hashlib.sha256()
         for file in sorted(path for path in self.folder.iterdir() if path.suffix in (".json", ".safetensors", ".txt")):
             found.update(file.name.encode())
-            found.update(file.read_bytes())
+            add_file(found, file)
         return found.hexdigest()[:16]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -73,6 +73,9 @@ def _rows(step: Step) -> int:
 STATES_KEPT = 32
 """At most about so many states of one trajectory are kept, besides those where the subnet changes."""
 
+HEAVY = 4
+"""So many times as large as the state itself, what it carries to be reused makes it one of those that share a quarter of the memory."""
+
 Kept = TypeVar("Kept")
 
 
@@ -81,7 +84,8 @@ class Trajectories:
 
     Schedules that agree on their first steps, and on the timestep that follows (the update needs it), pass through the
     same state for the same seed and samples. States are kept, least recently used first out, within `cache_bytes`; with
-    the same batches the result is bit-equal to an uncached run. `shared` gives all evaluators of a supernet one object.
+    the same batches the result is bit-equal to an uncached run. States that carry much to be reused have a quarter of it, so that they drive out
+    neither images nor rows, which several scores ask for. `shared` gives all evaluators of a supernet one object.
     """
 
     def __init__(
@@ -103,6 +107,8 @@ class Trajectories:
         self.batch = batch
         self.meter = Meter()
         self._kept: LRUCache[Hashable, Any] = LRUCache(cache_bytes, getsizeof=_bytes)
+        self._heavy: LRUCache[Hashable, Any] = LRUCache(cache_bytes // 4, getsizeof=_bytes)
+        self._shown: tuple[Hashable, dict[tuple[int, int], torch.Tensor]] = None, {}
 
     _shared: ClassVar[WeakValueDictionary[Hashable, Trajectories]] = WeakValueDictionary()
 
@@ -144,13 +150,24 @@ class Trajectories:
 
     @property
     def bytes_kept(self) -> int:
-        return int(self._kept.currsize)
+        return int(self._kept.currsize + self._heavy.currsize)
 
     def images(self, schedule: Schedule, seed: int, start: int, stop: int) -> torch.Tensor:
-        """Final images of samples start..stop-1 in [-1, 1], as `sample`."""
+        """Final images of samples start..stop-1 in [-1, 1], as `sample`. Those of the last schedule are at hand where decoding them takes long, for the next score."""
+        key = self.net.version, schedule.digest, seed
+        if self._shown[0] != key:
+            self._shown = key, {}
+        shown = self._shown[1]
+        if (start, stop) in shown:
+            self._count_kept(schedule, stop - start, len(schedule.steps))
+            return shown[start, stop]
         state = self._final(schedule, seed, start, stop)
         with torch.inference_mode():
-            return self.net.to_images(state.x).clamp(-1, 1)
+            images = self.net.to_images(state.x).clamp(-1, 1)
+        room = self._kept.maxsize // 4 - sum(map(_bytes, shown.values()))
+        if not getattr(self.net, "in_pixels", True) and _bytes(images) <= room:
+            shown[start, stop] = images
+        return images
 
     def final(self, schedule: Schedule, seed: int, start: int, stop: int) -> torch.Tensor:
         """Final states of samples start..stop-1, which images are made of."""
@@ -191,30 +208,37 @@ class Trajectories:
         keys = [(self.net.version, prefix, seed, start, stop) for prefix in _prefixes(schedule)]
         done, state = 0, None
         for number in range(len(keys), 0, -1):
-            if keys[number - 1] in self._kept:
-                done, state = number, cast(State, self._kept[keys[number - 1]])
+            state = self._kept.get(keys[number - 1], self._heavy.get(keys[number - 1]))
+            if state is not None:
+                done = number
                 break
         if state is None:
             state = self._start(seed, start, stop)
         else:
-            self.meter.cache_hits += 1
-            self.meter.cached_calls += (stop - start) * done
-            self.meter.cached_macs += (stop - start) * self._macs(schedule.steps[:done])
+            self._count_kept(schedule, stop - start, done)
         passed: dict[int, State] = {}
-        splits, room = _splits(schedule), self._kept.maxsize
+        splits = _splits(schedule)
+        # No more of them at once than may be kept afterwards; the last one carries nothing to be reused.
+        room = {id(self._kept): self._kept.maxsize, id(self._heavy): self._heavy.maxsize}
         for number in range(done, len(schedule.steps)):
             state = self.advance(schedule, number, state, seed, start)
-            if number + 1 in splits and (size := _bytes(state)) <= room:
-                # No more of them at once than may be kept afterwards; the last one carries nothing to be reused.
+            place = id(self._place(state))
+            if number + 1 in splits and (size := _bytes(state)) <= room[place]:
                 passed[number + 1] = state
-                room -= size
+                room[place] -= size
         for number in range(len(schedule.steps), 0, -1):
             # The noisy end last, so that it stays longest: more schedules share it.
             if number in passed:
                 self._keep(keys[number - 1], passed[number])
-            elif number <= done:
-                self._kept.get(keys[number - 1])
+            elif number <= done and self._kept.get(keys[number - 1]) is None:
+                self._heavy.get(keys[number - 1])
         return state
+
+    def _count_kept(self, schedule: Schedule, samples: int, done: int) -> None:
+        """That a batch began behind so many steps."""
+        self.meter.cache_hits += 1
+        self.meter.cached_calls += samples * done
+        self.meter.cached_macs += samples * self._macs(schedule.steps[:done])
 
     def _start(self, seed: int, start: int, stop: int) -> State:
         key = ("noise", seed, start, stop)
@@ -223,9 +247,16 @@ class Trajectories:
             return noise
         return cast(State, self._kept[key])
 
+    def _place(self, value: Any) -> LRUCache[Hashable, Any]:
+        heavy = isinstance(value, State) and _bytes(value.cache) > HEAVY * _bytes(value.x)
+        return self._heavy if heavy else self._kept
+
     def _keep(self, key: Hashable, value: Any) -> None:
-        if _bytes(value) <= self._kept.maxsize:
-            self._kept[key] = value
+        place = self._place(value)
+        if _bytes(value) <= place.maxsize:
+            place[key] = value
+        while self.bytes_kept > self._kept.maxsize:
+            (self._kept if len(self._kept) > 1 or not len(self._heavy) else self._heavy).popitem()
 
     def _macs(self, steps: Sequence[Step]) -> int:
         return sum(self.net.macs(step) for step in steps)

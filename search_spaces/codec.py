@@ -23,7 +23,7 @@ import torch
 from diffusers import VQModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nas.base.files import first_line, partial_of, read_json, room
+from nas.base.files import add_file, first_line, partial_of, read_json, room
 from nas.contracts import Images, ImageSet, Progress, UserError, digest_of, frozen
 from nas.recipes import Positive, recipe
 from search_spaces.pretrained import AUTOENCODERS, read_weights_of, weight_files
@@ -399,5 +399,5 @@ def empty_autoencoder(config: Any, where: str) -> Any:
 def _files_digest(folder: Path) -> str:
     found = hashlib.sha256((folder / "config.json").read_bytes())
     for file in weight_files(folder):
-        found.update(file.read_bytes())
+        add_file(found, file)
     return found.hexdigest()[:16]

@@ -139,7 +139,7 @@ class LoadedElastic:
         reused or kept."""
         net, guidance = self._materialised(Arch(*step.arch)), step.guidance
         stock = getattr(net, "_orig_mod", net)
-        other = self._materialised(Arch(*step.archs[1])) if len(step.archs) > 1 else None
+        other = self._materialised(Arch(*step.archs[1]), at_once=2) if len(step.archs) > 1 else None
         held = bool(step.reuse) and not self.recipe.macs(step)
 
         def call(
@@ -346,7 +346,8 @@ class LoadedElastic:
                 self._skeletons.popitem(last=False)
         return self._skeletons[key]
 
-    def _materialised(self, arch: Arch) -> Any:
+    def _materialised(self, arch: Arch, at_once: int = 1) -> Any:
+        """`at_once`: how many a step runs, which stay however large they are."""
         if arch in self._subnets:
             self._subnets.move_to_end(arch)
         else:
@@ -358,7 +359,7 @@ class LoadedElastic:
                 net = copy.deepcopy(net).to(self.device)
             net = net.to(memory_format=torch.channels_last) if channels_last else net
             self._subnets[arch] = torch.compile(net) if compiled else net
-            while len(self._subnets) > 1 and (len(self._subnets) > self._cache_size or self._too_large()):
+            while len(self._subnets) > at_once and (len(self._subnets) > self._cache_size or self._too_large()):
                 self._subnets.popitem(last=False)
         return self._subnets[arch]
 

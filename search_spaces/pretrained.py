@@ -20,7 +20,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from nas.base.exported import CLASS_EMBEDDING, CLASS_EMBEDDINGS, WEIGHTS
-from nas.base.files import first_line, read_json
+from nas.base.files import add_file, first_line, read_json
 from nas.contracts import UserError
 from search_spaces.noise import NoiseSchedule
 
@@ -204,9 +204,7 @@ def weights_digest(folder: Path) -> str:
     """16 hexadecimal digits that identify the files of the weights."""
     found = hashlib.sha256()
     for path in weight_files(folder):
-        with path.open("rb") as file:  # a piece at a time, since files of gigabytes are many
-            while piece := file.read(2**24):
-                found.update(piece)
+        add_file(found, path)
     return found.hexdigest()[:16]
 
 

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nas.base.exported import CLASS_EMBEDDING
-from nas.base.files import first_line, partial_of, read_json, room
+from nas.base.files import add_file, first_line, partial_of, read_json, room
 from nas.base.quiet import quiet_transformers
 from nas.contracts import Condition, Progress, UserError, digest_of
 from nas.recipes import Count, recipe
@@ -148,7 +148,7 @@ class TextEncoder:
         for names in self._pairs:
             for file in sorted(file for name in names for file in (self.folder / name).iterdir() if file.is_file()):
                 found.update(file.name.encode())
-                found.update(file.read_bytes())
+                add_file(found, file)
         return found.hexdigest()[:16]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -254,6 +254,12 @@ def test_few_large_subnets_are_kept(text_pipelines: Path) -> None:
     for width in (0.5, 1.0, 0.5):
         bounded.denoiser(Step(5, recipe.uniform(width)))
         assert list(bounded._subnets) == [recipe.uniform(width)]
+    guided = Step(5, recipe.uniform(1.0), (), Guidance(3.0, recipe.uniform(0.5)))
+    bounded.denoiser(guided)
+    both = {*bounded._subnets.values()}  # which no call of the step makes anew
+    bounded.denoiser(guided)
+    assert len(both) == 2
+    assert both == {*bounded._subnets.values()}
 
 
 def test_pipelines_that_are_given_more_than_a_text_are_refused(text_pipelines: Path, tmp_path: Path) -> None:

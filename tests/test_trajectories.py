@@ -22,10 +22,14 @@ from evaluators.frechet import Frechet
 from evaluators.images import Digits, ImageArray
 from evaluators.proxies import DenoisingLoss
 from evaluators.sampling import DDIM, DDPM, sample
-from evaluators.trajectories import Meter, Trajectories, _splits, batches
+from evaluators.trajectories import HEAVY, Meter, Trajectories, _splits, batches
 from nas.contracts import Schedule, Step, UserError
+from search_spaces.codec import Autoencoder
 from search_spaces.intervals import uniform
 from search_spaces.supernet import Elastic
+from tests.test_codec import CONFIG as LATENT
+from tests.test_codec import made
+from tests.test_reuse import DEEP_NET
 
 
 def schedule_of(net: Elastic, *widths: float, timesteps: tuple[int, ...] = ()) -> Schedule:
@@ -90,6 +94,50 @@ def test_memory_is_bounded_and_the_noisy_end_stays_longest(tiny_net: Elastic, st
     images = trajectories.images(schedule_of(tiny_net, 1, 0.5, 0.25, 0.5), 0, 0, 4)
     assert trajectories.meter.spent_since(before)["cached_calls"] == 4 * min(states, 3)
     assert torch.equal(images, sample(net, schedule_of(tiny_net, 1, 0.5, 0.25, 0.5), DDIM(), 0, 0, 4))
+
+
+def test_what_steps_carry_to_be_reused_drives_out_nothing_else() -> None:
+    """Several scores of one schedule sample it once, and the full network, whatever its steps keep."""
+    net = DEEP_NET.initial(0)
+    full = Schedule(tuple(Step(t, net.full_arch) for t in (900, 700, 500, 300)))
+    first, *others = full.steps
+    last = net.blocks(net.full_arch)[-1]
+    reused = tuple(block for block in net.blocks(net.full_arch) if block != last)
+    reusing = Schedule((first, *(replace(step, reuse=reused) for step in others)))
+    state = Trajectories(net, DDIM()).states(reusing, 1, 0, 1)[1]
+    carried = sum(rows.nbytes for rows in state.cache.values())
+    assert carried > HEAVY * state.x.nbytes
+    room = 2 * carried + 3 * state.x.nbytes
+    walk = Trajectories(net, DDIM(), cache_bytes=room)
+    theirs = walk.kept("the full network's", lambda: walk.images(full, 0, 0, 1), 0, 0)
+    mine = walk.images(reusing, 0, 0, 1)
+    before = replace(walk.meter)
+    assert walk.kept("the full network's", lambda: pytest.fail("it was sampled before"), 0, 0) is theirs
+    assert torch.equal(walk.images(reusing, 0, 0, 1), mine)
+    assert walk.meter.spent_since(before)["calls"] == 0
+    assert walk.bytes_kept <= room
+
+
+def test_images_are_decoded_once_for_several_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made("KL", tmp_path / "vae")
+    net = Elastic(LATENT, (1.0,), codec=Autoencoder(str(tmp_path / "vae"))).initial(0)
+    schedule = Schedule((Step(900, net.full_arch), Step(400, net.full_arch)))
+    walk, decode = Trajectories(net, DDIM()), net.to_images
+    seen: list[int] = []
+
+    def noted(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return decode(x)
+
+    monkeypatch.setattr(net, "to_images", noted)
+    images = [walk.images(schedule, 0, start, stop) for _ in range(2) for start, stop in ((0, 3), (3, 5))]
+    assert seen == [3, 2]
+    assert torch.equal(images[0], images[2])
+    assert torch.equal(images[1], images[3])
+    assert walk.meter.cached_calls == 2 * 5
+    net.forget()  # as other weights do
+    walk.images(schedule, 0, 0, 3)
+    assert seen == [3, 2, 3]
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.lists(st.integers(1, 300), max_size=3))

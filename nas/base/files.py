@@ -112,6 +112,13 @@ def _header(size: bytes, path: Path, read: Any) -> tuple[Mapping[str, Any], int]
     return header, 8 + length
 
 
+def add_file(found: Any, path: Path) -> None:
+    """Adds a file to what is hashed, a piece at a time, since files of gigabytes are many."""
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            found.update(piece)
+
+
 def room(path: Path | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     """An array of this shape, in an .npy file where a path is given, so that memory holds a part of it alone."""
     if path is None:

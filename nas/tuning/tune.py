@@ -19,6 +19,7 @@ from nas.contracts import (
     Genome,
     Guidance,
     LoadedEvaluator,
+    LoadedSupernet,
     Progress,
     Schedule,
     Score,
@@ -104,8 +105,8 @@ def _tune(
         named = [genome for genome in (best, few, own) if genome is not None]
         scores = _confirmed(session, show, verifying, list(dict.fromkeys(named)))
         judge = verifying.load(folder, device)
-        rival = show.follow(_by_rival(wanted, verifying, judge, folder, device)) if searched else None
-    shares = shares_of(study, folder, device, list(scores))
+        rival = show.follow(_by_rival(wanted, verifying, judge, folder)) if searched else None
+    shares = shares_of(study, folder, judge.supernet, list(scores))
     numbers = {trial.genome: trial.number for trial in trials}
     candidates = {
         genome: Candidate(name, space.decode(genome), shares[genome], scores[genome], numbers.get(genome))
@@ -163,7 +164,8 @@ def limited(wanted: Wanted, folder: Path, show: Show, device: str, threads: int)
     open_ended = wanted.study({LATENCY: 1e12})
     with open_session(open_ended, folder, None, device) as session:
         show.follow(session.prepare(threads))
-        full, decoding = _full_time(open_ended, folder, device)
+        net = open_ended.supernet.load(folder / "supernet", device)
+        full, decoding = _full_time(open_ended, folder, net)
     limit = wanted.limit * (full + decoding) - decoding
     least = open_ended.problem_in(folder).space.cost(cheapest(open_ended.space))[LATENCY]
     if limit < least:
@@ -174,20 +176,20 @@ def limited(wanted: Wanted, folder: Path, show: Show, device: str, threads: int)
     return wanted.study({LATENCY: limit}), full + decoding
 
 
-def _full_time(study: Study, folder: Path, device: str) -> tuple[float, float]:
+def _full_time(study: Study, folder: Path, net: LoadedSupernet) -> tuple[float, float]:
     """Milliseconds of the full pipeline's calls for an image, and of decoding it."""
     assert isinstance(study.evaluator, Timed)
-    timer = Timer(study.evaluator.latency, study.supernet.load(folder / "supernet", device), folder)
+    timer = Timer(study.evaluator.latency, net, folder)
     space = study.problem_in(folder).space
     return float(space.cost(dearest(study.space))[LATENCY]), timer.of_decoding()
 
 
-def shares_of(study: Study, folder: Path, device: str, genomes: list[Genome]) -> dict[Genome, float]:
+def shares_of(study: Study, folder: Path, net: LoadedSupernet, genomes: list[Genome]) -> dict[Genome, float]:
     """Of the full pipeline's time with decoding, or of its multiply-adds."""
     costs = {genome: study.problem_in(folder).space.cost(genome) for genome in genomes}
     if not study.limits_time:
         return {genome: float(cost["macs_share"]) for genome, cost in costs.items()}
-    full, decoding = _full_time(study, folder, device)
+    full, decoding = _full_time(study, folder, net)
     return {genome: (cost[LATENCY] + decoding) / (full + decoding) for genome, cost in costs.items()}
 
 
@@ -343,14 +345,14 @@ def _confirmed(session: Session, show: Show, verifying: Study, genomes: list[Gen
 
 
 def _by_rival(
-    wanted: Wanted, study: Study, judge: LoadedEvaluator, folder: Path, device: str
+    wanted: Wanted, study: Study, judge: LoadedEvaluator, folder: Path
 ) -> Generator[Progress, None, Candidate | None]:
     """Returns the most whole steps of another sampler that keep to the limit, scored on the noises that confirm; once for all calls. None where there is no
     other sampler, or not one of its steps keeps to it."""
     if wanted.rival is None:
         return None
     guide = None if wanted.scale is None else Guidance(wanted.scale)
-    whole, decoding = _full_time(study, folder, device) if study.limits_time else (1.0, 0.0)
+    whole, decoding = _full_time(study, folder, judge.supernet) if study.limits_time else (1.0, 0.0)
     shares = {n: (whole * n / wanted.steps + decoding) / (whole + decoding) for n in range(1, wanted.steps)}
     count = max((n for n, share in shares.items() if share <= wanted.limit), default=0)
     if not count:

@@ -173,8 +173,9 @@ def train(
         check_hashes(folder, export.parts, export.provenance, "--changed-weights")
     into = folder / TRAINED
     into.mkdir(exist_ok=True)
-    teacher = read_network(folder / plan["teacher"]).to(accelerator.device).requires_grad_(False)
+    # Before any network is there: what reads texts may be larger than all of them.
     told = conditions(export, labels, captions, len(pixels), accelerator.device)
+    teacher = read_network(folder / plan["teacher"]).to(accelerator.device).requires_grad_(False)
     data = prepared(folder, plan, pixels, told, settings.flip, accelerator.device)
     scheduler = diffusers.DDIMScheduler(**plan["scheduler"])
     exported = export.provenance.get("files", {})
