@@ -119,15 +119,22 @@ class Benchmark:
     def _unfinished(self) -> Path:
         return UNFINISHED / self.name
 
-    def rest_on(self, **digests: str) -> None:
-        """Keeps, as a row, of which networks and judges the rows are. Raises SystemExit where those that are kept are of others."""
-        row = self.row("rest on", lambda: digests)
+    def rest_on(self, of: str = "", /, **digests: str) -> None:
+        """Keeps, as a row, of which networks and judges the rows are, or those `of` a part. Raises SystemExit where those that are kept are of others."""
+        row = self.row(f"rest on, {of}" if of else "rest on", lambda: digests)
         others = [f"{name} {row[name]}, here {digest}" for name, digest in digests.items() if row[name] != digest]
         if others:
             raise SystemExit(
                 f"error: rows are kept of other weights ({'; '.join(others)}), as another kind of processor trains them; go on where they were made, or begin with "
                 "--fresh"
             )
+
+    def forget(self, some: Callable[[str], bool]) -> None:
+        """Leaves out rows that are to be measured anew."""
+        gone = [key for key in self._rows if some(key)]
+        for key in gone:
+            del self._rows[key]
+        self.say(f"{len(gone)} rows are measured anew, {', '.join(gone[:3])} among them")
 
     def row(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The row of this key: kept from an earlier run, or measured now and kept."""

@@ -142,14 +142,18 @@ class Setting:
 
 
 def lend(setting: Setting, run: Path) -> None:
-    """Links the trained network into another run folder that has none. Where there is none to link, it is trained first: some half an hour of two cores."""
+    """Copies the trained network into another run folder that has none, so that it goes where that goes. Where there is none, it is trained first: some half
+    an hour of two cores."""
     if (run / "supernet").exists():
         return
     if not (setting.run / "supernet" / "weights.safetensors").exists():
         print(f"training the network of benchmarks.latent in {setting.run}", file=sys.stderr, flush=True)
         prepare(setting)
     run.mkdir(parents=True, exist_ok=True)
-    (run / "supernet").symlink_to(setting.run / "supernet")
+    partial = run / "supernet.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(setting.run / "supernet", partial, ignore=shutil.ignore_patterns("latents", "checkpoint*"))
+    partial.rename(run / "supernet")
 
 
 def prepare(setting: Setting) -> Row:
