@@ -83,13 +83,20 @@ def conditions(export: Any, labels: Any, captions: Sequence[str] | None, count: 
         distinct, size, length = sorted({*captions, ""}), plan["text"]["size"], plan["text"]["tokens"]
 
         def read(texts: Sequence[str]) -> dict[str, torch.Tensor]:
-            """Kept on the CPU: there may be many."""
-            return {name: rows.cpu() for name, rows in encoded(parts, texts, size, device, length).items()}
+            return encoded(parts, texts, size, device, length)
 
-        made = [read(distinct[i : i + 64]) for i in range(0, len(distinct), 64)]
         null = read([""])
-        made.append(nothing_said(null) if plan["text"].get("zeros") else null)
-        rows = {name: torch.cat([part[name] for part in made]) for name in made[0]}
+        null = nothing_said(null) if plan["text"].get("zeros") else null
+        # On the CPU, and once: there may be many.
+        rows = {
+            name: torch.empty((len(distinct) + 1, *one.shape[1:]), dtype=one.dtype, device="cpu")
+            for name, one in null.items()
+        }
+        for start in range(0, len(distinct), 64):
+            for name, made in read(distinct[start : start + 64]).items():
+                rows[name][start : start + len(made)] = made.cpu()
+        for name, one in null.items():
+            rows[name][-1] = one[0].cpu()
         place = {text: number for number, text in enumerate(distinct)}
         told.add(rows, torch.tensor([place[text] for text in captions]), len(distinct))
     return told
