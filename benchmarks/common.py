@@ -119,9 +119,9 @@ class Benchmark:
     def _unfinished(self) -> Path:
         return UNFINISHED / self.name
 
-    def rest_on(self, of: str = "", /, **digests: str) -> None:
-        """Keeps, as a row, of which networks and judges the rows are, or those `of` a part. Raises SystemExit where those that are kept are of others."""
-        row = self.row(f"rest on, {of}" if of else "rest on", lambda: digests)
+    def rest_on(self, **digests: str) -> None:
+        """Keeps, as a row, of which networks and judges the rows are. Raises SystemExit where those that are kept are of others."""
+        row = self.row("rest on", lambda: digests)
         others = [f"{name} {row[name]}, here {digest}" for name, digest in digests.items() if row[name] != digest]
         if others:
             raise SystemExit(

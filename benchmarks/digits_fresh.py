@@ -101,12 +101,12 @@ def main() -> None:
     bench = Benchmark("digits_fresh", __doc__ or "", FILES, PROTOCOL)
     seeds = PROTOCOL.seeds[: 2 if bench.quick else None]
     settings: list[Setting] = [Try(bench.folder / f"seed-{seed}", seed, bench.quick) for seed in seeds]
-    # A few seeds to their end and then the next: what a stop leaves are whole seeds, which need no weights any more.
     for s in settings:
         # What is trained of a seed that was begun may be gone: where its rows alone were kept.
         begun = bench.has(f"training, seed {s.seed}") and not bench.has(f"best of the full nets, seed {s.seed}")
         if begun and not (s.folder / "supernet" / "weights.safetensors").exists():
             bench.forget(lambda key, seed=s.seed: key.endswith(f"seed {seed}"))  # type: ignore[misc]
+    # A few seeds to their end and then the next: what a stop leaves are whole seeds, which need no weights any more.
     for start in range(0, len(settings), bench.processes):
         measured(bench, settings[start : start + bench.processes])
     rows = measured(bench, settings)

@@ -144,6 +144,8 @@ class Setting:
 def lend(setting: Setting, run: Path) -> None:
     """Copies the trained network into another run folder that has none, so that it goes where that goes. Where there is none, it is trained first: some half
     an hour of two cores."""
+    if (run / "supernet").is_symlink():
+        (run / "supernet").unlink()
     if (run / "supernet").exists():
         return
     if not (setting.run / "supernet" / "weights.safetensors").exists():

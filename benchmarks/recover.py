@@ -257,7 +257,7 @@ def winners_of(bench: Benchmark, setting: Setting, rows: Mapping[str, Row]) -> d
 
 
 def prepared(bench: Benchmark, setting: Setting) -> None:
-    """The trained network, linked, and its judges; the rows rest on them."""
+    """The trained network, copied, and its judges; the rows rest on them."""
     latent.lend(setting.confirmed.trained, setting.run)
     with open_session(setting.study, setting.run) as session:
         for _ in session.prepare(threads=1):

@@ -6,6 +6,7 @@ Some fifteen hours of one core.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,9 +187,11 @@ def judge_of(seed: int, folder: Path) -> Path:
 def measured(name: str, seed: int, folder: Path, quick: bool) -> Row:
     """Trains and searches what the arm has, and judges it; a row that needs no weights any more."""
     setting = arm(name, seed, folder, quick)
-    setting.folder.mkdir(parents=True, exist_ok=True)
-    if not (setting.folder / "features").exists():
-        (setting.folder / "features").symlink_to(judge_of(seed, folder) / "features")
+    judges, own = judge_of(seed, folder) / "features", setting.folder / "features"
+    if own.resolve() != judges.resolve():
+        setting.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(own) if own.is_dir() and not own.is_symlink() else own.unlink(missing_ok=True)
+        own.symlink_to(judges.resolve())
     trained = arm(SHARED[name], seed, folder, quick) if name in SHARED else setting
     told = spaces.train(trained)
     if trained is not setting:
@@ -210,7 +213,9 @@ def rows_of(bench: Benchmark, names: Iterable[str], seeds: Iterable[int]) -> dic
             judge = Frechet(images).features.digest(judge_of(seed, bench.folder))
             if any(bench.kept(key)["judge"] != judge for key in keys if bench.has(key)):
                 bench.forget(lambda key, seed=seed: key.endswith(f", seed {seed}"))  # type: ignore[misc]
-        found |= of_seed(bench, pairs)
+        mine = of_seed(bench, pairs)
+        assert len({row["judge"] for row in mine.values()}) == 1
+        found |= mine
     return found
 
 

@@ -23,16 +23,14 @@ def check(bench: Benchmark, models: Sequence[str]) -> None:
         raise SystemExit(
             f"error: the protocol asks for all of its models; run {commands} first, up to the row of the judge"
         )
+    digests = {}
     for model in models:
         setting, run = trained(model, False)
         cell = Cell(bench.folder, PROTOCOL.settings, False, model, PROTOCOL.settings["steps"][0], 0)
+        digests[model] = cell.study({}).supernet.digest(run / "supernet")
         looks = setting.scores(2) if model == "latent" else setting.evaluator(2)
-        bench.rest_on(
-            model,
-            processor=device(),
-            network=cell.study({}).supernet.digest(run / "supernet"),
-            judge=looks.digest(setting.judged if model == "latent" else run),
-        )
+        digests[f"judge of {model}"] = looks.digest(setting.judged if model == "latent" else run)
+    bench.rest_on(processor=device(), **digests)
 
 
 def main() -> None:

@@ -196,7 +196,7 @@ class TeacherDistance(Taught, OfImages):
         def make(schedule: Schedule, seed: int, start: int, stop: int) -> Floats:
             teacher = self.teacher(supernet, schedule)
             key = ("images", teacher.digest, seed, start, stop)
-            theirs = trajectories.kept(key, lambda: trajectories.images(teacher, seed, start, stop), 0, 0)
+            theirs = trajectories.kept(key, lambda: trajectories.images(teacher, seed, start, stop, again=False), 0, 0)
             return self.between(trajectories.images(schedule, seed, start, stop), theirs)
 
         return LoadedScore(

@@ -74,7 +74,7 @@ STATES_KEPT = 32
 """At most about so many states of one trajectory are kept, besides those where the subnet changes."""
 
 HEAVY = 4
-"""So many times as large as the state itself, what it carries to be reused makes it one of those that share a quarter of the memory."""
+"""So many times as large as the state itself, what it carries to be reused makes it one of those that go first where memory is short."""
 
 Kept = TypeVar("Kept")
 
@@ -84,8 +84,8 @@ class Trajectories:
 
     Schedules that agree on their first steps, and on the timestep that follows (the update needs it), pass through the
     same state for the same seed and samples. States are kept, least recently used first out, within `cache_bytes`; with
-    the same batches the result is bit-equal to an uncached run. States that carry much to be reused have a quarter of it, so that they drive out
-    neither images nor rows, which several scores ask for. `shared` gives all evaluators of a supernet one object.
+    the same batches the result is bit-equal to an uncached run. Where that is full, states that carry much to be reused go
+    first, as long as they have more than a quarter of it: others, and images and rows, are asked for by several scores. `shared` gives all evaluators of a supernet one object.
     """
 
     def __init__(
@@ -107,8 +107,9 @@ class Trajectories:
         self.batch = batch
         self.meter = Meter()
         self._kept: LRUCache[Hashable, Any] = LRUCache(cache_bytes, getsizeof=_bytes)
-        self._heavy: LRUCache[Hashable, Any] = LRUCache(cache_bytes // 4, getsizeof=_bytes)
+        self._heavy: LRUCache[Hashable, State] = LRUCache(cache_bytes, getsizeof=_bytes)
         self._shown: tuple[Hashable, dict[tuple[int, int], torch.Tensor]] = None, {}
+        self._version = net.version
 
     _shared: ClassVar[WeakValueDictionary[Hashable, Trajectories]] = WeakValueDictionary()
 
@@ -150,23 +151,25 @@ class Trajectories:
 
     @property
     def bytes_kept(self) -> int:
-        return int(self._kept.currsize + self._heavy.currsize)
+        return int(self._kept.currsize + self._heavy.currsize) + _bytes(self._shown[1])
 
-    def images(self, schedule: Schedule, seed: int, start: int, stop: int) -> torch.Tensor:
-        """Final images of samples start..stop-1 in [-1, 1], as `sample`. Those of the last schedule are at hand where decoding them takes long, for the next score."""
-        key = self.net.version, schedule.digest, seed
-        if self._shown[0] != key:
-            self._shown = key, {}
-        shown = self._shown[1]
+    def images(self, schedule: Schedule, seed: int, start: int, stop: int, again: bool = True) -> torch.Tensor:
+        """Final images of samples start..stop-1 in [-1, 1], as `sample`. Those of the last schedule are at hand where decoding them takes long, for the next
+        score, unless nobody asks for them `again`."""
+        self._forget_others()
+        key = schedule.digest, seed
+        shown = self._shown[1] if self._shown[0] == key else {}
         if (start, stop) in shown:
             self._count_kept(schedule, stop - start, len(schedule.steps))
-            return shown[start, stop]
+            return shown[start, stop].clone()
         state = self._final(schedule, seed, start, stop)
         with torch.inference_mode():
             images = self.net.to_images(state.x).clamp(-1, 1)
-        room = self._kept.maxsize // 4 - sum(map(_bytes, shown.values()))
-        if not getattr(self.net, "in_pixels", True) and _bytes(images) <= room:
-            shown[start, stop] = images
+        if again and not getattr(self.net, "in_pixels", True):
+            self._shown = key, shown
+            if _bytes(shown) + _bytes(images) <= self._kept.maxsize // 4:
+                shown[start, stop] = images.clone()
+                self._make_room()
         return images
 
     def final(self, schedule: Schedule, seed: int, start: int, stop: int) -> torch.Tensor:
@@ -204,7 +207,15 @@ class Trajectories:
         self._keep(key, made)
         return made
 
+    def _forget_others(self) -> None:
+        """What is large and of weights that are no more."""
+        if self._version != self.net.version:
+            self._version = self.net.version
+            self._heavy.clear()
+            self._shown = None, {}
+
     def _final(self, schedule: Schedule, seed: int, start: int, stop: int) -> State:
+        self._forget_others()
         keys = [(self.net.version, prefix, seed, start, stop) for prefix in _prefixes(schedule)]
         done, state = 0, None
         for number in range(len(keys), 0, -1):
@@ -217,15 +228,16 @@ class Trajectories:
         else:
             self._count_kept(schedule, stop - start, done)
         passed: dict[int, State] = {}
-        splits = _splits(schedule)
+        splits, room = _splits(schedule), self._kept.maxsize
         # No more of them at once than may be kept afterwards; the last one carries nothing to be reused.
-        room = {id(self._kept): self._kept.maxsize, id(self._heavy): self._heavy.maxsize}
+        most_heavy = max(room // 4, room - self._kept.currsize)
         for number in range(done, len(schedule.steps)):
             state = self.advance(schedule, number, state, seed, start)
-            place = id(self._place(state))
-            if number + 1 in splits and (size := _bytes(state)) <= room[place]:
+            size = _bytes(state)
+            if number + 1 in splits and size <= (min(room, most_heavy) if _is_heavy(state) else room):
                 passed[number + 1] = state
-                room[place] -= size
+                room -= size
+                most_heavy -= size * _is_heavy(state)
         for number in range(len(schedule.steps), 0, -1):
             # The noisy end last, so that it stays longest: more schedules share it.
             if number in passed:
@@ -247,16 +259,17 @@ class Trajectories:
             return noise
         return cast(State, self._kept[key])
 
-    def _place(self, value: Any) -> LRUCache[Hashable, Any]:
-        heavy = isinstance(value, State) and _bytes(value.cache) > HEAVY * _bytes(value.x)
-        return self._heavy if heavy else self._kept
-
     def _keep(self, key: Hashable, value: Any) -> None:
-        place = self._place(value)
+        place = self._heavy if _is_heavy(value) else self._kept
         if _bytes(value) <= place.maxsize:
             place[key] = value
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Where more is kept than may be. What was kept last is the last to go."""
         while self.bytes_kept > self._kept.maxsize:
-            (self._kept if len(self._kept) > 1 or not len(self._heavy) else self._heavy).popitem()
+            first = self._heavy if self._heavy.currsize > self._kept.maxsize // 4 else self._kept
+            (first if len(first) else self._heavy).popitem()
 
     def _macs(self, steps: Sequence[Step]) -> int:
         return sum(self.net.macs(step) for step in steps)
@@ -298,6 +311,11 @@ def _splits(schedule: Schedule) -> set[int]:
         if replace(steps[number], timestep=0) != replace(steps[number - 1], timestep=0)
     }
     return changes | {*range(stride, len(steps), stride), len(steps)}
+
+
+def _is_heavy(value: Any) -> bool:
+    """Whether it is a state that carries much to be reused."""
+    return isinstance(value, State) and _bytes(value.cache) > HEAVY * _bytes(value.x)
 
 
 def _bytes(value: Any) -> int:

@@ -36,7 +36,7 @@ class LoadedElastic:
     """The supernet with its weights. `full` is a stock model and holds all of them, `experts` further copies by name.
 
     `trained_macs` counts the multiply-adds of `forward`, thrice where gradients are wanted: forward and backward.
-    `cache_size` materialised subnets are kept, of at most `cache_bytes` in all or the last one alone, least recently used first out.
+    `cache_size` materialised subnets are kept, of at most `cache_bytes` in all or those of the last step alone, least recently used first out.
     """
 
     def __init__(
@@ -137,9 +137,9 @@ class LoadedElastic:
     def denoiser(self, step: Step, keep: Sequence[str] = ()) -> Denoiser:
         """Inference with a materialised copy of the step's subnet, as the weights were at its first use. Compiled only where nothing is
         reused or kept."""
-        net, guidance = self._materialised(Arch(*step.arch)), step.guidance
+        net, guidance = self._materialised(Arch(*step.arch), len(step.archs)), step.guidance
         stock = getattr(net, "_orig_mod", net)
-        other = self._materialised(Arch(*step.archs[1]), at_once=2) if len(step.archs) > 1 else None
+        other = self._materialised(Arch(*step.archs[1]), len(step.archs)) if len(step.archs) > 1 else None
         held = bool(step.reuse) and not self.recipe.macs(step)
 
         def call(
@@ -186,7 +186,7 @@ class LoadedElastic:
                 return own(x, first_rows(cache, len(x)), condition)
             if condition is None:
                 raise ValueError("a guided step needs the samples' conditions")
-            other = self._materialised(Arch(*guidance.arch)) if guidance.arch else None
+            other = self._materialised(Arch(*guidance.arch), 2) if guidance.arch else None
 
             def plain(x: torch.Tensor, null: Condition) -> torch.Tensor:
                 return self.noise_in(predict(other, x, t, null), x, t)

@@ -232,17 +232,20 @@ def test_folders_in_half_precision_are_read(text_pipelines: Path, tmp_path: Path
     assert torch.allclose(told, theirs, atol=0.02)
 
 
-def test_parity_sees_what_reads_the_text(text_pipelines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrong", [5.0, float("nan")])
+def test_parity_sees_what_reads_the_text(
+    wrong: float, text_pipelines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = Elastic.from_pretrained(text_pipelines / "sd", widths=(1.0,)).initial(0)
     extract = net.extract
 
-    def wrong(arch: Any) -> Any:
+    def changed(arch: Any) -> Any:
         made: Any = extract(arch)
         with torch.no_grad():
-            made.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight.normal_(std=5.0)
+            made.down_blocks[0].attentions[0].transformer_blocks[0].attn2.to_k.weight.fill_(wrong)
         return made
 
-    monkeypatch.setattr(net, "extract", wrong)
+    monkeypatch.setattr(net, "extract", changed)
     with pytest.raises(RuntimeError, match="differ from the supernet"):
         export(net, Schedule((Step(500, net.full_arch),)), DDIM(clip=False).describe(), {}, tmp_path / "model")
 

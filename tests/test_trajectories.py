@@ -96,26 +96,33 @@ def test_memory_is_bounded_and_the_noisy_end_stays_longest(tiny_net: Elastic, st
     assert torch.equal(images, sample(net, schedule_of(tiny_net, 1, 0.5, 0.25, 0.5), DDIM(), 0, 0, 4))
 
 
-def test_what_steps_carry_to_be_reused_drives_out_nothing_else() -> None:
-    """Several scores of one schedule sample it once, and the full network, whatever its steps keep."""
+def test_what_steps_carry_to_be_reused_goes_first_where_memory_is_short() -> None:
+    """Several scores of one schedule sample it once, and the full network, whatever its steps keep; where there is room, that is kept too."""
     net = DEEP_NET.initial(0)
     full = Schedule(tuple(Step(t, net.full_arch) for t in (900, 700, 500, 300)))
     first, *others = full.steps
-    last = net.blocks(net.full_arch)[-1]
-    reused = tuple(block for block in net.blocks(net.full_arch) if block != last)
+    reused = net.blocks(net.full_arch)[:-1]
     reusing = Schedule((first, *(replace(step, reuse=reused) for step in others)))
+    alike = Schedule((*reusing.steps[:-1], replace(reusing.steps[-1], timestep=200)))
     state = Trajectories(net, DDIM()).states(reusing, 1, 0, 1)[1]
     carried = sum(rows.nbytes for rows in state.cache.values())
     assert carried > HEAVY * state.x.nbytes
-    room = 2 * carried + 3 * state.x.nbytes
-    walk = Trajectories(net, DDIM(), cache_bytes=room)
-    theirs = walk.kept("the full network's", lambda: walk.images(full, 0, 0, 1), 0, 0)
-    mine = walk.images(reusing, 0, 0, 1)
-    before = replace(walk.meter)
-    assert walk.kept("the full network's", lambda: pytest.fail("it was sampled before"), 0, 0) is theirs
-    assert torch.equal(walk.images(reusing, 0, 0, 1), mine)
-    assert walk.meter.spent_since(before)["calls"] == 0
-    assert walk.bytes_kept <= room
+    for room, found in ((2 * carried + 3 * state.x.nbytes, 0), (8 * carried, 2)):
+        walk = Trajectories(net, DDIM(), cache_bytes=room)
+        theirs = walk.kept("the full network's", lambda walk=walk: walk.images(full, 0, 0, 1), 0, 0)  # type: ignore[misc]
+        mine = walk.images(reusing, 0, 0, 1)
+        assert walk.bytes_kept <= room
+        before = replace(walk.meter)
+        assert walk.kept("the full network's", lambda: pytest.fail("it was sampled before"), 0, 0) is theirs
+        assert torch.equal(walk.images(reusing, 0, 0, 1), mine)
+        assert walk.meter.spent_since(before)["calls"] == 0
+        before = replace(walk.meter)
+        assert torch.equal(walk.images(alike, 0, 0, 1), sample(net, alike, DDIM(), 0, 0, 1))
+        assert walk.meter.spent_since(before)["cached_calls"] >= found
+        assert walk.bytes_kept <= room
+    net.forget()
+    walk.images(full, 0, 0, 1)
+    assert walk.bytes_kept < carried  # nothing of what the former weights carried
 
 
 def test_images_are_decoded_once_for_several_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +142,10 @@ def test_images_are_decoded_once_for_several_scores(tmp_path: Path, monkeypatch:
     assert torch.equal(images[0], images[2])
     assert torch.equal(images[1], images[3])
     assert walk.meter.cached_calls == 2 * 5
+    walk.images(Schedule(schedule.steps[:1]), 0, 0, 3, again=False)  # of the full network, which another keeps
+    walk.images(schedule, 0, 0, 3)
+    assert seen.pop() == 3
+    assert seen == [3, 2]
     net.forget()  # as other weights do
     walk.images(schedule, 0, 0, 3)
     assert seen == [3, 2, 3]

@@ -110,7 +110,7 @@ class Forecast:
 
 
 def forecast(study: Study, searchers: Sequence[str], device: str = "cpu", threads: int = 0, seeds: int = 1) -> Forecast:
-    """`seeds`: of each search. Reads a few images, trains everything for a few steps, and scores a few schedules. Raises UserError where one step takes too long to try."""
+    """`seeds`: of each search. Reads a few images, or all where their source gives no others, trains everything for a few steps, and scores a few schedules. Raises UserError where one step takes too long to try."""
     largest = dearest(study.space)
     macs = study.space.cost(largest)["macs"] / len(study.space.decode(largest).steps)
     if device == "cpu" and macs / SLOW > SECONDS:

@@ -293,7 +293,7 @@ class Wanted:
         """Room for what one score leaves to the next of the samples that verify, the full pipeline's and a schedule's: images, and states on the way. Of
         several gigabytes no more, where they are large; then the scores that search, of fewer samples, have room."""
         numbers = prod(self.net.image_shape) + (STATES_KEPT + 2) * prod(self.net.state_shape)
-        # A quarter more is for states that carry what is reused.
+        # A quarter of it is for states that carry what is reused.
         return min(max(LEAST_CACHE, 2 * 4 * numbers * self.samples[1] * 4 // 3), MOST_CACHE)
 
     def study(self, limits: Mapping[str, float], enqueue: tuple[tuple[int, ...], ...] = ()) -> Study:
