@@ -105,7 +105,7 @@ def main() -> None:
         # What is trained of a seed that was begun may be gone: where its rows alone were kept.
         begun = bench.has(f"training, seed {s.seed}") and not bench.has(f"best of the full nets, seed {s.seed}")
         if begun and not (s.folder / "supernet" / "weights.safetensors").exists():
-            bench.forget(lambda key, seed=s.seed: key.endswith(f"seed {seed}"))  # type: ignore[misc]
+            bench.forget(f", seed {s.seed}")
     # A few seeds to their end and then the next: what a stop leaves are whole seeds, which need no weights any more.
     for start in range(0, len(settings), bench.processes):
         measured(bench, settings[start : start + bench.processes])

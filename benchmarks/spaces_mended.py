@@ -187,11 +187,14 @@ def judge_of(seed: int, folder: Path) -> Path:
 def measured(name: str, seed: int, folder: Path, quick: bool) -> Row:
     """Trains and searches what the arm has, and judges it; a row that needs no weights any more."""
     setting = arm(name, seed, folder, quick)
-    judges, own = judge_of(seed, folder) / "features", setting.folder / "features"
-    if own.resolve() != judges.resolve():
+    judges, own = (judge_of(seed, folder) / "features").resolve(), setting.folder / "features"
+    if own.resolve() != judges:
         setting.folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(own) if own.is_dir() and not own.is_symlink() else own.unlink(missing_ok=True)
-        own.symlink_to(judges.resolve())
+        if own.is_symlink():
+            own.unlink()
+        elif own.exists():
+            shutil.rmtree(own)
+        own.symlink_to(judges)
     trained = arm(SHARED[name], seed, folder, quick) if name in SHARED else setting
     told = spaces.train(trained)
     if trained is not setting:
@@ -212,7 +215,7 @@ def rows_of(bench: Benchmark, names: Iterable[str], seeds: Iterable[int]) -> dic
         if not all(map(bench.has, keys)):
             judge = Frechet(images).features.digest(judge_of(seed, bench.folder))
             if any(bench.kept(key)["judge"] != judge for key in keys if bench.has(key)):
-                bench.forget(lambda key, seed=seed: key.endswith(f", seed {seed}"))  # type: ignore[misc]
+                bench.forget(f", seed {seed}")
         mine = of_seed(bench, pairs)
         assert len({row["judge"] for row in mine.values()}) == 1
         found |= mine

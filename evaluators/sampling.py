@@ -288,7 +288,9 @@ def advance(
     condition = conditions.of(seed, start, start + len(state.x)) if conditions is not None else None
     prediction, cache = _call(net, step, state.x, state.cache, precision, keep, condition)
     with torch.inference_mode():
-        end = 1.0 if getattr(sampler, "to_image", False) else getattr(net, "final_alpha", 1.0)
+        # Who wrote a sampler before this was asked arrives at the image if it is a multistep one.
+        to_image = getattr(sampler, "to_image", getattr(sampler, "multistep", False))
+        end = 1.0 if to_image else getattr(net, "final_alpha", 1.0)
         after = end if following is None else float(abar[following.timestep])
         channels = state.x.shape[1]
         said = {"learned": prediction[:, channels:]} if prediction.shape[1] > channels else {}

@@ -108,7 +108,6 @@ class Trajectories:
         self.meter = Meter()
         self._kept: LRUCache[Hashable, Any] = LRUCache(cache_bytes, getsizeof=_bytes)
         self._heavy: LRUCache[Hashable, State] = LRUCache(cache_bytes, getsizeof=_bytes)
-        self._shown: tuple[Hashable, dict[tuple[int, int], torch.Tensor]] = None, {}
         self._version = net.version
 
     _shared: ClassVar[WeakValueDictionary[Hashable, Trajectories]] = WeakValueDictionary()
@@ -151,25 +150,21 @@ class Trajectories:
 
     @property
     def bytes_kept(self) -> int:
-        return int(self._kept.currsize + self._heavy.currsize) + _bytes(self._shown[1])
+        return int(self._kept.currsize + self._heavy.currsize)
 
     def images(self, schedule: Schedule, seed: int, start: int, stop: int, again: bool = True) -> torch.Tensor:
         """Final images of samples start..stop-1 in [-1, 1], as `sample`. Those of the last schedule are at hand where decoding them takes long, for the next
         score, unless nobody asks for them `again`."""
-        self._forget_others()
-        key = schedule.digest, seed
-        shown = self._shown[1] if self._shown[0] == key else {}
-        if (start, stop) in shown:
+        place, of = ("images of the last schedule", start, stop), (self.net.version, schedule.digest, seed)
+        shown = self._kept.get(place)
+        if shown is not None and shown[0] == of:
             self._count_kept(schedule, stop - start, len(schedule.steps))
-            return shown[start, stop].clone()
+            return cast(torch.Tensor, shown[1]).clone()
         state = self._final(schedule, seed, start, stop)
         with torch.inference_mode():
             images = self.net.to_images(state.x).clamp(-1, 1)
         if again and not getattr(self.net, "in_pixels", True):
-            self._shown = key, shown
-            if _bytes(shown) + _bytes(images) <= self._kept.maxsize // 4:
-                shown[start, stop] = images.clone()
-                self._make_room()
+            self._keep(place, (of, images.clone()))
         return images
 
     def final(self, schedule: Schedule, seed: int, start: int, stop: int) -> torch.Tensor:
@@ -207,19 +202,14 @@ class Trajectories:
         self._keep(key, made)
         return made
 
-    def _forget_others(self) -> None:
-        """What is large and of weights that are no more."""
-        if self._version != self.net.version:
+    def _final(self, schedule: Schedule, seed: int, start: int, stop: int) -> State:
+        if self._version != self.net.version:  # what is large and of weights that are no more
             self._version = self.net.version
             self._heavy.clear()
-            self._shown = None, {}
-
-    def _final(self, schedule: Schedule, seed: int, start: int, stop: int) -> State:
-        self._forget_others()
         keys = [(self.net.version, prefix, seed, start, stop) for prefix in _prefixes(schedule)]
         done, state = 0, None
         for number in range(len(keys), 0, -1):
-            state = self._kept.get(keys[number - 1], self._heavy.get(keys[number - 1]))
+            state = self._found(keys[number - 1])
             if state is not None:
                 done = number
                 break
@@ -233,18 +223,22 @@ class Trajectories:
         most_heavy = max(room // 4, room - self._kept.currsize)
         for number in range(done, len(schedule.steps)):
             state = self.advance(schedule, number, state, seed, start)
-            size = _bytes(state)
-            if number + 1 in splits and size <= (min(room, most_heavy) if _is_heavy(state) else room):
+            size, heavy = _bytes(state), _is_heavy(state)
+            if number + 1 in splits and size <= (min(room, most_heavy) if heavy else room):
                 passed[number + 1] = state
                 room -= size
-                most_heavy -= size * _is_heavy(state)
+                most_heavy -= size if heavy else 0
         for number in range(len(schedule.steps), 0, -1):
             # The noisy end last, so that it stays longest: more schedules share it.
             if number in passed:
                 self._keep(keys[number - 1], passed[number])
-            elif number <= done and self._kept.get(keys[number - 1]) is None:
-                self._heavy.get(keys[number - 1])
+            elif number <= done:
+                self._found(keys[number - 1])
         return state
+
+    def _found(self, key: Hashable) -> State | None:
+        """A state that is kept, which is then the last to go."""
+        return cast("State | None", self._kept.get(key, self._heavy.get(key)))
 
     def _count_kept(self, schedule: Schedule, samples: int, done: int) -> None:
         """That a batch began behind so many steps."""

@@ -268,6 +268,17 @@ def test_rows_under_a_protocol_are_gone_on_with_whatever_they_say_themselves(beg
         common.Benchmark("bench", "", protocol=replace(WHOLE, margin=0.1))
 
 
+def test_rows_of_a_seed_are_measured_anew(begun: Path) -> None:
+    bench = common.Benchmark("bench", "")
+    for seed in (1, 11):
+        bench.row(f"training, seed {seed}", lambda: {"fd": 1.0})
+    bench.forget(", seed 1")
+    assert not bench.has("training, seed 1")
+    assert bench.has("training, seed 11")
+    assert bench.row("training, seed 1", lambda: {"fd": 2.0})["fd"] == 2.0
+    assert common.Benchmark("bench", "").kept("training, seed 1")["fd"] == 2.0
+
+
 def test_rows_of_other_weights_are_not_gone_on_with(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"of other weights \(network a, here b\).*--fresh"):
         common.Benchmark("bench", "").rest_on(network="b")

@@ -115,8 +115,7 @@ def _header(size: bytes, path: Path, read: Any) -> tuple[Mapping[str, Any], int]
 def add_file(found: Any, path: Path) -> None:
     """Adds a file to what is hashed, a piece at a time, since files of gigabytes are many."""
     with path.open("rb") as file:
-        while piece := file.read(2**24):
-            found.update(piece)
+        hashlib.file_digest(file, lambda: found)
 
 
 def room(path: Path | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
@@ -151,8 +150,8 @@ def is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
-        return True
+    except PermissionError:  # somebody else's
+        pass
     return True
 
 

@@ -119,9 +119,8 @@ def run(
         return
     study.check()
     folder = run_folder(study, out_dir)
-    from search_spaces.training.team import (
-        helps,  # seconds of imports, which a study that cannot be read shall not wait for
-    )
+    # Seconds of imports, which a study that cannot be read shall not wait for.
+    from search_spaces.training.team import helps
 
     if (place := helps()) is not None:  # one of the processes of `accelerate launch`
         for _ in study.help_to_train(folder, f"cuda:{place}" if device == "cuda" else device):

@@ -358,8 +358,8 @@ def _sent_by_value(study: Study) -> Iterator[None]:
     parts = (study, study.space, study.supernet, study.images, study.training, study.evaluator)
     names = {type(part).__module__ for part in parts} | {name for name in sys.modules if name.startswith("nas_study_")}
     folders = {Path(file).parent for name in names if name.startswith("nas_study_") and (file := _file_of(name))}
-    # What lies in the working folder a worker imports.
-    names |= {name for name in [*sys.modules] for folder in folders - {Path.cwd()} if _lies_in(folder, name)}
+    folders.discard(Path.cwd())  # what lies there a worker imports
+    names |= {name for name in [*sys.modules] for folder in folders if _lies_in(folder, name)}
     modules = [sys.modules[name] for name in names if name in sys.modules and not _importable(name)]
     for module in modules:
         ray.cloudpickle.register_pickle_by_value(module)

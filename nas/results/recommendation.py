@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -86,7 +87,13 @@ def _level(trial: Trial, full: Trial, quality: str) -> bool:
 
 def next_command(study_file: str, run: Run, searcher: str, seed: int, trial: int) -> str:
     """What to do with a trial, complete for a shell: its export; samples of a network that no folder of stock models can hold."""
-    what, to, seeded = "export", "exported", f" --seed {seed}"
-    if not run.facts.get("exportable", True):
-        what, to, seeded = "sample", "samples.png", f" --search-seed {seed}"
-    return f"nas {what} {quote(study_file)} --out {quote(str(run.folder))} --searcher {quote(searcher)}{seeded if seed else ''} --trial {trial} --to {to}"
+    if run.facts.get("exportable", True):
+        seeded = f" --seed {seed}" if seed else ""
+        return f"nas export {of_trial(study_file, run.folder, searcher, trial)}{seeded} --to exported"
+    seeded = f" --search-seed {seed}" if seed else ""
+    return f"nas sample {of_trial(study_file, run.folder, searcher, trial)}{seeded} --to samples.png"
+
+
+def of_trial(study_file: str, folder: Path, searcher: str, trial: int) -> str:
+    """What a command is told to mean a trial, for a shell."""
+    return f"{quote(study_file)} --out {quote(str(folder))} --searcher {quote(searcher)} --trial {trial}"

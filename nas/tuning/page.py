@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,6 +16,7 @@ from markupsafe import Markup
 from nas.base.files import read_json, write_text
 from nas.contracts import LoadedSupernet, Schedule, UserError
 from nas.handover.portable import module, portable, write_portable
+from nas.results.recommendation import of_trial
 from nas.results.samples import draw_samples
 from nas.results.schedules import mapped
 from nas.tuning.found import CONFIDENCE, Candidate, Found, percent
@@ -213,9 +213,8 @@ def usage(found: Found, folder: Path, run: Path) -> str:
     pipeline is to be kept."""
     if found.far:
         return ""
-    trial, study = found.chosen.trial, quote(str(folder / "study.py"))
-    where = f"--searcher {SEARCHER} --trial {trial} --to model --out {quote(str(run))}"
-    export = "" if trial is None else f"nas export {study} {where}"
+    trial, study = found.chosen.trial, str(folder / "study.py")
+    export = "" if trial is None else f"nas export {of_trial(study, run, SEARCHER, trial)} --to model"
     if found.wanted.kind in ("", "StepAwarePipeline"):
         return f"{export or f'# {SCHEDULE} holds it, and no trial of a search does'}  # no stock pipeline of diffusers samples with it"
     scale = next((s.guidance.scale for s in found.chosen.schedule.steps if s.guidance), None)

@@ -106,8 +106,8 @@ class Wanted:
 
     @cached_property
     def net(self) -> Elastic:
-        channels = {"guided_channels": self.exported["guided_channels"]} if "guided_channels" in self.exported else {}
-        return Elastic.from_pretrained(self.folder, widths=(1.0,), **channels)
+        channels = self.exported.get("guided_channels")
+        return Elastic.from_pretrained(self.folder, widths=(1.0,), guided_channels=channels)
 
     @property
     def graph(self) -> Graph:
@@ -186,7 +186,7 @@ class Wanted:
             # A deterministic DDIM is what samples; one of another eta, and DDPM, draw noise on the way.
             told = self.exported["sampler"]
             own = f"{told['class']} of eta {told['eta']:g}" if told.get("eta") else told["class"]
-            return f"by {mine}" if own == type(self.sampler).__name__ else f"by {mine} in place of its {own}"
+            return f"by {mine}" if own == self.sampler_name else f"by {mine} in place of its {own}"
         own = self.scheduler.get("_class_name", like)
         others = {**(PLAIN if mine != "DDIM" else {}), **({"thresholding": False} if self.net.in_pixels else {})}
         others |= {"clip_sample_range": 1.0} if self.sampler.clip else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, replace
+from itertools import count
 from typing import Annotated, Any, Literal
 
 import torch
@@ -286,4 +287,5 @@ def _name(arch: Arch, taken: Collection[str] = ()) -> str:
     without = sum(not kept for kept in arch.attention)
     less = [*([f"{without} attention"] if without else []), *([] if arch.middle else ["the middle"])]
     name = "/".join(f"{share:g}" for share in shares) + depths + layers + (f" less {', '.join(less)}" if less else "")
-    return next(each for each in (name, *(f"{name} ({number})" for number in range(2, 99))) if each not in taken)
+    again = (f"{name} ({number})" for number in count(2))
+    return name if name not in taken else next(other for other in again if other not in taken)
