@@ -25,9 +25,6 @@ PARTS = ("attn", "mlp")
 DIFFUSERS = {"attn": "attn1", "text": "attn2", "mlp": "ff"}
 """What the parts of a block are called in diffusers' modules, which SmoothCache wraps there."""
 
-PART_OF = {name: part for part, name in DIFFUSERS.items()}
-
-
 LAYERS = 3
 """Of a level, as DeepCache numbers branches: two residual blocks and the downsampling."""
 
@@ -80,25 +77,31 @@ def learning_to_cache(path: str | Path, steps: int, threshold: float = 0.1) -> L
 
 
 def smoothcache(path: str | Path, blocks: int, parts: Sequence[str] = PARTS) -> Listed:
-    """A schedule of SmoothCache: {"attn": [1, 0, ...], "mlp": [...]}, for each step, noisy to clean, whether these run in all of so many blocks; or named as in
-    diffusers' blocks, "attn1", "attn2" and "ff", of which those that are not listed always run. `parts`: of a block, in their order; ("attn", "text", "mlp")
-    of a PixArt. Raises UserError where the file is not that."""
+    """A schedule of SmoothCache: {"attn": [1, 0, ...], "mlp": [...]}, for each step, noisy to clean, whether these run in all of so many blocks, or by "attn-0",
+    "mlp-0" and so on in each; or named as in diffusers' blocks, "attn1", "attn2" and "ff", of which those that are not listed always run. `parts`: of a block,
+    in their order; ("attn", "text", "mlp") of a PixArt. Raises UserError where the file is not that."""
     path = Path(path)
     try:
-        told = json.loads(path.read_text())
-        if {*told} & {*DIFFUSERS.values()}:
-            every = {DIFFUSERS[part]: [1] * max(map(len, told.values())) for part in parts}
-            told = {PART_OF.get(name, name): row for name, row in (every | told).items()}
-        rows = [[int(value) for value in told[part]] for part in parts]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = {key: [int(value) for value in row] for key, row in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no schedule of lists ({first_line(error)}); check the file") from error
+    steps = max(map(len, told.values()), default=0)
+    theirs = bool({key.partition("-")[0] for key in told} & {*DIFFUSERS.values()})
+    every = {DIFFUSERS[part]: [1] * steps for part in parts} if theirs else {}
+    names = [DIFFUSERS[part] if theirs else part for part in parts]
+    keys = [[f"{name}-{block}", name] for block in range(blocks) for name in names]
+    if strange := {*told} - {key for pair in keys for key in pair}:
         raise UserError(
-            f"{path} is no schedule with lists {' and '.join(parts)} ({first_line(error)}); check the file"
-        ) from error
-    if {*told} != {*parts} or len({len(row) for row in rows}) != 1 or not rows[0]:
-        raise UserError(f"{path} must hold the lists {' and '.join(parts)} alone, of one number for each step")
+            f"{path} holds {min(strange)}, and {blocks} blocks have {', '.join(names)} each; give the network that it is for"
+        )
+    rows = [told.get(own) or told.get(name) or every.get(name, []) for own, name in keys]
+    if not steps or any(len(row) != steps for row in rows):
+        raise UserError(
+            f"{path} must hold {' and '.join(names)}, or each with -0, -1 and so on, of one number for each step"
+        )
     if any(value not in (0, 1) for row in rows for value in row) or not all(row[0] for row in rows):
-        raise UserError(f"{path}: the lists {' and '.join(parts)} must be of zeros and ones, and begin with ones")
-    each = [_running([*bits] * blocks, parts) for bits in zip(*rows, strict=True)]
+        raise UserError(f"{path}: its lists must be of zeros and ones, and begin with ones")
+    each = [_running(bits, parts) for bits in zip(*rows, strict=True)]
     return Listed(f"SmoothCache {path.stem}", tuple(each), blocks * len(parts))
 
 
@@ -179,21 +182,18 @@ def cache_dit_yaml(schedule: Schedule, graph: Graph, timesteps: Sequence[int]) -
 
 
 def smoothcache_json(schedule: Schedule, graph: Graph, timesteps: Sequence[int]) -> str:
-    """The schedule as SmoothCache has it for diffusers' blocks, a list for each part of a block, the same in all blocks. `timesteps`: where the
-    scheduler puts as many. Raises UserError for a schedule that treats blocks differently, of other timesteps, of guidance that comes and goes, or of a UNet."""
+    """The schedule as SmoothCache has it for diffusers' blocks, a list for each part of all blocks, or of each block where these differ. `timesteps`: where the
+    scheduler puts as many. Raises UserError for a schedule of other timesteps, of guidance that comes and goes, or of a UNet."""
     _check_transformer(schedule, graph, timesteps, "SmoothCache's lists")
-    parts = tuple(dict.fromkeys(name.partition(".")[2] for name in graph.names(True)))
-    lists: dict[str, list[int]] = {part: [] for part in parts}
-    for step in schedule.steps:
-        reused = graph.expand(step.reuse)
-        for part in parts:
-            bits = {f"{block}.{part}" in reused for block in graph.blocks}
-            if len(bits) > 1:
-                raise UserError(
-                    f"SmoothCache's lists mean all blocks alike, and at timestep {step.timestep} the schedule reuses {', '.join(step.reuse)}; use schedule.json"
-                )
-            lists[part].append(0 if bits.pop() else 1)
-    return json.dumps({DIFFUSERS[part]: row for part, row in lists.items()}) + "\n"
+    reused = [graph.expand(step.reuse) for step in schedule.steps]
+    lists: dict[str, list[int]] = {}
+    for part in dict.fromkeys(name.partition(".")[2] for name in graph.names(True)):
+        each = [[int(f"{block}.{part}" not in names) for names in reused] for block in graph.blocks]
+        if all(row == each[0] for row in each):
+            lists[DIFFUSERS[part]] = each[0]
+        else:
+            lists |= {f"{DIFFUSERS[part]}-{block}": row for block, row in enumerate(each)}
+    return json.dumps(lists) + "\n"
 
 
 def _check_transformer(schedule: Schedule, graph: Graph, timesteps: Sequence[int], what: str) -> None:

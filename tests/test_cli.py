@@ -118,17 +118,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_everywhere() -> None:
-    for command in (
-        (),
-        ("run",),
-        ("status",),
-        ("compare",),
-        ("dashboard",),
-        ("export",),
-        ("sample",),
-        ("audit",),
-        ("intervals",),
-    ):
+    commands = [
+        command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
+    ]
+    assert {"run", "tune", "confirm", "train"} <= {*commands}
+    for command in ([], *([name] for name in commands)):
         result = nas(*command, "--help")
         assert result.returncode == 0
         assert "Usage" in result.stdout

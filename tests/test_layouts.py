@@ -92,6 +92,31 @@ def test_smoothcache_lists_go_back_and_forth(tmp_path: Path) -> None:
     ]
 
 
+def test_smoothcache_has_lists_of_each_block_too(tmp_path: Path) -> None:
+    """As its own schedules have them that Learning-to-Cache learned."""
+    path = tmp_path / "blocks.json"
+    schedule = of_reuse((), ("b0", "b2.mlp"), ("b1.attn",))
+    path.write_text(layouts.smoothcache_json(schedule, GRAPH, schedule.timesteps))
+    told = json.loads(path.read_text())
+    assert told["attn1-0"] == [1, 0, 1]
+    assert told["attn1-1"] == [1, 1, 0]
+    assert told["ff-2"] == [1, 0, 1]
+    every = GRAPH.expand(GRAPH.blocks)
+    assert [every - GRAPH.expand(one) for one in layouts.smoothcache(path, 3).computed[1:]] == [
+        GRAPH.expand(step.reuse) for step in schedule.steps[1:]
+    ]
+    told = {f"{part}-{block}": [1, block % 2] for part in ("attn", "mlp") for block in range(3)}
+    path.write_text(json.dumps(told))
+    assert layouts.smoothcache(path, 3).computed[1] == ("b1.attn", "b1.mlp")
+    for missing, words in (({"mlp-2"}, "must hold"), ({"attn-0", "attn-1", "attn-2"}, "must hold")):
+        path.write_text(json.dumps({key: row for key, row in told.items() if key not in missing}))
+        with pytest.raises(UserError, match=words):
+            layouts.smoothcache(path, 3)
+    path.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="attn-2, and 2 blocks have"):
+        layouts.smoothcache(path, 2)
+
+
 def test_what_a_format_cannot_say_is_refused() -> None:
     unet = UNetGraph((1, 1))
     guided = Schedule((Step(100, ("a",), (), Guidance(2.0)), Step(0, ("a",), REST)))
@@ -103,9 +128,6 @@ def test_what_a_format_cannot_say_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=words):
             layouts.cache_dit_yaml(schedule, graph, schedule.timesteps)
-    schedule = of_reuse((), ("b0",))
-    with pytest.raises(UserError, match="all blocks alike"):
-        layouts.smoothcache_json(schedule, GRAPH, schedule.timesteps)
     left_out = Schedule(tuple(Step(t, ("a",)) for t in (999, 949, 599, 49)))
     for write in (layouts.cache_dit_yaml, layouts.smoothcache_json):
         with pytest.raises(UserError, match="at the timesteps 750, 500, 250, 0, and the schedule's are at 999, 949"):

@@ -240,10 +240,15 @@ def test_what_the_walks_do_not_follow_is_refused_and_not_left_out(tool: Any, tmp
     with pytest.raises(tool.ScheduleError, match="IP-Adapter"):
         called(pipeline, "stable diffusion")
     pipeline.unet.encoder_hid_proj = None
-    told = {"encoder_hidden_states": torch.zeros(2, 8, 32), "added_cond_kwargs": {"image_embeds": [torch.zeros(2, 4)]}}
-    pipeline.scheduler.set_timesteps(5)
-    with pytest.raises(tool.ScheduleError, match="image_embeds"):
-        pipeline.unet(torch.zeros(2, 4, 8, 8), torch.tensor(999), **told)
+    more = {"added_cond_kwargs": {"image_embeds": [torch.zeros(2, 4)]}, "encoder_attention_mask": torch.ones(2, 8)}
+    for name, value in more.items():
+        pipeline.scheduler.set_timesteps(5)
+        with pytest.raises(tool.ScheduleError, match=r"image_embeds|encoder_attention_mask"):
+            pipeline.unet(
+                torch.zeros(2, 4, 8, 8),
+                torch.tensor(999),
+                **{"encoder_hidden_states": torch.zeros(2, 8, 32), name: value},
+            )
 
 
 NINE = 9
@@ -469,6 +474,46 @@ def test_schedules_of_another_prediction_are_refused(tool: Any, tmp_path: Path) 
     assert "forward" not in pipeline.unet.__dict__
 
 
+def test_a_trajectory_of_one_step(tool: Any, tmp_path: Path) -> None:
+    """PixArt's pipeline takes another part of what the scheduler answers then."""
+    pipeline, net = made("pixart", tmp_path)
+    schedule = Schedule((Step(999, net.full_arch),))
+    tool.apply_schedule(pipeline, portable(net, schedule, DDIM, {}))
+    images = called(pipeline, "pixart", num_inference_steps=1, guidance_scale=1.0)
+    assert images.shape[0] == 3
+    assert np.isfinite(images).all()
+
+
+def test_guidance_that_rescales_a_velocity_is_refused(tool: Any, tmp_path: Path) -> None:
+    """Stock pipelines rescale what the network predicts; a schedule's steps see its noise, which has another spread."""
+    pipeline = stable_diffusion(tmp_path / "stock")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    pipeline.save_pretrained(tmp_path / "stock")
+    net = loaded(tmp_path / "stock", tmp_path / "kept")
+    tool.apply_schedule(pipeline, portable(net, schedule_for(net, 3.0), DDIM, {}))
+    assert np.isfinite(called(pipeline, "stable diffusion")).all()
+    with pytest.raises(tool.ScheduleError, match=r"guidance_rescale=0\.7.* v_prediction"):
+        called(pipeline, "stable diffusion", guidance_rescale=0.7)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "sample"])
+def test_the_noise_in_half_precision_loses_no_more_than_it_was_given(kind: str) -> None:
+    """As pipelines in bfloat16 call it: the image that follows is as near as a half-precision prediction lets it be."""
+    from search_spaces.shipped.reuse import as_noise
+
+    drawn = torch.Generator().manual_seed(0)
+    alpha = 0.0047
+    image, noise = torch.randn(2, 4096, generator=drawn)[:, None, :, None]
+    x = (alpha**0.5 * image + (1 - alpha) ** 0.5 * noise).bfloat16()
+    # The state that was rounded is the network's input; what it predicts of this one is exact but for its own rounding.
+    noise = (x.float() - alpha**0.5 * image) / (1 - alpha) ** 0.5
+    exact = image if kind == "sample" else alpha**0.5 * noise - (1 - alpha) ** 0.5 * image
+    found = as_noise(exact.bfloat16(), x, alpha, kind)
+    again = (x.float() - (1 - alpha) ** 0.5 * found.float()) / alpha**0.5
+    # 2^-9 of the prediction by rounding, and float32's 2^-24 of the state, over what is left of the signal.
+    assert float((again - image).abs().max()) < 2**-8 * float(exact.abs().max()) + 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
 def test_a_process_that_leaves_no_signal_is_the_schedulers_own(kind: Any, tool: Any, tmp_path: Path) -> None:
@@ -560,7 +605,7 @@ WRONG: dict[str, Any] = {
 WRONG_STEPS: dict[str, Any] = {
     "timestep": (None, "a", -1, 2.5, 0),
     "alpha": (None, "a", 2, float("inf")),
-    "reuse": (None, "b0", [1], ["b9"], ["b0.nothing.else"]),
+    "reuse": (None, "b0", [1], ["b9"], ["b0.nothing.else"], ["b0.attn.else"]),
     "guided": (None, 1),
 }
 
@@ -587,6 +632,14 @@ def test_a_file_that_somebody_wrote_wrongly_is_refused_by_name(field: str, value
         plan = {**plan, field: value}
     with pytest.raises(ScheduleError, match=rf"the schedule: .*{field}.* must "):
         read_schedule(plan)
+
+
+def test_a_step_without_any_signal_divides_by_something(plan: dict[str, Any]) -> None:
+    """abar of exactly 0 is what diffusers' own schedulers have there, and what the format allows."""
+    first, *rest = plan["steps"]
+    found = read_schedule({**plan, "steps": [{**first, "alpha": 0}, *rest]})["steps"]
+    assert 0 < found[0]["alpha"] < 1e-10
+    assert found[1:] == rest
 
 
 def test_steps_reuse_only_what_was_computed_and_none_is_guided_without_a_scale(plan: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from evaluators.images import Digits
-from nas.base.exported import check_hashes, read_export
+from nas.base.exported import ExportError, check_hashes, read_export
 from nas.contracts import Schedule, Step, derive_seed
 from nas.engine.ledger import read_ledgers
 from nas.engine.storage import open_storage
@@ -36,7 +36,7 @@ from nas.results.report import Run
 from nas.study import load_study
 from search_spaces.noise import NoiseSchedule
 from search_spaces.shipped import train_diffusers as script
-from search_spaces.shipped.train_diffusers import Settings, train
+from search_spaces.shipped.train_diffusers import Settings, settings_of, train
 from search_spaces.supernet import Elastic
 from tests.conftest import TINY
 from tests.test_cli import nas, refused
@@ -305,6 +305,53 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
     )
 
 
+def test_a_loss_that_is_none_is_not_kept(exported: Path) -> None:
+    """What was kept before it stays: one would go on from weights that are no numbers."""
+    pixels = Digits().load().pixels[:16]
+    settings = Settings(steps=12, batch=4, checkpoint_every=1, learning_rate=1e30, clip=1e9, ema=0.0, warmup=0)
+    seen: list[int] = []
+    with pytest.raises(
+        ExportError, match=r"the loss of unet_0 is (nan|inf) at step \d; delete .*trained and train with less"
+    ):
+        seen.extend(tick["step"] for tick in train(exported, pixels, settings, cpu=True))
+    assert seen
+    kept = load_file(exported / "trained" / ".unet_0.safetensors")
+    assert int(kept["step"]) == seen[-1]
+
+
+def test_settings_that_train_nothing_or_too_much_are_refused() -> None:
+    for name, value in (("clip", 0), ("drop", 50), ("distillation", 1.5), ("ema", 2)):
+        with pytest.raises(ExportError, match=f"{name}={value}"):
+            settings_of({name: value})
+    assert settings_of({"drop": 1, "features": 1}).features == 1
+
+
+def test_the_script_stops_at_once_where_no_step_is_under_way(exported: Path) -> None:
+    """Captions and latents are read for long before the first step."""
+    program = exported / "train_diffusers.py"
+    waits = f"""
+import runpy, sys, time
+sys.path.insert(0, {str(exported)!r})
+import train_data
+def conditions(*given):
+    print("reads", flush=True)
+    time.sleep(60)
+train_data.conditions = conditions
+sys.argv = ["train", "--images", {str(exported.parent / "some.npy")!r}, "--cpu"]
+runpy.run_path({str(program)!r}, run_name="__main__")
+"""
+    np.save(exported.parent / "some.npy", np.zeros((4, 1, 8, 8), dtype=np.float32))
+    begun = subprocess.Popen(
+        [sys.executable, "-c", waits], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=exported
+    )
+    assert begun.stdout is not None
+    assert "reads" in begun.stdout.readline()
+    begun.send_signal(signal.SIGINT)
+    said, error = begun.communicate(timeout=30)
+    assert begun.returncode == 130, error
+    assert "the same command goes on from here" in said
+
+
 def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> None:
     refused(nas("train", exported), "what to train on is not said; give --images")
     refused(nas("train", tmp_path, "--images", "digits"), "no exported folder")
@@ -324,6 +371,10 @@ def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> N
     quick = ("train", exported, "--images", "digits", "--batch", 8, "-q")
     assert nas(*quick, "--steps", 6).returncode == 0
     refused(nas(*quick, "--steps", 60), "was trained otherwise: steps was 6, now 60. Delete it to train again")
+    np.save(tmp_path / "others.npy", np.zeros((20, 1, 8, 8), dtype=np.float32))
+    others = ("train", exported, "--images", tmp_path / "others.npy", "--batch", 8, "--steps", 6, "-q")
+    refused(nas(*others), "was trained otherwise: on other images, labels or captions. Delete it")
+    refused(nas("train", exported, "--images", "digits", "--validate-every", 5), "--validate-every is of scores")
     # What is known of a training is not written again, which a full disk would end in its midst.
     kept = (exported / "trained" / "settings.json").stat()
     assert nas(*quick, "--steps", 6).returncode == 0

@@ -144,6 +144,28 @@ def partial_of(path: Path) -> Iterator[Path]:
         _remove(partial)
 
 
+def check_new(folder: Path) -> None:
+    """Raises UserError for a folder that holds something, and for a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; give --to a new or empty folder")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Another name, to write under until all is there, which then is the folder's; nothing is left of what fails. Raises UserError as `check_new`."""
+    check_new(folder)
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def is_alive(process: int) -> bool:
     """Whether a process of this machine has this number."""
     try:

@@ -70,9 +70,11 @@ def export(
     storage: StorageOption = None,
 ) -> None:
     """Write a trial's networks as stock diffusers folders, with the schedule, provenance and a proof of equality."""
+    from nas.base.files import check_new
     from nas.library import StudyRun
     from nas.study import load_study
 
+    check_new(to)
     if stock and programs:
         raise UserError(
             "--programs are of exported folders, and --stock writes diffusers' own pipeline; give one of them"
@@ -220,6 +222,11 @@ def train(
     check_device(device)
     if images is None and study_file is None:
         raise UserError("what to train on is not said; give --images, or the --study whose images are to be used")
+    of_images = {"--resize": resize, "--labels": labels, "--captions": captions} if images is None else {}
+    for option in [name for name, value in of_images.items() if value is not None]:
+        raise UserError(f"{option} is of --images, and the study's own are trained on; leave it out, or give --images")
+    if validate_every is not None and study_file is None:
+        raise UserError("--validate-every is of scores, which need the --study; give it, or leave --validate-every out")
     study = load_study(study_file) if study_file else None
     searched = run_folder(study, out_dir) if study else None
     given = {
@@ -237,7 +244,7 @@ def train(
     bars = progress_bars(quiet or as_json)
     facts: dict[str, Any] = {"trained": str(folder / "trained")}
     with resumable(folder), bars:
-        from search_spaces.shipped.train_diffusers import keep_settings, settings_of
+        from search_spaces.shipped.train_diffusers import data_digest, keep_settings, settings_of
         from search_spaces.shipped.train_diffusers import train as begin
 
         train_on(device)
@@ -261,7 +268,7 @@ def train(
                 raise UserError(f"study {study.name} has no images to train on; give --images")
             pixels, classes = data.pixels, data.labels if conditional else None
             texts = data.texts if reads else None
-        keep_settings(folder, chosen)
+        keep_settings(folder, chosen, data_digest(pixels, classes, texts))
         ticks = begin(folder, pixels, chosen, device == "cpu", changed_weights, whole, classes, texts)
         validation = None
         if study is not None and searched is not None and validate_every != 0:

@@ -105,6 +105,8 @@ def study_text(name: str, file: str, images: Path, pipeline: Path | None, labels
     """Of the study file. Raises UserError where the folder holds no pictures, or the pipeline is none that this can be done with."""
     import jinja2
 
+    if pipeline is not None and size is not None:
+        raise UserError(f"--size {size} is of a network of its own, and the pipeline's has its size; leave it out")
     height, width, channels, alike, count = _looked_at(images)
     facts: dict[str, Any] = {
         "title": f"{name}: which network each interval of denoising timesteps needs, for the pictures of a folder.",

@@ -104,6 +104,9 @@ def run(
     from nas.library import StudyRun
     from nas.study import load_study
 
+    reckoned = {"--json": as_json, "--price": price is not None, "--throughput": throughput is not None}
+    for option in [name for name, given in reckoned.items() if given and not dry_run]:
+        raise UserError(f"{option} is of what --dry-run reckons; give it too, or leave {option} out")
     study = load_study(study_file)
     first = next(iter(study.searchers), "evolution")
     asked = ",".join(searcher or [first])

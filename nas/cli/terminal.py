@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from nas.contracts import WITHOUT_ATTENTION
-
-if TYPE_CHECKING:
-    pass
 
 HANDFUL = 5
 """Remarks below a comparison that are printed unasked."""

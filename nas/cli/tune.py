@@ -123,6 +123,8 @@ def tune(
         raise UserError(f"--samples {samples} must be two numbers, the second larger, such as 32,256")
     if not pipeline.is_dir():
         raise UserError(f"{pipeline} is no folder; give that of a local diffusers pipeline")
+    if write_study is not None and write_study.is_dir():
+        raise UserError(f"--write-study {write_study} is a folder; give a file, such as {write_study / 'study.py'}")
     check_device(device)
     if gpus_per_worker and not device.startswith("cuda"):
         raise UserError(

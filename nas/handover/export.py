@@ -21,7 +21,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -34,6 +33,7 @@ import torch
 
 from nas.base import exported, pictures
 from nas.base.exported import hashes_of, read_network
+from nas.base.files import new_folder
 from nas.base.quiet import quiet_transformers
 from nas.contracts import LoadedSupernet, Schedule, Step, UserError, noise_by, some_condition
 from nas.engine.facts import package_versions
@@ -67,16 +67,11 @@ def export(
     Raises UserError where `folder` is not empty, and RuntimeError where a reloaded model's output differs from the
     supernet's subnet by more than 1e-5: then nothing is left behind.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty; give --to a new or empty folder")
     if sampler["class"] not in exported.SAMPLERS:
         raise UserError(
             f"sampler {sampler['class']} has no stand-alone loop to export; use {' or '.join(exported.SAMPLERS)}"
         )
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         names: dict[Any, str] = {}
         for number, arch in enumerate(schedule.archs):
             model: Any = net.extract(arch)
@@ -114,12 +109,7 @@ def export(
         _write_pipeline(net, plan, [*names.values(), *vae], others, partial)
         write_card(plan, bars_of(schedule, net), provenance, samples, partial)
         (partial / "sample.py").write_text(_SAMPLE)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
         return failed
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _difference(net: LoadedSupernet, schedule: Schedule, arch: Any, folder: Path) -> float:

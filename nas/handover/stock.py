@@ -4,8 +4,6 @@ StableDiffusionPipeline, StableDiffusionXLPipeline, PixArtAlphaPipeline or PixAr
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +13,7 @@ import diffusers
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from nas.base.exported import TEXTS
+from nas.base.files import check_new, new_folder
 from nas.base.quiet import quiet_transformers
 from nas.contracts import LoadedSupernet, Schedule, UserError, some_condition
 
@@ -36,8 +35,7 @@ def export_stock(
 
     Raises UserError where no stock pipeline does what the schedule does, and where `folder` is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty; give --to a new or empty folder")
+    check_new(folder)
     _check(net, schedule, sampler)
     count = len(schedule.steps)
     grids = [_scheduler(net, sampler, spacing, offset) for spacing, offset in GRIDS]
@@ -64,17 +62,9 @@ def export_stock(
         **({"guidance_scale": next(iter(_scales(schedule)))} if texts or kind == DIT else {}),
         **({"use_resolution_binning": False, "max_sequence_length": tokens} if kind == PIXART else {}),
     }
-    partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with quiet_transformers():
-            pipeline.save_pretrained(partial)
+    with new_folder(folder) as partial, quiet_transformers():
+        pipeline.save_pretrained(partial)
         (partial / "provenance.json").write_text(json.dumps({**provenance, "stock": facts}, indent=2) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return facts
 
 

@@ -7,7 +7,6 @@ supernet scored; its origin says which trial it was exported from.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -76,7 +75,7 @@ def fine_tune(
 ) -> Iterator[Progress]:
     """Follows a training: `ticks` name the network, its step, how many there are, the loss and the weights' average. Keeps the losses in
     trained/losses.jsonl, the scores of `validation`, after every so many steps of a network (a quarter of them by default) and its last
-    one, in trained/validation.jsonl, and draws both. Raises UserError where the loss is no number any more."""
+    one, in trained/validation.jsonl, and draws both."""
     log, scores = folder / "trained" / "losses.jsonl", folder / "trained" / "validation.jsonl"
     known = {(row["model"], row["step"]): row for row in _rows(scores)}
     values: dict[str, float] = {}
@@ -104,10 +103,6 @@ def fine_tune(
         ticks
     ):  # who stops this in its midst has the training keep its state now, not at the end of the interpreter
         for tick in ticks:
-            if not math.isfinite(tick["loss"]):
-                raise UserError(
-                    f"the loss of {tick['model']} is {tick['loss']} at step {tick['step']}; delete {log.parent} and lower --learning-rate"
-                )
             with log.open("a") as file:
                 file.write(json.dumps({name: tick[name] for name in ("model", "step", "steps", "loss")}) + "\n")
             step, last = tick["step"], tick["steps"]

@@ -38,6 +38,11 @@ SCHEDULE, APPLY = "schedule.json", "apply_schedule.py"
 FORMATS = {"cache_dit.yaml": cache_dit_yaml, "smoothcache.json": smoothcache_json}
 """Of other projects."""
 
+OTHERS = (
+    f"{' and '.join(FORMATS)} say for these projects what is computed, and what it loses there was not measured: cache-dit adds what skipped blocks added, gates and "
+    "all, and SmoothCache's helper for diffusers takes attn1 alone unless it is told the other parts."
+)
+
 STEPPED = ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
 """Schedulers whose states are those of DDIM, so that the module takes over their steps as they are."""
 
@@ -108,6 +113,8 @@ def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], f
 
 def check_target(folder: Path) -> None:
     """Raises UserError for a folder whose files are not those of another search."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give --to a folder")
     schedule = folder / SCHEDULE
     others = [name for name in (APPLY, *FORMATS) if (folder / name).exists()]
     if others and not schedule.exists():
@@ -203,8 +210,7 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
         profile=Markup(profile),
         grids=grids,
         use=usage(found, folder, run),
-        formats="; ".join(left_out)
-        or ("" if found.far else f"{' and '.join(FORMATS)} say the same for these projects."),
+        formats="; ".join(left_out) or ("" if found.far else OTHERS),
     )
 
 

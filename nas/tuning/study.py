@@ -191,6 +191,9 @@ class Wanted:
         others = {**(PLAIN if mine != "DDIM" else {}), **({"thresholding": False} if self.net.in_pixels else {})}
         others |= {"clip_sample_range": 1.0} if self.sampler.clip else {}
         left_out = [name for name, plain in others.items() if self.scheduler.get(name, plain) != plain]
+        # Of latents nothing is clipped here; these two of diffusers' clip what they are not told to leave.
+        clips = own in ("DDIMScheduler", "DDPMScheduler") and self.scheduler.get("clip_sample", True)
+        left_out += ["clip_sample"] if clips and not self.net.in_pixels else []
         without = f" without its {' and '.join(left_out)}" if left_out else ""
         if own == like:
             return f"by {mine}{without}"

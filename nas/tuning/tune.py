@@ -278,7 +278,11 @@ def given_schedule(wanted: Wanted, plan: Mapping[str, Any]) -> Schedule:
         return graph.collapse(every - runs, graph.predicts_anew)
 
     told = schedule_of(plan, net.anatomy.full)
-    own = Schedule(tuple(replace(step, reuse=step.reuse and named(step.reuse)) for step in told.steps))
+    # By DDIM a step that holds the prediction goes on where a longer one before it would have.
+    whole = len(graph.expand(graph.blocks))
+    held = wanted.sampler_name == "DDIM" and not graph.predicts_anew
+    steps = [step for step in told.steps if not (held and len(graph.expand(step.reuse)) == whole)]
+    own = Schedule(tuple(replace(step, reuse=step.reuse and named(step.reuse)) for step in steps))
     grid = plan["measured"].get("grid", [step["timestep"] for step in plan["steps"]])
     moved = resampled(own, grid, wanted.grid(wanted.steps))
     guide = None if wanted.scale is None else Guidance(wanted.scale)

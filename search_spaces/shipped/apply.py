@@ -158,6 +158,12 @@ class _Applied:
                 f"the schedule has {len(self.steps)} steps, the pipeline asks for {asked}; call it with num_inference_steps={len(self.steps)}, "
                 "or make a schedule of as many"
             )
+        rescale = getattr(self.pipeline, "guidance_rescale", None) or 0
+        if rescale and self.plan["prediction"] != "epsilon":
+            raise ScheduleError(
+                f"the pipeline rescales its guidance by guidance_rescale={rescale:g}, which is of what the network predicts, {self.plan['prediction']}, and steps "
+                "of a schedule see its noise; call it with guidance_rescale=0, or remove_schedule(pipeline)"
+            )
         if 0 < (getattr(self.pipeline, "denoising_end", None) or 0) < 1:
             raise ScheduleError(
                 f"the pipeline that the schedule was applied to stops at denoising_end={self.pipeline.denoising_end:g}, and the schedule was made for whole trajectories: its "
@@ -212,7 +218,8 @@ class _Applied:
         )
         self.number += 1
         previous = made.to(sample.dtype)
-        return SimpleNamespace(prev_sample=previous) if return_dict else (previous,)
+        # PixArt's pipeline takes the second where there is one step alone.
+        return SimpleNamespace(prev_sample=previous) if return_dict else (previous, previous)
 
     def scale_model_input(self, sample: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return sample
@@ -358,6 +365,8 @@ class _Applied:
         found = {name: told[name] for name in CONDITIONS if told.get(name) is not None}
         extra = {name: value for name, value in (told.get(EXTRA) or {}).items() if value is not None}
         known = {*STATES, *TIMES, *CONDITIONS, EXTRA}
+        if not hasattr(self.net, "transformer_blocks"):
+            known.discard("encoder_attention_mask")
         strange = [name for name, value in told.items() if name not in known and value is not None and value != {}]
         strange += [name for name in extra if name not in (*ADDED, *SIZES)]
         found |= extra
@@ -379,9 +388,10 @@ class _Applied:
         t = t.reshape(-1)[: len(x)] if t.ndim else t
         answer = partial(as_noise, x=x, alpha=step["alpha"], kind=self.plan["prediction"])
         reuse, keep = tuple(step["reuse"]), tuple(following["reuse"])
-        cache = self.cache and {
+        kept = self.cache if reuse and self.cache else {}
+        cache = {
             name: rows if len(rows) == len(x) else rows[: len(x)] if self._own_first else rows[-len(x) :]
-            for name, rows in self.cache.items()
+            for name, rows in kept.items()
         }
         made, cache = self._graph(reuse, keep)(self.net, x, t, cache, condition)
         self.cache = {name: rows for name, rows in cache.items() if name != PREDICTION} or None
@@ -389,33 +399,20 @@ class _Applied:
 
     def _graph(self, reuse: tuple[str, ...], keep: tuple[str, ...]) -> Callable[..., Any]:
         if (reuse, keep) not in self.graphs:
-            whole = self.call if not reuse and not keep else None
-            self.graphs[reuse, keep] = _call(whole, reuse, keep, self.compiled, len(self.graphs))
+            self.graphs[reuse, keep] = _call(reuse, keep, self.compiled, len(self.graphs))
         return self.graphs[reuse, keep]
 
 
-def _call(
-    whole: Callable[..., Any] | None,
-    reuse: tuple[str, ...],
-    keep: tuple[str, ...],
-    compiled: bool | str,
-    number: int,
-) -> Callable[..., Any]:
+def _call(reuse: tuple[str, ...], keep: tuple[str, ...], compiled: bool | str, number: int) -> Callable[..., Any]:
     """What runs where these are reused and those kept. Compiled, each has code of its own: torch counts what it compiles by code, and gives up on what it
     has compiled eight times."""
 
     def some(net: Any, x: Any, t: Any, cache: Any, condition: Any) -> Any:
         return run(net, x, t, reuse, keep, cache, condition)
 
-    def every(net: Any, x: Any, t: Any, cache: Any, condition: Any) -> Any:
-        return run(net, x, t, (), (), None, condition)
-
     if not compiled:
         return some
-    plain = some if whole is None else every
-    own = FunctionType(
-        plain.__code__.replace(co_name=f"step_{number}"), plain.__globals__, None, None, plain.__closure__
-    )
+    own = FunctionType(some.__code__.replace(co_name=f"step_{number}"), some.__globals__, None, None, some.__closure__)
     backend = {} if compiled is True else {"backend": compiled}
     graph = torch.compile(own, **backend)  # type: ignore[call-overload]
 

@@ -103,9 +103,13 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         that it guides; 1 guides none. `negative_prompt`: what takes the prompt's place where a guided step predicts without it.
         `prompt_embeds`: a row for each image by the names of the networks' arguments, "negative_" before those of the negative prompt, instead
         of prompts. `reuse_dtype`: of what a step keeps to be reused, such as torch.bfloat16 for half the memory; by default as the schedule was scored. `callback_on_step_end(pipeline, i, timestep, {"latents": ...})`: after each step; may return other latents.
-        Raises ValueError for more steps than the schedule has, for fewer where steps reuse blocks, and for labels or prompts that are missing,
+        Raises ValueError for other kinds of output, more steps than the schedule has, for fewer where steps reuse blocks, and for labels or prompts that are missing,
         too many, or not taken.
         """
+        if output_type not in ("pil", "np", "numpy", "pt"):
+            raise ValueError(f"output_type={output_type!r} is none of 'pil', 'np' and 'pt'")
+        if strange := {*callback_on_step_end_tensor_inputs} - {"latents"}:
+            raise ValueError(f"callback_on_step_end_tensor_inputs: there are no {min(strange)}, but latents alone")
         if isinstance(prompt, int):  # as the first argument of pipelines that read no text is
             prompt, batch_size = None, prompt
         plan = self.config.schedule
@@ -148,7 +152,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                 )
                 x = after.to(x.dtype)
                 if callback_on_step_end is not None:
-                    given = {name: {"latents": x}[name] for name in callback_on_step_end_tensor_inputs}
+                    given = dict.fromkeys(callback_on_step_end_tensor_inputs, x)
                     x = (callback_on_step_end(self, number, step["timestep"], given) or {}).get("latents", x)
                 bar.update()
         images = self._output(x, output_type, return_dict)

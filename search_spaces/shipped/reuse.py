@@ -26,14 +26,15 @@ def as_noise(prediction: torch.Tensor, x: torch.Tensor, alpha: float, kind: str)
     """The noise in x = sqrt(alpha) image + sqrt(1 - alpha) noise by a prediction of this `prediction_type`. Further channels than x has, which
     say where the variance lies, stay behind it.
 
-    In float64 where hardly any signal is left: the image follows from it as a small difference. Apple's GPUs have none.
+    In float32 at least, and in float64 where hardly any signal is left: the image follows from it as a small difference. Apple's GPUs have no float64.
     """
     if kind == "epsilon":
         return prediction
     if prediction.shape[1] > x.shape[1]:
         noise, said = as_noise(prediction[:, : x.shape[1]], x, alpha, kind), prediction[:, x.shape[1] :]
         return torch.cat([noise, said.to(noise)], dim=1)
-    x = x.double() if alpha < 1e-4 and x.device.type != "mps" else x
+    finer = torch.float64 if alpha < 1e-4 and x.device.type != "mps" else torch.float32
+    x = x.to(torch.promote_types(x.dtype, finer))
     prediction = prediction.to(x)
     signal, rest = alpha**0.5, (1 - alpha) ** 0.5
     made: torch.Tensor = signal * prediction + rest * x if kind == "v_prediction" else (x - signal * prediction) / rest

@@ -12,6 +12,11 @@ FORMAT, VERSION = "step-aware schedule", 1
 SAMPLERS = ("DDIM", "DPMSolver")
 """Those that need no noise on the way."""
 
+LEAST_ALPHA = 1e-12
+
+LAYERS = ("resnet", "attention", "up")
+"""Of a UNet's branch of several."""
+
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
@@ -36,7 +41,9 @@ def read_schedule(schedule: str | Path | Mapping[str, Any]) -> Mapping[str, Any]
         )
     _check_model(where, schedule)
     _check_steps(where, schedule)
-    return {**schedule, "measured": _measured(where, schedule)}
+    # Where no signal is left at all, what is divided by must not be zero.
+    steps = [{**step, "alpha": max(step["alpha"], LEAST_ALPHA)} for step in schedule["steps"]]
+    return {**schedule, "steps": steps, "measured": _measured(where, schedule)}
 
 
 def _check_model(where: str, plan: Mapping[str, Any]) -> None:
@@ -73,7 +80,8 @@ def _check_steps(where: str, plan: Mapping[str, Any]) -> None:
         if not _names(step.get("reuse")):
             _wrong(where, f"{here} reuse", step.get("reuse"), "a list of names")
         for name in step["reuse"]:
-            if name not in known and ".".join(name.split(".")[:2]) not in known:
+            branch, _, layer = name.rpartition(".")
+            if name not in known and not (branch in branches and layer in LAYERS):
                 _wrong(where, f"{here} reuse", name, "of blocks or branches that the network has")
         if type(step.get("guided")) is not bool or (step["guided"] and plan["guidance_scale"] is None):
             _wrong(where, f"{here} guided", step.get("guided"), "true or false, and false where guidance_scale is null")

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
 import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ from search_spaces.shipped.train_data import Data, conditions, folder_captions, 
 from search_spaces.shipped.walks import arguments
 
 TRAINED = "trained"
+DATA = "data"
+"""In a folder's settings.json, beside the settings."""
+
 OURS = (
     "README.md",
     "class_embedding",
@@ -87,7 +91,7 @@ class Settings:
     that is the full network's prediction, instead of the noise. `features`: weight of the distance of blocks' spatial maps (mean square
     over channels, normalised; Zagoruyko & Komodakis 2017) to the full network's. `batch`: images of a step, on each device, in `accumulate` parts.
     `checkpointing`: blocks run again in the backward pass, which takes less memory. `snr_cap`: of min-SNR weighting (Hang et al. 2023), 0 for
-    none. `drop`: share of labels or captions that say nothing instead."""
+    none. `drop`: share of labels or captions that say nothing instead. `clip`: the largest norm of a gradient."""
 
     steps: int = 1000
     batch: int = 64
@@ -107,6 +111,9 @@ class Settings:
     snr_cap: float = 0.0
 
 
+SHARES = ("drop", "distillation", "ema")
+
+
 def settings_of(given: Any) -> Settings:
     """From train.json. Raises ExportError naming what no training can have."""
     known = {field.name: type(field.default) for field in fields(Settings)}
@@ -115,9 +122,10 @@ def settings_of(given: Any) -> Settings:
         if kind is None:
             raise ExportError(f"train.json: settings have no {name!r}; there are {', '.join(known)}")
         number = kind in (int, float) and type(value) in (int, kind)
-        most = 2**32 if name == "seed" else 1e9
-        if not (number or type(value) is kind) or (number and not 0 <= value < most):
-            raise ExportError(f"train.json: {name}={value!r} is no {kind.__name__} that a training can have")
+        most = 1 if name in SHARES else 2**32 - 1 if name == "seed" else 1e9
+        if not (number or type(value) is kind) or (number and not 0 <= value <= most) or (name == "clip" and not value):
+            allowed = f", from {'more than ' if name == 'clip' else ''}0 to {most:g}" if number else ""
+            raise ExportError(f"train.json: {name}={value!r} is no {kind.__name__} that a training can have{allowed}")
     made = Settings(**given)
     counts = (made.steps, made.batch, made.checkpoint_every, made.accumulate)
     if min(counts) < 1 or made.accumulate > made.batch or made.precision not in ("no", "bf16", "fp16"):
@@ -128,22 +136,34 @@ def settings_of(given: Any) -> Settings:
     return made
 
 
-def keep_settings(folder: Path, settings: Settings, writes: bool = True) -> None:
-    """Notes how `folder/trained` is trained, where this process `writes`. Raises ExportError where it was begun otherwise; what was refused before anything was
-    trained is no beginning."""
+def data_digest(
+    pixels: npt.NDArray[np.float32], labels: npt.NDArray[np.int64] | None = None, captions: Sequence[str] | None = None
+) -> str:
+    """By which other images, labels or captions are told."""
+    found = hashlib.sha256(np.ascontiguousarray(pixels).data)
+    found.update(json.dumps([None if labels is None else labels.tolist(), captions and [*captions]]).encode())
+    return found.hexdigest()[:16]
+
+
+def keep_settings(folder: Path, settings: Settings, data: str = "", writes: bool = True) -> None:
+    """Notes how `folder/trained` is trained, where this process `writes`. `data`: the digest of what it is trained on. Raises ExportError where it was begun
+    otherwise; what was refused before anything was trained is no beginning."""
     path = folder / TRAINED / "settings.json"
     if path.exists() and any(other != path for other in path.parent.iterdir()):
         try:
-            before = asdict(settings_of(json.loads(path.read_text())))
-        except ValueError as error:
+            told = json.loads(path.read_text())
+            known = told.pop(DATA, data)
+            before = asdict(settings_of(told))
+        except (ValueError, AttributeError) as error:
             raise ExportError(f"{path} is damaged ({error}); delete {path.parent} to train again") from error
         now = asdict(settings)
         changed = [f"{name} was {before[name]}, now {value}" for name, value in now.items() if before[name] != value]
+        changed += ["on other images, labels or captions"] if known != data else []
         if changed:
             raise ExportError(f"{path.parent} was trained otherwise: {'; '.join(changed)}. Delete it to train again")
     elif writes:
         path.parent.mkdir(exist_ok=True)
-        _replace(path, json.dumps(asdict(settings), indent=2) + "\n")
+        _replace(path, json.dumps({**asdict(settings), **({DATA: data} if data else {})}, indent=2) + "\n")
 
 
 def train(
@@ -162,7 +182,8 @@ def train(
 
     pixels: (n, channels, height, width) in [-1, 1]. `changed_weights`: takes networks that are not those that were exported. `whole`: makes
     a context in which nobody is interrupted. `labels`: (n,), where the networks take labels, `captions`, where they read a text; a share
-    `settings.drop` of them is dropped. `timesteps`: of these networks alone, on these ranges (from, up to) in place of those that they serve. Raises ExportError where the folder is damaged, and for what the networks need or do not take.
+    `settings.drop` of them is dropped. `timesteps`: of these networks alone, on these ranges (from, up to) in place of those that they serve. Raises ExportError where the folder is
+    damaged, for what the networks need or do not take, and where a loss is no number any more, of which nothing is kept.
     """
     export = read_export(folder)
     plan = export.training
@@ -251,6 +272,11 @@ def _train_one(
         while done < total:
             with whole():
                 loss = _step(net, bare, teacher, data, served, scheduler, settings, accelerator, optimiser, done, total)
+                if not math.isfinite(loss):  # before anything of it is kept
+                    raise ExportError(
+                        f"the loss of {name} is {float(loss)} at step {done + 1}; delete {folder / TRAINED} and train with less than "
+                        f"learning_rate={settings.learning_rate:g}"
+                    )
                 decay = min(settings.ema, (1 + done) / (10 + done))
                 averaged = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
                 averaged(list(average.values()), list(trained.values()), done)
@@ -472,12 +498,12 @@ def main() -> None:
     parser.add_argument(
         "--changed-weights", action="store_true", help="take networks that were changed after the export"
     )
-    for name, value in asdict(defaults).items():
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
+    for one in fields(Settings):
+        option, value = "--" + one.name.replace("_", "-"), getattr(defaults, one.name)
+        if isinstance(one.default, bool):
             parser.add_argument(option, action=argparse.BooleanOptionalAction, default=value)
-        else:
-            parser.add_argument(option, type=type(value), default=value, help=f"default {value}")
+        else:  # train.json may have 1 where a share is meant
+            parser.add_argument(option, type=type(one.default), default=value, help=f"default {value}")
     chosen = vars(parser.parse_args())
     images, resize, cpu, changed, said, shown = (
         chosen.pop(name) for name in ("images", "resize", "cpu", "changed_weights", "labels", "captions")
@@ -485,37 +511,47 @@ def main() -> None:
     channels, *size = plan.get("image_shape", plan["shape"])
     speaks = PartialState(cpu=cpu).is_main_process
     asked: list[int] = []
+    within: list[bool] = []
+
+    def stop(number: int, frame: Any) -> None:
+        asked.append(number)
+        if not within:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def whole() -> Iterator[None]:
+        """A step is finished first."""
+        within.append(True)
+        try:
+            yield
+        finally:
+            within.pop()
+        if asked and not within:
+            raise KeyboardInterrupt
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: asked.append(number))  # a step is finished first
+        signal.signal(number, stop)
     try:
         for done, total, pixels in read_images(images, channels, size, resize):  # noqa: B007  the last is whole
             if speaks and done % 10_000 == 0:
                 print(f"reading images: {done} of {total}", flush=True)
-            if asked:
-                raise SystemExit(128 + asked[0])
         labels = folder_labels(images, plan.get("null_label")) if said else None
         captions = folder_captions(images) if shown else None
         settings = settings_of(chosen)
-        keep_settings(folder, settings, speaks)
-        training = train(folder, pixels, settings, cpu, changed, labels=labels, captions=captions)
+        keep_settings(folder, settings, data_digest(pixels, labels, captions), speaks)
+        training = train(folder, pixels, settings, cpu, changed, whole, labels, captions)
         with closing(training) as ticks:
             for tick in ticks:
-                if not math.isfinite(tick["loss"]):
-                    raise SystemExit(
-                        f"error: the loss of {tick['model']} is {tick['loss']} at step {tick['step']}; lower --learning-rate"
-                    )
                 if speaks and (tick["step"] % 50 == 0 or tick["step"] == tick["steps"]):
                     print(
                         f"{tick['model']}: step {tick['step']} of {tick['steps']}, loss {tick['loss']:.4f}", flush=True
                     )
-                if asked:
-                    break
     except (ExportError, PictureError, SafetensorError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    if asked:
+    except KeyboardInterrupt:
         if speaks:
             print("interrupted; the same command goes on from here", flush=True)
-        raise SystemExit(128 + asked[0])
+        raise SystemExit(128 + asked[0]) from None
     if speaks:
         print(folder / TRAINED)
 
