@@ -212,17 +212,18 @@ class ExternalFeatures:
         return _digest(self._file())
 
     def width(self) -> int | None:
-        """Runs the file on one grey image of the size that it asks for. Raises UserError where it cannot take it."""
-        side = self.size or 64
-        try:
-            made = self.load(Path(), torch.device("cpu"))(torch.zeros((2, 3 if self.rgb else 1, side, side)))
-        except (RuntimeError, AssertionError, ValueError) as error:  # an exported program's guards are assertions
-            if self.size is None:
-                return None  # it may want a size of its own
-            raise UserError(
-                f"{self._file()} cannot take images of {side} pixels ({first_line(error)}); give its size=, and export it with a batch of any number"
-            ) from error
-        return int(made.shape[1])
+        """Runs the file on two images of the size that it asks for, of three channels or else of one. Raises UserError where it can take neither."""
+        side, extractor = self.size or 64, self.load(Path(), torch.device("cpu"))
+        for channels in (3,) if self.rgb else (3, 1):
+            try:
+                return int(extractor(torch.zeros((2, channels, side, side))).shape[1])
+            except (RuntimeError, AssertionError, ValueError) as error:  # an exported program's guards are assertions
+                refused = error
+        if self.size is None:
+            return None  # it may want a size of its own
+        raise UserError(
+            f"{self._file()} cannot take images of {side} pixels ({first_line(refused)}); give its size=, and export it with a batch of any number"
+        ) from refused
 
     def load(self, folder: Path, device: torch.device) -> LoadedFeatures:
         path = self._file()
@@ -281,15 +282,20 @@ class _Classifier(nn.Module):
         return features
 
 
-AT_ONCE = 256
-"""Images in a call of an extractor."""
+AT_ONCE, PIXELS = 256, 2**22
+"""The most images in a call of an extractor, and the most pixels."""
 
 
 def in_parts(call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The same in calls of so many images at once as of real images, whatever the batch that was chosen for the network that made them."""
 
     def called(*images: torch.Tensor) -> torch.Tensor:
-        parts = zip(*(torch.split(each, AT_ONCE) for each in images), strict=True)
+        count = (
+            max(1, min(AT_ONCE, PIXELS // images[0][0, 0].numel()))
+            if images[0].ndim == 4 and len(images[0])
+            else AT_ONCE
+        )
+        parts = zip(*(torch.split(each, count) for each in images), strict=True)
         return torch.cat([call(*part) for part in parts])
 
     return called

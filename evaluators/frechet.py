@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import pairwise
@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from cachetools import LRUCache
 
+from evaluators.device import wait
 from evaluators.features import AT_ONCE, Features, LoadedFeatures, SmallClassifier
 from evaluators.grounds import nearer_than_held_out
 from evaluators.images import check_shape, load_once, read_into
@@ -119,22 +121,37 @@ def paired_frechet_with_replicates(
     features: npt.NDArray[Any], reference: npt.NDArray[Any]
 ) -> tuple[float, tuple[float, ...]]:
     """Distance between two sets of features (n, d) of the same noises; each replicate leaves out a block of both, so that the
-    error is that of the paired comparison. Above 256 dimensions to first order in the features alone."""
+    error is that of the paired comparison. Above 256 dimensions to first order in both covariances, and exactly in the means."""
     count = min(BLOCKS, len(features))
     mine, theirs = ([Moments.of(part) for part in np.array_split(rows, count)] for rows in (features, reference))
     whole, other = (sum(blocks[1:], start=blocks[0]) for blocks in (mine, theirs))
-    if features.shape[1] > EXACT_DIMENSIONS:
-        return frechet_with_replicates(features, other.gaussian())
-    parts = zip(mine, theirs, strict=True) if len(features) >= 4 else ()
-    replicates = tuple((other - b).gaussian().distance((whole - a).gaussian()) for a, b in parts)
-    return other.gaussian().distance(whole.gaussian()), replicates
+    pairs = zip(mine, theirs, strict=True) if len(features) >= 4 else ()
+    parts = (((whole - a).gaussian(), (other - b).gaussian()) for a, b in pairs)
+    first, second = whole.gaussian(), other.gaussian()
+    if features.shape[1] <= EXACT_DIMENSIONS:
+        return second.distance(first), tuple(b.distance(a) for a, b in parts)
+    value, slope = second.distance_and_slope(first)
+    _, back = first.distance_and_slope(second)
+    changes = (
+        _shift(a, b) - _shift(first, second) + _spread(first, a, slope) + _spread(second, b, back) for a, b in parts
+    )
+    return value, tuple(value + change for change in changes)
 
 
 def _change(whole: Gaussian, part: Gaussian, reference: Gaussian, slope: Array) -> float:
     """Of the distance to the reference, to first order in the covariance and exactly in the mean."""
-    shifts = [(gaussian.mean - reference.mean) for gaussian in (whole, part)]
+    return _shift(part, reference) - _shift(whole, reference) + _spread(whole, part, slope)
+
+
+def _shift(one: Gaussian, other: Gaussian) -> float:
+    between = one.mean - other.mean
+    return float(between @ between)
+
+
+def _spread(whole: Gaussian, part: Gaussian, slope: Array) -> float:
+    """What the distance changes by with this covariance, to first order."""
     change = part.covariance - whole.covariance
-    return float(shifts[1] @ shifts[1] - shifts[0] @ shifts[0] + np.trace(change) - 2 * (slope * change).sum())
+    return float(np.trace(change) - 2 * (slope * change).sum())
 
 
 def mean_kernel(features: npt.NDArray[Any]) -> float:
@@ -197,6 +214,9 @@ def feature_rows(trajectories: Trajectories, features: LoadedFeatures, identity:
     return Rows(f"features {identity}", make)
 
 
+_OF_REAL_IMAGES: LRUCache[tuple[str, ...], Any] = LRUCache(2)
+
+
 @recipe
 class OfFeatures(Sampled):
     """Fields of the scores that compare features of samples with those of real images."""
@@ -249,6 +269,13 @@ class OfFeatures(Sampled):
         against = f" to {len(held_out):,} held-out images" if held_out else ""
         return f"{name}@{count}{against} ({features.label})"
 
+    def once(self, make: Callable[[], Any], folder: Path, device: torch.device) -> Any:
+        """What is made of the real images' features, which are the same for each search of a run: with Inception's they take minutes, or hours."""
+        key = (type(self).__name__, load_once(self.images).digest, self.features_identity(folder), str(device))
+        if key not in _OF_REAL_IMAGES:
+            _OF_REAL_IMAGES[key] = make()
+        return _OF_REAL_IMAGES[key]
+
     def real_rows(self, features: LoadedFeatures, device: torch.device) -> Iterator[npt.NDArray[np.float32]]:
         """Features of the real images that samples are compared with, in batches."""
         yield from (rows_of(features, part, device) for part in in_batches(load_once(self.images).reference.pixels))
@@ -293,8 +320,8 @@ class Frechet(OfFeatures):
         features = self.load_features(supernet, folder)
         device = str(supernet.device) if supernet.device.type == "cuda" else "cpu"  # others may lack float64
         if self.reference is None:
-            # One at a time: of Inception's features each batch has 34 MB of moments.
-            reference = reduce(add, map(Moments.of, self.real_rows(features, supernet.device))).gaussian(device)
+            made = lambda: reduce(add, map(Moments.of, self.real_rows(features, supernet.device))).gaussian(device)  # noqa: E731
+            reference: Gaussian = self.once(made, folder, supernet.device)
         else:
             reference = replace(read_statistics(self._reference()), device=device)
         return LoadedFrechet(
@@ -357,16 +384,21 @@ class LoadedFrechet(LoadedScore):
         data, few = load_once(self._images), 4
         if data.held_out is None:
             return 0.0
-        pixels = torch.from_numpy(data.pixels[:few])
-        started = time.perf_counter()
-        rows_of(self.features, pixels, self.supernet.device)
-        each = time.perf_counter() - started
+        pixels, net = torch.from_numpy(data.pixels[:few]), self.supernet
+        each = _seconds(lambda: rows_of(self.features, pixels, net.device), net.device)
         total = each * (len(data) + len(data.held_out) + count)
-        if not getattr(self.supernet, "in_pixels", True):
-            started = time.perf_counter()
-            self.supernet.to_images(self.supernet.to_states(pixels.to(self.supernet.device)))
-            total += (time.perf_counter() - started) * (len(data.held_out) + count)
+        if not getattr(net, "in_pixels", True):
+            decoding = _seconds(lambda: net.to_images(net.to_states(pixels.to(net.device))), net.device)
+            total += decoding * (len(data.held_out) + count)
         return total / len(pixels)
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    wait(device)
+    started = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - started
 
 
 @recipe
@@ -382,8 +414,12 @@ class KernelDistance(OfFeatures):
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         features = self.load_features(supernet, folder)
-        reference = np.concatenate([*self.real_rows(features, supernet.device)])
-        among_reference = mean_kernel(reference)
+
+        def made() -> tuple[npt.NDArray[np.float32], float]:
+            rows = np.concatenate([*self.real_rows(features, supernet.device)])
+            return rows, mean_kernel(rows)
+
+        reference, among_reference = self.once(made, folder, supernet.device)
         return LoadedScore(
             self,
             trajectories := self.trajectories(supernet, folder),

@@ -29,6 +29,8 @@ def nearer_than_held_out(
     samples: Rows, train: Rows, held_out: Rows, quantiles: Sequence[float] = QUANTILES
 ) -> Mapping[float, float]:
     """For each quantile q the share of samples that are nearer to a train image than a share q of real held-out images is: about q
-    where samples are as new as those, more where train images are repeated."""
+    where samples are as new as those, more where train images are repeated. Quantiles that so few held-out images do not reach are left out."""
     theirs, mine = nearest(held_out, train), nearest(samples, train)
-    return {q: float((mine < np.quantile(theirs, q)).mean()) for q in quantiles}
+    # Weibull's: a new image is below the quantile q of m others with probability q, while q lies between 1 / (m + 1) and m / (m + 1).
+    reached = [q for q in quantiles if 1 <= q * (len(theirs) + 1) <= len(theirs)]
+    return {q: float((mine < np.quantile(theirs, q, method="weibull")).mean()) for q in reached}

@@ -37,6 +37,7 @@ from nas.contracts import (
     Step,
     UserError,
     conditions_of,
+    derive_seed,
     digest_of,
 )
 from nas.recipes import Count, recipe
@@ -288,12 +289,16 @@ class TrajectoryDistance(OfImages):
 class DenoisingLoss(OfImages):
     """Noise-prediction loss on real images above the full net's, summed over the schedule's steps. Value: "loss_gap".
 
-    Sample i is real image i, of the held-out ones where there are some (around again after the last) with noise of its own at each timestep, the same for all archs. It
+    Sample i is a real image, of the held-out ones where there are some, in an order drawn once (around again after the last), with noise of its own at each timestep,
+    the same for all archs. It
     estimates what training minimises; it misleads where a timestep's loss and its part in image quality differ, as they do at the
     clean end.
     """
 
     metrics = ("loss_gap",)
+
+    def describe(self) -> Mapping[str, Any]:
+        return {**super().describe(), "order": "drawn"}
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
         images = load_once(self.images).reference
@@ -301,9 +306,11 @@ class DenoisingLoss(OfImages):
         trajectories = self.trajectories(supernet, folder)
         abar, states = supernet.alphas_cumprod, getattr(supernet, "to_states", lambda images: images)
         conditions = conditions_of(supernet, images) if self.conditions is not None else None
+        # Images may lie class by class, as those of folders do.
+        order = np.random.default_rng(derive_seed(0, "images of the denoising loss")).permutation(len(images))
 
         def loss(step: Step, seed: int, start: int, stop: int) -> Floats:
-            chosen = np.arange(start, stop) % len(images)
+            chosen = order[np.arange(start, stop) % len(images)]
             x0 = states(torch.from_numpy(images.pixels[chosen]).to(supernet.device))
             noise = step_noise(seed, start, stop, supernet.state_shape, step.timestep).to(supernet.device)
             signal = float(abar[step.timestep])

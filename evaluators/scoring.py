@@ -188,6 +188,18 @@ class AroundAnother:
         return getattr(self.base, "conditions", None)
 
     @property
+    def precision(self) -> Any:
+        return getattr(self.base, "precision", None)
+
+    @property
+    def reuse_precision(self) -> Any:
+        return getattr(self.base, "reuse_precision", None)
+
+    @property
+    def reuse_bytes(self) -> Any:
+        return getattr(self.base, "reuse_bytes", None)
+
+    @property
     def not_reckoned(self) -> tuple[str, ...]:
         """In words, what scores take that a dry run does not reckon with."""
         return tuple(getattr(self.base, "not_reckoned", ()))
@@ -252,8 +264,16 @@ class Scores:
         return getattr(self.parts[0], "conditions", None)
 
     @property
-    def reuse_precision(self) -> str:
-        return getattr(self.parts[0], "reuse_precision", "float32")
+    def precision(self) -> Any:
+        return getattr(self.parts[0], "precision", None)
+
+    @property
+    def reuse_precision(self) -> Any:
+        return getattr(self.parts[0], "reuse_precision", None)
+
+    @property
+    def reuse_bytes(self) -> Any:
+        return getattr(self.parts[0], "reuse_bytes", None)
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Scores", "parts": [part.describe() for part in self.parts]}

@@ -28,8 +28,8 @@ from nas.engine.session import Session, open_session, take_weights
 from nas.engine.show import Called, Show
 from nas.genomes.genetics import dearest
 from nas.genomes.pareto import front
-from nas.results.recommendation import recommended
-from nas.results.report import Run, verdicts
+from nas.results.recommendation import compared_of, recommended
+from nas.results.report import Run, best_searcher, verdicts
 from nas.results.trials import best_within, verified_front
 from nas.study import BASELINE, Study, load_study, noise_of
 
@@ -162,7 +162,8 @@ class StudyRun:
 
     def _confirm_best(self, session: Session, pool: Workers | None = None) -> None:
         bar = self.show.bar("confirming")
-        genomes = [t.genome for t in Run.open(self.folder, session.storage).chosen()]
+        found = Run.open(self.folder, session.storage)
+        genomes = [t.genome for t in {t.digest: t for t in [*found.chosen(), *compared_of(found)]}.values()]
         conductor = session.confirmation(genomes)
         bar.begin(conductor)
         session.run(conductor, workers=pool)
@@ -417,7 +418,7 @@ def compared(run: Run, file: str = "STUDY.py") -> dict[str, Any]:
     facts = {**run.compare(), "recommended": recommended(run, file)}
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], run.ledgers, strict=True)}
     picture, curves = (run.folder / "report" / name for name in ("front.png", "curves.png"))
-    draw_front(ledgers, run.facts, run.scale, facts["label"], picture)
+    draw_front(ledgers, run.facts, run.scale, facts["label"], picture, best_searcher(facts))
     draw_curves(facts["searchers"], facts["area_until_macs"], curves)
     return {**facts, "picture": str(picture), "curves": str(curves)}
 

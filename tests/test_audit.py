@@ -48,10 +48,12 @@ def test_tau_in_bands_ignores_what_more_macs_explain() -> None:
 def test_audited_schedules_are_distinct_and_spread(genes: int, options: int, seed: int) -> None:
     space = ToySpace(genes, options)
     chosen = schedules_to_audit(space, 30, seed)
-    assert len(chosen) == len(set(chosen))
+    assert len(chosen) == len({*map(tuple, chosen)})
     if options**genes <= 30:
         assert len(chosen) == options**genes
-    elif options**genes > 1000:
+    else:
+        assert len(chosen) >= min(30, options**genes) * 0.5
+    if options**genes > 1000:
         assert len(chosen) == 30
         shares = [space.cost(genome)["macs_share"] for genome in chosen]
         assert min(shares) < 0.4
@@ -118,6 +120,24 @@ class Both(Misleading):
         return replace(good, values=values, labels={"other": "another", **good.labels})
 
 
+@dataclass(frozen=True)
+class Blind(ToyEvaluator):
+    """Says the same of all."""
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        return replace(super().__call__(schedule, rung, seed), values={"fd": 1.0})
+
+
+def test_what_ranks_nothing_stands_last(tmp_path: Path) -> None:
+    """Of equal scores there is no tau, and no number is smaller or larger than that."""
+    proxies = {"bad": Misleading(rungs=(128,)), "blind": Blind(rungs=(128,)), "good": ToyEvaluator(rungs=(128,))}
+    study = toy_study(proxies=proxies)
+    for _ in measure(study, tmp_path, 40, "cpu"):
+        pass
+    facts = summary(read_table(tmp_path / "audit" / TABLE), resamples=20)
+    assert [row["proxy"] for row in facts["proxies"]] == ["good", "bad", "blind"]
+
+
 def test_an_audit_is_of_what_the_study_minimises(tmp_path: Path) -> None:
     proxies = {"good": ToyEvaluator(rungs=(128,)), "both": Both(rungs=(128,))}
     study = toy_study(proxies=proxies, evaluator=Both())
@@ -125,6 +145,10 @@ def test_an_audit_is_of_what_the_study_minimises(tmp_path: Path) -> None:
         pass
     facts = summary(read_table(tmp_path / "audit" / TABLE, objective="fd"), resamples=50)
     assert facts["reference"] == "toy@256"
+    table = Tabular(str(tmp_path / "audit" / TABLE), ("both", "reference")).load(None, tmp_path)
+    row = next(row for row in read_table(tmp_path / "audit" / TABLE) if row["scores"])
+    schedule = study.space.decode(tuple(row["genome"]))
+    assert table(schedule, 1, 0).values == {"fd": row["scores"]["both"]["values"]["fd"]}
     assert {row["proxy"]: round(row["tau"], 6) for row in facts["proxies"]}.keys() == {"good", "both"}
     assert all(row["tau"] > 0.5 for row in facts["proxies"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from nas.engine.storage import open_storage
 from nas.genomes.genetics import dearest
 from nas.genomes.pareto import hypervolume
 from nas.results.report import Run
-from nas.results.trials import area, best_within, wall_seconds
+from nas.results.samples import shrunk
+from nas.results.trials import area, best_within, wall_seconds, with_error
 from nas.study import Study
 from nas.testing import check_searcher
 from tests.test_cli import ROOT, nas, refused
@@ -158,6 +160,29 @@ def test_the_best_within_one_budget_keeps_to_the_studys_other_limits(tmp_path: P
     assert best_within([beyond], "params", 9.0, "fd") == beyond
     dear = replace(best, violations={"macs_share": 0.2, "params": -1.0})
     assert best_within([dear], "macs", 1e9, "fd") == dear
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (103.42, 0.04, "103.42 ± 0.04"),
+        (0.012345, 0.0021, "0.012 ± 0.002"),
+        (1234.4, 38.0, "1234 ± 38"),
+        (1.23456e-9, 2e-10, "1.23e-09 ± 2e-10"),
+        (1.5, math.nan, "1.5"),
+        (1.5, 0.0, "1.5"),
+    ],
+)
+def test_a_value_has_the_decimals_that_its_error_has(value: float, error: float, shown: str) -> None:
+    assert with_error(value, error) == shown
+
+
+def test_large_samples_are_shown_smaller() -> None:
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 300, 256)).astype(np.float32)
+    found = shrunk(images, 128)
+    assert found.shape == (2, 3, 100, 85)
+    assert np.allclose(found[0, 0, 0, 0], images[0, 0, :3, :3].mean(), atol=1e-6)
+    assert shrunk(images, 300) is images
 
 
 def test_the_area_of_a_step_curve() -> None:

@@ -19,7 +19,7 @@ from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet, KernelDistance
 from evaluators.images import Digits, HeldOutHalf
 from evaluators.label_free import PixelComponents, RandomFeatures
-from evaluators.proxies import DenoisingLoss
+from evaluators.proxies import DenoisingLoss, TeacherDistance
 from evaluators.scoring import Scores
 from nas.cli import app
 from nas.contracts import Guidance, Schedule, Score, Step, UserError
@@ -213,6 +213,11 @@ def test_judges_look_at_images_that_the_search_did_not_see(tiny_study: Study) ->
     judges, seen = judges_of(replace(first, evaluator=Scores((Frechet(IMAGES, rungs=(32, 64)),))))
     assert seen
     assert judges[0].evaluator.features == SmallClassifier()
+    for other, looked in (
+        (KernelDistance(IMAGES, rungs=(32, 64)), True),
+        (TeacherDistance(IMAGES, rungs=(32, 64)), False),
+    ):
+        assert judges_of(replace(first, evaluator=Scores((first.evaluator, other))))[1] == looked
     with pytest.raises(UserError, match="holds no images out"):
         judges_of(tiny_study)
 

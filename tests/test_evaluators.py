@@ -170,13 +170,36 @@ def test_replicates_of_first_order_agree_with_exact_ones(monkeypatch: pytest.Mon
     assert jackknife_error(expanded[1]) == pytest.approx(jackknife_error(exact[1]), rel=0.03)
 
 
-def test_a_paired_distance_knows_that_the_noise_is_shared() -> None:
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_paired_distance_knows_that_the_noise_is_shared(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not exact:
+        monkeypatch.setattr("evaluators.frechet.EXACT_DIMENSIONS", 1)
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((400, 3))
     value, replicates = paired_frechet_with_replicates(noise + 0.5, noise)
     assert value == pytest.approx(0.75, abs=1e-6)
     assert jackknife_error(replicates) < 1e-6
     assert jackknife_error(frechet_with_replicates(noise + 0.5, Moments.of(noise).gaussian())[1]) > 0.01
+    scaled = noise * [0.5, 1.0, 1.5] + 0.3 * rng.standard_normal((400, 3))
+    found = paired_frechet_with_replicates(scaled, noise)
+    monkeypatch.setattr("evaluators.frechet.EXACT_DIMENSIONS", 256)
+    expected = paired_frechet_with_replicates(scaled, noise)
+    assert jackknife_error(found[1]) == pytest.approx(jackknife_error(expected[1]), rel=0.05)
+
+
+def test_a_loss_looks_at_images_of_every_class_however_they_lie(
+    tiny_net: Elastic, tiny_run: Path, tmp_path: Path
+) -> None:
+    """Folders come class by class: where the first images alone are looked at, what the others are changes nothing."""
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 8, 8), dtype=np.uint8)
+    net = tiny_net.load(tiny_run / "supernet", "cpu")
+    schedule = Schedule((Step(500, net.smallest_arch),))
+    found = []
+    for name, others in (("one", pixels[64:]), ("other", 255 - pixels[64:])):
+        np.savez(tmp_path / f"{name}.npz", images=np.concatenate([pixels[:64], others]))
+        score = DenoisingLoss(ImageArray(str(tmp_path / f"{name}.npz")), rungs=(32,)).load(net, tiny_run)
+        found.append(score(schedule, 32, 0).values["loss_gap"])
+    assert found[0] != found[1]
 
 
 def test_kernel_distance_is_the_unbiased_squared_mmd() -> None:
@@ -348,6 +371,8 @@ def test_extractors_come_from_local_files(tmp_path: Path, kind: str) -> None:
     assert loaded.label.startswith("mean colour ")
     assert torch.allclose(loaded(torch.ones(5, 1, 8, 8)), torch.full((5, 3), 2.0))
     assert replace(features, name="inception-v3").load(tmp_path, torch.device("cpu")).distance == "FID"
+    # Not repeated are grey images alone; its own are of three channels.
+    assert replace(features, rgb=False, size=8).width() == 3
 
 
 def test_pixels_reach_an_extractor_as_it_expects_them(tmp_path: Path) -> None:
@@ -540,6 +565,9 @@ def test_an_extractor_sees_no_more_images_at_once_than_real_ones_come() -> None:
     rows = _Extractor(noted, "noted", "FD")(images)
     assert seen == [256, 256, 88]
     assert torch.allclose(rows, net(images).flatten(1), atol=1e-5)
+    seen.clear()
+    _Extractor(noted, "noted", "FD")(torch.zeros(5, 1, 1024, 2048))
+    assert seen == [2, 2, 1], "of large ones as many as there is memory for"
 
 
 def test_no_score_sees_a_whole_batch_of_the_network_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

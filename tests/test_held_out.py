@@ -225,6 +225,13 @@ def test_samples_learned_by_heart_are_nearer_to_train_images_than_new_ones_are()
     fresh = nearer_than_held_out(new, train, held_out)
     assert fresh[0.5] == pytest.approx(0.5, abs=0.06)
     assert fresh[0.01] == pytest.approx(0.01, abs=0.015)
+    # Of few held-out images too: the mean over draws, whose own spread is about 0.05 / sqrt(300).
+    few = []
+    for _ in range(300):
+        some, known, apart = (rng.normal(size=(count, 4)) for count in (200, 100, 40))
+        few.append(nearer_than_held_out(some, known, apart, (0.1, 0.01)))
+    assert np.mean([shares[0.1] for shares in few]) == pytest.approx(0.1, abs=0.01)
+    assert all(0.01 not in shares for shares in few), "one in 41 is the least that 40 can tell"
     copied = np.concatenate([train[:300] + 1e-6, new[:700]])
     shares = nearer_than_held_out(copied, train, held_out)
     assert shares[0.01] == pytest.approx(0.3 + 0.7 * fresh[0.01], abs=0.02)

@@ -14,6 +14,8 @@ from evaluators.device import wait
 from evaluators.frechet import Frechet
 from evaluators.images import Digits
 from evaluators.latency import FILE, Latency, Timed, Timer
+from evaluators.proxies import TeacherDistance
+from evaluators.scoring import Scores
 from nas.contracts import Schedule, Step, UserError
 from nas.engine.session import open_session
 from nas.genomes.genetics import cheapest, dearest, exact_cost
@@ -31,6 +33,16 @@ from search_spaces.supernet import Elastic
 from tests.test_reuse import DEEP_NET
 
 SETTINGS = Latency(batch=8, repeats=5, warmup=1)
+
+
+def test_it_is_one_of_several_scores() -> None:
+    """Of the same samples, as any other."""
+    timed = Timed(Frechet(Digits(), rungs=(32, 64), reuse_precision="bfloat16"), SETTINGS)
+    both = Scores((timed, TeacherDistance(Digits(), rungs=(32, 64), reuse_precision="bfloat16")))
+    assert both.reuse_precision == "bfloat16"
+    assert Scores((both,)).metrics == both.metrics
+    with pytest.raises(UserError, match="reuse_precision bfloat16 and float32"):
+        Scores((timed, TeacherDistance(Digits(), rungs=(32, 64))))
 
 
 def test_timed_scores_keep_the_laws(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:

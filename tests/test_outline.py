@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,6 @@ def test_the_reckoned_training_is_what_training_spends(tiny_study: Study, tiny_r
     )
     assert both.macs(net) == pytest.approx(1.25 * alone.macs(net))  # type: ignore[arg-type]
     assert alone.macs(net) == 3 * 40 * 16 * outline(tiny_study)["network"]["macs"]  # type: ignore[arg-type]
-    from dataclasses import replace
-
     experts = replace(net, experts=(300, 700))  # type: ignore[type-var]
     assert Experts(alone).macs(experts) == 3 * alone.macs(net)  # type: ignore[arg-type]
 
@@ -135,6 +134,16 @@ def test_the_command_says_it_in_a_table_or_as_json(tmp_path: Path) -> None:
     assert 3 * fast["hours"]["search_per_searcher"] < planned["hours"]["search_per_searcher"]
     assert planned["hours"]["search_per_searcher"] <= 6.01 * fast["hours"]["search_per_searcher"]
     assert planned["hours"]["training"] == pytest.approx(fast["hours"]["training"])
+
+
+def test_every_rung_of_a_search_is_reckoned_with(tiny_study: Study) -> None:
+    """Half of those on each rung go on to the next."""
+    study = replace(tiny_study, trials=40, verified=10)
+    few, many = (
+        outline(replace(study, evaluator=replace(study.evaluator, rungs=rungs)))["search_macs_per_searcher"]  # type: ignore[type-var]
+        for rungs in ((32, 512), (32, 128, 512))
+    )
+    assert many / few == pytest.approx((40 * 32 + 20 * 128 + 10 * 512) / (40 * 32 + 10 * 512))
 
 
 TOY = """

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from nas.contracts import Score, Trial
-from nas.results.recommendation import recommended
+from nas.results.recommendation import compared_of, recommended
 from nas.results.report import Run
 from nas.study import LedgerInfo
 
@@ -42,10 +43,30 @@ def test_the_cheapest_that_is_level_with_the_full_network_is_recommended() -> No
     assert found is not None
     assert (found["searcher"], found["trial"]) == ("evolution", 2)
     low, high = found["interval"]
-    assert low < 0.01 < high
+    [(_, two)] = [(t.number, t.score) for t in [trial(2, 0.5, 2.01)]]
+    [full] = [t.score for t in [trial(90, 1.0, 2.0)]]
+    assert two is not None
+    assert full is not None
+    difference, error = two.difference(full, "fd")
+    assert (low + high) / 2 == pytest.approx(difference)
+    assert (high - low) / 2 == pytest.approx(student.ppf(0.975, 19) * error), "of 20 blocks"
+    assert "on the noises that verified both, and chose it" in found["words"]
     assert "50% of the full network's MACs saved" in found["words"]
     assert "the cheapest that cannot be told from it, of 3 schedules verified" in found["words"]
     assert found["command"].startswith("nas export 'my study.py' --out runs/s --searcher evolution --trial 2")
+
+
+def test_the_interval_is_of_noises_that_chose_neither_where_they_were_scored_so() -> None:
+    """What is chosen for being level on some noises is level on these, whatever it is on others."""
+    found = run(trial(1, 0.3, 3.0), trial(2, 0.5, 2.01), trial(3, 0.7, 1.9))
+    assert {one.number for one in compared_of(found)} == {2, 90}
+    again = {one.digest: one.score for one in (trial(2, 0.5, 2.4), trial(90, 1.0, 2.05)) if one.score is not None}
+    told = recommended(replace(found, confirmed=again))
+    assert told is not None
+    assert told["trial"] == 2
+    assert told["difference"] == pytest.approx(0.35)
+    assert "fd 2.4 where the full network has 2.05, on noises that chose neither" in told["words"]
+    assert "On these noises it can be told from it." in told["words"]
 
 
 def test_of_a_full_network_that_is_guided_it_is_said() -> None:

@@ -103,6 +103,10 @@ def test_a_training_serves_every_schedule_with_that_subnet_in_that_interval(tiny
     assert again.values == score.values
     assert again.spent["macs"] < score.spent["macs"]
     assert again.charged_in_full().spent["macs"] == pytest.approx(score.charged_in_full().spent["macs"])
+    # Pictures are of what the last scores are of; nothing is trained for a picture.
+    assert not torch.equal(evaluator.sample(second, 4, 0), plain.sample(second, 4, 0))
+    other = tiny_study.space.decode((2, 2, 2, 2))
+    assert torch.equal(evaluator.sample(other, 4, 0), plain.sample(other, 4, 0))
 
 
 def test_a_training_that_was_stopped_goes_on(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -163,12 +162,12 @@ def print_comparison(facts: Mapping[str, Any], details: bool = False) -> None:
     for row in rows:
         macs, seconds, kept, wall = (row["spent"][key] for key in ("macs", "seconds", "cached_macs", "wall_seconds"))
         saved = f"{kept / (macs + kept):.0%}" if macs + kept else "-"
-        spent = [f"{row['area']:.4f}", _short(macs), saved, _short(seconds), _short(wall)]
+        spent = [f"{row['area']:.4g}", _short(macs), saved, _short(seconds), _short(wall)]
         table.add_row(
             row["searcher"],
             *(str(row[key]) for key in ("trials", "failed")),
             str(len(row["front"])),
-            f"{row['hypervolume']:.4f}",
+            f"{row['hypervolume']:.4g}",
             *spent,
         )
     budgets = list(rows[0]["best_within"]) if rows else []
@@ -230,7 +229,9 @@ def _over_seeds(rows: Any, budgets: list[str]) -> Table:
 
 def _with_spread(one: Mapping[str, Any], seeds: int) -> str:
     """With how many seeds it is of, where those are fewer."""
-    words = f"{one['mean']:.3g}" + (f"±{one['sd']:.1g}" if math.isfinite(one["sd"]) else "")
+    from nas.results.trials import with_error
+
+    words = with_error(one["mean"], one["sd"], "±")
     words = words if one.get("confirmed", True) else f"({words})"
     return words + (f", {one['seeds']} seed{'s' * (one['seeds'] > 1)}" if one["seeds"] < seeds else "")
 
@@ -238,6 +239,8 @@ def _with_spread(one: Mapping[str, Any], seeds: int) -> str:
 def _best(member: Mapping[str, Any] | None, objective: str) -> str:
     """A tilde marks what cannot be told apart from the best of all searchers, brackets what was not scored on a third noise yet; below it
     the trial, and the time of an image, where it is known."""
+    from nas.results.trials import with_error
+
     if member is None:
         return "-"
     against = member["against_leader"]
@@ -246,7 +249,7 @@ def _best(member: Mapping[str, Any] | None, objective: str) -> str:
     if WITHOUT_ATTENTION in member:
         time += f", {member[WITHOUT_ATTENTION]:.0%}*"
     shown = member["confirmed"] or member
-    words = f"{shown[objective]:.3g}" + (f"±{shown['error']:.1g}" if math.isfinite(shown["error"]) else "")
+    words = with_error(shown[objective], shown["error"], "±")
     return f"{mark}{words if member['confirmed'] else f'({words})'}\n#{member['trial']}{time}"
 
 

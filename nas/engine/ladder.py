@@ -42,6 +42,10 @@ class Ladder:
         kept = min(self.verified, self.trials) / self.trials
         return round(self.trials * math.pow(kept, level / (len(self.rungs) - 1)))
 
+    def planned(self) -> list[tuple[int, int]]:
+        """For each rung, how many schedules it is meant for, and their samples. Of one rung alone all are verified on it."""
+        return [(self.room(level), samples) for level, samples in enumerate(self.rungs)]
+
     def next(self, trials: Sequence[Trial], searching: bool) -> Trial | None:
         """The trial to score again on the rung above its own; None where there is none yet. A function of the trials alone, so
         a resumed run promotes the same ones."""

@@ -13,9 +13,13 @@ from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet, KernelDistance, OfFeatures, in_batches, rows_of
 from evaluators.images import HeldOutHalf, load_once
 from evaluators.label_free import PixelComponents, RandomFeatures
+from evaluators.proxies import DenoisingLoss
 from evaluators.scoring import LoadedScore, Sampled
 from nas.contracts import LoadedSupernet, Progress, UserError, derive_seed
 from nas.study import Study
+
+LOOKING = (Frechet, KernelDistance, DenoisingLoss)
+"""Scores that look at images that are held out; others have images to train on alone."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,12 @@ def judges_of(study: Study) -> tuple[tuple[Judge, ...], bool]:
     images = study.images if found is None else found.images
     features = SmallClassifier() if found is None else found.features
     own = found if isinstance(found, Frechet) else Frechet(images, features, **_sampling(study.evaluator))
-    seen = True
+    # Every part of the score decided what was chosen, not the distance alone.
+    looked = [one.images for one in _inside(study.evaluator) if isinstance(one, LOOKING)]
+    first = [isinstance(one, HeldOutHalf) and one.half == "first" for one in looked]
+    seen = found is None or not all(first) or own.reference is not None
     if isinstance(images, HeldOutHalf) and images.half == "first":
-        images, seen = replace(images, half="second"), own.reference is not None
+        images = replace(images, half="second")
     if load_once(images).held_out is None:
         raise UserError(
             f"study {study.name} holds no images out, so that nothing can be judged by images that the networks have not seen; give its images a holdout, such as holdout=0.2"

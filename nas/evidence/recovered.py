@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import filelock
+import torch
 
 from evaluators.images import load_once
 from evaluators.scoring import AroundAnother, LoadedAroundAnother
@@ -133,24 +135,16 @@ class LoadedRecovered(LoadedAroundAnother):
         if rung <= self.recipe.above or self.supernet.version != self._kept.version:
             return self.base(schedule, rung, seed)
         started = time.perf_counter()
-        known: dict[tuple[Arch, int], Arch] = {}
         charged = {"macs": 0.0, "cached_macs": 0.0}
 
-        def recovered(arch: Arch, timestep: int) -> Arch:
-            pair = (arch, timestep * self.recipe.intervals // len(self.supernet.alphas_cumprod))
-            if pair not in known:
-                known[pair], macs, new = self._recovered(*pair)
-                charged["macs" if new else "cached_macs"] += macs
-            return known[pair]
+        def recovered(arch: Arch, interval: int) -> Arch:
+            found, macs, new = self._recovered(arch, interval)
+            charged["macs" if new else "cached_macs"] += macs
+            return found
 
-        steps = []
-        for step in schedule.steps:
-            guidance = step.guidance
-            if guidance is not None and guidance.arch:
-                guidance = guidance._replace(arch=recovered(guidance.arch, step.timestep))
-            steps.append(replace(step, arch=recovered(step.arch, step.timestep), guidance=guidance))
+        trained = self._with(schedule, recovered)
         charged["seconds"] = time.perf_counter() - started
-        score = self.base(replace(schedule, steps=tuple(steps)), rung, seed)
+        score = self.base(trained, rung, seed)
         spent = {
             name: value + charged.get(name, 0.0)
             for name, value in {**dict.fromkeys(charged, 0.0), **score.spent}.items()
@@ -158,12 +152,51 @@ class LoadedRecovered(LoadedAroundAnother):
         labels = {name: f"{label} after {self.recipe.steps} steps of fine-tune" for name, label in score.labels.items()}
         return replace(score, spent=spent, labels=labels)
 
+    def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+        """Of the trained subnets, where all of the schedule's are; as its last scores are of them."""
+        return super().sample(self._kept_of(schedule), count, seed)
+
+    def grounds(self, schedule: Schedule, count: int, seed: int) -> Mapping[str, Any] | None:
+        return super().grounds(self._kept_of(schedule), count, seed)
+
+    def _kept_of(self, schedule: Schedule) -> Schedule:
+        pairs = {(arch, self._interval(step.timestep)) for step in schedule.steps for arch in step.archs}
+        if self.supernet.version != self._kept.version or not all(
+            (self._folder / self._name(*pair)).exists() for pair in pairs
+        ):
+            return schedule
+        return self._with(schedule, lambda *pair: self._recovered(*pair)[0])
+
+    def _with(self, schedule: Schedule, recovered: Callable[[Arch, int], Arch]) -> Schedule:
+        """The schedule of other subnets, each asked for once."""
+        known: dict[tuple[Arch, int], Arch] = {}
+
+        def of(arch: Arch, timestep: int) -> Arch:
+            pair = (arch, self._interval(timestep))
+            if pair not in known:
+                known[pair] = recovered(*pair)
+            return known[pair]
+
+        steps = []
+        for step in schedule.steps:
+            guidance = step.guidance
+            if guidance is not None and guidance.arch:
+                guidance = guidance._replace(arch=of(guidance.arch, step.timestep))
+            steps.append(replace(step, arch=of(step.arch, step.timestep), guidance=guidance))
+        return replace(schedule, steps=tuple(steps))
+
+    def _interval(self, timestep: int) -> int:
+        return timestep * self.recipe.intervals // len(self.supernet.alphas_cumprod)
+
+    def _name(self, arch: Arch, interval: int) -> str:
+        # Where the teacher says where the variance lies, steps were once reckoned without it.
+        varies = [self._settings(arch, interval)[1]] if getattr(self.supernet, "learned_variance", False) else []
+        return digest_of([self._own, arch, interval, *varies])
+
     def _recovered(self, arch: Arch, interval: int) -> tuple[Arch, float, bool]:
         """The subnet as it is trained in this interval, under a name of its own; the multiply-adds of that; and whether it was done now."""
         settings, steps = self._settings(arch, interval)
-        # Where the teacher says where the variance lies, steps were once reckoned without it.
-        varies = [steps] if getattr(self.supernet, "learned_variance", False) else []
-        name, new = digest_of([self._own, arch, interval, *varies]), False
+        name, new = self._name(arch, interval), False
         if name not in self._kept.archs:
             new = self._train(arch, interval, name)
             own = self.supernet.apart(arch, name)

@@ -271,7 +271,7 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
             "tau_in_band": retest,
             "tau_in_band_interval": retest_interval,
         },
-        "proxies": sorted(found, key=lambda row: -row["tau_in_band"]),
+        "proxies": sorted(found, key=lambda row: (math.isnan(row["tau_in_band"]), -row["tau_in_band"])),
     }
 
 
@@ -346,7 +346,8 @@ class _LoadedTabular:
                 f"schedule {schedule.digest} is not among the {len(self._rows)} of {self._recipe.path}; audit the whole space"
             )
         score = Score.from_json(row["scores"][self._recipe.columns[rung - 1]])
-        [(_, value)], [(_, replicates)] = score.values.items(), score.replicates.items()
+        name = "fd" if "fd" in score.values else next(iter(score.values))
+        value, replicates = score.values[name], score.replicates.get(name, ())
         return replace(score, values={"fd": value}, replicates={"fd": replicates}, labels={"fd": f"table@{rung}"})
 
     def sampler_of(self, schedule: Schedule) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from nas.results.schedules import bars_of, drawn
 from nas.results.trials import cost_in_words, verified_front
 from nas.study import Study
 
-PICTURED = 40
-"""Verified schedules of which samples are in the page, those on fronts first: each is a picture of some tens of kilobytes."""
+PICTURED, ROOM = 40, 16 * 2**20
+"""Verified schedules of which samples are in the page, those on fronts first, while these are of so many bytes: one of small images has some tens of kilobytes."""
 
 
 def points(
@@ -51,6 +52,7 @@ def points(
                         "figures": {
                             metric: [value, _finite(trial.score.error(metric))]
                             for metric, value in trial.score.values.items()
+                            if math.isfinite(value)
                         },
                         "schedule": drawn(
                             bars_of(study.space.decode(trial.genome), loaded.supernet), "currentColor", ""
@@ -60,10 +62,16 @@ def points(
                     },
                 )
             )
+    room = ROOM
     for _, trial, told in sorted(found, key=lambda one: (not one[0], one[1].number))[:PICTURED]:
-        told["samples"] = "data:image/png;base64," + base64.b64encode(samples_of(trial).read_bytes()).decode()
+        picture = samples_of(trial).read_bytes()
+        room -= len(picture)
+        if room < 0:
+            break
+        told["samples"] = "data:image/png;base64," + base64.b64encode(picture).decode()
     return [told for _, _, told in found]
 
 
-def _finite(error: float) -> float | None:
-    return error if error == error else None
+def _finite(value: float) -> float | None:
+    """JSON knows no other numbers."""
+    return value if math.isfinite(value) else None

@@ -28,6 +28,7 @@ from nas.contracts import (
     derive_seed,
     spread,
 )
+from nas.engine.ladder import Ladder
 from nas.engine.session import torch_threads
 from nas.genomes.genetics import LATENCY, cheapest, dearest, random_genome, uniform_genomes
 from nas.searchers.random import Random
@@ -132,14 +133,16 @@ def forecast(study: Study, searchers: Sequence[str], device: str = "cpu", thread
             net = evaluator.supernet
             costs = _Costs(net)
             found = {name: _searched(study, name, study.trials, costs) for name in searchers}
-    first, last = study.evaluator.rungs[0], study.evaluator.rungs[-1]
+    first, *above = study.evaluator.rungs
+    last = study.evaluator.rungs[-1]
+    ladder = Ladder(tuple(study.evaluator.rungs), study.objectives, study.trials, study.verified)
+    climbing = sum(count * samples for count, samples in ladder.planned()[1:])
     means = [costs.of(study.space.decode(genome)) for genome in uniform_genomes(study.space)]
-    baseline = sum(means) * (first + (last if last != first else 0)) / rate
+    baseline = sum(means) * (first + sum(above)) / rate
     searches = {}
     confirming = 0.0
     for name, (shared, leading) in found.items():
-        verified = study.verified * leading * last if last != first else 0.0
-        searches[name] = seeds * (shared * first + verified) / rate
+        searches[name] = seeds * (shared * first + climbing * leading) / rate
         confirming += seeds * CONFIRMED * leading * last / rate
     words = ["calls are timed when the run begins, which is not reckoned"] if study.limits_time else []
     words += getattr(study.evaluator, "not_reckoned", ())
@@ -152,7 +155,7 @@ def forecast(study: Study, searchers: Sequence[str], device: str = "cpu", thread
 
 
 CONFIRMED = 4
-"""Schedules of a searcher's front that are chosen for a budget, and scored on a third noise; about so many."""
+"""Schedules of a searcher's front that are chosen for a budget, and scored on a third noise; about so many, the one to take and the full network among them."""
 
 
 def _shrunk(study: Study) -> tuple[Study, dict[int, int]]:

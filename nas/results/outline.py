@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from nas.contracts import UserError
+from nas.engine.ladder import Ladder
 from nas.genomes.genetics import budget_of, cheapest, dearest
 from nas.genomes.timed import calls
 from nas.study import Study
@@ -27,15 +28,15 @@ def outline(
     budget = float(most["macs"]) if study.limits_time else min(budget_of(study.problem), float(most["macs"]))
     typical = (float(least["macs"]) + budget) / 2 + network.get("decoder_macs", 0.0)
     training = float(study.training.macs(study.supernet)) + network.pop("codec_training_macs", 0.0)
-    first, last = study.evaluator.rungs[0], study.evaluator.rungs[-1]
-    samples = study.trials * first + (study.verified * last if last != first else 0)
+    rungs = Ladder(tuple(study.evaluator.rungs), study.objectives, study.trials, study.verified).planned()
+    samples = sum(count * each for count, each in rungs)
     search = seeds * samples * typical
     weights, activations = 4 * network["params"], 4 * network["activations"]
     steps = space.decode(cheapest(space)).steps
     kept = {}
     if any(step.reuse for step in steps) and "kept_numbers" in network:
         rows = 2 if any(step.guidance and not step.guidance.arch for step in steps) else 1
-        each = 4 if getattr(study.evaluator, "reuse_precision", "float32") == "float32" else 2
+        each = 2 if getattr(study.evaluator, "reuse_precision", None) in ("bfloat16", "float16") else 4
         kept = {"reused_per_image": each * rows * network["kept_numbers"]}
     return {
         "study": study.name,
@@ -60,8 +61,8 @@ def outline(
                 else []
             ),
             *([f"hours = MACs / {throughput:.3g} per second / 3600"] if throughput else []),
-            f"MACs of a search = {f'{seeds} seeds x ' if seeds > 1 else ''}({study.trials} trials x {first:,} + {study.verified} verified x {last:,} samples) x the mean of the cheapest "
-            "schedule and the budget"
+            f"MACs of a search = {f'{seeds} seeds x ' if seeds > 1 else ''}({' + '.join(f'{count} schedules x {each:,}' for count, each in rungs)} samples) x the mean of the "
+            "cheapest schedule and the budget"
             + (", and decoding" if "decoder_macs" in network else "")
             + "; shared beginnings save part of it",
             *(

@@ -21,10 +21,10 @@ from nas.results.explore import points
 from nas.results.grounds import keep_grounds, winner_of
 from nas.results.plots import INK, draw_audit, draw_curves, draw_scores
 from nas.results.recommendation import next_command, recommended
-from nas.results.report import Run, Scale, verdicts
-from nas.results.samples import class_by_class, draw_samples
+from nas.results.report import Run, Scale, best_searcher, verdicts
+from nas.results.samples import class_by_class, draw_samples, shrunk
 from nas.results.schedules import mapped
-from nas.results.trials import against, cost_in_words, far_words, full_network, verified_front
+from nas.results.trials import against, cost_in_words, far_words, full_network, verified_front, with_error
 from nas.study import BASELINE, Study
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -32,8 +32,8 @@ SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 MAPS = 12
 """At most so many schedules of the front are drawn."""
 
-SAMPLES = 36
-"""Images in each grid."""
+SAMPLES, TILE = 36, 128
+"""Images in each grid, and the longest side of one in pixels."""
 
 
 def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
@@ -46,7 +46,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
     quality = study.objectives[0]
     draw_scores(ledgers, run.facts, run.scale, facts["label"], folder / "fronts.svg")
     draw_curves(facts["searchers"], facts["area_until_macs"], folder / "compute.svg")
-    best = _best_searcher(facts)
+    best = best_searcher(facts)
     full = full_network(ledgers.get(BASELINE, ()), quality)
     winner = winner_of(ledgers, run.facts["limits"], quality)
     page = _template().render(
@@ -96,11 +96,6 @@ def _inline(picture: Path) -> Markup:
     return Markup(svg.replace(INK, "currentColor"))
 
 
-def _best_searcher(facts: Mapping[str, Any]) -> str:
-    rows = [row for row in facts["searchers"] if not row["baseline"] and row["front"]]
-    return str(max(rows, key=lambda row: row["hypervolume"])["searcher"]) if rows else BASELINE
-
-
 def _searched(study: Study, facts: Mapping[str, Any]) -> str:
     choices = study.space.choices
     intervals = len({choice.interval for choice in choices})
@@ -137,9 +132,10 @@ def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str, r
         )
     if full is not None:
         assert full.score is not None
-        shown = _with_error(full, quality)
+        again = run.confirmed.get(full.digest)
+        shown = _with_error(full if again is None else replace(full, score=again), quality)
         difference = against(winner[1], full, quality) if winner else None
-        words = f"the best {difference['words']}" if difference else ""
+        words = f"the best {difference['words']}, where both were verified" if difference else ""
         cards.append(
             {
                 "what": f"{quality} of the full network{', guided throughout' if run.guided else ''}",
@@ -152,8 +148,7 @@ def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str, r
 
 def _with_error(trial: Trial, quality: str) -> str:
     assert trial.score is not None
-    value, error = trial.score.values[quality], trial.score.error(quality)
-    return f"{value:.3g} ± {error:.1g}" if math.isfinite(error) else f"{value:.3g}"
+    return with_error(trial.score.values[quality], trial.score.error(quality))
 
 
 def _maps(study: Study, front: Sequence[Trial], folder: Path) -> list[dict[str, Any]]:
@@ -250,7 +245,7 @@ def draw_once(picture: Path, draw: Callable[[Path], None]) -> None:
 
 def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
     """Samples of a genome's schedule, from the noise that all grids share."""
-    images = loaded.sample(study.space.decode(genome), SAMPLES, study.seed).cpu().numpy()
+    images = shrunk(loaded.sample(study.space.decode(genome), SAMPLES, study.seed).cpu().numpy(), TILE)
     draw_samples(
         class_by_class(images, study.evaluator, study.seed), path, columns=6, scale=max(1, 64 // images.shape[-1])
     )
@@ -380,7 +375,7 @@ def _candidates(
     rows = []
     seeds = {row: info.seed for row, (info, _) in zip(ledgers, run.ledgers, strict=True)}
     for name, trials in ledgers.items():
-        front = verified_front(trials, study.objectives)
+        front = sorted(verified_front(trials, study.objectives), key=run.scale.share)
         cheaper = {trial.number: before for before, trial in zip([None, *front], front, strict=False)}
         for trial in trials:
             if trial.status != "complete" or trial.score is None:

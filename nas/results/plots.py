@@ -49,12 +49,12 @@ LABELLED = 12
 
 
 def draw_front(
-    ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], scale: Scale, label: str, path: Path
+    ledgers: Mapping[str, Sequence[Trial]], facts: Mapping[str, Any], scale: Scale, label: str, path: Path, best: str
 ) -> None:
     """The verified trials of each searcher over their share of the scale's cost, their front with error bars, the uniform schedules,
-    and below it which option each member of the best front runs at which interval.
+    and below it which option each member of one front runs at which interval.
 
-    `facts` is what `study.json` holds; `label` names the measured objective.
+    `facts` is what `study.json` holds; `label` names the measured objective; `best`: whose front is the best (`best_searcher`).
     """
     objectives, baseline = facts["objectives"], facts["baseline"]
     figure = Figure(figsize=(7.5, 7.2), layout="constrained")
@@ -65,13 +65,12 @@ def draw_front(
         + "\n(lower is better; bars: ± 1 standard error;\nhollow: not told apart from the next cheaper)",
         fontsize=9,
     )
-    fronts = {name: verified_front(trials, objectives) for name, trials in ledgers.items() if name != baseline}
-    shown = next((name for name, best in fronts.items() if best), None)
-    if shown is None:
+    if best == baseline:
         bottom.set_axis_off()
     else:
-        _draw_schedules(figure, bottom, fronts[shown], facts["choices"], scale, facts.get("spans", ()))
-        bottom.set_title(f"which option runs when, for the front of {shown}", fontsize=10)
+        front = verified_front(ledgers[best], objectives)
+        _draw_schedules(figure, bottom, front, facts["choices"], scale, facts.get("spans", ()))
+        bottom.set_title(f"which option runs when, for the front of {best}", fontsize=10)
     _save(figure, path)
 
 

@@ -37,7 +37,7 @@ from nas.results.trials import (
     verified_front,
     wall_seconds,
 )
-from nas.study import CONFIRMED, TRAINED, LedgerInfo
+from nas.study import BASELINE, CONFIRMED, TRAINED, LedgerInfo
 
 SHARES = (0.25, 0.4, 0.5, 0.6)
 """Budgets, as shares of what the full net takes, at which searchers are compared."""
@@ -195,7 +195,7 @@ class Run:
         rows: list[dict[str, Any]] = []
         for info, trials in self.ledgers:
             done = [t for t in trials if t.scored and t.score is not None]
-            best = verified_front(trials, info.objectives)
+            best = sorted(verified_front(trials, info.objectives), key=scale.share)
             points = [(*t.objectives((quality,)), scale.share(t)) for t in best]
             rows.append(
                 {
@@ -399,3 +399,9 @@ def _unlimited(trials: Sequence[Trial], facts: Mapping[str, Any]) -> list[Trial]
 
 def _label(info: LedgerInfo) -> str:
     return info.searcher + (f" (seed {info.seed})" if info.seed else "")
+
+
+def best_searcher(facts: Mapping[str, Any]) -> str:
+    """Whose front has the largest volume, of what `Run.compare` says; the baseline's name where nobody has one."""
+    rows = [row for row in facts["searchers"] if not row["baseline"] and row["front"]]
+    return str(max(rows, key=lambda row: row["hypervolume"])["searcher"]) if rows else BASELINE

@@ -15,6 +15,15 @@ def to_uint8(images: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return np.rint((images.clip(-1, 1) + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
+def shrunk(images: npt.NDArray[np.float32], most: int) -> npt.NDArray[np.float32]:
+    """(n, channels, height, width) in [-1, 1], by whole pixels averaged, until neither side is longer; a rest at the edges is left out."""
+    by = -(-max(images.shape[2:]) // most)
+    count, channels, height, width = images.shape
+    cut = images[:, :, : height // by * by, : width // by * by]
+    shape = (count, channels, height // by, by, width // by, by)
+    return images if by == 1 else cut.reshape(shape).mean((3, 5), dtype=np.float32)
+
+
 def class_by_class(images: npt.NDArray[np.float32], evaluator: Any, seed: int) -> npt.NDArray[np.float32]:
     """Samples 0, 1, ... of this seed in order of the classes they were asked to be, where the evaluator conditions them on any."""
     conditions = getattr(evaluator, "conditions", None)

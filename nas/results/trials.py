@@ -40,6 +40,20 @@ def best_within(trials: Sequence[Trial], name: str, limit: float, objective: str
     return min(within, key=lambda trial: (trial.objectives([objective])[0], trial.number))
 
 
+def with_error(value: float, error: float, sign: str = " ± ") -> str:
+    """A value with as many decimals as its standard error has in one digit; with three digits where there is none."""
+    if not (math.isfinite(value) and math.isfinite(error)) or error <= 0:
+        return f"{value:.3g}"
+    decimals = max(0, -math.floor(math.log10(error)))
+    if decimals > MOST_DECIMALS:
+        return f"{value:.3g}{sign}{error:.1g}"
+    return f"{value:.{decimals}f}{sign}{error:.{decimals}f}"
+
+
+MOST_DECIMALS = 5
+"""Beyond which powers of ten are read more easily."""
+
+
 def cost_in_words(trial: Trial) -> str:
     """Share of the MACs, and the time for an image where it is known."""
     [milliseconds] = trial.objectives((LATENCY,))
