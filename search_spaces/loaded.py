@@ -354,7 +354,7 @@ class LoadedElastic:
             channels_last, compiled = self._form
             net: Any = self._adopted.get(arch)
             if net is None:
-                net = self._copy(arch, self.device)
+                net = self._of_slices(arch)
             elif self.device.type != "cpu":
                 net = copy.deepcopy(net).to(self.device)
             net = net.to(memory_format=torch.channels_last) if channels_last else net
@@ -374,6 +374,20 @@ class LoadedElastic:
             for name, parameter in net.named_parameters():
                 parameter.copy_(slices[name])
         return net.requires_grad_(False)
+
+    def _of_slices(self, arch: Arch) -> StockNet:
+        """A subnet that has tensors of its own where these are less than the full network's, and else that one's: of a large network no second copy stands
+        beside it. Whoever changes the weights forgets all subnets."""
+        net = _on(skeleton(self.recipe.anatomy, arch), self.device)
+        full = dict(self.weights(arch.expert).named_parameters())
+        with torch.inference_mode(False), torch.no_grad():
+            for name, source in self.recipe.anatomy.segments(arch).items():
+                tensor = take(full, source)
+                whole = source.name is not None and tensor is full[source.name]
+                own = tensor.detach() if whole else tensor.detach().clone(memory_format=torch.contiguous_format)
+                parameters, last = _owner(net, name)
+                parameters[last] = torch.nn.Parameter(own, requires_grad=False)
+        return net
 
     def _slices(self, arch: Arch) -> dict[str, torch.Tensor]:
         full = dict(self.weights(arch.expert).named_parameters())

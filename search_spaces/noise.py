@@ -182,6 +182,9 @@ class NoiseSchedule:
                 if np.array_equal(found.alphas_cumprod[:compared], abar[:compared]):
                     return found
         rescaled = bool(settings.get("rescale_betas_zero_snr"))
+        if rescaled and not settings.get("trained_betas"):  # those that are rescaled, and not what became of them
+            plain = DDPMScheduler(**{**settings, "rescale_betas_zero_snr": False})
+            betas = plain.betas.double().tolist()
         return cls(
             len(abar),
             trained_betas=tuple(settings.get("trained_betas") or betas),

@@ -129,6 +129,11 @@ def _parts(pipeline: Path) -> dict[str, Any]:
     }
     known = (*NETWORKS, FORMER, *AUTOENCODERS, *TEXT_ENCODERS, *CLASS_EMBEDDINGS)
     left = [name for name, kind in parts.items() if kind and kind not in known and not name.startswith(USED)]
+    unread = [name for name in left if name in ("vae", "vqvae", "movq") or parts[name].startswith("Autoencoder")]
+    if unread:
+        raise UserError(
+            f"{pipeline} decodes by a {parts[unread[0]]}, which is none of {', '.join(AUTOENCODERS)}; give the pipeline one of these"
+        )
     if left:
         log.info("%s: %s is not needed, and is left out", pipeline, ", ".join(left))
     return parts

@@ -369,7 +369,7 @@ class Elastic:
             weights = read_weights(Path(self.pretrained), config)
             for lora in self.loras:
                 weights = fused(weights, Path(lora))
-            full.load_state_dict(weights)
+            full.load_state_dict(weights, assign=True)  # or memory would hold them twice
             self.anatomy.check_copies(full)
         else:
             with torch.random.fork_rng(devices=[]):

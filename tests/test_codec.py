@@ -452,6 +452,8 @@ def test_a_study_trains_its_own_autoencoder_and_then_its_network(tmp_path: Path)
     ticks = list(training.run(recipe, IMAGES, tmp_path, 0, "cpu"))
     assert list(dict.fromkeys(tick.what for tick in ticks)) == ["autoencoder", "latents", "supernet"]
     assert list(training.run(recipe, IMAGES, tmp_path, 0, "cpu")) == []
+    # What networks are trained on of it is nothing to the autoencoder.
+    assert list(replace(OWN, posterior="mean").prepare(IMAGES, tmp_path, 0, "cpu")) == []
     net = recipe.load(tmp_path, "cpu")
     schedule = Schedule(tuple(Step(t, net.full_arch) for t in uniform(3)))
     assert sample(net, schedule, DDIM(), 0, 0, 2).shape == (2, 1, 16, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise, product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ from search_spaces.noise import NoiseSchedule
 from search_spaces.partitions import best_schedule
 from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
+from search_spaces.training.optimiser import Batches
 from search_spaces.training.similarity import GradientSimilarity
 
 VALUES = arrays(np.float64, st.tuples(st.integers(2, 7), st.just(2)), elements=st.integers(-9, 9).map(float))
@@ -84,6 +86,15 @@ def test_equal_snr_is_equal_in_decibels() -> None:
     assert even(4) == (250, 500, 750)
 
 
+def test_equal_snr_of_a_process_that_ends_without_signal_has_as_many_intervals() -> None:
+    """Where nothing is left there are no decibels to divide."""
+    abar = NoiseSchedule(prediction="v_prediction", rescale_betas_zero_snr=True).alphas_cumprod
+    for count in (3, 5, 10):
+        found = equal_snr(count, abar)
+        assert len(found) == count - 1
+        assert all(a < b for a, b in pairwise((0, *found, len(abar) - 1)))
+
+
 def test_the_linear_budgets_are_tdcs() -> None:
     """Mean k + (1 - k)(N + 1) / (2 N): 0.80 for k = 0.5 and N = 5."""
     budgets = linear_budgets(5, 0.5)
@@ -131,13 +142,37 @@ def test_the_projection_keeps_the_cosine_of_whole_gradients(similarity: Gradient
     """Against the same two half-batches without a projection: one bucket for each weight."""
     count = sum(p.numel() for p in similarity.net.full.parameters())
     whole = GradientSimilarity(similarity.net, similarity.data, 0, batch=64, dimensions=count)
-    buckets, signs = torch.arange(count), torch.ones(count)
+    batches = Batches(similarity.net, similarity.data, 64, flip=False)
+
+    class Place:
+        def __init__(self, start: int) -> None:
+            self.start = start
+
+        def add(self, gradient: torch.Tensor, to: torch.Tensor) -> None:
+            to[self.start : self.start + gradient.numel()] += gradient.flatten()
+
+    starts = np.cumsum([0, *(p.numel() for p in similarity.net.full.parameters())]).tolist()[:-1]
     similarity.net.full.requires_grad_(True)
-    halves = [whole._two_halves(timestep, buckets, signs) for timestep in (50, 60)]
+    places: Any = [*map(Place, starts)]
+    halves = [whole._two_halves(timestep, batches, places) for timestep in (50, 60)]
     similarity.net.full.requires_grad_(False)
     (a, b), (c, d) = halves
     exact = (a @ d + c @ b) / 2 / np.sqrt((a @ b) * (c @ d))
     assert similarity.affinity[0, 1] == pytest.approx(exact, abs=0.1)
+
+
+def test_gradients_of_parts_are_those_of_the_whole(
+    similarity: GradientSimilarity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large images a network has no room for all at once."""
+    found = []
+    for at_once in (1, 64 * 10):  # images of 8 x 8: one by one, and in tens
+        monkeypatch.setattr("search_spaces.training.similarity.AT_ONCE", at_once)
+        parts = GradientSimilarity(similarity.net, similarity.data, 0, batch=64, dimensions=1024)
+        list(parts.measure([50, 400]))
+        found.append(parts.affinity)
+    assert np.allclose(found[0], found[1], atol=1e-4)
+    assert found[0][0, 1] == pytest.approx(similarity.affinity[0, 2], abs=1e-4)
 
 
 def test_similarity_is_that_of_the_gradients_and_not_of_their_noise(tiny_net: Elastic) -> None:

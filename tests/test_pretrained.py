@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from evaluators.sampling import DDIM, DDPM, sample
@@ -52,6 +52,10 @@ READ: dict[str, tuple[str, dict[str, Any]]] = {
     "no signal left for euler": (
         "EulerDiscreteScheduler",
         {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+    ),
+    "no signal left of betas that have no name here": (
+        "DDPMScheduler",
+        {"beta_schedule": "sigmoid", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
     ),
     "no signal left of betas of one's own": (
         "DDPMScheduler",
@@ -307,3 +311,37 @@ def test_sampling_ends_where_the_scheduler_ends(final: str, tmp_path: Path) -> N
     exported = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
     images = exported(4, seed=0, output_type="pt").images * 2 - 1
     assert float((images - ours).abs().max()) < 1e-4
+
+
+def test_a_text_unet_that_attends_nowhere_is_given_no_text(tmp_path: Path) -> None:
+    """As exported networks of a UNet2DModel are whose levels differ in depth."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    stock = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=2,
+        mid_block_type=None,
+        **blocks,
+    ).eval()
+    stock.save_pretrained(tmp_path)
+    net = Elastic.from_pretrained(tmp_path, widths=(0.5, 1.0), groups="count", noise=NoiseSchedule())
+    assert not net.conditional
+    loaded, x = net.initial(0), torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(
+            loaded.forward(loaded.full_arch, x, torch.tensor([500, 500])), stock(x, 500, None).sample, atol=1e-5
+        )
+
+
+def test_an_autoencoder_that_is_not_known_is_not_taken_for_none(tmp_path: Path) -> None:
+    """Its latents would be taken for pixels."""
+    stable_diffusion(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["vae"] = ["diffusers", "AutoencoderTiny"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="decodes by a AutoencoderTiny, which is none of AutoencoderKL, VQModel"):
+        Elastic.from_pretrained(tmp_path, widths=(1.0,))

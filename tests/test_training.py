@@ -237,6 +237,37 @@ def test_experts_train_their_own_weights_on_their_own_timesteps(tiny_net: Elasti
     check_supernet(loaded, space, samples=2)
 
 
+def test_an_expert_is_taught_by_itself_as_it_was(tiny_net: Elastic) -> None:
+    """With all of the target the teacher's, a first step finds nothing to learn; by the shared network, which is another, it would."""
+    net = with_experts(tiny_net)
+    loaded = net.initial(0)
+    for name in net.expert_names:
+        loaded.begin_expert(name)
+        with torch.no_grad():
+            for parameter in loaded.weights(name).parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    steps = Stepwise(net, (900, 500, 100), (1, 1, 1)).decode((2, 2, 2)).steps
+    [tick] = FineTune(steps=1, batch=32, distillation=1.0).fit(loaded, Schedule(steps), Digits().load(), 0)
+    assert tick.values["loss"] < 1e-9  # squares of what float32 rounds
+    stage = Sandwich(steps=1, batch=32, distillation=1.0, full_only=True, expert=net.expert_names[1])
+    [tick] = stage.fit(loaded, Digits().load(), 0)
+    assert max(tick.values.values()) < 1e-9
+
+
+def test_a_stage_keeps_as_often_as_it_says(tiny_net: Elastic, tmp_path: Path) -> None:
+    """Whether it is a training by itself or one of several."""
+    for training in (
+        Stages((Sandwich(steps=9, batch=8, checkpoint_every=3),)),
+        Experts(Sandwich(9, 8, checkpoint_every=3)),
+    ):
+        net = with_experts(tiny_net) if isinstance(training, Experts) else tiny_net
+        folder = tmp_path / type(training).__name__
+        ticks = training.run(net, Digits(), folder, 0, "cpu")
+        list(islice(ticks, 4))
+        assert (folder / "checkpoint.safetensors").exists()
+        ticks.close()  # type: ignore[attr-defined]
+
+
 def test_each_expert_has_an_order_of_its_own(tiny_net: Elastic) -> None:
     """It computes what the shared network does, its channels in an order that is not that of the others."""
     net = with_experts(tiny_net)
@@ -317,6 +348,20 @@ def test_a_teacher_is_the_full_net_before_the_stage(tiny_net: Elastic) -> None:
     list(SHORT.fit(loaded, Digits().load(), 0))
     assert torch.allclose(teacher.target(x, t, noise), 0.75 * noise + 0.25 * before, atol=CALL)
     assert torch.equal(Teacher(loaded, 0.0).target(x, t, noise), noise)
+
+
+def test_the_full_network_that_is_called_is_the_one_that_is_held(tiny_net: Elastic) -> None:
+    """Of a large one no second copy would have room; what is handed out is a copy."""
+    loaded = tiny_net.initial(0)
+    held = dict(loaded.full.named_parameters())
+    called = loaded._materialised(loaded.full_arch)
+    assert all(p.data_ptr() == held[name].data_ptr() for name, p in called.named_parameters())
+    assert not any(p.requires_grad for p in called.parameters())
+    out = dict(loaded.extract(loaded.full_arch).named_parameters())
+    half = dict(loaded._materialised(tiny_net.uniform(0.5)).named_parameters())
+    for name, parameter in held.items():
+        assert out[name].data_ptr() != parameter.data_ptr()
+        assert half[name].shape == parameter.shape or half[name].is_contiguous()
 
 
 def test_a_pretrained_folder_becomes_elastic(tiny_net: Elastic, tmp_path: Path) -> None:

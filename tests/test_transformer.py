@@ -388,9 +388,8 @@ def test_costs_are_what_torch_counts(kind: str, share: float, depth: int, data: 
     assert net.cost.macs(arch, reuse) == counted(stock, reuse)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_deep_transformers_begin_as_their_shallowest(kind: str) -> None:
-    net = elastic(CONFIGS[kind])
+def test_deep_transformers_begin_as_their_shallowest_and_can_learn() -> None:
+    net = elastic(PIXART)
     loaded = drawn(net)
     shallow = net.anatomy.canonical(Arch((1.0,), (1,)))
     x, t, told = inputs(net)
@@ -399,3 +398,25 @@ def test_deep_transformers_begin_as_their_shallowest(kind: str) -> None:
         list(ZeroInit().fit(loaded, Digits().load(), 0))
         found = predict(loaded.full.eval(), x, t, told)
         assert torch.allclose(found, expected, atol=CALL * float(expected.abs().max().clamp(min=1)))
+    begun = net.initial(0)
+    list(ZeroInit().fit(begun, Digits().load(), 0))
+    ends = {
+        name: p for name, p in begun.full.named_parameters() if name.endswith(("to_out.0.weight", "ff.net.2.weight"))
+    }
+    zero = [name for name, p in ends.items() if not p.any()]
+    assert zero
+    begun.full.requires_grad_(True)
+    for _ in range(3):
+        (predict(begun.full, x, t, told) - 1).square().mean().backward()
+        with torch.no_grad():
+            for parameter in begun.full.parameters():
+                if parameter.grad is not None:
+                    parameter.sub_(0.1 * parameter.grad)
+                    parameter.grad = None
+    assert all(ends[name].any() for name in zero)
+
+
+def test_what_could_never_learn_is_refused() -> None:
+    """A DiT's gates are zero: with what they let through at zero too, neither has a gradient."""
+    with pytest.raises(UserError, match="none would ever learn"):
+        list(ZeroInit().fit(elastic(DIT).initial(0), Digits().load(), 0))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from cachetools import LRUCache
 
 from search_spaces.networks.anatomy import Anatomy
 from search_spaces.networks.parts import Stretch, TensorAnatomy
@@ -42,7 +43,7 @@ class CostModel:
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
         self._known: dict[tuple[Any, ...], tuple[tuple[str, ...], Matrix]] = {}
-        self._counts: dict[Arch, dict[str, Cost]] = {}
+        self._counts: LRUCache[Arch, dict[str, Cost]] = LRUCache(2**12)
         self._graphs: dict[Arch, Graph] = {}
         self._summed = lru_cache(maxsize=2**16)(self._sum)
 

@@ -193,7 +193,7 @@ class Slices(ABC):
 
 
 def take(full: Mapping[str, torch.Tensor], source: Source) -> torch.Tensor:
-    """The slice of the full net's tensors that `segments` names: a view where each axis is one run, else a copy; differentiable."""
+    """The slice of the full net's tensors that `segments` names: itself where that is all of it, a view where each axis is one run, else a copy; differentiable."""
     if source.name is None:
         like = next(iter(full.values()))
         return _identity(source.axes).to(like)
@@ -201,6 +201,8 @@ def take(full: Mapping[str, torch.Tensor], source: Source) -> torch.Tensor:
     for dim, runs in enumerate(source.axes):
         if len(runs) == 1:
             start, stop = runs[0]
+            if (start, stop) == (0, tensor.shape[dim]):  # a slice of all is a copy of all in the backward pass
+                continue
             tensor = tensor.narrow(dim, start, stop - start)
         else:
             tensor = tensor.index_select(dim, _index(runs, tensor.device))

@@ -154,7 +154,9 @@ class TextUNet(UNet):
 
     @property
     def text_channels(self) -> tuple[int, ...]:
-        return self._text_channels
+        """Of each level; of none where no block attends: such a network is given no text."""
+        reads = any(map(self._level_attends, range(len(self.config["block_out_channels"]))))
+        return self._text_channels if reads else ()
 
     def some_condition(self, count: int, device: str = "cpu") -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -164,8 +166,9 @@ class TextUNet(UNet):
                 return torch.empty((count, *shape), device=device)
             return torch.randn((count, *shape), generator=generator).to(device)
 
-        text = rows(self.tokens, self.text_channels[0])
-        found = {**super().some_condition(count, device), "encoder_hidden_states": text}
+        found = super().some_condition(count, device)
+        if self.text_channels:
+            found["encoder_hidden_states"] = rows(self.tokens, self.text_channels[0])
         if self.config["addition_embed_type"] is not None:
             sizes = 6 * self.config["addition_time_embed_dim"]
             pooled = self.config["projection_class_embeddings_input_dim"] - sizes

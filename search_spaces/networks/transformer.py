@@ -197,7 +197,7 @@ class Transformer(Anatomy):
         return int(self.config["out_channels"] or self.config["in_channels"])
 
     def initialise(self, full: StockNet) -> None:
-        """As DiT begins (Peebles & Xie 2023, section 3.2, adaLN-Zero): every block adds nothing at first, and the prediction is zero."""
+        """As DiT begins (Peebles & Xie 2023, section 3.2): the prediction is zero, and by adaLN-Zero every block of a DiT adds nothing at first."""
         with torch.no_grad():
             for module in full.modules():
                 if isinstance(module, torch.nn.Linear):

@@ -124,10 +124,14 @@ class TrainAutoencoder:
     def prepare(self, images: Images, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         """Trains it in `folder`/autoencoder, or goes on; nothing where it is finished. Raises UserError where there is another."""
         data = images.load()
-        digest = digest_of({**self.describe(), "images": data.digest, "seed": seed})
+        # Whether networks are trained on the posteriors' means or on samples of them is nothing to it, though it once told trainings apart.
+        digest, other = (
+            digest_of({**self.describe(), "posterior": posterior, "images": data.digest, "seed": seed})
+            for posterior in ("sample", "mean")
+        )
         if (folder / FOLDER / FACTS).exists():
             told = read_json(folder / FOLDER / FACTS, "delete the folder to train again")
-            if told.get("recipe") != digest:
+            if told.get("recipe") not in (digest, other):
                 raise UserError(
                     f"{folder / FOLDER} was trained on other images or with other settings; use another --out, or delete it"
                 )

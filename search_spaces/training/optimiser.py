@@ -167,12 +167,12 @@ def _step_tables(abar: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64]
 
 
 class Teacher:
-    """The full network as it was, frozen. Nothing where its share is 0."""
+    """The full network as it was, frozen; of an `expert`, that copy of it. Nothing where its share is 0."""
 
-    def __init__(self, net: LoadedElastic, share: float) -> None:
+    def __init__(self, net: LoadedElastic, share: float, expert: str = "") -> None:
         self._net = net
         self._share = share
-        self._full = copy.deepcopy(net.full).requires_grad_(False).eval() if share else None
+        self._full = copy.deepcopy(net.weights(expert)).requires_grad_(False).eval() if share else None
 
     def target(
         self, x: torch.Tensor, t: torch.Tensor, truth: torch.Tensor, condition: Condition | None = None

@@ -88,7 +88,7 @@ class Sandwich(OneStage):
     ) -> Iterator[Progress]:
         """Trains a loaded supernet in place; afterwards it holds the averaged weights."""
         net.begin_expert(self.expert)
-        teacher = Teacher(net, self.distillation)
+        teacher = Teacher(net, self.distillation, self.expert)
         optimiser = Optimiser(self, net, files.digest if files else "", [self.expert])
         if files:
             files.restore(optimiser)
@@ -227,7 +227,7 @@ class FineTune:
     """A short training of a supernet for one schedule: each timestep trains the subnet that serves it.
 
     A sampler step serves the timesteps from its own down to the next step's, the last one down to 0 and the first one
-    all above it. Settings mean what they mean for `Sandwich`.
+    all above it. Settings mean what they mean for `Sandwich`; an expert's subnets are taught by that expert.
     """
 
     steps: Count
@@ -243,24 +243,29 @@ class FineTune:
     def fit(self, net: LoadedElastic, schedule: Schedule, data: ImageSet, seed: int) -> Iterator[Progress]:
         """Trains in place; afterwards the supernet holds the averaged weights, and its materialised subnets are new."""
         archs = [Arch(*arch) for arch in schedule.archs]
-        teacher = Teacher(net, self.distillation)
-        optimiser = Optimiser(self, net, experts=list(dict.fromkeys(arch.expert for arch in archs)))
+        teachers = {arch.expert: Teacher(net, self.distillation, arch.expert) for arch in archs}
+        optimiser = Optimiser(self, net, experts=list(teachers))
         batches = Batches(net, data, self.batch, self.flip, self.drop)
         served = torch.tensor(schedule.timesteps[1:], dtype=torch.long).flip(0)
         while optimiser.step < self.steps:
             generator = torch.Generator().manual_seed(derive_seed(seed, optimiser.step, "fine-tune"))
             x0, condition = batches.images(generator)
             t, x, truth = batches.noised(x0, generator)
-            target = teacher.target(x, t, truth, condition)
             position = len(schedule.steps) - 1 - torch.bucketize(t.cpu(), served)
+            # One that guides serves the timesteps where it does, as in an exported folder.
+            rows_of = {
+                arch: torch.tensor([arch in schedule.steps[p].archs for p in position.tolist()], device=net.device)
+                for arch in archs
+            }
+            targets = {
+                expert: _taught(teacher, x, t, truth, condition, [rows_of[a] for a in archs if a.expert == expert])
+                for expert, teacher in teachers.items()
+            }
             total = 0.0
-            for arch in archs:
-                # One that guides serves the timesteps where it does, as in an exported folder.
-                mine = torch.tensor([arch in schedule.steps[p].archs for p in position.tolist()], device=net.device)
+            for arch, mine in rows_of.items():
                 if mine.any():
-                    its = None if condition is None else {name: rows[mine] for name, rows in condition.items()}
-                    prediction = net.forward(arch, x[mine], t[mine], its)
-                    error = batches.loss(prediction, target[mine], x0[mine], x[mine], t[mine])
+                    prediction = net.forward(arch, x[mine], t[mine], _rows(condition, mine))
+                    error = batches.loss(prediction, targets[arch.expert][mine], x0[mine], x[mine], t[mine])
                     loss = error * mine.float().mean()
                     torch.autograd.backward(loss)
                     total += loss.item()
@@ -268,6 +273,28 @@ class FineTune:
             optimiser.update()
             yield Progress("fine-tune", optimiser.step, self.steps, {"loss": total})
         optimiser.adopt_average()
+
+
+def _rows(condition: Condition | None, mine: torch.Tensor) -> Condition | None:
+    return None if condition is None else {name: rows[mine] for name, rows in condition.items()}
+
+
+def _taught(
+    teacher: Teacher,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    truth: torch.Tensor,
+    condition: Condition | None,
+    whose: list[torch.Tensor],
+) -> torch.Tensor:
+    """The teacher's target where one of these rows is asked for, and the truth elsewhere, of which nothing is learned."""
+    asked = torch.stack(whose).any(0)
+    if asked.all():
+        return teacher.target(x, t, truth, condition)
+    found = truth.clone()
+    if asked.any():
+        found[asked] = teacher.target(x[asked], t[asked], truth[asked], _rows(condition, asked))
+    return found
 
 
 def _check_finite(losses: Mapping[str, float], name: str, step: int, rate: float) -> None:

@@ -23,6 +23,8 @@ Array = npt.NDArray[np.float64]
 RELIABLE = 0.5
 """Cosine of the two halves' gradients from which a timestep's direction counts as known. A trained network's mean gradients are small
 beside their noise, and at some timesteps far smaller than at others."""
+AT_ONCE = 2**18
+"""Numbers of states of which the network has gradients at a time: 16 of Stable Diffusion's, or all that a half-batch has of small images."""
 WIDENED = 5
 """Times that a half-batch is doubled to get there."""
 
@@ -52,13 +54,12 @@ class GradientSimilarity:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "gradient projection"))
         self.agreement.clear()
         self.net.full.requires_grad_(True).eval()
-        sizes = [p.numel() for p in self.net.full.parameters()]
-        buckets = torch.randint(self.dimensions, (sum(sizes),), generator=generator).to(self.net.device)
-        signs = (torch.randint(2, (sum(sizes),), generator=generator) * 2 - 1).float().to(self.net.device)
+        projections = [_Projection(p, self.dimensions, generator) for p in self.net.full.parameters()]
+        batches = Batches(self.net, self.data, self.batch, flip=False)
         halves: list[tuple[Array, Array]] = []
         try:
             for number, timestep in enumerate(grid, 1):
-                halves.append(self._two_halves(timestep, buckets, signs))
+                halves.append(self._two_halves(timestep, batches, projections))
                 yield Progress("gradients", number, len(grid))
         finally:
             self.net.full.requires_grad_(False)
@@ -68,14 +69,14 @@ class GradientSimilarity:
         norms = np.sqrt(np.diag(products))
         self.affinity: Array = (products + products.T) / 2 / np.outer(norms, norms)
 
-    def _two_halves(self, timestep: int, buckets: torch.Tensor, signs: torch.Tensor) -> tuple[Array, Array]:
+    def _two_halves(self, timestep: int, batches: Batches, projections: Sequence[_Projection]) -> tuple[Array, Array]:
         """Projected gradients of two independent half-batches, widened until they agree on a direction."""
         sums = np.zeros((2, self.dimensions))
         done = 0
         for doubling in range(WIDENED + 1):
             for number in range(done, 2**doubling):
                 for half in range(2):
-                    sums[half] += self._gradient(timestep, half, number, buckets, signs)
+                    sums[half] += self._gradient(timestep, half, number, batches, projections)
             done = 2**doubling
             agreement = sums[0] @ sums[1] / (np.linalg.norm(sums[0]) * np.linalg.norm(sums[1]))
             if agreement >= RELIABLE:
@@ -89,20 +90,36 @@ class GradientSimilarity:
         first, second = sums / done
         return first, second
 
-    def _gradient(self, timestep: int, half: int, number: int, buckets: torch.Tensor, signs: torch.Tensor) -> Array:
+    def _gradient(
+        self, timestep: int, half: int, number: int, batches: Batches, projections: Sequence[_Projection]
+    ) -> Array:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, timestep, half, number, "similarity"))
-        batches = Batches(self.net, self.data, self.batch, flip=False)
         x0, condition = batches.images(generator)
         noise = torch.randn(x0.shape, generator=generator).to(self.net.device)
         t = torch.full((self.batch,), timestep, device=self.net.device)
+        x, target = batches.at(x0, t, noise), batches.target(x0, t, noise)
         self.net.full.zero_grad(set_to_none=True)
-        loss = torch.nn.functional.mse_loss(
-            self.net.forward(self.net.full_arch, batches.at(x0, t, noise), t, condition)[:, : x0.shape[1]],
-            batches.target(x0, t, noise),
-        )
-        torch.autograd.backward(loss)
-        gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in self.net.full.parameters())
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        projected = torch.zeros(self.dimensions, device=flat.device).index_add_(0, buckets, signs * flat)
+        for part in torch.split(torch.arange(self.batch, device=x.device), max(1, AT_ONCE // x[0].numel())):
+            told = None if condition is None else {name: rows[part] for name, rows in condition.items()}
+            prediction = self.net.forward(self.net.full_arch, x[part], t[part], told)[:, : x.shape[1]]
+            loss = torch.nn.functional.mse_loss(prediction, target[part])
+            torch.autograd.backward(loss * (len(part) / self.batch))
+        projected = torch.zeros(self.dimensions, device=x.device)
+        for parameter, projection in zip(self.net.full.parameters(), projections, strict=True):
+            if parameter.grad is not None:
+                projection.add(parameter.grad, projected)
         found: Array = projected.double().cpu().numpy()
         return found
+
+
+class _Projection:
+    """A random one of a parameter's gradient: each number goes, with a random sign, into one of the dimensions. A large network's would fill a GPU as one
+    array of 64 bits."""
+
+    def __init__(self, parameter: torch.nn.Parameter, dimensions: int, generator: torch.Generator) -> None:
+        count, device = parameter.numel(), parameter.device
+        self._buckets = torch.randint(dimensions, (count,), generator=generator, dtype=torch.int32).to(device)
+        self._signs = (torch.randint(2, (count,), generator=generator, dtype=torch.int8) * 2 - 1).to(device)
+
+    def add(self, gradient: torch.Tensor, to: torch.Tensor) -> None:
+        to.index_add_(0, self._buckets, gradient.flatten() * self._signs)

@@ -150,7 +150,10 @@ class Stages:
         mates.wait()
         for number, part in enumerate(parts[len(spent) :], len(spent)):
             net.trained_macs = 0
-            files = Checkpoints(folder / CHECKPOINT, digest_of([digest, number]), self.checkpoint_every, mates)
+            # A stage's own, where one is given, and else that of all.
+            own = getattr(part, "checkpoint_every", OneStage.checkpoint_every)
+            every = self.checkpoint_every if own == OneStage.checkpoint_every else own
+            files = Checkpoints(folder / CHECKPOINT, digest_of([digest, number]), every, mates)
             yield from part.fit(net, data, _stage_seed(seed, number), files)
             mates.agree(gather(net).values())
             spent.append({**part.describe(), "macs": net.trained_macs})

@@ -10,6 +10,7 @@ import torch
 from nas.contracts import ImageSet, Progress, UserError
 from nas.recipes import recipe
 from search_spaces.loaded import LoadedElastic
+from search_spaces.networks.transformer import DiT
 from search_spaces.supernet import Elastic
 from search_spaces.training.stages import Checkpoints, OneStage
 
@@ -39,6 +40,14 @@ class ZeroInit(OneStage):
         recipe, anatomy = net.recipe, net.recipe.anatomy
         if recipe.pretrained is not None:
             raise UserError("ZeroInit: it would undo what the pretrained layers have learned; leave it out")
+        if recipe.network is not None:
+            raise UserError(
+                f"ZeroInit: which layers of {type(net.full).__name__} end a residual branch is not known; leave it out"
+            )
+        if isinstance(anatomy, DiT):
+            raise UserError(
+                "ZeroInit: the blocks of a DiT begin by adding nothing, by gates that learn; with their last layers at zero too none would ever learn. Leave it out"
+            )
         if len(recipe.depths) < 2:
             raise UserError(
                 f"ZeroInit: all subnets are as deep, depths={recipe.depths}; give the supernet depths=, or leave it out"
