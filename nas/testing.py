@@ -203,14 +203,21 @@ def _check_replay(searcher: Searcher, problem: Problem, history: Sequence[Trial]
 
 
 def _check_asynchronous(searcher: Searcher, problem: Problem, trials: int) -> None:
-    """Three workers, results out of order."""
+    """Three workers, results out of order; and what a search was told so, a new one takes up with the same still pending."""
     search, rng = searcher.start(problem, 3), np.random.default_rng(0)
     pending: list[tuple[int, Proposal]] = []
+    told: list[Trial] = []
     seen: set[Genome] = set()
     number = 0
     while number < trials:
         while len(pending) < 3 and number < trials:
             proposal = _ask(search, [p.genome for _, p in pending])
+            if number % 7 == 5:
+                fresh = searcher.start(problem, 3)
+                for trial in told:
+                    fresh.tell(trial)
+                again = _ask(fresh, [p.genome for _, p in pending])
+                assert again == proposal, f"a searcher told the history must ask the same with {len(pending)} pending"
             if not isinstance(proposal, Proposal):
                 assert pending or proposal is DONE, "WAIT is an answer only while something is pending"
                 break
@@ -221,7 +228,8 @@ def _check_asynchronous(searcher: Searcher, problem: Problem, trials: int) -> No
         if not pending:
             break
         done, proposal = pending.pop(int(rng.integers(len(pending))))
-        search.tell(closed(problem, done, proposal, toy_score(proposal.genome)))
+        told.append(closed(problem, done, proposal, toy_score(proposal.genome)))
+        search.tell(told[-1])
 
 
 def _check_failures(searcher: Searcher, problem: Problem, trials: int) -> None:
@@ -231,6 +239,8 @@ def _check_failures(searcher: Searcher, problem: Problem, trials: int) -> None:
     for number in range(trials):
         proposal = _ask(search, [])
         if not isinstance(proposal, Proposal):
+            left = next((genome for genome in feasible_genomes(problem) if genome not in seen), None)
+            assert left is None, f"a searcher must go on after failures: {left} was never proposed"
             return
         _check_proposal(problem, proposal, seen, [])
         seen.add(proposal.genome)

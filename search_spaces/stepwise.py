@@ -310,8 +310,8 @@ class Stepwise:
             )
 
     def _subnet_genes(self, subnets: Subnets) -> list[tuple[str, tuple[float | int | str, ...]]]:
-        """None where one subnet is all there is and something else is to be chosen."""
-        several = (self.patterns, self._guides, self.samplers)
+        """None where one subnet is all there is and the interval has something else to choose, which the sampler is not: that is chosen in the first alone."""
+        several = (self.patterns, self._guides)
         single = len(subnets) == 1 and any(len(options) > 1 for options in several)
         return [] if single else [(gene.name, gene.options) for gene in subnets.genes]
 

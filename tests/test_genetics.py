@@ -17,6 +17,7 @@ from nas.genomes.genetics import (
     anchor,
     check_reachable,
     cross,
+    dearest,
     feasible_genomes,
     mutate,
     novel,
@@ -24,6 +25,7 @@ from nas.genomes.genetics import (
     repair,
     uniform_genomes,
 )
+from nas.genomes.timed import TimedSpace, calls, key
 from nas.searchers.enumerate import Enumerate
 from nas.testing import TableSpace, limited_problem, table_problem, timed_limited_problem
 from tests.toy import ToySpace
@@ -179,6 +181,23 @@ def test_all_limits_are_kept_at_once(problem: Problem) -> None:
         repaired = repair(problem, drawn, rng)
         assert repaired in every
         assert repaired == drawn or drawn not in every
+
+
+def test_what_counts_once_is_saved_kind_by_kind() -> None:
+    """Of twenty intervals and four options, room for two kinds: what is drawn is not the cheapest throughout with a gene or two beside."""
+    space = TableSpace(((1, 4, 9, 16),) * 20)
+    problem = Problem(space, ("fd", "macs"), {"params": 5.0})
+    rng = np.random.default_rng(0)
+    drawn = [random_genome(problem, rng) for _ in range(100)]
+    assert all(map(problem.feasible, drawn))
+    assert np.mean([sum(gene > 0 for gene in genome) for genome in drawn]) > 4
+
+
+def test_the_full_network_is_of_the_most_multiply_adds_whatever_is_slowest() -> None:
+    """Where calls wait for a GPU a narrow one may be the slowest."""
+    space = TableSpace(((1, 4, 9, 16),) * 3)
+    times = {key(step): (0.43, 0.4, 0.42, 0.41)[step.arch[0]] for step in calls(space)}
+    assert dearest(TimedSpace(space, times)) == dearest(space) == (3, 3, 3)
 
 
 def test_a_limit_that_the_space_does_not_know_is_refused() -> None:

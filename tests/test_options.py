@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from benchmarks import published
 from benchmarks.cost import count_with_fvcore
 from evaluators.images import Digits
+from evaluators.sampling import DDIM, DPMSolver
 from nas.contracts import WITHOUT_ATTENTION, UserError
-from nas.genomes.genetics import cheapest, dearest
+from nas.genomes.genetics import IntervalCosts, cheapest, dearest
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import equal, linear_budgets, uniform
 from search_spaces.networks.anatomy import predict
@@ -416,3 +417,13 @@ def test_what_is_kept_to_price_subnets_does_not_grow_with_their_widths() -> None
     costs = {net.cost(arch).macs for arch in archs}
     assert len(costs) > 30
     assert len(net.cost._known) <= 4
+
+
+def test_intervals_of_one_subnet_have_a_gene_though_samplers_are_chosen_in_the_first() -> None:
+    net = Elastic(TINY, widths=(0.5, 1.0))
+    samplers = (DDIM(), DPMSolver())
+    two, one = Options((0.5, 1.0)), Options((1.0,))
+    for options in (one, (two, one, two)):
+        space = Stepwise(net, uniform(6), (2, 2, 2), options, samplers=samplers)
+        check_space(space)
+        assert len(IntervalCosts(space).genes) == len(space.interval_costs()) == 3

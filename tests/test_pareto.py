@@ -91,6 +91,12 @@ def test_domination_is_debs_with_constraints(points: np.ndarray, seed: int) -> N
         assert found[i, j] == expected
 
 
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=30))
+def test_ranks_of_one_objective_are_those_of_it_twice(values: list[int]) -> None:
+    column = np.array(values, dtype=np.float64)[:, None]
+    assert ranks(column).tolist() == ranks(np.hstack([column, column])).tolist()
+
+
 def test_ranks_of_two_points_with_three_objectives() -> None:
     assert ranks(np.array([[0.0, 1.0, 5.0], [1.0, 1.0, 0.0]])).tolist() == [0, 0]
     assert ranks(np.array([[1.0, 0.0, 5.0], [1.0, 0.0, 6.0]])).tolist() == [0, 1]

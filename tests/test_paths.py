@@ -268,6 +268,22 @@ def test_what_is_not_predicted_is_not_said_to_be() -> None:
     assert math.isfinite((prediction_of(trials, "fd") or {})["tau"])
 
 
+def test_a_branch_that_is_reused_leaves_no_step_out() -> None:
+    """Whole steps are a question of their own where steps may be left out; of branches all steps run at least in part."""
+    space = Branches(DIT, uniform(4))
+    search = Path(budgets=2).start(Problem(space, ("loss", "macs"), {"macs_share": 0.7}), 0)
+    said = []
+    for number in range(60):
+        proposal = search.ask([])
+        if not isinstance(proposal, Proposal):
+            break
+        said.append(str(proposal.origin.get("operator", "")))
+        score = Score({"loss": float(sum(1 - bit for bit in proposal.genome))})
+        search.tell(Trial(number, proposal.genome, "", 0, "complete", score, space.cost(proposal.genome)))
+    assert any("shortest path at" in words for words in said)
+    assert not any("whole steps" in words for words in said)
+
+
 def test_few_probes_are_spread_over_all_steps() -> None:
     steps = uniform(40)
     space = Stepwise(NET, steps, per_step(steps), Options((1.0,)), patterns=(Every(1), Only(("u1",)), Only(())))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.contracts import Choice, Proposal, UserError
+from nas.contracts import Choice, Problem, Proposal, UserError
 from nas.genomes.genetics import IntervalCosts
 from nas.searchers.proposers import (
     Chat,
@@ -26,7 +26,7 @@ from nas.searchers.proposers import (
 )
 from nas.searchers.random import Random
 from nas.searchers.rounds import Rounds
-from nas.testing import check_searcher, closed, joint_problem, table_problem, toy_score
+from nas.testing import TableSpace, check_searcher, closed, joint_problem, table_problem, toy_score
 from tests.test_searchers import drive, run_to
 
 WIDTH = Choice("interval0.width", (0.25, 0.5, 1.0), 0)
@@ -176,6 +176,18 @@ def test_memory_and_importance_pay() -> None:
         for searcher in (Rounds(), Rounds(remembered=0), Random())
     )
     assert with_memory > max(without, random)
+
+
+@pytest.mark.parametrize("split", ["equal", "learned"])
+def test_what_others_pay_does_not_depend_on_the_unit_of_cost(split: Any) -> None:
+    """A network's multiply-adds are millions, and what matters is then what an option is expected to lose for each."""
+    space = TableSpace((tuple((j + 1) ** 2 for j in range(4)),) * 5)
+    large = TableSpace(tuple(tuple(10**7 * cost for cost in row) for row in space.table))
+    asked = []
+    for table in (space, large):
+        told = drive(Rounds(split=split), Problem(table, ("fd", "macs"), {"macs_share": 0.6}), toy_score, 60)
+        asked.append([trial.genome for trial in told])
+    assert asked[0] == asked[1]
 
 
 def test_linear_shares_are_in_the_papers_proportions() -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from itertools import pairwise
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nas.contracts import WAIT, Genome, Problem, Proposal, Score, Trial, UserError
-from nas.genomes.genetics import feasible_genomes, uniform_genomes
+from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Score, Trial, UserError
+from nas.genomes.genetics import feasible_genomes, most_within, uniform_genomes
 from nas.genomes.pareto import hypervolume
 from nas.searchers.ddsm import DDSM
 from nas.searchers.evolution import Evolution
@@ -192,6 +192,77 @@ def test_intervals_of_many_options_are_screened_gene_by_gene() -> None:
     for trial in solved[:4]:
         within = [score(g).values["fd"] for g in every if problem.space.cost(g)["macs"] <= trial.origin["budget"]]
         assert trial.score.values["fd"] <= min(within) * 1.15
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_few_probes_are_spread_over_all_intervals(wide: bool) -> None:
+    """In every stage: what is known of the first intervals alone says nothing of a trajectory."""
+    row: Any = tuple(tuple((i + 1) * (j + 1) for j in range(4)) for i in range(4)) if wide else (1, 4, 9, 16)
+    problem = Problem(TableSpace((row,) * 40), ("fd", "macs"), {"macs_share": 0.5})
+    told = drive(Knapsack(probes=60, options=6), problem, toy_score, 90)
+    kinds = [trial.origin.get("probe", "") for trial in told]
+    assert sum(map(bool, kinds)) == 60
+    for stage in ("one gene of interval ", "full, interval ") if wide else ("full, interval ", "smallest, interval "):
+        places = [int(kind.rpartition(" ")[2]) for kind in kinds if stage in kind]
+        assert min(places) <= 4
+        assert max(places) >= 35 if stage != "full, interval " or not wide else max(places) > min(places)
+    assert any("predicted" in trial.origin for trial in told)
+
+
+def test_an_exact_solver_keeps_to_limits_that_do_not_add_up() -> None:
+    """Its budgets end where schedules do that keep to all limits: beyond there is nothing but chance."""
+    problem = replace(table_problem(8, 4, 1.0), limits={"params": 3.0})
+    told = drive(Knapsack(around="smallest", budgets=4), problem, toy_score, 60)
+    solved = [trial for trial in told if "budget" in trial.origin]
+    assert len(solved) >= 4
+    most = most_within(problem)
+    assert most == 8 * 9  # the third option everywhere, one kind of three parameters
+    assert all(trial.origin["budget"] <= most for trial in solved)
+
+
+@dataclass(frozen=True)
+class GivesUp:
+    """Breaks the law of failures: it is done after the first one."""
+
+    def start(self, problem: Any, seed: int) -> Any:
+        inner = Random().start(problem, seed)
+        failed: list[Any] = []
+
+        class Search:
+            def ask(self, pending: Any) -> Any:
+                return DONE if failed else inner.ask(pending)
+
+            def tell(self, trial: Any) -> None:
+                inner.tell(trial)
+                failed.extend([trial] if trial.status == "failed" else [])
+
+        return Search()
+
+
+@dataclass(frozen=True)
+class Forgets:
+    """Breaks the law of replay with something pending: how often it was asked counts, though nobody books that."""
+
+    def start(self, problem: Any, seed: int) -> Any:
+        asked: list[int] = []
+        heard: list[Any] = []
+
+        class Search:
+            def ask(self, pending: Any) -> Any:
+                asked.append(0)
+                number = len(asked) if pending else 0
+                return Random().start(problem, seed + number).ask([*pending, *heard])
+
+            def tell(self, trial: Any) -> None:
+                heard.append(trial.genome)
+
+        return Search()
+
+
+@pytest.mark.parametrize(("searcher", "law"), [(GivesUp(), "go on after failures"), (Forgets(), "must ask the same")])
+def test_the_laws_catch_what_only_a_cluster_or_a_bad_day_would_show(searcher: Any, law: str) -> None:
+    with pytest.raises(AssertionError, match=law):
+        check_searcher(searcher)
 
 
 @pytest.mark.parametrize("searcher", [DDSM(population=5, mutation="intended"), DDSM(population=3)], ids=repr)

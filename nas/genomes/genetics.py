@@ -33,6 +33,8 @@ class IntervalCosts:
     `tables[k]` has an axis for each of them."""
 
     def __init__(self, space: SearchSpace) -> None:
+        # Where time is limited the full network is still what has the most multiply-adds: on a GPU narrower calls may be slower.
+        self._plain = getattr(space, "untimed", space)
         intervals = [choice.interval for choice in space.choices]
         starts = [i for i, interval in enumerate(intervals) if i == 0 or interval != intervals[i - 1]]
         self.genes = [slice(start, stop) for start, stop in pairwise([*starts, len(intervals)])]
@@ -79,8 +81,13 @@ class IntervalCosts:
         return self._join([int(table.argmin()) for table in self.tables])
 
     def dearest(self) -> Genome:
-        """Among equals the last, whose options name the most."""
-        return self._join([table.size - 1 - int(table.ravel()[::-1].argmax()) for table in self.tables])
+        """Of the most multiply-adds; among equals the last, whose options name the most."""
+        return self._dearest
+
+    @cached_property
+    def _dearest(self) -> Genome:
+        tables = self._plain.interval_costs()
+        return self._join([table.size - 1 - int(table.ravel()[::-1].argmax()) for table in tables])
 
     def _join(self, flat: Sequence[int]) -> Genome:
         """The genome of one flat option index for each interval."""
@@ -107,7 +114,7 @@ def cheapest(space: SearchSpace) -> Genome:
 
 
 def dearest(space: SearchSpace) -> Genome:
-    """The genome of the highest cost."""
+    """The genome of the most multiply-adds."""
     return costs_of(space).dearest()
 
 
@@ -141,6 +148,25 @@ def budget_of(problem: Problem) -> float:
         # Up to the rounding of the share, so that who costs just as much keeps to it.
         known[key] = min(problem.limits.get("macs", math.inf), share * (1 + 4 * sys.float_info.epsilon))
     return known[key]
+
+
+def most_within(problem: Problem) -> float:
+    """The cost up to which budgets are spread, as `interval_costs` counts: `budget_of`, or where further limits are there about the dearest genome that keeps
+    all: one network throughout, or as many intervals of the dearest as do beside those of the anchor."""
+    budget = budget_of(problem)
+    costs = costs_of(problem.space)
+    most = min(budget, float(costs.total(costs.dearest())))
+    if all(name in _budgeted(problem) for name in problem.limits):
+        return budget
+    full, least = costs.dearest(), anchor(problem)
+    low, high = 0, len(costs.genes)
+    while low < high:  # of intervals, noisy to clean; costs rise with their number
+        middle = (low + high + 1) // 2
+        stop = costs.genes[middle - 1].stop
+        low, high = (middle, high) if problem.feasible((*full[:stop], *least[stop:])) else (low, middle - 1)
+    stop = costs.genes[low - 1].stop if low else 0
+    known = [(*full[:stop], *least[stop:]), *filter(problem.feasible, uniform_genomes(problem.space))]
+    return min(most, max(float(costs.total(genome)) for genome in known))
 
 
 def exact_cost(space: SearchSpace, genome: Genome) -> int:
@@ -274,7 +300,7 @@ def cross(first: Genome, second: Genome, rng: np.random.Generator) -> Genome:
 
 
 def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
-    """Moves random genes to cheaper options until the budget holds, and then, where there are limits on other costs, random intervals to their cheapest options
+    """Moves random genes to cheaper options until the budget holds, and then, where there are limits on other costs, intervals of a random kind after another to their cheapest options
     until these hold too. Unchanged where all do."""
     costs = costs_of(problem.space)
     excess = costs.total(genome) - budget_of(problem)
@@ -308,7 +334,10 @@ def _within_all(problem: Problem, genome: Genome, rng: np.random.Generator) -> G
         return genome
     costs, moved = costs_of(problem.space), list(genome)
     least = anchor(problem)
-    for k in rng.permutation(len(costs.genes)).tolist():
+    # Kind by kind: what costs once however often it runs, as parameters do, is saved where its last interval goes.
+    order = rng.permutation(len(costs.genes)).tolist()
+    kinds = list(dict.fromkeys(genome[costs.genes[k]] for k in order))
+    for k in sorted(order, key=lambda k: kinds.index(genome[costs.genes[k]])):
         moved[costs.genes[k]] = least[costs.genes[k]]
         if problem.feasible(tuple(moved)):
             break
@@ -316,7 +345,8 @@ def _within_all(problem: Problem, genome: Genome, rng: np.random.Generator) -> G
 
 
 def feasible_genomes(problem: Problem, patience: float = math.inf) -> Iterator[Genome]:
-    """Every feasible genome once, in lexicographic order of the intervals' options sorted by cost. Branches whose cheapest
+    """Every genome once that keeps the limits and whose intervals' costs keep the budget (where these are upper bounds, as of intervals that may reuse what the
+    one before kept, some that keep it in truth are not among them), in lexicographic order of the intervals' options sorted by cost. Branches whose cheapest
     completion breaks the budget are never entered, so that the first k come in time proportional to k, where multiply-adds or times alone are limited. Limits on
     other costs, such as parameters, do not add up over intervals: genomes that break them are gone through one by one, and after `patience` of them in a row it ends."""
     tables = problem.space.interval_costs()

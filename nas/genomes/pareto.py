@@ -28,14 +28,17 @@ def domination(values: Array, violations: Array) -> npt.NDArray[np.bool_]:
 
 
 def ranks(values: Array, violations: Array | None = None) -> npt.NDArray[np.int64]:
-    """0 for the front, 1 for the front of the rest, and so on. values (n, m). O(n log n) for two objectives."""
+    """0 for the front, 1 for the front of the rest, and so on. values (n, m). O(n log n) for one or two objectives."""
     values = np.where(np.isnan(values), np.inf, values)
     excess = np.zeros(len(values)) if violations is None else np.maximum(violations, 0.0)
     rank = np.zeros(len(values), dtype=np.int64)
     feasible = excess == 0
     if feasible.any():
         chosen = values[feasible]
-        rank[feasible] = _ranks_of_two(chosen) if chosen.shape[1] == 2 else _ranks_of_many(chosen)
+        if chosen.shape[1] == 1:
+            rank[feasible] = np.unique(chosen[:, 0], return_inverse=True)[1]
+        else:
+            rank[feasible] = _ranks_of_two(chosen) if chosen.shape[1] == 2 else _ranks_of_many(chosen)
     if not feasible.all():  # behind all of them, the less violating ones first
         _, place = np.unique(excess[~feasible], return_inverse=True)
         rank[~feasible] = place + (rank[feasible].max() + 1 if feasible.any() else 0)

@@ -57,6 +57,11 @@ class TimedSpace:
         }
 
     @property
+    def untimed(self) -> SearchSpace:
+        """The same in multiply-adds alone."""
+        return self._space
+
+    @property
     def choices(self) -> Sequence[Choice]:
         return self._space.choices
 

@@ -13,7 +13,7 @@ import torch
 
 from nas.contracts import Arch, Finer, Genome, Guidance, LoadedSupernet, Problem, Schedule, Step, UserError
 from nas.genomes.allocation import allocate
-from nas.genomes.genetics import IntervalCosts, budget_of, dearest, exact_cost
+from nas.genomes.genetics import IntervalCosts, dearest, exact_cost, most_within
 from nas.searchers.pruner import arch_of
 
 Choosing = Literal["bisection", "greedy", "knapsack", "threshold"]
@@ -48,7 +48,7 @@ class Chooser:
         """MACs of the cheapest and of the dearest schedule that it can make within the limit."""
         least = float(sum(prices.min() for prices in self._prices))
         most = float(sum(prices.max() for prices in self._prices))
-        return least, min(most, budget_of(self._problem))
+        return least, min(most, most_within(self._problem))
 
     def genome(self, way: Choosing, budget: float) -> Genome:
         """At most as dear as the budget; the cheapest where that is dearer still."""
@@ -135,7 +135,7 @@ class BitChooser:
     @cached_property
     def budgets(self) -> tuple[float, float]:
         """MACs of the cheapest and of the dearest schedule that it can make within the limit."""
-        return self._least, min(self._least + float(self._prices.sum()), budget_of(self._problem))
+        return self._least, min(self._least + float(self._prices.sum()), most_within(self._problem))
 
     def genome(self, way: Choosing, budget: float) -> Genome:
         """At most as dear as the budget; the cheapest where that is dearer still."""

@@ -1,4 +1,4 @@
-"""Every feasible genome, once: the true front of a small study."""
+"""Every feasible genome, once (`feasible_genomes`): the true front of a small study."""
 
 from __future__ import annotations
 

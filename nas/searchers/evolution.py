@@ -16,7 +16,7 @@ from pydantic import Field
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, derive_seed
 from nas.genomes.genetics import Taken, cheapest, cross, mutate, novel, random_genome, repair, uniform_genomes
-from nas.genomes.pareto import best_first
+from nas.genomes.pareto import best_first, front
 from nas.recipes import Few, Share, recipe
 from nas.searchers.ranking import MOST, Ranking
 
@@ -131,11 +131,14 @@ class EvolutionSearch:
         return float(self._problem.space.cost(genome)[names[1]]) if len(names) > 1 else 0.0
 
     def _model(self) -> tuple[Ranking, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Fitted to the first objective of what was scored when the last `REFIT` were complete; with the prices of these, rising, and the
+        """Fitted to the first objective of what was scored last, and of what led before, when the last `REFIT` were complete; with the prices of these, rising, and the
         best rank at no more than each."""
         count = max(len(self._scored) // REFIT * REFIT, min(len(self._scored), 2))
         if self._fitted is None or self._fitted[0] != count:
-            latest = self._scored[max(0, count - MOST) : count]
+            start = max(0, count - MOST)
+            # What leads stays known, however long ago it was scored.
+            before = [(score, self._price(genome)) for genome, score in self._scored[:start]]
+            latest = [*(self._scored[i] for i in front(before)), *self._scored[start:count]]
             genomes = [genome for genome, _ in latest]
             sizes = [len(choice.options) for choice in self._problem.space.choices]
             ranking = Ranking(genomes, [score for _, score in latest], sizes)

@@ -7,7 +7,7 @@ schedules it leads to correct it. What is solved is proposed like any other sche
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, product
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
 from nas.genomes.allocation import allocate
-from nas.genomes.genetics import IntervalCosts, Taken, budget_of, novel, random_genome
+from nas.genomes.genetics import IntervalCosts, Taken, most_within, novel, random_genome
 from nas.genomes.pareto import front
 from nas.recipes import Few, recipe
 
@@ -32,8 +32,8 @@ MOST = 64
 class Knapsack:
     """`objective`: least "sum" of the intervals' terms, least largest term ("minimax"), or the sum with terms for neighbouring
     intervals, which are probed in pairs ("pairwise"). `around`: which net is probed, "full", "smallest" or "both".
-    `budgets`: how many, equally spaced up to the limit. `top`: solutions for each budget before the table is trusted further.
-    `probes`: upper limit of their number. `options`: how many an interval is probed with; where several genes make more, each
+    `budgets`: how many, equally spaced up to the limit (where several costs are limited, up to about the dearest that keeps to all). `top`: solutions for each budget before the table is trusted further.
+    `probes`: upper limit of their number; of more, every so many. `options`: how many an interval is probed with; where several genes make more, each
     gene is probed alone first, and options from the front of the genes' sums are probed then.
 
     Around one net there is a probe for each option of each interval but one, around both twice as many; the study's trials
@@ -60,6 +60,7 @@ class KnapsackSearch:
         self._measured: dict[Genome, float] = {}
         self._told: set[Genome] = set()
         self._solved: tuple[int, list[tuple[Genome, float, float]]] | None = None
+        self._screened: tuple[int, list[list[Option]]] | None = None
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
@@ -83,30 +84,27 @@ class KnapsackSearch:
             self._measured[trial.genome] = value
 
     def _probes(self) -> list[tuple[Genome, str]]:
-        """What is to be measured before anything is solved, in order: (genome, what it is a probe of)."""
-        found: dict[Genome, str] = {}
-        for genome, kind in self._all_probes():
-            if len(found) == self._settings.probes:
-                break
-            found.setdefault(genome, kind)
-        return list(found.items())
-
-    def _all_probes(self) -> Iterator[tuple[Genome, str]]:
-        around, intervals = self._settings.around, self._intervals
+        """What is to be measured before anything is solved, in order: (genome, what it is a probe of). Of too many in each stage every so many, so that no
+        part of the trajectory is left out; genes are screened with half of them at most."""
+        around, intervals, most = self._settings.around, self._intervals, self._settings.probes
         wide = intervals.wide(self._settings.options)
-        if around != "smallest" or wide:
-            yield intervals.full, "full"
-        if around != "full":
-            yield intervals.smallest, "smallest"
-        screening = {
-            intervals.changed(intervals.full, {k: genes}): f"full, one gene of interval {k}"
-            for k in wide
-            for genes in intervals.single_genes(k)
-        }
-        yield from screening.items()
-        if not self._told.issuperset(screening):
-            return
-        options = self._options()
+        ends: dict[Genome, str] = {intervals.full: "full"} if around != "smallest" or wide else {}
+        ends |= {intervals.smallest: "smallest"} if around != "full" else {}
+        screening = _evenly(
+            {
+                intervals.changed(intervals.full, {k: genes}): f"full, one gene of interval {k}"
+                for k in wide
+                for genes in intervals.single_genes(k)
+            },
+            max(1, (most - len(ends)) // 2),
+        )
+        found = ends | screening
+        if self._told.issuperset(screening):
+            found |= _evenly({g: kind for g, kind in self._options_probed() if g not in found}, most - len(found))
+        return list(found.items())[:most]
+
+    def _options_probed(self) -> Iterator[tuple[Genome, str]]:
+        around, intervals, options = self._settings.around, self._intervals, self._options()
         for anchor, name in ((intervals.full, "full"), (intervals.smallest, "smallest")):
             if around in (name, "both"):
                 for k, row in enumerate(options):
@@ -119,29 +117,33 @@ class KnapsackSearch:
 
     def _options(self) -> list[list[Option]]:
         """For each interval, the options that are probed and solved for. All of them, where they are few."""
+        if self._screened is None or self._screened[0] != len(self._measured):
+            self._screened = len(self._measured), [*self._screen()]
+        return self._screened[1]
+
+    def _screen(self) -> Iterator[list[Option]]:
         intervals, most = self._intervals, self._settings.options
-        screened = []
         for k, options in enumerate(intervals.options):
-            if len(options) > most:
-                single = {
-                    genes: self._measured.get(intervals.changed(intervals.full, {k: genes}), np.inf)
-                    for genes in intervals.single_genes(k)
-                }
-                finite = [value for value in single.values() if np.isfinite(value)]
-                full = self._measured.get(intervals.full, float(np.mean(finite)) if finite else 0.0)
-                effect = {genes: value - full for genes, value in single.items()}
-                top = intervals.option(intervals.full, k)
-                sums = [
-                    sum(effect.get((*top[:i], gene, *top[i + 1 :]), 0.0) for i, gene in enumerate(option))
-                    for option in options
-                ]
-                costs = intervals.costs[k]
-                best = front([(value, float(cost)) for value, cost in zip(sums, costs, strict=True)])
-                kept = {best[i] for i in np.linspace(0, len(best) - 1, min(most, len(best))).round().astype(int)}
-                ends = (top, intervals.option(intervals.smallest, k))
-                options = [option for i, option in enumerate(options) if i in kept or option in ends]
-            screened.append(options)
-        return screened
+            if len(options) <= most:
+                yield options
+                continue
+            single = {
+                genes: self._measured.get(intervals.changed(intervals.full, {k: genes}), np.inf)
+                for genes in intervals.single_genes(k)
+            }
+            finite = [value for value in single.values() if np.isfinite(value)]
+            full = self._measured.get(intervals.full, float(np.mean(finite)) if finite else 0.0)
+            effect = {genes: value - full for genes, value in single.items()}
+            top = intervals.option(intervals.full, k)
+            sums = [
+                sum(effect.get((*top[:i], gene, *top[i + 1 :]), 0.0) for i, gene in enumerate(option))
+                for option in options
+            ]
+            costs = intervals.costs[k]
+            best = front([(value, float(cost)) for value, cost in zip(sums, costs, strict=True)])
+            kept = {best[i] for i in np.linspace(0, len(best) - 1, min(most, len(best))).round().astype(int)}
+            ends = (top, intervals.option(intervals.smallest, k))
+            yield [option for i, option in enumerate(options) if i in kept or option in ends]
 
     def _solutions(self) -> list[tuple[Genome, float, float]]:
         """(genome, predicted score, budget), the best for each budget first, then the second best, and so on."""
@@ -154,7 +156,7 @@ class KnapsackSearch:
         base, table, pairs = self._table(options)
         costs = [[self._intervals.cost(k, option) for option in row] for k, row in enumerate(options)]
         least = sum(min(row) for row in costs)
-        most = min(budget_of(self._problem), sum(max(row) for row in costs))
+        most = min(most_within(self._problem), sum(max(row) for row in costs))
         budgets = [least + (most - least) * i / self._settings.budgets for i in range(1, self._settings.budgets + 1)]
         objective: Literal["sum", "minimax"] = "minimax" if self._settings.objective == "minimax" else "sum"
         top = self._settings.top
@@ -184,7 +186,8 @@ class KnapsackSearch:
         """The full net's score, each interval's terms, and where neighbours count those of their pairs: fitted to all that was
         measured. Infinite for options never seen, 0 for pairs never seen."""
         intervals = self._intervals
-        tops = [row.index(intervals.option(intervals.full, k)) for k, row in enumerate(options)]
+        place_of = [{option: place for place, option in enumerate(row)} for row in options]
+        tops = [known[intervals.option(intervals.full, k)] for k, known in enumerate(place_of)]
         # A column for each term: the full net's score, then one for each option of each interval, then one for each pair of
         # options of neighbours.
         starts = np.cumsum([1, *(len(row) for row in options)])
@@ -194,9 +197,9 @@ class KnapsackSearch:
         design, values = [], []
         for genome, value in self._measured.items():
             chosen = [intervals.option(genome, k) for k in range(len(options))]
-            if not all(option in row for option, row in zip(chosen, options, strict=True)):
+            if not all(option in known for option, known in zip(chosen, place_of, strict=True)):
                 continue
-            places = [row.index(option) for option, row in zip(chosen, options, strict=True)]
+            places = [known[option] for option, known in zip(chosen, place_of, strict=True)]
             line = np.zeros(pair_starts[-1])
             line[0] = 1.0
             for k, place in enumerate(places):
@@ -227,6 +230,13 @@ class KnapsackSearch:
             for (start, stop), shape in zip(pairwise(pair_starts), shapes, strict=True)
         ]
         return float(fitted[0]), table, pairs
+
+
+def _evenly(probes: Mapping[Genome, str], most: int) -> dict[Genome, str]:
+    """Of more than so many, these spread over all."""
+    every = list(probes.items())
+    places = np.linspace(0, len(every) - 1, max(0, min(most, len(every)))).round().astype(int)
+    return dict(every[place] for place in places)
 
 
 class _Intervals:

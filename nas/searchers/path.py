@@ -18,10 +18,10 @@ from pydantic import Field
 from scipy.optimize import nnls
 
 from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genomes.genetics import Taken, budget_of, novel, random_genome
+from nas.genomes.genetics import Taken, most_within, novel, random_genome
 from nas.genomes.paths import Floats, ReusePath, Steps, paths, together
 from nas.recipes import Few, recipe
-from nas.searchers.tracks import Tracks
+from nas.searchers.tracks import Option, Tracks
 
 BANDS = 4
 """Parts of the trajectory whose losses are corrected by a factor each."""
@@ -174,12 +174,16 @@ class PathSearch:
             for way, label in enumerate(track.labels):
                 option = track.reusing[place].get(label, ())
                 reusing[place + 1, way] = price.get(option, 0)
-                left_out = option in price and price[option] == 0
+                left_out = self._leaves_out(k, option)
                 if option not in price or not (left_out or (guided == (option not in free) and not whole)):
                     between[:, place + 1, way] = np.inf
                 elif guided and start and not left_out:  # what unguided steps kept is not enough for a guided one
                     between[: start + 1, place + 1, way] = np.inf
         return Steps(cost, loss, reusing, between)
+
+    def _leaves_out(self, k: int, option: Option) -> bool:
+        """Whether nothing of the step runs. A branch that is reused costs nothing either, while others of its step run."""
+        return len(self._tracks.each) == 1 and self._tracks.prices[k].get(option) == 0
 
     def _band(self, places: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
         return places * BANDS // count
@@ -247,7 +251,7 @@ class PathSearch:
     def _solve(self) -> Iterator[tuple[Genome, float, str]]:
         if self._full not in self._known[0]:
             return
-        most = min(budget_of(self._problem), float(self._costs.total(self._full)))
+        most = min(most_within(self._problem), float(self._costs.total(self._full)))
         least = float(self._costs.total(self._costs.cheapest()))
         shares = [1 - number / self._settings.budgets for number in range(self._settings.budgets)]
         budgets = [least + (most - least) * share for share in shares]
@@ -255,7 +259,10 @@ class PathSearch:
         count = len(self._tracks.each[0].intervals)
         kinds = [(power, window, False) for power in POWERS for window in self._tracks.each[0].windows]
         # Which steps run at all is a question of its own, whose answer the others are compared with.
-        kinds += [(1.0, (0, count), True)] if any(0 in prices.values() for prices in self._tracks.prices) else []
+        leaves_out = any(
+            self._leaves_out(k, option) for k, prices in enumerate(self._tracks.prices) for option in prices
+        )
+        kinds += [(1.0, (0, count), True)] if leaves_out else []
         for power, window, whole in kinds:
             for number, chosen in enumerate(self._shortest(power, window, whole, budgets)):
                 genome = None if chosen is None else self._tracks.decoded(chosen)

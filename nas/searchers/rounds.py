@@ -1,4 +1,4 @@
-"""Proxy-based Pruning (Hang et al., arXiv 2312.13307, section on pruning as multi-round decision making): per interval and
+"""Proxy-based Pruning (Li, Su et al., arXiv 2312.13307, section on pruning as multi-round decision making): per interval and
 budget, a proposer sees what was tried, proposes, and learns from the score. The loop's shape is that of GENIUS (arXiv 2304.10970).
 
 A round changes one interval of the best schedule within one budget. The rounds go over the intervals, and over the budgets in each
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genomes.genetics import IntervalCosts, Taken, budget_of, near
+from nas.genomes.genetics import IntervalCosts, Taken, most_within, near
 from nas.recipes import Few, recipe
 from nas.searchers.proposers import Local, Option, Proposer, Question, RefusedError, Remembered, read_answer
 from nas.searchers.ranking import MOST, Ranking
@@ -56,12 +56,12 @@ class RoundsSearch:
         self._seed = seed
         self._costs = IntervalCosts(problem.space)
         least, most = (self._costs.total(end) for end in (self._costs.cheapest(), self._costs.dearest()))
-        limit = min(float(most), budget_of(problem))
+        limit = min(float(most), most_within(problem))
         self._budgets = [least + (limit - least) * (i + 1) / settings.budgets for i in range(settings.budgets)]
         self._least = np.array([int(table.min()) for table in self._costs.tables], dtype=np.float64)
         self._shares = self._rule(settings.split if settings.split != "learned" else "equal")
         self._starts = [self._start_of(budget) for budget in self._budgets]
-        # Limits on further costs are no part of the budgets.
+        # Budgets keep to limits on further costs in the main alone.
         self._first = list(dict.fromkeys(genome for genome in self._starts if problem.feasible(genome)))
         self._told: set[Genome] = set()
         self._scored: dict[Genome, float] = {}
@@ -229,7 +229,7 @@ class RoundsSearch:
         excess = self._costs.total(tuple(genome)) - budget
         others = [gene for gene in range(len(genome)) if not own.start <= gene < own.stop]
         while excess > 0:
-            best: tuple[float, int, int, int] | None = None
+            best: tuple[tuple[float, int], int, int, int] | None = None
             for gene in others:
                 row = self._costs.by_option(genome, gene)
                 here = row[genome[gene]]
@@ -237,7 +237,7 @@ class RoundsSearch:
                     if macs < here:
                         saved = here - macs
                         lost = float(importance[gene][place] - importance[gene][genome[gene]]) if importance else 0.0
-                        price = max(lost, 0.0) / min(saved, excess) + 1e-9 * saved
+                        price = max(lost, 0.0) / min(saved, excess), saved  # of equals the least change
                         if best is None or price < best[0]:
                             best = price, gene, place, saved
             if best is None:

@@ -33,7 +33,7 @@ from nas.contracts import (
     Trial,
     derive_seed,
 )
-from nas.genomes.genetics import IntervalCosts, Taken, budget_of, near
+from nas.genomes.genetics import IntervalCosts, Taken, most_within, near
 from nas.recipes import Count, Few, Positive, Weight, recipe
 from nas.searchers.relaxation import Relaxation, check_whole, learn
 
@@ -224,7 +224,7 @@ class Walk:
         self.sizes = [len(choice.options) for choice in problem.space.choices]
         least = np.array([int(table.min()) for table in costs.tables], dtype=np.float64)
         dearest = np.array([int(table.max()) for table in costs.tables], dtype=np.float64)
-        self.least, self.most = float(least.sum()), float(min(dearest.sum(), budget_of(problem)))
+        self.least, self.most = float(least.sum()), float(min(dearest.sum(), most_within(problem)))
         self._least_after = np.append(np.cumsum(least[::-1])[::-1], 0.0)[1:]
         self._most_after = np.append(np.cumsum(dearest[::-1])[::-1], 0.0)
         self._span = dearest - least
