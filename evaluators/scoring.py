@@ -166,38 +166,50 @@ def mean_with_replicates(rows: npt.NDArray[Any]) -> tuple[float, tuple[float, ..
     return float(values.mean()), tuple(float((total - part.sum()) / (len(values) - len(part))) for part in parts)
 
 
-class AroundAnother:
+class SampledAs:
+    """What an evaluator has of another one, `like`, whose samples it looks at."""
+
+    @property
+    def like(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        return tuple(self.like.rungs)
+
+    @property
+    def sampler(self) -> Any:
+        return getattr(self.like, "sampler", None)
+
+    @property
+    def conditions(self) -> Any:
+        return getattr(self.like, "conditions", None)
+
+    @property
+    def precision(self) -> Any:
+        return getattr(self.like, "precision", None)
+
+    @property
+    def reuse_precision(self) -> Any:
+        return getattr(self.like, "reuse_precision", None)
+
+    @property
+    def reuse_bytes(self) -> Any:
+        return getattr(self.like, "reuse_bytes", None)
+
+
+class AroundAnother(SampledAs):
     """What an evaluator that stands around another one, its `base`, has of that one."""
 
     base: Evaluator
 
     @property
-    def rungs(self) -> tuple[int, ...]:
-        return tuple(self.base.rungs)
+    def like(self) -> Evaluator:
+        return self.base
 
     @property
     def metrics(self) -> tuple[str, ...]:
         return tuple(self.base.metrics)
-
-    @property
-    def sampler(self) -> Any:
-        return getattr(self.base, "sampler", None)
-
-    @property
-    def conditions(self) -> Any:
-        return getattr(self.base, "conditions", None)
-
-    @property
-    def precision(self) -> Any:
-        return getattr(self.base, "precision", None)
-
-    @property
-    def reuse_precision(self) -> Any:
-        return getattr(self.base, "reuse_precision", None)
-
-    @property
-    def reuse_bytes(self) -> Any:
-        return getattr(self.base, "reuse_bytes", None)
 
     @property
     def not_reckoned(self) -> tuple[str, ...]:
@@ -231,7 +243,7 @@ class LoadedAroundAnother:
 
 
 @recipe
-class Scores:
+class Scores(SampledAs):
     """Several scores of the same samples, each an objective of its own: `Scores((Frechet(...), Agreement(...)))`. What one of them has
     sampled the others find kept. Raises UserError where they do not look at the same samples."""
 
@@ -248,32 +260,12 @@ class Scores:
             raise UserError(f"parts of Scores measure {', '.join(self.metrics)}; each may stand there once")
 
     @property
-    def rungs(self) -> tuple[int, ...]:
-        return tuple(self.parts[0].rungs)
+    def like(self) -> Evaluator:
+        return self.parts[0]
 
     @property
     def metrics(self) -> tuple[str, ...]:
         return tuple(metric for part in self.parts for metric in part.metrics)
-
-    @property
-    def sampler(self) -> Any:
-        return getattr(self.parts[0], "sampler", None)
-
-    @property
-    def conditions(self) -> Any:
-        return getattr(self.parts[0], "conditions", None)
-
-    @property
-    def precision(self) -> Any:
-        return getattr(self.parts[0], "precision", None)
-
-    @property
-    def reuse_precision(self) -> Any:
-        return getattr(self.parts[0], "reuse_precision", None)
-
-    @property
-    def reuse_bytes(self) -> Any:
-        return getattr(self.parts[0], "reuse_bytes", None)
 
     def describe(self) -> dict[str, Any]:
         return {"class": "Scores", "parts": [part.describe() for part in self.parts]}

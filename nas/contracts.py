@@ -272,6 +272,11 @@ class Problem:
     def feasible(self, genome: Genome) -> bool:
         return all(excess <= 0 for excess in self.violations(genome).values())
 
+    def quality(self, trial: Trial) -> float | None:
+        """The first objective of a trial that was scored, and with a number."""
+        [value] = trial.objectives(self.objectives[:1])
+        return value if trial.scored and math.isfinite(value) else None
+
 
 class Signal(enum.Enum):
     """What `ask` returns when it has no proposal: WAIT for pending results, or DONE for good."""

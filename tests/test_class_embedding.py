@@ -91,6 +91,7 @@ save("shown.npy", pipeline(class_labels=[3, 7], seed=0, output_type="np").images
 """
 
 
+@pytest.mark.long
 def test_it_and_a_copy_that_diffusers_saved_are_opened_in_a_process_of_their_own(folder: Path, tmp_path: Path) -> None:
     """Elsewhere, and without what this process keeps of their code."""
     pipeline = opened(folder)
@@ -133,6 +134,7 @@ def test_its_networks_are_trained_on_what_the_classes_say(folder: Path) -> None:
         next(train(folder, data.pixels, Settings(), cpu=True, labels=None))
 
 
+@pytest.mark.long
 def test_subnets_are_fine_tuned_before_they_are_scored(
     loaded: LoadedElastic, schedule: Schedule, tmp_path: Path
 ) -> None:

@@ -225,6 +225,7 @@ np.save(sys.argv[1], images.numpy() * 2 - 1)
 """
 
 
+@pytest.mark.long
 def test_an_exported_model_needs_nothing_of_this_project(workplace: Path, tmp_path: Path) -> None:
     study, run = workplace / "study.py", workplace / "run"
     result = nas("export", study, "--within", "macs_share=0.6", "--to", tmp_path / "model", "--out", run, "--programs")

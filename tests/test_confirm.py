@@ -364,6 +364,7 @@ def test_a_claim_is_written_down_trained_equally_judged_and_shown(searched: Path
     assert "Put to the test" in (searched / "run" / "report" / "index.html").read_text()
 
 
+@pytest.mark.long
 def test_several_are_asked_about_one_after_another_until_one_loses(searched: Path) -> None:
     """The full network against itself, equally trained, loses nothing; what an untrained supernet finds is not shown to lose nothing by two seeds; and what would
     come after is not trained."""

@@ -169,6 +169,7 @@ torch.save(pipeline(batch_size=4, seed=0, output_type="pt").images, sys.argv[2])
 """
 
 
+@pytest.mark.long
 def test_a_copy_that_diffusers_saves_is_opened_as_the_original(tiny_net: Elastic, tmp_path: Path) -> None:
     export(tiny_net.initial(0), schedule(tiny_net), DDIM().describe(), {}, tmp_path / "model")
     folder = str(tmp_path / "model")

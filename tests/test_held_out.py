@@ -272,6 +272,7 @@ def test_a_network_that_is_far_from_real_images_is_called_poor(full: float, poor
     assert ("draws poorly" in far_words(full, 1.0)) is poor
 
 
+@pytest.mark.long
 def test_a_report_says_how_far_the_full_network_is_and_a_comparison_too(tmp_path: Path, tiny_study: Study) -> None:
     images = Digits(holdout=0.3)
     study = replace(tiny_study, images=images, evaluator=Frechet(images, rungs=(32, 256)))

@@ -175,6 +175,7 @@ def test_gradients_of_parts_are_those_of_the_whole(
     assert found[0][0, 1] == pytest.approx(similarity.affinity[0, 2], abs=1e-4)
 
 
+@pytest.mark.long
 def test_similarity_is_that_of_the_gradients_and_not_of_their_noise(tiny_net: Elastic) -> None:
     """The two half-batches' noises are independent, so that their product is unbiased: with few images the affinity is that of many, in the
     mean. The cosine of whole noisy gradients would be far smaller."""

@@ -45,6 +45,7 @@ def test_the_file_is_of_the_pictures_as_they_are(pictures: Path) -> None:
     assert not study.supernet.conditional
 
 
+@pytest.mark.long
 def test_it_is_searched_to_its_end_once_its_numbers_are_small(pictures: Path) -> None:
     made("--images", pictures, "--labels")
     text = Path("mine.py").read_text()

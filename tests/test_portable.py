@@ -254,7 +254,7 @@ def test_what_the_walks_do_not_follow_is_refused_and_not_left_out(tool: Any, tmp
 NINE = 9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nine_sets_of_blocks_are_nine_compiled_graphs(tool: Any, tmp_path: Path) -> None:
     """One more than torch compiles of one piece of code; none falls back."""
     pipeline, net = made("dit", tmp_path)

@@ -101,6 +101,7 @@ def test_the_rate_tells_the_time_left(tmp_path: Path, monkeypatch: pytest.Monkey
     assert kept["seconds_left"] == pytest.approx((10 - kept["done"]) / 0.1)
 
 
+@pytest.mark.long
 def test_status_tells_of_a_training_under_way(tiny_study: Study, tmp_path: Path) -> None:
     with open_session(tiny_study, tmp_path / "run") as session:
         ticks = session.prepare(threads=1)

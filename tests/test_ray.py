@@ -91,6 +91,7 @@ study = replace(toy_study(trials=6), evaluator=OnlyHere())
 """
 
 
+@pytest.mark.long
 def test_classes_of_a_study_file_reach_the_workers(ray_cluster: Any, tmp_path: Path) -> None:
     """And those of a module beside it."""
     (tmp_path / "mine.py").write_text(STUDY)
@@ -101,6 +102,7 @@ def test_classes_of_a_study_file_reach_the_workers(ray_cluster: Any, tmp_path: P
     assert {t.score.labels["fd"] for t in trials if t.score} == {"only here"}
 
 
+@pytest.mark.long
 def test_a_real_network_scores_the_same_on_a_worker(
     ray_cluster: Any, tiny_study: Study, tiny_run: Path, tmp_path: Path
 ) -> None:
@@ -280,6 +282,7 @@ def test_searchers_that_keep_state_share_two_workers(ray_cluster: Any, tmp_path:
         assert {trial.status for trial in trials} == {"pruned", "complete"}
 
 
+@pytest.mark.long
 def test_a_searcher_learns_on_a_worker(ray_cluster: Any, tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
     from nas.engine.cluster import Workers
 

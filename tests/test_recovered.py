@@ -160,6 +160,7 @@ def test_a_search_verifies_what_leads_by_it(tiny_study: Study, run: Path, tmp_pa
     assert all(torch.equal(network[name], tensor) for name, tensor in frozen.items())  # what is exported is not trained
 
 
+@pytest.mark.long
 def test_the_exact_solver_adds_up_what_trained_subnets_lose(tiny_study: Study, run: Path) -> None:
     """Nine schedules of three subnets in two intervals are made of six trainings."""
     grid = uniform(4)

@@ -96,6 +96,7 @@ def test_advantages_compare_scores_of_like_budgets() -> None:
     assert advantage_of(budgets, np.ones(20)) == pytest.approx(np.zeros(20), abs=1e-6)
 
 
+@pytest.mark.long
 def test_the_agent_beats_random_search_and_learns_what_matters() -> None:
     wins = [run_to(Routing(), seed, 150) > run_to(Random(), seed, 150) for seed in range(5)]
     assert sum(wins) >= 4

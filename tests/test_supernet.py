@@ -318,6 +318,7 @@ print(given_back, faults())
 """
 
 
+@pytest.mark.long
 def test_the_memory_of_a_call_is_kept_for_the_next() -> None:
     """A call of 256 samples makes tensors of 4 MiB: without it, many of their pages are asked for again."""
     if not keep_freed_memory():

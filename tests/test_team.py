@@ -78,7 +78,7 @@ def test_multiply_adds_may_be_more_than_64_bits_hold(monkeypatch: pytest.MonkeyP
     assert Team(0, 3).sum_of(many, device) == 3 * many
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
     [alone] = trained(tmp_path / "one", "6", processes=1)
     first, second = trained(tmp_path / "two", "6")

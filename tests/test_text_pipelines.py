@@ -272,6 +272,7 @@ def test_pipelines_that_are_given_more_than_a_text_are_refused(text_pipelines: P
         Elastic.from_pretrained(tmp_path)
 
 
+@pytest.mark.long
 def test_a_study_of_prompts_alone_runs_to_an_exported_pipeline(text_pipelines: Path, tmp_path: Path) -> None:
     """As a user does it: a frozen pipeline, a file of prompts, a CLIP model, no images; gates and evolution, report, export, sample."""
     small_clip(tmp_path / "clip")

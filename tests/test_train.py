@@ -96,7 +96,8 @@ def test_each_network_is_trained_on_its_timesteps_and_resumes_exactly(exported: 
     assert pipeline(2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
-@pytest.mark.parametrize("changed", [{"distillation": 1.0}, pytest.param({"features": 0.1}, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("changed", [{"distillation": 1.0}, {"features": 0.1}])
 def test_losses_pull_towards_the_teacher(exported: Path, changed: dict[str, Any]) -> None:
     """From other weights than the teacher's, distillation lowers the distance to it."""
     pixels = Digits().load().pixels
@@ -142,6 +143,7 @@ def alone(script: Path, *options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(word) for word in words], capture_output=True, text=True, cwd=script.parent, check=False)
 
 
+@pytest.mark.long
 def test_the_script_alone_trains_the_same(exported: Path) -> None:
     pixels = Digits().load().pixels[:40]
     for i, image in enumerate(pixels):

@@ -309,7 +309,10 @@ def test_what_a_stage_holds_is_as_in_the_full_network(held: Any, depths: set[int
 @pytest.mark.parametrize(
     ("given", "steps"),
     [
-        *(({"between": 1}, 150), ({"between": 3}, 50), ({"drawn": "by macs"}, 75), ({"distillation": 0.5}, 75)),
+        pytest.param({"between": 1}, 150, marks=pytest.mark.long),
+        pytest.param({"between": 3}, 50, marks=pytest.mark.long),
+        ({"drawn": "by macs"}, 75),
+        pytest.param({"distillation": 0.5}, 75, marks=pytest.mark.long),
         ({"full_only": True, "distillation": 0.5}, 5),
     ],
 )

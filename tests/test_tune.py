@@ -139,6 +139,7 @@ def test_another_limit_loses_no_schedule_that_was_found(place: Path, tmp_path: P
         assert before in [file.read_bytes() for file in aside]
 
 
+@pytest.mark.long
 def test_pipelines_that_are_not_to_guide_are_called_so(place: Path, tmp_path: Path) -> None:
     found = tune(replace(quick(place / "dit"), guidance=1.0), tmp_path / "run")
     assert "guidance_scale=1)" in usage(found, tmp_path / "out", tmp_path / "run")
@@ -321,7 +322,7 @@ def test_the_command_that_the_report_names_writes_the_chosen_schedule(place: Pat
     assert replace(wanted).stepped_by == "by DDIM in place of its DDPM"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_numbers_of_steps_time_and_texts(place: Path) -> None:
     prompts = ("--prompts", place / "prompts.txt")
     result = nas(

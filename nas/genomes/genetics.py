@@ -73,6 +73,13 @@ class IntervalCosts:
         row: list[int] = self.tables[k][tuple(place)].tolist()
         return row
 
+    def changed(self, genome: Genome, options: Mapping[int, Genome]) -> Genome:
+        """The genome with other options, a gene each of the interval's, at some intervals."""
+        changed = list(genome)
+        for k, option in options.items():
+            changed[self.genes[k]] = option
+        return tuple(changed)
+
     def cheapest(self) -> Genome:
         return self._cheapest
 
@@ -250,19 +257,16 @@ def _found_from(problem: Problem, least: Genome) -> Genome:
     def excess(genome: Genome) -> float:
         return sum(max(0.0, over) / problem.limits[name] for name, over in problem.violations(genome).items())
 
-    def with_option(genome: Genome, k: int, option: Genome) -> Genome:
-        return (*genome[: costs.genes[k].start], *option, *genome[costs.genes[k].stop :])
-
     start = excess(least)
     moves: list[tuple[float, int, Genome]] = []
     for k, table in enumerate(costs.tables):
         for option in np.ndindex(table.shape):
-            gain = start - excess(with_option(least, k, option))
+            gain = start - excess(costs.changed(least, {k: option}))
             if gain > 0:
                 moves.append((gain / max(1, costs.of(k, option) - int(table.min())), k, option))
     found = least
     for _, k, option in sorted(moves, reverse=True):
-        moved = with_option(found, k, option)
+        moved = costs.changed(found, {k: option})
         if costs.total(moved) <= budget and excess(moved) < excess(found):
             found = moved
             if problem.feasible(found):
@@ -408,6 +412,11 @@ def novel(problem: Problem, draw: Callable[[], Genome], taken: Callable[[Genome]
         if not taken(genome) and problem.feasible(genome):
             return genome
     return next((genome for genome in feasible_genomes(problem, PATIENCE) if not taken(genome)), None)
+
+
+def novel_random(problem: Problem, rng: np.random.Generator, taken: Callable[[Genome], bool]) -> Genome | None:
+    """As `novel`, of random draws."""
+    return novel(problem, lambda: random_genome(problem, rng), taken)
 
 
 def near(problem: Problem, genome: Genome, rng: np.random.Generator, taken: Callable[[Genome], bool]) -> Genome | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -197,9 +196,7 @@ def meanings(problem: Problem, net: LoadedSupernet, full: Schedule, finer: Finer
     places = {step.timestep: number - 1 for number, step in enumerate(full.steps)}
     any_reuse = False
     for k, (genes, table) in enumerate(zip(costs.genes, costs.tables, strict=True)):
-        changed = [
-            (*top[: genes.start], *option, *top[genes.stop :]) for option in product(*(range(n) for n in table.shape))
-        ]
+        changed = [costs.changed(top, {k: option}) for option in np.ndindex(table.shape)]
         schedules = [space.decode(genome) for genome in changed]
         saved = [most - exact_cost(space, genome) for genome in changed]
         found[f"price.{k}"] = int(table[top[genes]]) - torch.tensor(saved)

@@ -61,8 +61,8 @@ class DDSMSearch:
 
     def tell(self, trial: Trial) -> None:
         self._told.add(trial.genome)
-        [quality] = trial.objectives(self._problem.objectives[:1])
-        if trial.scored and np.isfinite(quality):
+        quality = self._problem.quality(trial)
+        if quality is not None:
             share = self._problem.space.cost(trial.genome)["macs_share"]
             self._scored.append((quality + self._settings.macs_weight * share, trial.genome))
         while self._generation and self._told.issuperset(self._generation):

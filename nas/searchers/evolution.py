@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genomes.genetics import Taken, cheapest, cross, mutate, novel, random_genome, repair, uniform_genomes
+from nas.genomes.genetics import Taken, cheapest, cross, mutate, novel, novel_random, repair, uniform_genomes
 from nas.genomes.pareto import best_first, front
 from nas.recipes import Few, Share, recipe
 from nas.searchers.ranking import MOST, Ranking
@@ -72,7 +72,7 @@ class EvolutionSearch:
             if genome not in taken:
                 return Proposal(genome, {"operator": "uniform"})
         if len(taken) < self._settings.population or len(self._survivors) < 2:
-            drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
+            drawn = novel_random(self._problem, rng, taken.__contains__)
             return Proposal(drawn, {"operator": "random"}) if drawn is not None else DONE
         parents: dict[Genome, list[int]] = {}
         children: list[Genome] = []

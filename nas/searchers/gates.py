@@ -34,7 +34,7 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.genomes.genetics import Taken, dearest, near, novel, random_genome
+from nas.genomes.genetics import Taken, dearest, near, novel_random
 from nas.recipes import recipe
 from nas.searchers.choosers import BitChooser, Chooser, Choosing, meanings
 from nas.searchers.pruner import Pruner, arch_of
@@ -94,7 +94,7 @@ class GatesSearch:
         taken = Taken(self._told, pending)
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "gates"))
         if self._chooser is None:
-            drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
+            drawn = novel_random(self._problem, rng, taken.__contains__)
             return DONE if drawn is None else Proposal(drawn, {"operator": "random, nothing learned"})
         way = self._settings.choosing[len(taken) % len(self._settings.choosing)]
         least, most = self._chooser.budgets

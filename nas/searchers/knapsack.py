@@ -17,7 +17,7 @@ from pydantic import Field
 
 from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
 from nas.genomes.allocation import allocate
-from nas.genomes.genetics import IntervalCosts, Taken, most_within, novel, random_genome
+from nas.genomes.genetics import IntervalCosts, Taken, most_within, novel_random
 from nas.genomes.pareto import front
 from nas.recipes import Few, recipe
 
@@ -74,13 +74,13 @@ class KnapsackSearch:
             if genome not in taken:
                 return Proposal(genome, {"predicted": predicted, "budget": budget})
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "knapsack"))
-        drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
+        drawn = novel_random(self._problem, rng, taken.__contains__)
         return Proposal(drawn, {"operator": "random"}) if drawn is not None else DONE
 
     def tell(self, trial: Trial) -> None:
         self._told.add(trial.genome)
-        [value] = trial.objectives(self._problem.objectives[:1])
-        if trial.scored and np.isfinite(value):
+        value = self._problem.quality(trial)
+        if value is not None:
             self._measured[trial.genome] = value
 
     def _probes(self) -> list[tuple[Genome, str]]:
@@ -247,6 +247,7 @@ class _Intervals:
         self._genes = costs.genes
         self._shapes = [table.shape for table in costs.tables]
         self.cost = costs.of
+        self.changed = costs.changed
         self.full = costs.dearest()
         self.smallest = costs.cheapest()
         self.options: list[list[Option]] = [list(product(*map(range, table.shape))) for table in costs.tables]
@@ -254,13 +255,6 @@ class _Intervals:
 
     def option(self, genome: Genome, k: int) -> Option:
         return genome[self._genes[k]]
-
-    def changed(self, genome: Genome, options: dict[int, Option]) -> Genome:
-        """The genome with other options at some intervals."""
-        changed = list(genome)
-        for k, option in options.items():
-            changed[self._genes[k]] = option
-        return tuple(changed)
 
     def wide(self, most: int) -> list[int]:
         """Intervals with more than `most` options."""

@@ -18,7 +18,7 @@ from pydantic import Field
 from scipy.optimize import nnls
 
 from nas.contracts import DONE, WAIT, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genomes.genetics import Taken, most_within, novel, random_genome
+from nas.genomes.genetics import Taken, most_within, novel_random
 from nas.genomes.paths import Floats, ReusePath, Steps, paths, together
 from nas.recipes import Few, recipe
 from nas.searchers.tracks import Option, Tracks
@@ -90,13 +90,13 @@ class PathSearch:
                     said = {"predicted": predicted} if math.isfinite(predicted) else {}
                     return Proposal(genome, {"operator": words, **said})
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "path"))
-        drawn = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
+        drawn = novel_random(self._problem, rng, taken.__contains__)
         return DONE if drawn is None else Proposal(drawn, {"operator": "random"})
 
     def tell(self, trial: Trial) -> None:
         self._told.add(trial.genome)
-        [value] = trial.objectives(self._problem.objectives[:1])
-        if trial.scored and np.isfinite(value):
+        value = self._problem.quality(trial)
+        if value is not None:
             self._measured[trial.genome] = value
             if self._problem.feasible(trial.genome):
                 self._best = sorted([*self._best, (value, trial.genome)])[:BEST]
@@ -303,7 +303,7 @@ class PathSearch:
                     if theirs in options[place] and mine in options[other]:
                         moves.append({k: theirs, track.intervals[other]: mine})
                 for move in moves:
-                    genome = self._tracks.changed(best, move)
+                    genome = self._costs.changed(best, move)
                     if genome not in self._told and genome not in found and self._problem.feasible(genome):
                         found[genome] = self._predicted(genome)
         for genome in sorted(found, key=lambda one: (math.isnan(found[one]), found[one])):

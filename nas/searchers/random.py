@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, derive_seed
-from nas.genomes.genetics import Taken, novel, random_genome
+from nas.genomes.genetics import Taken, novel_random
 from nas.recipes import recipe
 
 
@@ -28,7 +28,7 @@ class RandomSearch:
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
         rng = np.random.default_rng(derive_seed(self._seed, len(taken), "random"))
-        genome = novel(self._problem, lambda: random_genome(self._problem, rng), taken.__contains__)
+        genome = novel_random(self._problem, rng, taken.__contains__)
         return Proposal(genome) if genome is not None else DONE
 
     def tell(self, trial: Trial) -> None:

@@ -86,8 +86,8 @@ class RoundsSearch:
     def tell(self, trial: Trial) -> None:
         self._told.add(trial.genome)
         self._numbers[trial.genome] = trial.number
-        [value] = trial.objectives(self._problem.objectives[:1])
-        if not trial.scored or not np.isfinite(value):
+        value = self._problem.quality(trial)
+        if value is None:
             return
         if "interval" in trial.origin:
             k, budget = trial.origin["interval"], trial.origin["budget"]

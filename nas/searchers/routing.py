@@ -130,8 +130,8 @@ class RoutingSearch:
 
     def tell(self, trial: Trial) -> None:
         self._told.add(trial.genome)
-        [value] = trial.objectives(self._problem.objectives[:1])
-        if not trial.scored or not np.isfinite(value) or "budget" not in trial.origin:
+        value = self._problem.quality(trial)
+        if value is None or "budget" not in trial.origin:
             return
         self._scored.append((trial.genome, value, trial.origin["budget"], trial.origin["log_likelihood"]))
         if len(self._scored) % self._settings.batch == 0:

@@ -89,7 +89,7 @@ class Tracks:
         places = np.linspace(0, len(every) - 1, min(len(every), self._options)).round().astype(int)
         computing, reusing, unguided, known = [own], {}, [], set()
         for option in (every[place] for place in places):
-            schedule = self._space.decode(self.changed(self.full, {k: option}))
+            schedule = self._space.decode(self.costs.changed(self.full, {k: option}))
             steps = {step.timestep: step for step in schedule.steps}
             first = next((t for t in whole if steps.get(t) != whole[t]), None)
             if first is None or schedule in known:
@@ -112,14 +112,8 @@ class Tracks:
             for place, k in enumerate(track.intervals):
                 own = self.costs.of(k, self.full[self.costs.genes[k]])
                 for option in (*track.computing[place], *track.reusing[place].values()):
-                    found[k][option] = own + exact_cost(space, self.changed(self.full, {k: option})) - full
+                    found[k][option] = own + exact_cost(space, self.costs.changed(self.full, {k: option})) - full
         return tuple(found)
-
-    def changed(self, genome: Genome, options: Mapping[int, Option]) -> Genome:
-        changed = list(genome)
-        for k, option in options.items():
-            changed[self.costs.genes[k]] = option
-        return tuple(changed)
 
     @cached_property
     def probes(self) -> dict[Genome, str]:
@@ -163,10 +157,12 @@ class Tracks:
         track = self.each[run.track]
         places = range(run.start, run.start + run.length)
         if run.option:
-            return self.changed(
+            return self.costs.changed(
                 self.full, {track.intervals[place]: track.computing[place][run.option] for place in places}
             )
-        return self.changed(self.full, {track.intervals[place]: track.reusing[place][run.label] for place in places})
+        return self.costs.changed(
+            self.full, {track.intervals[place]: track.reusing[place][run.label] for place in places}
+        )
 
     def _words(self, run: Run) -> str:
         track = self.each[run.track]
@@ -181,4 +177,4 @@ class Tracks:
             for place, way in enumerate(path.ways[1:]):
                 own = track.computing[place][way] if way < most else track.reusing[place][track.labels[way - most]]
                 options[track.intervals[place]] = own
-        return self.changed(self.full, options)
+        return self.costs.changed(self.full, options)
