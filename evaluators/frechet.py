@@ -214,7 +214,8 @@ def feature_rows(trajectories: Trajectories, features: LoadedFeatures, identity:
     return Rows(f"features {identity}", make)
 
 
-_OF_REAL_IMAGES: LRUCache[tuple[str, ...], Any] = LRUCache(2)
+_OF_REAL_IMAGES: LRUCache[tuple[str, ...], Any] = LRUCache(4)
+"""For each of a confirmation's judges."""
 
 
 @recipe
@@ -320,8 +321,11 @@ class Frechet(OfFeatures):
         features = self.load_features(supernet, folder)
         device = str(supernet.device) if supernet.device.type == "cuda" else "cpu"  # others may lack float64
         if self.reference is None:
-            made = lambda: reduce(add, map(Moments.of, self.real_rows(features, supernet.device))).gaussian(device)  # noqa: E731
-            reference: Gaussian = self.once(made, folder, supernet.device)
+            # One at a time: of Inception's features each batch has 34 MB of moments.
+            rows = self.real_rows(features, supernet.device)
+            reference: Gaussian = self.once(
+                lambda: reduce(add, map(Moments.of, rows)).gaussian(device), folder, supernet.device
+            )
         else:
             reference = replace(read_statistics(self._reference()), device=device)
         return LoadedFrechet(

@@ -24,8 +24,8 @@ Boundaries = tuple[int, ...]
 
 Array = npt.NDArray[np.float64]
 
-FAINT = 1e-6
-"""abar, -60 dB, below which hardly a signal is left; DDPM's process ends at -44."""
+NO_SIGNAL, FAINT = 1e-11, 1e-6
+"""abar where none is left, of a process that is rescaled so, and that, -60 dB, below which hardly any is; DDPM's linear process ends at -44."""
 
 Intervals = tuple[int, ...]
 """How many of the sampler's steps each interval holds, noisy to clean."""
@@ -113,7 +113,7 @@ def even(count: int, total: int = 1000) -> Boundaries:
 def equal_snr(count: int, alphas_cumprod: Array) -> Boundaries:
     """`count` intervals of equal width in SNR(t) = 10 log10(abar_t / (1 - abar_t)) dB, between the ends of the process (TDC). Timesteps at which hardly a signal
     is left, of a process rescaled to none, fall to the noisiest interval: their decibels go to minus infinity."""
-    left = alphas_cumprod[alphas_cumprod > FAINT]
+    left = alphas_cumprod if alphas_cumprod[-1] > NO_SIGNAL else alphas_cumprod[alphas_cumprod > FAINT]
     decibels = 10 * np.log10(left / (1 - left))
     levels = np.linspace(decibels[0], decibels[-1], count + 1)[1:-1]
     return tuple(int(np.searchsorted(-decibels, -level)) for level in levels)

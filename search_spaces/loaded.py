@@ -1,7 +1,7 @@
 """The elastic network with its weights: subnets of their slices, for training and for inference.
 
 The architecture is an argument of every call. In training a subnet is `functional_call` on a weightless skeleton with
-slices of the shared weights, so gradients reach them; in evaluation it is a materialised copy kept in a small cache.
+slices of the shared weights, so gradients reach them; in evaluation it is a materialised network kept in a small cache, until the weights change.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class LoadedElastic:
         return self.experts[expert] if expert else self.full
 
     def denoiser(self, step: Step, keep: Sequence[str] = ()) -> Denoiser:
-        """Inference with a materialised copy of the step's subnet, as the weights were at its first use. Compiled only where nothing is
+        """Inference with the step's subnet, materialised at its first use. Compiled only where nothing is
         reused or kept."""
         net, guidance = self._materialised(Arch(*step.arch), len(step.archs)), step.guidance
         stock = getattr(net, "_orig_mod", net)

@@ -133,7 +133,9 @@ class NoiseSchedule:
         try:
             stock = kind(**taken)
             abar: npt.NDArray[np.float64] = stock.alphas_cumprod.double().numpy()
-            betas = stock.betas.double().tolist()
+            # Those that are rescaled, and not what became of them.
+            plain = kind(**{**taken, "rescale_betas_zero_snr": False}) if taken.get("rescale_betas_zero_snr") else stock
+            betas = plain.betas.double().tolist()
         except Exception as error:  # a stock scheduler raises whatever its settings lead to
             raise UserError(
                 f"{file}: diffusers cannot make this {name} ({first_line(error)}); mend the file"
@@ -182,9 +184,6 @@ class NoiseSchedule:
                 if np.array_equal(found.alphas_cumprod[:compared], abar[:compared]):
                     return found
         rescaled = bool(settings.get("rescale_betas_zero_snr"))
-        if rescaled and not settings.get("trained_betas"):  # those that are rescaled, and not what became of them
-            plain = DDPMScheduler(**{**settings, "rescale_betas_zero_snr": False})
-            betas = plain.betas.double().tolist()
         return cls(
             len(abar),
             trained_betas=tuple(settings.get("trained_betas") or betas),

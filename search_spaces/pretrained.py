@@ -33,6 +33,8 @@ FORMERLY = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArt
 REMEDY = f"give a folder of a {' or '.join(NETWORKS)}, or that of a pipeline with one"
 INDEX = "model_index.json"
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
+DECODING = ("vae", "vqvae", "movq")
+"""What pipelines call theirs."""
 TEXT_ENCODERS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 """Tokens of a text, where a pipeline's class says so and its tokenizer does not."""
@@ -67,6 +69,8 @@ class Found(NamedTuple):
     text: Path | None = None
     length: int | None = None
     classes: Path | None = None
+    undecoded: str = ""
+    """The class of an autoencoder that is not known here, where there is no other."""
 
 
 def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
@@ -103,7 +107,9 @@ def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
     kinds = () if pipeline is None else tuple(_parts(pipeline).values())
     text = pipeline if any(kind in TEXT_ENCODERS for kind in kinds) else None
     classes = pipeline / CLASS_EMBEDDING / WEIGHTS if pipeline and {*kinds} & {*CLASS_EMBEDDINGS} else None
-    return Found(folder, config, noise, autoencoder, text, None if text is None else _length(text, kinds), classes)
+    length = None if text is None else _length(text, kinds)
+    unknown = "" if pipeline is None or autoencoder is not None else _unknown_autoencoder(pipeline)
+    return Found(folder, config, noise, autoencoder, text, length, classes, unknown)
 
 
 def _length(pipeline: Path, kinds: Collection[str]) -> int | None:
@@ -129,11 +135,6 @@ def _parts(pipeline: Path) -> dict[str, Any]:
     }
     known = (*NETWORKS, FORMER, *AUTOENCODERS, *TEXT_ENCODERS, *CLASS_EMBEDDINGS)
     left = [name for name, kind in parts.items() if kind and kind not in known and not name.startswith(USED)]
-    unread = [name for name in left if name in ("vae", "vqvae", "movq") or parts[name].startswith("Autoencoder")]
-    if unread:
-        raise UserError(
-            f"{pipeline} decodes by a {parts[unread[0]]}, which is none of {', '.join(AUTOENCODERS)}; give the pipeline one of these"
-        )
     if left:
         log.info("%s: %s is not needed, and is left out", pipeline, ", ".join(left))
     return parts
@@ -144,6 +145,12 @@ def _autoencoder(pipeline: Path) -> Path | None:
     if len(found) > 1:
         raise UserError(f"{pipeline} has the autoencoders {', '.join(found)}; one with a single one is needed")
     return _inside(pipeline, found[0]) if found else None
+
+
+def _unknown_autoencoder(pipeline: Path) -> str:
+    parts = _parts(pipeline)
+    found = (kind for name, kind in parts.items() if kind and (name in DECODING or kind.startswith("Autoencoder")))
+    return next(found, "")
 
 
 def _network(pipeline: Path) -> Path:

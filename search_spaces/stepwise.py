@@ -258,7 +258,7 @@ class Stepwise:
 
     def _genes(self, k: int, subnets: Subnets) -> list[tuple[str, tuple[float | int | str, ...]]]:
         """Names and options of interval k's genes."""
-        return [*self._sampler_gene(k), *self._subnet_genes(subnets), *self._pattern_gene(k), *self._guidance_gene()]
+        return [*self._sampler_gene(k), *self._subnet_genes(k, subnets), *self._pattern_gene(k), *self._guidance_gene()]
 
     def _sampler_gene(self, k: int) -> list[tuple[str, tuple[str, ...]]]:
         return [(SAMPLER, tuple(one.name for one in self.samplers))] if k == 0 and len(self.samplers) > 1 else []
@@ -309,9 +309,9 @@ class Stepwise:
                 f"pattern {pattern.label!r} would run nothing, since nobody reads {', '.join(computed)}; name {graph.blocks[-1]} and what leads to it{hint}"
             )
 
-    def _subnet_genes(self, subnets: Subnets) -> list[tuple[str, tuple[float | int | str, ...]]]:
-        """None where one subnet is all there is and the interval has something else to choose, which the sampler is not: that is chosen in the first alone."""
-        several = (self.patterns, self._guides)
+    def _subnet_genes(self, k: int, subnets: Subnets) -> list[tuple[str, tuple[float | int | str, ...]]]:
+        """None where one subnet is all there is and the interval has something else to choose, of which the sampler is in the first alone."""
+        several = (self.patterns, self._guides, self.samplers if k == 0 else ())
         single = len(subnets) == 1 and any(len(options) > 1 for options in several)
         return [] if single else [(gene.name, gene.options) for gene in subnets.genes]
 
@@ -322,7 +322,7 @@ class Stepwise:
         """For each timestep of interval k the subnet, what its genes ask it to compute, whether that can be had or not, and what is to
         guide it."""
         subnets, genes = self.subnets[k], genes[len(self._sampler_gene(k)) :]
-        own = len(self._subnet_genes(subnets))
+        own = len(self._subnet_genes(k, subnets))
         arch = subnets.arch(genes[:own] if own else (0,) * len(subnets.shape))
         guide = self._guides[genes[-1] if len(self._guides) > 1 else 0]
         for (t, expert), computed in zip(self._steps[k], self._computed(k, genes[own:]), strict=True):

@@ -33,7 +33,7 @@ from search_spaces.networks.text_unet import Heads, TextUNet
 from search_spaces.networks.transformer import Transformer
 from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options, PerLevel, Subnets
-from search_spaces.pretrained import find, read_weights, weights_digest
+from search_spaces.pretrained import AUTOENCODERS, find, read_weights, weights_digest
 from search_spaces.shipped.reuse import run
 from search_spaces.text import ClassTable, LoadedText, Text, TextEncoder
 
@@ -133,6 +133,10 @@ class Elastic:
         found = find(path, settings.pop("noise", None))
         if found.autoencoder is not None and "codec" not in settings:
             settings["codec"] = autoencoder_in(found.autoencoder)
+        if found.undecoded and "codec" not in settings:
+            raise UserError(
+                f"{path} decodes by an autoencoder of the class {found.undecoded}, and known are {', '.join(AUTOENCODERS)}; give the folder with one of these, or codec="
+            )
         if found.text is not None and "text" not in settings:
             side = found.config.get("sample_size")
             if side is None:
@@ -364,7 +368,7 @@ class Elastic:
         """Freshly initialised weights, as the stock class draws them, or the pretrained ones. `folder`: where the codec finds what it has
         made, and keeps what it makes."""
         if self.pretrained is not None:
-            full = unset(skeleton(self.anatomy, self.anatomy.full), "cpu").train()
+            full = skeleton(self.anatomy, self.anatomy.full).train()
             config = {"_class_name": self._stock.__name__, **self.anatomy.config}
             weights = read_weights(Path(self.pretrained), config)
             for lora in self.loras:

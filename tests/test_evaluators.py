@@ -570,6 +570,35 @@ def test_an_extractor_sees_no_more_images_at_once_than_real_ones_come() -> None:
     assert seen == [2, 2, 1], "of large ones as many as there is memory for"
 
 
+def test_real_images_are_looked_at_once_for_all_searches(tiny_net: Elastic, tmp_path: Path) -> None:
+    """Each search loads its evaluator anew; with Inception's features that is hours."""
+    seen = 0
+
+    class Counted(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float().mean((2, 3))
+
+    torch.jit.save(torch.jit.trace(Counted(), torch.zeros(2, 3, 8, 8)), tmp_path / "colour.pt")
+    features = ExternalFeatures(str(tmp_path / "colour.pt"), "colour")
+    of = ExternalFeatures._preprocessed
+
+    def counted(self: Any, images: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += len(images)
+        return of(self, images)
+
+    net = tiny_net.initial(0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ExternalFeatures, "_preprocessed", counted)
+        for kind in (Frechet, KernelDistance):
+            seen = 0
+            for _ in range(3):
+                kind(Digits(), features, rungs=(32, 64)).load(net, tmp_path)
+            assert seen == 1797
+            kind(Digits(holdout=0.2), features, rungs=(32, 64)).load(net, tmp_path)
+            assert seen == 1797 + 359, "and others anew"
+
+
 def test_no_score_sees_a_whole_batch_of_the_network_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU it is of thousands, chosen for small states."""
     images = torch.rand(600, 1, 16, 16)

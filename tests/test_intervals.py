@@ -84,6 +84,11 @@ def test_equal_snr_is_equal_in_decibels() -> None:
     levels = [decibels[0], *(decibels[t] for t in equal_snr(5, abar)), decibels[-1]]
     assert -np.diff(levels) == pytest.approx(np.full(5, (decibels[0] - decibels[-1]) / 5), abs=0.6)
     assert even(4) == (250, 500, 750)
+    cosine = NoiseSchedule(beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    assert cosine[-1] < 1e-8, "it ends where hardly a signal is left, but as one step after another"
+    decibels = 10 * np.log10(cosine / (1 - cosine))
+    inner = np.linspace(decibels[0], decibels[-1], 5)[1:-1]
+    assert equal_snr(4, cosine) == tuple(int(np.argmax(decibels <= level)) for level in inner)
 
 
 def test_equal_snr_of_a_process_that_ends_without_signal_has_as_many_intervals() -> None:

@@ -17,7 +17,7 @@ from benchmarks import published
 from benchmarks.cost import count_with_fvcore
 from evaluators.images import Digits
 from evaluators.sampling import DDIM, DPMSolver
-from nas.contracts import WITHOUT_ATTENTION, UserError
+from nas.contracts import SAMPLER, WITHOUT_ATTENTION, UserError
 from nas.genomes.genetics import IntervalCosts, cheapest, dearest
 from nas.testing import check_space, check_supernet
 from search_spaces.intervals import equal, linear_budgets, uniform
@@ -423,6 +423,8 @@ def test_intervals_of_one_subnet_have_a_gene_though_samplers_are_chosen_in_the_f
     net = Elastic(TINY, widths=(0.5, 1.0))
     samplers = (DDIM(), DPMSolver())
     two, one = Options((0.5, 1.0)), Options((1.0,))
+    # In the first there is the sampler to choose, and in that alone.
+    assert [choice.name for choice in Stepwise(net, uniform(6), (6,), one, samplers=samplers).choices] == [SAMPLER]
     for options in (one, (two, one, two)):
         space = Stepwise(net, uniform(6), (2, 2, 2), options, samplers=samplers)
         check_space(space)

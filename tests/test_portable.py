@@ -484,6 +484,15 @@ def test_a_trajectory_of_one_step(tool: Any, tmp_path: Path) -> None:
     assert np.isfinite(images).all()
 
 
+def test_layers_that_a_network_lacks_are_refused(tool: Any, tmp_path: Path) -> None:
+    """They would be computed while the file says that they are reused."""
+    pipeline, net = made("dit", tmp_path)
+    plan = portable(net, schedule_for(net, 2.0), DDIM, {})
+    steps = [*plan["steps"][:1], {**plan["steps"][1], "reuse": ["b0.attn.resnet"]}, *plan["steps"][2:]]
+    with pytest.raises(tool.ScheduleError, match=r"reuses b0\.attn\.resnet, which is no layer"):
+        tool.apply_schedule(pipeline, {**plan, "steps": steps})
+
+
 def test_guidance_that_rescales_a_velocity_is_refused(tool: Any, tmp_path: Path) -> None:
     """Stock pipelines rescale what the network predicts; a schedule's steps see its noise, which has another spread."""
     pipeline = stable_diffusion(tmp_path / "stock")

@@ -18,6 +18,7 @@ from evaluators.sampling import DDIM, DDPM, sample
 from nas.contracts import Schedule, Step, UserError
 from nas.handover.export import export
 from nas.tuning.study import Wanted
+from search_spaces.codec import Autoencoder
 from search_spaces.intervals import leading
 from search_spaces.noise import NoiseSchedule
 from search_spaces.supernet import Elastic
@@ -343,5 +344,7 @@ def test_an_autoencoder_that_is_not_known_is_not_taken_for_none(tmp_path: Path) 
     index = json.loads((tmp_path / "model_index.json").read_text())
     index["vae"] = ["diffusers", "AutoencoderTiny"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="decodes by a AutoencoderTiny, which is none of AutoencoderKL, VQModel"):
+    with pytest.raises(UserError, match="of the class AutoencoderTiny, and known are AutoencoderKL, VQModel"):
         Elastic.from_pretrained(tmp_path, widths=(1.0,))
+    given = Elastic.from_pretrained(tmp_path, widths=(1.0,), codec=Autoencoder(str(tmp_path / "vae")))
+    assert not given.in_pixels

@@ -43,8 +43,7 @@ def test_the_cheapest_that_is_level_with_the_full_network_is_recommended() -> No
     assert found is not None
     assert (found["searcher"], found["trial"]) == ("evolution", 2)
     low, high = found["interval"]
-    [(_, two)] = [(t.number, t.score) for t in [trial(2, 0.5, 2.01)]]
-    [full] = [t.score for t in [trial(90, 1.0, 2.0)]]
+    two, full = trial(2, 0.5, 2.01).score, trial(90, 1.0, 2.0).score
     assert two is not None
     assert full is not None
     difference, error = two.difference(full, "fd")

@@ -104,9 +104,10 @@ def test_a_training_serves_every_schedule_with_that_subnet_in_that_interval(tiny
     assert again.spent["macs"] < score.spent["macs"]
     assert again.charged_in_full().spent["macs"] == pytest.approx(score.charged_in_full().spent["macs"])
     # Pictures are of what the last scores are of; nothing is trained for a picture.
-    assert not torch.equal(evaluator.sample(second, 4, 0), plain.sample(second, 4, 0))
+    assert not torch.equal(evaluator.sample_as_scored(second, 4, 0), plain.sample(second, 4, 0))
+    assert torch.equal(evaluator.sample(second, 4, 0), plain.sample(second, 4, 0)), "as it is handed out"
     other = tiny_study.space.decode((2, 2, 2, 2))
-    assert torch.equal(evaluator.sample(other, 4, 0), plain.sample(other, 4, 0))
+    assert torch.equal(evaluator.sample_as_scored(other, 4, 0), plain.sample(other, 4, 0))
 
 
 def test_a_training_that_was_stopped_goes_on(

@@ -16,7 +16,7 @@ from nas.searchers.evolution import Evolution
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.random import Random
 from nas.searchers.uniform import Uniform
-from nas.testing import TableSpace, check_searcher, closed, table_problem, toy_score
+from nas.testing import TableSpace, check_searcher, closed, joint_problem, table_problem, toy_score
 from tests.test_genetics import Flat
 
 REGISTERED = {point.name: point for point in entry_points(group="nas.searchers")}
@@ -217,6 +217,9 @@ def test_an_exact_solver_keeps_to_limits_that_do_not_add_up() -> None:
     assert len(solved) >= 4
     most = most_within(problem)
     assert most == 8 * 9  # the third option everywhere, one kind of three parameters
+    # Of two genes the dearest that keeps to it need not be of the same option of both.
+    joint = replace(joint_problem(1.0), limits={"params": 4.0})
+    assert most_within(joint) == max(joint.space.cost(genome)["macs"] for genome in feasible_genomes(joint)) == 96
     assert all(trial.origin["budget"] <= most for trial in solved)
 
 

@@ -225,7 +225,7 @@ def train(
     of_images = {"--resize": resize, "--labels": labels, "--captions": captions} if images is None else {}
     for option in [name for name, value in of_images.items() if value is not None]:
         raise UserError(f"{option} is of --images, and the study's own are trained on; leave it out, or give --images")
-    if validate_every is not None and study_file is None:
+    if validate_every and study_file is None:
         raise UserError("--validate-every is of scores, which need the --study; give it, or leave --validate-every out")
     study = load_study(study_file) if study_file else None
     searched = run_folder(study, out_dir) if study else None

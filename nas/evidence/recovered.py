@@ -43,7 +43,7 @@ from nas.evidence.confirm import gradient_macs
 from nas.handover.export import export
 from nas.handover.training import train_on
 from nas.recipes import Batch, Count, Few, Natural, Positive, Share, recipe
-from search_spaces.shipped.train_diffusers import TRAINED, Settings, settings_of, train
+from search_spaces.shipped.train_diffusers import TRAINED, LossError, Settings, settings_of, train
 
 FOLDER = "recovered"
 
@@ -152,9 +152,9 @@ class LoadedRecovered(LoadedAroundAnother):
         labels = {name: f"{label} after {self.recipe.steps} steps of fine-tune" for name, label in score.labels.items()}
         return replace(score, spent=spent, labels=labels)
 
-    def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
-        """Of the trained subnets, where all of the schedule's are; as its last scores are of them."""
-        return super().sample(self._kept_of(schedule), count, seed)
+    def sample_as_scored(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+        """Of the trained subnets, where all of the schedule's are; `sample` is of the supernet's own, which are what is handed out."""
+        return self.sample(self._kept_of(schedule), count, seed)
 
     def grounds(self, schedule: Schedule, count: int, seed: int) -> Mapping[str, Any] | None:
         return super().grounds(self._kept_of(schedule), count, seed)
@@ -248,8 +248,13 @@ class LoadedRecovered(LoadedAroundAnother):
                 timesteps={network: [self._range(interval)]},
             )
             with closing(ticks):  # stopped in its midst, it keeps its state now
-                for _ in ticks:
-                    pass
+                try:
+                    for _ in ticks:
+                        pass
+                except LossError as error:
+                    raise UserError(
+                        f"Recovered: {error.told}; lower learning_rate={self.recipe.learning_rate:g}"
+                    ) from error
             os.replace(work / TRAINED / network, self._folder / name)
             shutil.rmtree(work)
             return True

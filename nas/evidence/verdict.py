@@ -146,7 +146,7 @@ class Verdict:
             said = f"A loss: {saving}, is worse than {self.reference} equally trained, under {_and(lossy)}"
         else:
             said = f"Not confirmed: {saving}, may lose more than the margin under {_and(undecided)}"
-        known = ", on images that the search was scored against too" if self.seen else ""
+        known = ", on images that the search was scored against too, or may have been" if self.seen else ""
         against = f", though a loss under {_and([j.judge for j in self.contradicting])}" if self.contradicting else ""
         return f"{said}; {len(deciding[0].differences)} seeds of training{known}{against}."
 

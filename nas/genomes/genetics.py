@@ -34,7 +34,7 @@ class IntervalCosts:
 
     def __init__(self, space: SearchSpace) -> None:
         # Where time is limited the full network is still what has the most multiply-adds: on a GPU narrower calls may be slower.
-        self._plain = getattr(space, "untimed", space)
+        self._plain: SearchSpace | None = getattr(space, "untimed", None)
         intervals = [choice.interval for choice in space.choices]
         starts = [i for i, interval in enumerate(intervals) if i == 0 or interval != intervals[i - 1]]
         self.genes = [slice(start, stop) for start, stop in pairwise([*starts, len(intervals)])]
@@ -85,7 +85,7 @@ class IntervalCosts:
 
     @cached_property
     def _cheapest(self) -> Genome:
-        return self._join([int(table.argmin()) for table in self.tables])
+        return self.joined([int(table.argmin()) for table in self.tables])
 
     def dearest(self) -> Genome:
         """Of the most multiply-adds; among equals the last, whose options name the most."""
@@ -93,10 +93,10 @@ class IntervalCosts:
 
     @cached_property
     def _dearest(self) -> Genome:
-        tables = self._plain.interval_costs()
-        return self._join([table.size - 1 - int(table.ravel()[::-1].argmax()) for table in tables])
+        tables = self.tables if self._plain is None else self._plain.interval_costs()
+        return self.joined([table.size - 1 - int(table.ravel()[::-1].argmax()) for table in tables])
 
-    def _join(self, flat: Sequence[int]) -> Genome:
+    def joined(self, flat: Sequence[int]) -> Genome:
         """The genome of one flat option index for each interval."""
         options = (np.unravel_index(i, table.shape) for i, table in zip(flat, self.tables, strict=True))
         return tuple(int(gene) for option in options for gene in option)
@@ -173,7 +173,21 @@ def most_within(problem: Problem) -> float:
         low, high = (middle, high) if problem.feasible((*full[:stop], *least[stop:])) else (low, middle - 1)
     stop = costs.genes[low - 1].stop if low else 0
     known = [(*full[:stop], *least[stop:]), *filter(problem.feasible, uniform_genomes(problem.space))]
+    known += _one_throughout(problem)
     return min(most, max(float(costs.total(genome)) for genome in known))
+
+
+def _one_throughout(problem: Problem) -> list[Genome]:
+    """The dearest genome that keeps all limits and has the same options at all intervals; none where there is none, or intervals are not alike."""
+    costs = costs_of(problem.space)
+    if len({table.shape for table in costs.tables}) > 1:
+        return []
+    every = sum(costs.tables[1:], costs.tables[0]).ravel()
+    for flat in np.argsort(-every, kind="stable").tolist():
+        genome = costs.joined([flat] * len(costs.tables))
+        if problem.feasible(genome):
+            return [genome]
+    return []
 
 
 def exact_cost(space: SearchSpace, genome: Genome) -> int:
@@ -304,8 +318,8 @@ def cross(first: Genome, second: Genome, rng: np.random.Generator) -> Genome:
 
 
 def repair(problem: Problem, genome: Genome, rng: np.random.Generator) -> Genome:
-    """Moves random genes to cheaper options until the budget holds, and then, where there are limits on other costs, intervals of a random kind after another to their cheapest options
-    until these hold too. Unchanged where all do."""
+    """Moves random genes to cheaper options until the budget holds, and then, where there are limits on other costs, intervals of one random kind after another to those of a genome that
+    keeps them all (`anchor`), until these hold too. Unchanged where all do."""
     costs = costs_of(problem.space)
     excess = costs.total(genome) - budget_of(problem)
     if excess <= 0 or problem.feasible(genome):

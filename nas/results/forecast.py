@@ -133,12 +133,11 @@ def forecast(study: Study, searchers: Sequence[str], device: str = "cpu", thread
             net = evaluator.supernet
             costs = _Costs(net)
             found = {name: _searched(study, name, study.trials, costs) for name in searchers}
-    first, *above = study.evaluator.rungs
-    last = study.evaluator.rungs[-1]
+    first, last = study.evaluator.rungs[0], study.evaluator.rungs[-1]
     ladder = Ladder(tuple(study.evaluator.rungs), study.objectives, study.trials, study.verified)
     climbing = sum(count * samples for count, samples in ladder.planned()[1:])
     means = [costs.of(study.space.decode(genome)) for genome in uniform_genomes(study.space)]
-    baseline = sum(means) * (first + sum(above)) / rate
+    baseline = sum(means) * sum(study.evaluator.rungs) / rate
     searches = {}
     confirming = 0.0
     for name, (shared, leading) in found.items():

@@ -132,10 +132,12 @@ def _cards(winner: tuple[str, Trial] | None, full: Trial | None, quality: str, r
         )
     if full is not None:
         assert full.score is not None
-        again = run.confirmed.get(full.digest)
-        shown = _with_error(full if again is None else replace(full, score=again), quality)
-        difference = against(winner[1], full, quality) if winner else None
-        words = f"the best {difference['words']}, where both were verified" if difference else ""
+        best = winner and winner[1]
+        if best is not None and {full.digest, best.digest} <= {*run.confirmed}:
+            full, best = (replace(one, score=run.confirmed[one.digest]) for one in (full, best))
+        shown = _with_error(full, quality)
+        difference = against(best, full, quality) if best is not None else None
+        words = f"the best {difference['words']}" if difference else ""
         cards.append(
             {
                 "what": f"{quality} of the full network{', guided throughout' if run.guided else ''}",
@@ -230,7 +232,7 @@ def _grounds(facts: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
 
 def samples_of(study: Study, loaded: Any, trial: Trial, folder: Path) -> Path:
     """Samples of a trial's schedule, drawn once for page and dashboard."""
-    picture = folder / "trials" / f"samples-{trial.digest}.png"
+    picture = folder / "trials" / f"samples-{trial.digest}-{TILE}.png"
     draw_once(picture, partial(draw_grid, study, loaded, trial.genome))
     return picture
 
@@ -245,7 +247,8 @@ def draw_once(picture: Path, draw: Callable[[Path], None]) -> None:
 
 def draw_grid(study: Study, loaded: Any, genome: Genome, path: Path) -> None:
     """Samples of a genome's schedule, from the noise that all grids share."""
-    images = shrunk(loaded.sample(study.space.decode(genome), SAMPLES, study.seed).cpu().numpy(), TILE)
+    sample = getattr(loaded, "sample_as_scored", loaded.sample)
+    images = shrunk(sample(study.space.decode(genome), SAMPLES, study.seed).cpu().numpy(), TILE)
     draw_samples(
         class_by_class(images, study.evaluator, study.seed), path, columns=6, scale=max(1, 64 // images.shape[-1])
     )

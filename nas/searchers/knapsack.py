@@ -60,7 +60,7 @@ class KnapsackSearch:
         self._measured: dict[Genome, float] = {}
         self._told: set[Genome] = set()
         self._solved: tuple[int, list[tuple[Genome, float, float]]] | None = None
-        self._screened: tuple[int, list[list[Option]]] | None = None
+        self._screened: list[list[Option]] | None = None
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
@@ -98,13 +98,17 @@ class KnapsackSearch:
             },
             max(1, (most - len(ends)) // 2),
         )
-        found = ends | screening
-        if self._told.issuperset(screening):
-            found |= _evenly({g: kind for g, kind in self._options_probed() if g not in found}, most - len(found))
-        return list(found.items())[:most]
+        found = dict([*(ends | screening).items()][:most])
+        if self._told.issuperset(found):
+            # What is screened is settled then, whatever is measured later.
+            options = self._options({genome: self._measured[genome] for genome in found if genome in self._measured})
+            found |= _evenly(
+                {g: kind for g, kind in self._options_probed(options) if g not in found}, most - len(found)
+            )
+        return list(found.items())
 
-    def _options_probed(self) -> Iterator[tuple[Genome, str]]:
-        around, intervals, options = self._settings.around, self._intervals, self._options()
+    def _options_probed(self, options: list[list[Option]]) -> Iterator[tuple[Genome, str]]:
+        around, intervals = self._settings.around, self._intervals
         for anchor, name in ((intervals.full, "full"), (intervals.smallest, "smallest")):
             if around in (name, "both"):
                 for k, row in enumerate(options):
@@ -115,24 +119,24 @@ class KnapsackSearch:
                 for a, b in product(first, second):
                     yield intervals.changed(intervals.full, {k: a, k + 1: b}), f"full, intervals {k} and {k + 1}"
 
-    def _options(self) -> list[list[Option]]:
-        """For each interval, the options that are probed and solved for. All of them, where they are few."""
-        if self._screened is None or self._screened[0] != len(self._measured):
-            self._screened = len(self._measured), [*self._screen()]
-        return self._screened[1]
+    def _options(self, measured: Mapping[Genome, float]) -> list[list[Option]]:
+        """For each interval, the options that are probed and solved for, by what was `measured` in screening. All of them, where they are few."""
+        if self._screened is None:
+            self._screened = [*self._screen(measured)]
+        return self._screened
 
-    def _screen(self) -> Iterator[list[Option]]:
+    def _screen(self, measured: Mapping[Genome, float]) -> Iterator[list[Option]]:
         intervals, most = self._intervals, self._settings.options
         for k, options in enumerate(intervals.options):
             if len(options) <= most:
                 yield options
                 continue
             single = {
-                genes: self._measured.get(intervals.changed(intervals.full, {k: genes}), np.inf)
+                genes: measured.get(intervals.changed(intervals.full, {k: genes}), np.inf)
                 for genes in intervals.single_genes(k)
             }
             finite = [value for value in single.values() if np.isfinite(value)]
-            full = self._measured.get(intervals.full, float(np.mean(finite)) if finite else 0.0)
+            full = measured.get(intervals.full, float(np.mean(finite)) if finite else 0.0)
             effect = {genes: value - full for genes, value in single.items()}
             top = intervals.option(intervals.full, k)
             sums = [
@@ -152,7 +156,8 @@ class KnapsackSearch:
         return self._solved[1]
 
     def _solve(self) -> Iterator[tuple[Genome, float, float]]:
-        options = self._options()
+        assert self._screened is not None, "all probes are told"
+        options = self._screened
         base, table, pairs = self._table(options)
         costs = [[self._intervals.cost(k, option) for option in row] for k, row in enumerate(options)]
         least = sum(min(row) for row in costs)

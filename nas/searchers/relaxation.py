@@ -192,15 +192,15 @@ def _expected_macs(
 
 
 def _steps_of(problem: Problem, costs: IntervalCosts) -> list[list[int]]:
-    """Which of the schedule's steps each interval decides: those that differ between its ends."""
+    """Which of the schedule's steps each interval decides: those that differ between its ends, of the most and the fewest multiply-adds."""
     top = dearest(problem.space)
     whole = problem.space.decode(top)
-    found = []
-    for genes, table in zip(costs.genes, costs.tables, strict=True):
-        low = list(top)
-        low[genes] = [int(i) for i in np.unravel_index(int(table.argmin()), table.shape)]
-        found.append(_differing(whole, problem.space.decode(tuple(low))))
-    return found
+    tables = getattr(problem.space, "untimed", problem.space).interval_costs()
+    lows = [np.unravel_index(int(table.argmin()), table.shape) for table in tables]
+    return [
+        _differing(whole, problem.space.decode(costs.changed(top, {k: tuple(map(int, low))})))
+        for k, low in enumerate(lows)
+    ]
 
 
 def check_whole(problem: Problem) -> None:

@@ -159,7 +159,8 @@ class _Applied:
                 "or make a schedule of as many"
             )
         rescale = getattr(self.pipeline, "guidance_rescale", None) or 0
-        if rescale and self.plan["prediction"] != "epsilon":
+        guides = getattr(self.pipeline, "do_classifier_free_guidance", True)
+        if rescale and guides and self.plan["prediction"] != "epsilon":
             raise ScheduleError(
                 f"the pipeline rescales its guidance by guidance_rescale={rescale:g}, which is of what the network predicts, {self.plan['prediction']}, and steps "
                 "of a schedule see its noise; call it with guidance_rescale=0, or remove_schedule(pipeline)"
@@ -447,12 +448,17 @@ def _check(plan: Mapping[str, Any], net: Any, scheduler: Any) -> None:
     kind = type(net).__name__
     if plan["network"]["class"] != kind:
         raise ScheduleError(f"the schedule was found for a {plan['network']['class']}, the pipeline has a {kind}")
-    blocks = [*graph_of(net).names(True)]
+    graph = graph_of(net)
+    blocks = [*graph.names(True)]
+    known = {*blocks, *graph.blocks, *graph.names("layers")}
     if plan["network"]["branches"] != blocks:
         raise ScheduleError(
             f"the schedule was found for a network of {len(plan['network']['branches'])} branches, the pipeline's has {len(blocks)} others; "
             "make one for this network"
         )
+    for name in dict.fromkeys(name for step in plan["steps"] for name in step["reuse"]):
+        if name not in known:
+            raise ScheduleError(f"the schedule reuses {name}, which is no layer of this {kind}; mend the file")
     if getattr(scheduler, "init_noise_sigma", 1.0) != 1.0:
         raise ScheduleError(
             f"{type(scheduler).__name__} scales its states; set pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config) first"

@@ -51,8 +51,8 @@ from search_spaces.shipped.train_data import Data, conditions, folder_captions, 
 from search_spaces.shipped.walks import arguments
 
 TRAINED = "trained"
-DATA = "data"
-"""In a folder's settings.json, beside the settings."""
+SETTINGS, DATA = "settings.json", "data.json"
+"""How a folder is trained, and the digest of what on, which scripts of folders from before it do not know."""
 
 OURS = (
     "README.md",
@@ -111,6 +111,14 @@ class Settings:
     snr_cap: float = 0.0
 
 
+class LossError(ExportError):
+    """A loss that is no number: `told`, what it is and where."""
+
+    def __init__(self, told: str, trained: Path, rate: float) -> None:
+        super().__init__(f"{told}; delete {trained} and train with less than learning_rate={rate:g}")
+        self.told = told
+
+
 SHARES = ("drop", "distillation", "ema")
 
 
@@ -148,22 +156,23 @@ def data_digest(
 def keep_settings(folder: Path, settings: Settings, data: str = "", writes: bool = True) -> None:
     """Notes how `folder/trained` is trained, where this process `writes`. `data`: the digest of what it is trained on. Raises ExportError where it was begun
     otherwise; what was refused before anything was trained is no beginning."""
-    path = folder / TRAINED / "settings.json"
-    if path.exists() and any(other != path for other in path.parent.iterdir()):
+    path, on = (folder / TRAINED / name for name in (SETTINGS, DATA))
+    if path.exists() and any(other not in (path, on) for other in path.parent.iterdir()):
         try:
-            told = json.loads(path.read_text())
-            known = told.pop(DATA, data)
-            before = asdict(settings_of(told))
-        except (ValueError, AttributeError) as error:
+            before = asdict(settings_of(json.loads(path.read_text())))
+            known = json.loads(on.read_text())["digest"] if on.exists() else data
+        except (ValueError, KeyError, TypeError) as error:
             raise ExportError(f"{path} is damaged ({error}); delete {path.parent} to train again") from error
         now = asdict(settings)
         changed = [f"{name} was {before[name]}, now {value}" for name, value in now.items() if before[name] != value]
-        changed += ["on other images, labels or captions"] if known != data else []
+        changed += ["on other images, labels or captions"] if data and known != data else []
         if changed:
             raise ExportError(f"{path.parent} was trained otherwise: {'; '.join(changed)}. Delete it to train again")
     elif writes:
         path.parent.mkdir(exist_ok=True)
-        _replace(path, json.dumps({**asdict(settings), **({DATA: data} if data else {})}, indent=2) + "\n")
+        _replace(path, json.dumps(asdict(settings), indent=2) + "\n")
+        if data:
+            _replace(on, json.dumps({"digest": data}) + "\n")
 
 
 def train(
@@ -273,10 +282,8 @@ def _train_one(
             with whole():
                 loss = _step(net, bare, teacher, data, served, scheduler, settings, accelerator, optimiser, done, total)
                 if not math.isfinite(loss):  # before anything of it is kept
-                    raise ExportError(
-                        f"the loss of {name} is {float(loss)} at step {done + 1}; delete {folder / TRAINED} and train with less than "
-                        f"learning_rate={settings.learning_rate:g}"
-                    )
+                    told = f"the loss of {name} is {float(loss)} at step {done + 1}"
+                    raise LossError(told, folder / TRAINED, settings.learning_rate)
                 decay = min(settings.ema, (1 + done) / (10 + done))
                 averaged = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
                 averaged(list(average.values()), list(trained.values()), done)
@@ -290,6 +297,8 @@ def _train_one(
                 _keep(state, bare, optimiser, average, done, scaler)
         raise
     if accelerator.is_main_process:
+        if done % settings.checkpoint_every:  # whoever stops it while it is saved goes on from its end
+            _keep(state, bare, optimiser, average, done, scaler)
         bare.load_state_dict(average)
         partial = folder / TRAINED / f".{name}"
         shutil.rmtree(partial, ignore_errors=True)

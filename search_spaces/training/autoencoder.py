@@ -127,7 +127,7 @@ class TrainAutoencoder:
         # Whether networks are trained on the posteriors' means or on samples of them is nothing to it, though it once told trainings apart.
         digest, other = (
             digest_of({**self.describe(), "posterior": posterior, "images": data.digest, "seed": seed})
-            for posterior in ("sample", "mean")
+            for posterior in (self.posterior, "mean" if self.posterior == "sample" else "sample")
         )
         if (folder / FOLDER / FACTS).exists():
             told = read_json(folder / FOLDER / FACTS, "delete the folder to train again")

@@ -225,6 +225,7 @@ class Optimiser:
         averaged = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         averaged(list(self._average.values()), list(self._named.values()), self.step)
         self.step += 1
+        self.net.forget()
 
     def adopt_average(self) -> None:
         """Ends the training: the supernet holds the averaged weights."""
@@ -261,6 +262,7 @@ class Optimiser:
                     "exp_avg": file.get_tensor(f"first:{name}"),
                     "exp_avg_sq": file.get_tensor(f"second:{name}"),
                 }
+        self.net.forget()
         self.step = int(metadata["step"])
         self.net.trained_macs = int(metadata["macs"])
 

@@ -252,20 +252,15 @@ class FineTune:
             x0, condition = batches.images(generator)
             t, x, truth = batches.noised(x0, generator)
             position = len(schedule.steps) - 1 - torch.bucketize(t.cpu(), served)
-            # One that guides serves the timesteps where it does, as in an exported folder.
-            rows_of = {
-                arch: torch.tensor([arch in schedule.steps[p].archs for p in position.tolist()], device=net.device)
-                for arch in archs
-            }
-            targets = {
-                expert: _taught(teacher, x, t, truth, condition, [rows_of[a] for a in archs if a.expert == expert])
-                for expert, teacher in teachers.items()
-            }
             total = 0.0
-            for arch, mine in rows_of.items():
+            for arch in archs:
+                # One that guides serves the timesteps where it does, as in an exported folder.
+                mine = torch.tensor([arch in schedule.steps[p].archs for p in position.tolist()], device=net.device)
                 if mine.any():
-                    prediction = net.forward(arch, x[mine], t[mine], _rows(condition, mine))
-                    error = batches.loss(prediction, targets[arch.expert][mine], x0[mine], x[mine], t[mine])
+                    its = None if condition is None else {name: rows[mine] for name, rows in condition.items()}
+                    target = teachers[arch.expert].target(x[mine], t[mine], truth[mine], its)
+                    prediction = net.forward(arch, x[mine], t[mine], its)
+                    error = batches.loss(prediction, target, x0[mine], x[mine], t[mine])
                     loss = error * mine.float().mean()
                     torch.autograd.backward(loss)
                     total += loss.item()
@@ -273,28 +268,6 @@ class FineTune:
             optimiser.update()
             yield Progress("fine-tune", optimiser.step, self.steps, {"loss": total})
         optimiser.adopt_average()
-
-
-def _rows(condition: Condition | None, mine: torch.Tensor) -> Condition | None:
-    return None if condition is None else {name: rows[mine] for name, rows in condition.items()}
-
-
-def _taught(
-    teacher: Teacher,
-    x: torch.Tensor,
-    t: torch.Tensor,
-    truth: torch.Tensor,
-    condition: Condition | None,
-    whose: list[torch.Tensor],
-) -> torch.Tensor:
-    """The teacher's target where one of these rows is asked for, and the truth elsewhere, of which nothing is learned."""
-    asked = torch.stack(whose).any(0)
-    if asked.all():
-        return teacher.target(x, t, truth, condition)
-    found = truth.clone()
-    if asked.any():
-        found[asked] = teacher.target(x[asked], t[asked], truth[asked], _rows(condition, asked))
-    return found
 
 
 def _check_finite(losses: Mapping[str, float], name: str, step: int, rate: float) -> None:
