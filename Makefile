@@ -2,8 +2,8 @@
 # make fashion   install, then garments by class in the latents of an autoencoder of its own, from nothing: needs Fashion-MNIST's four files
 # make test   install, then ruff, mypy and pytest
 # make docs   the documentation as a site, site/index.html
-# make docs-test   the site, what its pages show, the notebooks, and the wheel
-# make test-all   these, what takes minutes each, and every benchmark at small sizes
+# make docs-test   the site, what its pages show, and the wheel
+# make test-all   these, what takes longer, the notebooks, and every benchmark at small sizes
 # make mutants   try the tests on changed code
 # A second call does not install again.
 
@@ -38,7 +38,7 @@ docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going docs site
 
 docs-test: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/test_docs.py -m docs -n 2 --dist load
+	$(BIN)/python -m pytest tests/test_docs.py -m "docs and not long" -n 2 --dist load
 
 test-all: test docs-test
 	$(call install,benchmarks)

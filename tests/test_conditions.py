@@ -240,6 +240,7 @@ def test_guidance_of_networks_without_labels_is_refused(labelled: LoadedElastic,
         read_export(tmp_path / "model")
 
 
+@pytest.mark.long
 def test_exported_networks_are_trained_with_labels_and_resume_exactly(labelled: LoadedElastic, tmp_path: Path) -> None:
     data = Digits().load()
     settings = Settings(steps=12, batch=8, warmup=2, checkpoint_every=3)

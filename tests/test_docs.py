@@ -381,6 +381,7 @@ def test_a_notebook_is_shown_as_it_was_run_and_tells_of_no_machine(path: Path) -
     assert not re.search(r"/(home|root|tmp|work|Users)/", json.dumps(outputs))
 
 
+@pytest.mark.long
 @pytest.mark.docs
 @pytest.mark.filterwarnings("ignore")  # of the kernel's libraries
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -383,7 +384,7 @@ def test_impossible_channels_are_named() -> None:
 def test_a_schedules_cost_is_told_with_and_without_attention_products() -> None:
     """By tables and by steps, against fvcore's counts of its networks."""
     net = NETS["two levels, attention"]
-    steps = uniform(4)
+    steps, counted = uniform(4), cache(lambda arch: count_with_fvcore(net, arch))
     for space in (
         Stepwise(net, steps, (2, 2)),
         Stepwise(net, steps, (2, 2), patterns=(Every(1), Every(2)), deterministic=False),
@@ -393,9 +394,9 @@ def test_a_schedules_cost_is_told_with_and_without_attention_products() -> None:
             macs = without = 0
             for step in schedule.steps:
                 if net.macs(step):
-                    whole, products, _ = count_with_fvcore(net, Arch(*step.arch))
+                    whole, products, _ = counted(Arch(*step.arch))
                     macs, without = macs + whole, without + whole - products
-            full, products, _ = count_with_fvcore(net, net.anatomy.full)
+            full, products, _ = counted(net.anatomy.full)
             cost = space.cost(genome)
             assert cost["macs"] == macs
             assert cost[WITHOUT_ATTENTION] == pytest.approx(without / (4 * (full - products)), rel=1e-12)

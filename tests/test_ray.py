@@ -41,6 +41,7 @@ def run_on_ray(study: Study, folder: Path, searcher: str = "evolution", count: i
         return conductor.ledger.trials
 
 
+@pytest.mark.long
 def test_two_nodes_share_a_search(ray_cluster: Any, tmp_path: Path) -> None:
     log = tmp_path / "calls"
     study = toy_study(trials=16, evaluator__log=str(log), evaluator__seconds=0.05)

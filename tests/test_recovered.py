@@ -110,6 +110,7 @@ def test_a_training_serves_every_schedule_with_that_subnet_in_that_interval(tiny
     assert torch.equal(evaluator.sample_as_scored(other, 4, 0), plain.sample(other, 4, 0))
 
 
+@pytest.mark.long
 def test_a_training_that_was_stopped_goes_on(
     tiny_study: Study, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

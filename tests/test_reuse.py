@@ -449,6 +449,7 @@ def test_an_exported_schedule_with_reuse_samples_as_ours(name: str, tmp_path: Pa
         pipeline(num_inference_steps=2)
 
 
+@pytest.mark.long
 def test_the_exported_script_runs_by_itself(tmp_path: Path) -> None:
     schedule = SPACES["a legal set for each step"].decode((46, 20, 5, 0, 30, 46))
     export(randomised(DEEP_NET), schedule, DDIM().describe(), {}, tmp_path / "model")

@@ -24,7 +24,9 @@ REGISTERED = {point.name: point for point in entry_points(group="nas.searchers")
 
 @pytest.mark.parametrize("name", sorted(REGISTERED))
 def test_registered_searchers_keep_the_laws(name: str) -> None:
-    check_searcher(REGISTERED[name].load()())
+    check_searcher(
+        REGISTERED[name].load()(), 20 if name == "routing" else 40
+    )  # whose policy learns anew in each replay
 
 
 @pytest.mark.parametrize("searcher", [Evolution(population=4, mutation_rate=0.5), Evolution(population=30)])

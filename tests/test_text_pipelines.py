@@ -135,6 +135,7 @@ def test_an_exported_pipeline_is_called_as_stable_diffusions(text_pipelines: Pat
             pipeline(**wrong)
 
 
+@pytest.mark.long
 def test_offloaded_and_compiled_networks_are_called_as_such(text_pipelines: Path, tmp_path: Path) -> None:
     """Hooks of offloading fire where blocks run one by one too; what is compiled runs where nothing is reused."""
     exported(text_pipelines, tmp_path / "model")

@@ -52,7 +52,7 @@ def test_every_step_trains_the_largest_the_smallest_and_one_between(tmp_path: Pa
 
 
 def test_training_learns_at_every_width(tiny_net: Elastic) -> None:
-    ticks = list(replace(SHORT, steps=150, batch=32).fit(tiny_net.initial(0), Digits().load(), 0))
+    ticks = list(replace(SHORT, steps=100, batch=32).fit(tiny_net.initial(0), Digits().load(), 0))
     for width in ("0.25", "0.5", "1"):
         assert np.mean([t.values[width] for t in ticks[-20:]]) < 0.7 * np.mean([t.values[width] for t in ticks[:5]])
 
@@ -178,6 +178,7 @@ def test_stages_killed_anywhere_resume_bit_identically(tiny_net: Elastic, tmp_pa
     assert list(run_stages(net, tmp_path / "parts")) == []
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_between_two_stages_goes_on(
     tiny_net: Elastic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
