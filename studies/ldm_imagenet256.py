@@ -3,7 +3,7 @@ A class is a text of one token; for each of five intervals of 20 steps a width, 
 
 Data: ImageNet's pictures in a folder for each class, `data/imagenet`, in the classes' order; the network, its autoencoder and its class embeddings (1,001
 of 512 channels, the last of no class) as `cin256/unet`, `cin256/vqvae` and `cin256/classes.safetensors`, Inception features in `inception.pt` (see
-README). The original's checkpoint has to be converted; its attention has one head.
+docs/bring-your-own.md). The original's checkpoint has to be converted; its attention has one head.
 Hours: `nas run studies/ldm_imagenet256.py --dry-run --throughput MACS_A_SECOND` reckons them from the exact costs, hours = MACs / throughput / 3600.
 For comparison, MACs of one half of a guided step without attention's products and FID-50K, 250 steps: the original 99.80 G and 3.60, Diff-Pruning's
 static network 52.71 G and 9.16, as remembered. Not run here.

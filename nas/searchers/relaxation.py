@@ -5,7 +5,7 @@ one lacks: the gates' offset b, weights of the steps in the loss, and weights of
 An option is chosen by gates, "at least the second option", "at least the third", each a Gumbel-sigmoid of the policy's own logits.
 At one timestep the subnets of all options predict the noise, and the gates' weights mix their predictions: at hard gates this is the
 subnet's own prediction, so nothing but the choice is relaxed, and no gradient goes through a network. The loss is that of
-denoising, plus distillation from the full network, plus weight x |log(r / p)| for a cost r where the budget is p.
+denoising, plus distillation from the full network, plus weight x abs(log(r / p)) for a cost r where the budget is p.
 """
 
 from __future__ import annotations
