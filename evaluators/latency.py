@@ -62,6 +62,7 @@ class Timer:
         self._settings = settings
         self._net = net
         self._path = folder / FILE
+        self._known: dict[str, list[float]] = {}
         threads = f", {torch.get_num_threads()} threads" if net.device.type == "cpu" else ""
         self.device = f"{fingerprint(net.device)}{threads}, {digest_of(settings.describe())}"
 
@@ -81,6 +82,11 @@ class Timer:
         return float(np.median(self._kept(DECODING, lambda: self._timed(lambda: self._net.to_images(x)))))
 
     def _kept(self, key: str, measure: Callable[[], list[float]]) -> list[float]:
+        if key not in self._known:
+            self._known[key] = self._in_file(key, measure)
+        return self._known[key]
+
+    def _in_file(self, key: str, measure: Callable[[], list[float]]) -> list[float]:
         with filelock.FileLock(self._path.with_suffix(".lock")):
             known: dict[str, dict[str, list[float]]] = json.loads(self._path.read_text()) if self._path.exists() else {}
             times = known.setdefault(self.device, {})

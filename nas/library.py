@@ -23,9 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.contracts import Grounded, LoadedEvaluator, Schedule, Score, Trial, UserError, derive_seed
-from nas.engine.facts import what_is_searched
+from nas.engine.facts import FILE, read_facts, what_is_searched
+from nas.engine.journal import JOURNAL
 from nas.engine.session import Session, open_session, take_weights
 from nas.engine.show import Called, Show
+from nas.engine.storage import lock_run
 from nas.genomes.genetics import dearest
 from nas.genomes.pareto import front
 from nas.results.recommendation import compared_of, recommended
@@ -101,7 +103,11 @@ class StudyRun:
     def take_weights(self, other: str | Path) -> None:
         """Copies supernet, features and times of another run folder, where this one has none, so that nothing is trained or timed again. Raises UserError where
         the other has none. That they are of the same recipe is checked when they are used."""
-        take_weights(Path(other).resolve(), self.folder)
+        lock = lock_run(self.folder)
+        try:
+            take_weights(Path(other).resolve(), self.folder)
+        finally:
+            lock.release()
 
     def prepare(self, threads: int = 0) -> None:
         """Reads images, trains features and the supernet where they are missing, on so many CPU threads (0: torch's own number), and times calls where time is limited."""
@@ -260,7 +266,10 @@ class StudyRun:
     @property
     def _kept_storage(self) -> str | None:
         """Where its ledgers are: as given, or as the run's own facts say."""
-        return self.storage or self.results.facts["storage"]
+        if self.storage is not None or not (self.folder / FILE).is_file():
+            return self.storage
+        kept: str | None = read_facts(self.folder)["storage"]
+        return kept
 
     def schedule(self, chosen: Chosen) -> Schedule:
         return self.study.space.decode(chosen.trial.genome)
@@ -406,7 +415,9 @@ class StudyRun:
         return Confirmation(self.study, self.folder, protocol, self.device)
 
     def _session(self) -> AbstractContextManager[Session]:
-        return open_session(self.study, self.folder, self.storage, self.device)
+        # Begun in a database, it goes on there; a journal of its own comes first.
+        own = (self.folder / JOURNAL).exists()
+        return open_session(self.study, self.folder, self.storage if own else self._kept_storage, self.device)
 
 
 def compared(run: Run, file: str = "STUDY.py") -> dict[str, Any]:

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, create_trial
 from nas.contracts import DONE, WAIT, Proposal, Schedule, Score, Step, Trial, UserError, derive_seed, digest_of
 from nas.engine.ladder import Ladder
 from nas.engine.ledger import Ledger, read_ledgers
-from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job, attempt
+from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job, attempt, run_here
 from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from nas.library import StudyRun
@@ -174,6 +174,97 @@ def test_what_a_streak_left_for_good_is_told_on_replay(tmp_path: Path) -> None:
     search = RandomSearch(study.problem, 0)
     Conductor(ledger, search, study.problem, Ladder((64, 256), ("fd", "macs"), 30, 5), 0)
     assert search._told == {bad, good, (2, 0, 0)}
+
+
+def test_a_run_that_is_killed_while_it_tries_a_streak_again_goes_on_with_the_rest(tmp_path: Path) -> None:
+    """What had no second chance has it, though the first of them has been scored since."""
+    study = toy_study(space__genes=3)
+    ledger = Ledger(open_storage(tmp_path, writing=True), study.ledger_info(tmp_path, "random", 0), study.problem)
+    bad = [(gene, 0, 0) for gene in range(4)] + [(0, 1, 0)]
+
+    def opened(genome: tuple[int, ...], **origin: Any) -> int:
+        return ledger.open(Proposal(genome, origin), study.space.decode(genome), 64).number
+
+    for genome in bad:
+        ledger.fail(opened(genome), "out of memory")
+    ledger.close(opened(bad[0], retry=0), Score({"fd": 10.0}))
+    search = RandomSearch(study.problem, 0)
+    conductor = Conductor(ledger, search, study.problem, Ladder((64, 256), ("fd", "macs"), 30, 5), 0)
+    assert search._told == {bad[0]}
+    again = []
+    for _ in range(4):
+        job = conductor.next()
+        assert isinstance(job, Job)
+        again.append(job.trial.genome)
+        conductor.settle(job.trial.number, Score({"fd": 9.0}))
+    assert again == bad[1:]
+
+
+def test_scores_that_are_taken_from_others_are_no_sign_that_an_evaluator_works(tmp_path: Path) -> None:
+    """With every second schedule known, each other one would fail for good, one after another."""
+    study = toy_study(space__genes=3, evaluator__failing=tuple(itertools.product(range(4), repeat=3)))
+    info = study.ledger_info(tmp_path, "random", 0)
+    ledger = Ledger(open_storage(tmp_path, writing=True), info, study.problem)
+    every = list(itertools.product(range(4), repeat=3))
+    known = {
+        (study.space.decode(genome).digest, 64): ("other#0", Score({"fd": 9.0}, {"fd": (9.0, 9.1)}))
+        for genome in every[::2]
+    }
+    conductor = Conductor(
+        ledger, RandomSearch(study.problem, 0), study.problem, Ladder((64,), ("fd", "macs"), 60, 5), 0, known
+    )
+    with pytest.raises(UserError, match="5 candidates in a row failed"):
+        run_here(conductor, study.evaluator)  # type: ignore[arg-type]
+    assert sum(trial.scored for trial in ledger.trials) > 0
+
+
+def test_who_cannot_be_verified_keeps_nobodys_place(tmp_path: Path) -> None:
+    """The next takes it, so that as many are verified as were asked for."""
+    study = toy_study(space__genes=6, trials=40, verified=3)
+    trials = run(study, tmp_path / "whole", "random")
+    first = [trial.genome for trial in trials if trial.status == "complete"]
+    assert len(first) == 3
+
+    picky = toy_study(space__genes=6, trials=40, verified=3, evaluator=Unverifiable(genome=first[0]))
+    trials = run(picky, tmp_path / "picky", "random")
+    done = [trial.genome for trial in trials if trial.status == "complete"]
+    assert len(done) == 3
+    assert first[0] not in done
+
+
+def test_a_run_goes_on_in_the_database_that_it_was_begun_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever leaves --storage out would begin again; and a file of SQLite's is the same one wherever he types."""
+    monkeypatch.chdir(tmp_path)
+    study = toy_study(trials=6, verified=2)
+    StudyRun(study, tmp_path / "run", "sqlite:///trials.db").search("random")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    StudyRun(study, tmp_path / "run").search("evolution")
+    assert not (tmp_path / "run" / "journal.log").exists()
+    assert not list((tmp_path / "elsewhere").iterdir())
+    searched = {info.searcher for info, _ in Run.open(tmp_path / "run").ledgers}
+    assert {"random", "evolution"} <= searched
+
+
+def test_weights_are_not_taken_over_a_training_that_was_begun(tmp_path: Path) -> None:
+    (tmp_path / "trained" / "supernet").mkdir(parents=True)
+    (tmp_path / "trained" / "supernet" / "weights.safetensors").write_bytes(b"")
+    (tmp_path / "run" / "supernet").mkdir(parents=True)
+    (tmp_path / "run" / "supernet" / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="a training that was begun; leave --weights-from out"):
+        StudyRun(toy_study(), tmp_path / "run").take_weights(tmp_path / "trained")
+
+
+@dataclass(frozen=True)
+class Unverifiable(ToyEvaluator):
+    """One schedule fails on the last rung."""
+
+    genome: tuple[int, ...] = ()
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        if rung == self.rungs[-1] and tuple(step.arch for step in schedule.steps) == self.genome:
+            raise RuntimeError("cannot be verified")
+        return super().__call__(schedule, rung, seed)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,10 @@ def test_no_secret_is_shown_or_kept(url: str, tmp_path: Path) -> None:
 def test_what_a_url_may_say_is_kept() -> None:
     url = "postgresql+psycopg://user:x@host:5432/db?sslmode=require&application_name=a"
     assert kept_url(url) == "postgresql+psycopg://user@host:5432/db?application_name=a&sslmode=require"
-    assert kept_url("sqlite:///x.db") == "sqlite:///x.db"
+    assert kept_url("sqlite:///x.db") == f"sqlite:///{Path('x.db').resolve()}", (
+        "the same file wherever a command is typed"
+    )
+    assert kept_url("sqlite://") == "sqlite://"
     assert shown_url("postgresql://u@h/d?password=x") == "postgresql://u@h/d?password=***"
 
 

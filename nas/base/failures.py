@@ -27,6 +27,7 @@ REMEDIES = {
     errno.ELOOP: "its links lead in a circle; choose another path",
     errno.EMFILE: f"too many files are open; raise the limit (ulimit -n), then {AGAIN}",
     errno.ENOMEM: f"memory is short; use a smaller batch or fewer workers, then {AGAIN}",
+    errno.ENOLCK: "the file system gives no locks; choose another path, or mount it with them",
     errno.EIO: "the disk failed to read or write; check it",
     errno.EADDRINUSE: "the port is in use; choose another --port",
 }

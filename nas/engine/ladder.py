@@ -7,6 +7,7 @@ rung, which verifies, waits for the search to end: whoever is verified should be
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -16,6 +17,9 @@ import numpy.typing as npt
 
 from nas.contracts import Trial
 from nas.genomes.pareto import best_first
+
+FAILURES_PER_GENOME = 2
+"""After which a schedule is given up on a rung."""
 
 CONFIDENCE = 2.0
 """Standard errors of a paired difference beyond which two scores are told apart."""
@@ -80,8 +84,11 @@ class Climb:
             rung.running.add(trial.number)
             return
         rung.running.discard(trial.number)
+        if trial.status == "failed":
+            rung.failures[trial.digest] += 1
         if trial.scored:
             rung.scored.add(trial.digest)
+            rung.failures.pop(trial.digest, None)
         if self._ladder.admits(trial):
             rung.candidates.setdefault(trial.digest, trial)
             rung.order = None
@@ -99,7 +106,9 @@ class Climb:
                 room = math.floor(room / ladder.room(level) * len(below.scored))
                 if len(above.tried) >= room:
                     continue
-            waiting = [t for t in islice(self.leaders(lower), room) if t.digest not in above.tried]
+            # Who is given up there keeps nobody's place.
+            leaders = (t for t in self.leaders(lower) if above.failures[t.digest] < FAILURES_PER_GENOME)
+            waiting = [t for t in islice(leaders, room) if t.digest not in above.tried]
             if waiting:
                 return min(waiting, key=lambda trial: trial.number)
             quiet = quiet and not above.running
@@ -117,11 +126,13 @@ class Climb:
 
 @dataclass
 class _Rung:
-    """`tried`, `scored`: digests of schedules. `running`: numbers of trials. `candidates`: who may lead, one for each schedule."""
+    """`tried`, `scored`: digests of schedules; `failures`: how often one failed that has no score. `running`: numbers of trials. `candidates`: who may lead, one
+    for each schedule."""
 
     tried: set[str] = field(default_factory=set)
     scored: set[str] = field(default_factory=set)
     running: set[int] = field(default_factory=set)
+    failures: Counter[str] = field(default_factory=Counter)
     candidates: dict[str, Trial] = field(default_factory=dict)
     order: _Order | None = None
 

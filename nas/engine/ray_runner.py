@@ -321,7 +321,7 @@ class _Bridge(TuneSearcher):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         try:
-            if trial_id in self._turns and self.error is None:
+            if trial_id in self._turns:  # what has ended is booked, whatever ends the run
                 self._complete(trial_id, result, error)
         except Exception as reason:
             self._note(reason)

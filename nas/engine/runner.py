@@ -23,11 +23,10 @@ from nas.contracts import (
     UserError,
     derive_seed,
 )
-from nas.engine.ladder import Climb, Ladder, Patience
+from nas.engine.ladder import FAILURES_PER_GENOME, Climb, Ladder, Patience
 from nas.engine.ledger import Ledger
 from nas.study import noise_of
 
-FAILURES_PER_GENOME = 2
 FAILURES_IN_A_ROW = 5
 """So many candidates, and not one success between them, have a cause outside of them."""
 
@@ -86,22 +85,24 @@ class Conductor:
         self._retries = deque(trial for trial in self._retries if (trial.digest, trial.rung) not in reopened)
 
     def _replay(self, finished: Sequence[Trial]) -> None:
-        """Tells what was told before. Failures of a streak that ended a run had a cause outside of the candidates: they
-        do not count, and those of the last one are tried again. What an earlier streak left for good, or one of too few candidates to end a run, is told."""
-        last = {(trial.digest, trial.rung): trial for trial in finished}
-        for failed, group in groupby(finished, lambda trial: trial.status == "failed"):
+        """Tells what was told before. Failures of a streak that ended a run had a cause outside of the candidates: they do not count, and where a candidate was
+        not tried since it is tried again. Those of a streak of too few candidates are told, but for the one that ended the last run. Scores that were taken from
+        others end no streak."""
+        last = {(trial.digest, trial.rung): trial.number for trial in finished}
+        own = [trial for trial in finished if trial.status == "failed" or "scored_by" not in trial.origin]
+        streaks: set[int] = set()
+        for failed, group in groupby(own, lambda trial: trial.status == "failed"):
             streak = list(group)
-            if not failed or len(streak) < FAILURES_IN_A_ROW:
-                for trial in streak:
-                    self._absorb(trial)
-                continue
-            left = [trial for trial in streak if last[trial.digest, trial.rung] is trial]
-            if streak[-1] is finished[-1]:
-                self._retries.extend(left)
-            else:
-                for trial in left:
-                    self._failures[trial.digest, trial.rung] = FAILURES_PER_GENOME
-                    self._tell(trial)
+            candidates = {(trial.digest, trial.rung) for trial in streak}
+            ended = len(candidates) >= FAILURES_IN_A_ROW or (
+                len(streak) >= FAILURES_IN_A_ROW and streak[-1] is finished[-1]
+            )
+            streaks |= {trial.number for trial in streak if failed and ended}
+        for trial in finished:
+            if trial.number not in streaks:
+                self._absorb(trial)
+            elif last[trial.digest, trial.rung] == trial.number:
+                self._retries.append(trial)
 
     @property
     def proposed(self) -> int:
@@ -124,18 +125,17 @@ class Conductor:
         """
         if len(set(self._failed_in_a_row)) >= FAILURES_IN_A_ROW:
             raise self._failing()
-        if self._stale:
-            trial = self._stale.popleft()
-            self.ledger.begin_again(trial.number)
-            return self._job(trial)
         while True:
-            opened = self._open_next()
+            again = bool(self._stale)
+            opened = self._stale.popleft() if self._stale else self._open_next()
             if opened is DONE and len(self._failed_in_a_row) >= FAILURES_IN_A_ROW:
                 raise self._failing()
             if isinstance(opened, Signal):
                 return opened
             known = self._known.get((opened.digest, opened.rung))
             if known is None:
+                if again:
+                    self.ledger.begin_again(opened.number)
                 return self._job(opened)
             mine = known[0].startswith(
                 f"{self.ledger.info.name}#"
@@ -166,8 +166,10 @@ class Conductor:
             if not all(math.isfinite(value) for value in objectives):
                 outcome = f"a score is not finite: {dict(outcome.values)}"
         trial = self.ledger.fail(number, outcome) if isinstance(outcome, str) else self.ledger.close(number, outcome)
-        failed = trial.status == "failed"
-        self._failed_in_a_row = [*self._failed_in_a_row, (trial.digest, trial.rung)] if failed else []
+        if trial.status == "failed":
+            self._failed_in_a_row.append((trial.digest, trial.rung))
+        elif "scored_by" not in trial.origin:  # a score that was taken from others says nothing of this evaluator
+            self._failed_in_a_row.clear()
         self._climb.note(trial)
         self._absorb(trial)
         self._on_settled(trial)

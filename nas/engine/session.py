@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.contracts import Genome, LearningSearcher, Progress, Score, Trial, UserError
+from nas.contracts import Genome, LearningSearcher, Problem, Progress, Score, Trial, UserError
 from nas.engine.enqueued import Enqueued
 from nas.engine.facts import FILE, write_facts
 from nas.engine.ladder import Ladder
@@ -52,7 +52,7 @@ class Session:
         self.folder = folder.resolve()
         self.device = device
         self.storage = open_storage(self.folder, storage, writing=True)
-        self._writers = ExitStack()
+        self._writers: dict[str, ExitStack] = {}
         self._known: dict[tuple[str, int], tuple[str, Score]] = {}
         self._url = storage
         if not (self.folder / FILE).exists():
@@ -86,6 +86,13 @@ class Session:
             for _ in map_on_ray(partial(Learner, self.study, self.folder), [(searcher, seed)], self.study, workers):
                 yield Progress(f"{searcher} learns", 1, 1)
 
+    def ledger(self, info: LedgerInfo, problem: Problem, wait: Wait | None = None) -> Ledger:
+        """Opened, and held until what is run on it has ended, or the session. Raises UserError where another writer holds it, which is waited for where `wait` is
+        given."""
+        held = self._writers.setdefault(info.name, ExitStack())
+        held.close()
+        return Ledger(self.storage, info, problem, held.enter_context(only_writer(self._url, info.name, wait)))
+
     def conductor(
         self,
         searcher: str,
@@ -95,7 +102,7 @@ class Session:
         wait: Wait | None = None,
         patience: int | None = None,
     ) -> Conductor:
-        """The searcher's ledger, opened and replayed, and held until the session ends. The baseline ignores the study's limits; where
+        """The searcher's ledger, opened and replayed, and held until it has run or the session ends. The baseline ignores the study's limits; where
         another run is scoring it, on the same database, it is waited for, and `wait` is told. `patience`: schedules that leave the front as it was, after which the
         search ends early.
 
@@ -105,8 +112,7 @@ class Session:
         info = study.ledger_info(self.folder, searcher, seed)
         problem = study.problem_in(self.folder)
         patient = (wait or (lambda holder: None)) if searcher == BASELINE else None
-        check = self._writers.enter_context(only_writer(self._url, info.name, patient))
-        ledger = Ledger(self.storage, info, problem, check)
+        ledger = self.ledger(info, problem, patient)
         write_facts(self.study, self.folder, self._url)
         ladder = Ladder(info.rungs, study.objectives, trials or study.trials, study.verified, patience=patience)
         if searcher == BASELINE:  # all of it, at every rung, whatever the limits
@@ -134,8 +140,7 @@ class Session:
         run is tried again."""
         study, problem = self.study, self.study.unlimited(self.folder)
         info = confirmed_ledger(study, self.folder)
-        check = self._writers.enter_context(only_writer(self._url, info.name, lambda holder: None))
-        ledger = Ledger(self.storage, info, problem, check)
+        ledger = self.ledger(info, problem, lambda holder: None)
         ladder = Ladder(info.rungs, study.objectives, len(ledger.trials) + len(genomes), 1, everything=True)
         known = known_scores(self.storage, info)
         search = UniformSearch(genomes)
@@ -148,15 +153,24 @@ class Session:
 
             with torch_threads(1):
                 run_on_ray(conductors, self.study, self.folder, workers)
+            self._let_go(*conductors)
             return
         for conductor in conductors:
             with torch_threads(1):
                 # Loaded anew, so that no searcher profits from states that another one paid for.
                 run_here(conductor, self.study.load(self.folder, self.device))
+            self._let_go(conductor)
+
+    def _let_go(self, *conductors: Conductor) -> None:
+        """Other machines on the database may write these ledgers now."""
+        for conductor in conductors:
+            if (held := self._writers.get(conductor.ledger.info.name)) is not None:
+                held.close()
 
     def close(self) -> None:
         """Lets go of the ledgers, and of the database."""
-        self._writers.close()
+        for held in self._writers.values():
+            held.close()
         close_storage(self.storage)
 
     def on_one_thread(self, ticks: Iterator[Progress]) -> Iterator[Progress]:
@@ -189,6 +203,11 @@ def take_weights(source: Path, folder: Path) -> None:
     if not (source / "supernet" / "weights.safetensors").is_file():
         raise UserError(f"{source} holds no trained supernet; give the folder of a run that was trained to its end")
     folder.mkdir(parents=True, exist_ok=True)
+    begun = folder / "supernet"
+    if begun.exists() and not (begun / "weights.safetensors").is_file():
+        raise UserError(
+            f"{begun} holds a training that was begun; leave --weights-from out to go on with it, or delete it to take those"
+        )
     for part in ("supernet", "features"):
         if (source / part).is_dir() and not (folder / part).exists():
             partial = folder / f".{part}.partial"

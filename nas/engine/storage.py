@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def lock_run(folder: Path) -> filelock.BaseFileLock:
         raise UserError(
             f"run folder {folder} is in use by process {holder}; wait for it, stop it, or use another --out"
         ) from None
-    owner.write_text(str(os.getpid()))
+    owner.write_text(f"{os.getpid()} on {socket.gethostname()}")
     return lock
 
 
@@ -129,8 +130,10 @@ def shown_url(url: str) -> str:
 
 
 def kept_url(url: str) -> str:
-    """For files: without secrets, which are given anew by --storage or by the database's own environment."""
+    """For files: without secrets, which are given anew by --storage or by the database's own environment; a file of SQLite's wherever a command is typed."""
     parts = _parts(url)
+    if parts is not None and parts.drivername.startswith("sqlite") and parts.database not in (None, "", ":memory:"):
+        parts = parts.set(database=str(Path(parts.database).expanduser().resolve()))
     return shown_url(url) if parts is None else _rendered(parts, lambda key: None)
 
 

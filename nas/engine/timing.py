@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nas.base.files import read_json, write_json
 from nas.contracts import LoadedSupernet, Progress, SearchSpace, UserError
 from nas.genomes.timed import FILE, Timing, calls, key
 
@@ -18,7 +17,7 @@ def measure(space: SearchSpace, timing: Timing, net: LoadedSupernet, folder: Pat
     device = timing.timed_on(net)
     kept: dict[str, Any] = {"device": device, "milliseconds": {}}
     if path.exists():
-        kept = json.loads(path.read_text())
+        kept = read_json(path, "delete it, and calls are timed again")
     if kept["device"] != device:
         raise UserError(
             f"{path} holds times of {kept['device']}, this is {device}; go on as they were taken, or limit searches by new times in another --out"
@@ -27,7 +26,5 @@ def measure(space: SearchSpace, timing: Timing, net: LoadedSupernet, folder: Pat
     for number, step in enumerate(missing):
         yield Progress("timing calls", number, len(missing))
         kept["milliseconds"][key(step)] = timing.milliseconds(step, net, folder)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(kept, indent=1) + "\n")
-        os.replace(partial, path)
+        write_json(path, kept, indent=1)
     yield Progress("timing calls", len(missing), len(missing))

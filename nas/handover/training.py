@@ -19,7 +19,6 @@ from nas.base.exported import WEIGHTS, Export, check_hashes, read_export, read_n
 from nas.base.files import tensors_digest
 from nas.contracts import LoadedEvaluator, Progress, Proposal, Score, UserError, derive_seed, digest_of, frozen
 from nas.engine.facts import read_facts
-from nas.engine.ledger import Ledger
 from nas.engine.session import open_session, torch_threads
 from nas.results.plots import draw_losses
 from nas.results.report import Run
@@ -145,7 +144,7 @@ def score_and_book(
     samples, genome = study.evaluator.rungs[-1], provenance["genome"]
     weights = digest_of([[name, tensors_digest(trained / name / WEIGHTS)] for name in sorted(export.networks)])
     with open_session(study, folder, storage or _storage_of(folder), device) as session:
-        ledger = Ledger(session.storage, info, study.unlimited(folder))
+        ledger = session.ledger(info, study.unlimited(folder), lambda holder: None)
         schedule = study.space.decode(genome)
         done = [t for t in ledger.trials if t.status == "complete" and t.digest == schedule.digest]
         booked = [t for t in done if t.origin.get("weights") == weights]
