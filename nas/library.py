@@ -132,7 +132,7 @@ class StudyRun:
         names = [name for name in (searchers or self.study.searchers) if name != BASELINE]
         for name in names:
             self.study.searcher(name)
-        names = names if searchers else names[:1]
+        names = list(dict.fromkeys(names)) if searchers else names[:1]
         searches = [(name, number) for number in range(seed, seed + seeds) for name in names]
         # One after another here; on workers, side by side once the baseline is known.
         groups = [[one] for one in searches] if pool is None else [searches]
@@ -416,7 +416,8 @@ class StudyRun:
 
     def _session(self) -> AbstractContextManager[Session]:
         # Begun in a database, it goes on there; a journal of its own comes first.
-        own = (self.folder / JOURNAL).exists()
+        journal = self.folder / JOURNAL
+        own = journal.is_file() and journal.stat().st_size > 0
         return open_session(self.study, self.folder, self.storage if own else self._kept_storage, self.device)
 
 

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, create_trial
 from nas.contracts import DONE, WAIT, Proposal, Schedule, Score, Step, Trial, UserError, derive_seed, digest_of
 from nas.engine.ladder import Ladder
 from nas.engine.ledger import Ledger, read_ledgers
-from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job, attempt, run_here
+from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job, attempt
 from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from nas.library import StudyRun
@@ -198,24 +198,6 @@ def test_a_run_that_is_killed_while_it_tries_a_streak_again_goes_on_with_the_res
         again.append(job.trial.genome)
         conductor.settle(job.trial.number, Score({"fd": 9.0}))
     assert again == bad[1:]
-
-
-def test_scores_that_are_taken_from_others_are_no_sign_that_an_evaluator_works(tmp_path: Path) -> None:
-    """With every second schedule known, each other one would fail for good, one after another."""
-    study = toy_study(space__genes=3, evaluator__failing=tuple(itertools.product(range(4), repeat=3)))
-    info = study.ledger_info(tmp_path, "random", 0)
-    ledger = Ledger(open_storage(tmp_path, writing=True), info, study.problem)
-    every = list(itertools.product(range(4), repeat=3))
-    known = {
-        (study.space.decode(genome).digest, 64): ("other#0", Score({"fd": 9.0}, {"fd": (9.0, 9.1)}))
-        for genome in every[::2]
-    }
-    conductor = Conductor(
-        ledger, RandomSearch(study.problem, 0), study.problem, Ladder((64,), ("fd", "macs"), 60, 5), 0, known
-    )
-    with pytest.raises(UserError, match="5 candidates in a row failed"):
-        run_here(conductor, study.evaluator)  # type: ignore[arg-type]
-    assert sum(trial.scored for trial in ledger.trials) > 0
 
 
 def test_who_cannot_be_verified_keeps_nobodys_place(tmp_path: Path) -> None:

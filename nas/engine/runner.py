@@ -67,7 +67,6 @@ class Conductor:
         self._search = search
         self._problem = problem
         self._ladder = ladder
-        self._climb = Climb(ladder, ledger.trials)
         self._patience = Patience(ladder)
         self._proposed = sum(self._counts(trial) for trial in ledger.trials)
         self._seed = seed
@@ -78,31 +77,34 @@ class Conductor:
         self._failed_in_a_row: list[tuple[str, int]] = []
         self._retries: deque[Trial] = deque()
         self._search_done = False
-        self._replay([t for t in ledger.finished if t.status != "failed" or t.genome not in forgiven])
+        uncounted = self._replay([t for t in ledger.finished if t.status != "failed" or t.genome not in forgiven])
+        self._climb = Climb(ladder, (trial for trial in ledger.trials if trial.number not in uncounted))
         self._running = {trial.number: trial for trial in ledger.trials if trial.status == "running"}
         self._stale = deque(self._running.values())
         reopened = {(trial.digest, trial.rung) for trial in self._running.values()}
         self._retries = deque(trial for trial in self._retries if (trial.digest, trial.rung) not in reopened)
 
-    def _replay(self, finished: Sequence[Trial]) -> None:
+    def _replay(self, finished: Sequence[Trial]) -> set[int]:
         """Tells what was told before. Failures of a streak that ended a run had a cause outside of the candidates: they do not count, and where a candidate was
-        not tried since it is tried again. Those of a streak of too few candidates are told, but for the one that ended the last run. Scores that were taken from
-        others end no streak."""
+        not tried since it is tried again. Those of a streak of too few candidates are told, but for one that ended a run. Returned are the numbers of the
+        failures that do not count."""
         last = {(trial.digest, trial.rung): trial.number for trial in finished}
-        own = [trial for trial in finished if trial.status == "failed" or "scored_by" not in trial.origin]
         streaks: set[int] = set()
-        for failed, group in groupby(own, lambda trial: trial.status == "failed"):
+        behind = 0
+        for failed, group in groupby(finished, lambda trial: trial.status == "failed"):
             streak = list(group)
-            candidates = {(trial.digest, trial.rung) for trial in streak}
-            ended = len(candidates) >= FAILURES_IN_A_ROW or (
-                len(streak) >= FAILURES_IN_A_ROW and streak[-1] is finished[-1]
-            )
-            streaks |= {trial.number for trial in streak if failed and ended}
+            behind += len(streak)
+            numbers, candidates = {t.number for t in streak}, {(t.digest, t.rung) for t in streak}
+            # A run of few candidates ended with it where it is the last, or what is behind it tries them again.
+            ended = behind == len(finished) or any(t.origin.get("retry") in numbers for t in finished[behind:])
+            if failed and len(streak) >= FAILURES_IN_A_ROW and (len(candidates) >= FAILURES_IN_A_ROW or ended):
+                streaks |= numbers
         for trial in finished:
             if trial.number not in streaks:
                 self._absorb(trial)
             elif last[trial.digest, trial.rung] == trial.number:
                 self._retries.append(trial)
+        return streaks
 
     @property
     def proposed(self) -> int:
@@ -126,21 +128,24 @@ class Conductor:
         if len(set(self._failed_in_a_row)) >= FAILURES_IN_A_ROW:
             raise self._failing()
         while True:
-            again = bool(self._stale)
-            opened = self._stale.popleft() if self._stale else self._open_next()
+            opened = self._begun_again() if self._stale else self._open_next()
             if opened is DONE and len(self._failed_in_a_row) >= FAILURES_IN_A_ROW:
                 raise self._failing()
             if isinstance(opened, Signal):
                 return opened
             known = self._known.get((opened.digest, opened.rung))
             if known is None:
-                if again:
-                    self.ledger.begin_again(opened.number)
                 return self._job(opened)
             mine = known[0].startswith(
                 f"{self.ledger.info.name}#"
             )  # another genome of the same schedule: paid for already
             self.settle(opened.number, replace(known[1], spent={}) if mine else known[1].charged_in_full())
+
+    def _begun_again(self) -> Trial:
+        """One that was under way when a run was killed."""
+        trial = self._stale.popleft()
+        self.ledger.begin_again(trial.number)
+        return trial
 
     def _failing(self) -> UserError:
         last = next(trial for trial in reversed(self.ledger.finished) if trial.status == "failed")
@@ -168,7 +173,7 @@ class Conductor:
         trial = self.ledger.fail(number, outcome) if isinstance(outcome, str) else self.ledger.close(number, outcome)
         if trial.status == "failed":
             self._failed_in_a_row.append((trial.digest, trial.rung))
-        elif "scored_by" not in trial.origin:  # a score that was taken from others says nothing of this evaluator
+        else:
             self._failed_in_a_row.clear()
         self._climb.note(trial)
         self._absorb(trial)

@@ -89,7 +89,7 @@ class Session:
     def ledger(self, info: LedgerInfo, problem: Problem, wait: Wait | None = None) -> Ledger:
         """Opened, and held until what is run on it has ended, or the session. Raises UserError where another writer holds it, which is waited for where `wait` is
         given."""
-        held = self._writers.setdefault(info.name, ExitStack())
+        held = self._writers.setdefault(info.base_name, ExitStack())
         held.close()
         return Ledger(self.storage, info, problem, held.enter_context(only_writer(self._url, info.name, wait)))
 
@@ -164,7 +164,7 @@ class Session:
     def _let_go(self, *conductors: Conductor) -> None:
         """Other machines on the database may write these ledgers now."""
         for conductor in conductors:
-            if (held := self._writers.get(conductor.ledger.info.name)) is not None:
+            if (held := self._writers.get(conductor.ledger.info.base_name)) is not None:
                 held.close()
 
     def close(self) -> None:
