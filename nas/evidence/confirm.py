@@ -256,7 +256,7 @@ def protocol_of(
         },
         reference=FULL,
         seeds=tuple(range(seeds)),
-        outcome=f"distance to {'the held-out images, which the search was scored against too, or may have been' if seen else 'held-out images that nothing was chosen on'}, of "
+        outcome=f"distance to {'the held-out images, which the search was scored against too' if seen else 'held-out images that nothing was chosen on'}, of "
         f"{judges[0].samples} samples of noises of each seed alone, under {' and '.join(deciding)}; reported beside it: {' and '.join(others)}",
         margin=margin,
         test="paired by noise, over training seeds of one supernet: the upper end of the 95 % interval (Student's t over the seeds, at least 1.96 errors of sampling) is "
