@@ -290,11 +290,7 @@ def in_parts(call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """The same in calls of so many images at once as of real images, whatever the batch that was chosen for the network that made them."""
 
     def called(*images: torch.Tensor) -> torch.Tensor:
-        count = (
-            max(1, min(AT_ONCE, PIXELS // images[0][0, 0].numel()))
-            if images[0].ndim == 4 and len(images[0])
-            else AT_ONCE
-        )
+        count = max(1, min(AT_ONCE, PIXELS // math.prod(images[0].shape[2:])))
         parts = zip(*(torch.split(each, count) for each in images), strict=True)
         return torch.cat([call(*part) for part in parts])
 

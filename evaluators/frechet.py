@@ -271,7 +271,7 @@ class OfFeatures(Sampled):
         return f"{name}@{count}{against} ({features.label})"
 
     def once(self, make: Callable[[], Any], folder: Path, device: torch.device) -> Any:
-        """What is made of the real images' features, which are the same for each search of a run: with Inception's they take minutes, or hours."""
+        """What is made of the real images' features, which are the same for each search of a run, and of many images take long."""
         key = (type(self).__name__, load_once(self.images).digest, self.features_identity(folder), str(device))
         if key not in _OF_REAL_IMAGES:
             _OF_REAL_IMAGES[key] = make()

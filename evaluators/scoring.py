@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,12 +167,12 @@ def mean_with_replicates(rows: npt.NDArray[Any]) -> tuple[float, tuple[float, ..
     return float(values.mean()), tuple(float((total - part.sum()) / (len(values) - len(part))) for part in parts)
 
 
-class SampledAs:
+class SampledAs(ABC):
     """What an evaluator has of another one, `like`, whose samples it looks at."""
 
     @property
-    def like(self) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def like(self) -> Evaluator: ...
 
     @property
     def rungs(self) -> tuple[int, ...]:

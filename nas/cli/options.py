@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -176,13 +175,7 @@ def check_device(device: str) -> None:
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """What is no finite number, which JSON does not know, is null."""
-    print(json.dumps(_finite(data), indent=2, allow_nan=False))
+    """What is no finite number is null."""
+    from nas.base.files import finite
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(data), indent=2, allow_nan=False))

@@ -94,10 +94,12 @@ class Conductor:
         for failed, group in groupby(finished, lambda trial: trial.status == "failed"):
             streak = list(group)
             behind += len(streak)
+            if not failed or len(streak) < FAILURES_IN_A_ROW:
+                continue
             numbers, candidates = {t.number for t in streak}, {(t.digest, t.rung) for t in streak}
             # A run of few candidates ended with it where it is the last, or what is behind it tries them again.
             ended = behind == len(finished) or any(t.origin.get("retry") in numbers for t in finished[behind:])
-            if failed and len(streak) >= FAILURES_IN_A_ROW and (len(candidates) >= FAILURES_IN_A_ROW or ended):
+            if len(candidates) >= FAILURES_IN_A_ROW or ended:
                 streaks |= numbers
         for trial in finished:
             if trial.number not in streaks:

@@ -161,10 +161,9 @@ def most_within(problem: Problem) -> float:
     """The cost up to which budgets are spread, as `interval_costs` counts: `budget_of`, or where further limits are there about the dearest genome that keeps
     all: one network throughout, or as many intervals of the dearest as do beside those of the anchor."""
     budget = budget_of(problem)
-    costs = costs_of(problem.space)
-    most = min(budget, float(costs.total(costs.dearest())))
     if all(name in _budgeted(problem) for name in problem.limits):
         return budget
+    costs = costs_of(problem.space)
     full, least = costs.dearest(), anchor(problem)
     low, high = 0, len(costs.genes)
     while low < high:  # of intervals, noisy to clean; costs rise with their number
@@ -174,7 +173,7 @@ def most_within(problem: Problem) -> float:
     stop = costs.genes[low - 1].stop if low else 0
     known = [(*full[:stop], *least[stop:]), *filter(problem.feasible, uniform_genomes(problem.space))]
     known += _one_throughout(problem)
-    return min(most, max(float(costs.total(genome)) for genome in known))
+    return min(budget, max(float(costs.total(genome)) for genome in known))
 
 
 def _one_throughout(problem: Problem) -> list[Genome]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nas.base.files import finite
 from nas.contracts import Trial
 from nas.results.recommendation import next_command
 from nas.results.report import Run
@@ -46,11 +47,11 @@ def points(
                         "trial": trial.number,
                         "share": run.scale.share(trial),
                         "value": trial.score.values[quality],
-                        "error": _finite(trial.score.error(quality)),
+                        "error": finite(trial.score.error(quality)),
                         "front": trial.number in front,
                         "cost": cost_in_words(trial),
                         "figures": {
-                            metric: [value, _finite(trial.score.error(metric))]
+                            metric: [value, finite(trial.score.error(metric))]
                             for metric, value in trial.score.values.items()
                             if math.isfinite(value)
                         },
@@ -70,8 +71,3 @@ def points(
             break
         told["samples"] = "data:image/png;base64," + base64.b64encode(picture).decode()
     return [told for _, _, told in found]
-
-
-def _finite(value: float) -> float | None:
-    """JSON knows no other numbers."""
-    return value if math.isfinite(value) else None

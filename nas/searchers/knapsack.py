@@ -61,6 +61,7 @@ class KnapsackSearch:
         self._told: set[Genome] = set()
         self._solved: tuple[int, list[tuple[Genome, float, float]]] | None = None
         self._screened: list[list[Option]] | None = None
+        self._most = most_within(problem)
 
     def ask(self, pending: Sequence[Genome]) -> Proposal | Signal:
         taken = Taken(self._told, pending)
@@ -161,7 +162,7 @@ class KnapsackSearch:
         base, table, pairs = self._table(options)
         costs = [[self._intervals.cost(k, option) for option in row] for k, row in enumerate(options)]
         least = sum(min(row) for row in costs)
-        most = min(most_within(self._problem), sum(max(row) for row in costs))
+        most = min(self._most, sum(max(row) for row in costs))
         budgets = [least + (most - least) * i / self._settings.budgets for i in range(1, self._settings.budgets + 1)]
         objective: Literal["sum", "minimax"] = "minimax" if self._settings.objective == "minimax" else "sum"
         top = self._settings.top

@@ -68,6 +68,7 @@ class PathSearch:
         self._tracks = Tracks(problem.space, settings.options, settings.reach, settings.probes)
         self._costs = self._tracks.costs
         self._full = self._tracks.full
+        self._most = most_within(problem)
         self._measured: dict[Genome, float] = {}
         self._left: set[Genome] | None = None
         self._known: tuple[dict[Genome, float], list[tuple[float, Genome]]] = ({}, [])
@@ -251,7 +252,7 @@ class PathSearch:
     def _solve(self) -> Iterator[tuple[Genome, float, str]]:
         if self._full not in self._known[0]:
             return
-        most = min(most_within(self._problem), float(self._costs.total(self._full)))
+        most = min(self._most, float(self._costs.total(self._full)))
         least = float(self._costs.total(self._costs.cheapest()))
         shares = [1 - number / self._settings.budgets for number in range(self._settings.budgets)]
         budgets = [least + (most - least) * share for share in shares]
