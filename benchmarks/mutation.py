@@ -44,7 +44,7 @@ FILES = (
 )
 
 TESTS = (
-    "test_allocation", "test_audit", "test_benchmarks", "test_evaluators", "test_genetics", "test_intervals", "test_ladder", "test_latency",
+    "test_allocation", "test_audit", "test_benchmarks", "test_evaluators", "test_failures", "test_genetics", "test_intervals", "test_ladder", "test_latency",
     "test_options", "test_pareto", "test_pretrained", "test_reuse", "test_runner", "test_searchers", "test_supernet", "test_trajectories",
 )  # fmt: skip
 """Files of tests that touch them, the slow ones of commands and workers left out."""

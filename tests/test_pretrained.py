@@ -181,8 +181,10 @@ def test_files_of_2022_are_read_as_diffusers_reads_them(pipeline: Path, caplog: 
     assert "has no scaling_factor; diffusers takes 0.18215" in caplog.text
     vae = AutoencoderKL.from_pretrained(pipeline.parent / "sd" / "vae")
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    # diffusers leaves weights where the file has them, at any address, and by that some processors' kernels choose the order in which they sum.
     with torch.no_grad():
-        assert torch.equal(codec.decode(latents), vae.decode(latents / vae.config.scaling_factor).sample)
+        difference = codec.decode(latents) - vae.decode(latents / vae.config.scaling_factor).sample
+    assert float(difference.abs().max()) < 1e-5
 
 
 def test_the_first_pipelines_lie_in_one_folder(pipeline: Path) -> None:

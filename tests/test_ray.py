@@ -26,8 +26,8 @@ from nas.study import Study, load_study
 from tests.arithmetic import CALL
 from tests.test_cli import ROOT
 from tests.test_relaxation import warm
-from tests.test_runner import facts, killed_at_random, run
-from tests.toy import toy_study
+from tests.test_runner import killed_at_random
+from tests.toy import facts, run, toy_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 

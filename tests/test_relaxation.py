@@ -27,7 +27,7 @@ from search_spaces.noise import NoiseSchedule
 from search_spaces.patterns import Every, Only
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
-from tests.test_runner import facts
+from tests.toy import facts
 
 LOGITS = st.lists(st.floats(-8, 8), min_size=1, max_size=6)
 

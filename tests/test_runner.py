@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import os
 import random
 import signal
@@ -20,10 +19,9 @@ from optuna.samplers._tpe.sampler import default_weights
 from optuna.samplers.nsgaii import SBXCrossover
 from optuna.trial import FrozenTrial, create_trial
 
-from nas.contracts import DONE, WAIT, Proposal, Schedule, Score, Step, Trial, UserError, derive_seed, digest_of
-from nas.engine.ladder import Ladder
-from nas.engine.ledger import Ledger, read_ledgers
-from nas.engine.runner import FAILURES_IN_A_ROW, Conductor, Job, attempt
+from nas.contracts import DONE, WAIT, Proposal, Schedule, Score, Trial, UserError, derive_seed, digest_of
+from nas.engine.ledger import read_ledgers
+from nas.engine.runner import Job
 from nas.engine.session import open_session
 from nas.engine.storage import open_storage
 from nas.library import StudyRun
@@ -32,24 +30,9 @@ from nas.results.trials import wall_seconds
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.optuna_sampler import OptunaSampler
 from nas.searchers.random import RandomSearch
-from nas.study import Study
-from tests.toy import ToyEvaluator, ToySpace, toy_study
+from tests.toy import ToyEvaluator, ToySpace, facts, run, toy_study
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(study: Study, folder: Path, searcher: str = "evolution", trials: int | None = None) -> list[Trial]:
-    with open_session(study, folder) as session:
-        conductor = session.conductor(searcher, trials=trials)
-        session.run(conductor)
-        return conductor.ledger.trials
-
-
-def facts(trials: list[Trial]) -> list[tuple[Any, ...]]:
-    return [
-        (t.number, t.genome, t.rung, t.status, dict(t.origin), t.score.values["fd"] if t.score else None)
-        for t in trials
-    ]
 
 
 def test_a_run_searches_then_verifies_on_other_noise(tmp_path: Path) -> None:
@@ -110,110 +93,6 @@ def test_what_may_not_be_enqueued_is_refused(genome: Any, words: str) -> None:
         toy_study(enqueue=(genome,))
 
 
-def test_a_failing_candidate_is_tried_twice_and_the_search_goes_on(tmp_path: Path) -> None:
-    failing = (1, 1, 1, 1, 1, 1)
-    trials = run(toy_study(evaluator__failing=(failing,)), tmp_path)
-    failed = [t for t in trials if t.status == "failed"]
-    assert [t.genome for t in failed] == [failing, failing]
-    assert failed[1].origin["retry"] == failed[0].number
-    assert all("was told to fail" in t.reason for t in failed)
-    assert sum(t.rung == 64 and t.status == "pruned" for t in trials) == 29
-
-
-def test_a_score_that_is_no_number_is_a_failure(tmp_path: Path) -> None:
-    bad = (2, 2, 2, 2, 2, 2)
-    trials = run(toy_study(evaluator__not_a_number=(bad,)), tmp_path)
-    failed = [t for t in trials if t.status == "failed"]
-    assert {t.genome for t in failed} == {bad}
-    assert "not finite" in failed[0].reason
-
-
-def test_an_evaluator_that_always_fails_ends_the_run_with_its_reason(tmp_path: Path) -> None:
-    every = tuple(itertools.product(range(4), repeat=3))
-    study = toy_study(space__genes=3, evaluator__failing=every)
-    with pytest.raises(UserError, match="in a row failed, the last with: RuntimeError: genome"):
-        run(study, tmp_path)
-
-
-def test_failures_with_a_cause_outside_do_not_count_once_it_is_gone(tmp_path: Path) -> None:
-    every = tuple(itertools.product(range(4), repeat=3))
-    broken = toy_study(space__genes=3, evaluator__failing=every)
-    for _ in range(2):
-        with pytest.raises(UserError, match="in a row failed"):
-            run(broken, tmp_path, "uniform")
-    trials = run(toy_study(space__genes=3), tmp_path, "uniform")
-    assert {t.genome for t in trials if t.status == "complete"} == {(i,) * 3 for i in range(4)}
-    assert facts(run(toy_study(space__genes=3), tmp_path, "uniform")) == facts(trials)
-
-
-def test_a_candidate_that_still_fails_after_such_a_streak_is_not_proposed_again(tmp_path: Path) -> None:
-    every = tuple(itertools.product(range(4), repeat=3))
-    with pytest.raises(UserError, match="in a row failed"):
-        run(toy_study(space__genes=3, evaluator__failing=every), tmp_path, "random")
-    [(_, trials)] = read_ledgers(open_storage(tmp_path))
-    bad = trials[0].genome
-    run(toy_study(space__genes=3, evaluator__failing=(bad,), trials=10), tmp_path, "random")
-    trials = run(toy_study(space__genes=3, evaluator__failing=(bad,), trials=25), tmp_path, "random")
-    first = [t.genome for t in trials if t.rung == 64 and "retry" not in t.origin]
-    assert len(first) == 25
-    assert len(set(first)) == 25
-
-
-def test_what_a_streak_left_for_good_is_told_on_replay(tmp_path: Path) -> None:
-    study = toy_study(space__genes=3)
-    ledger = Ledger(open_storage(tmp_path, writing=True), study.ledger_info(tmp_path, "random", 0), study.problem)
-    bad, good = (0, 0, 0), (1, 1, 1)
-
-    def opened(genome: tuple[int, ...]) -> int:
-        return ledger.open(Proposal(genome), study.space.decode(genome), 64).number
-
-    for genome in (bad, good, bad, good, (2, 0, 0), (2, 0, 0)):
-        ledger.fail(opened(genome), "out of memory")
-    for genome in (good, (2, 0, 0)):
-        ledger.close(opened(genome), Score({"fd": 10.0}))
-    search = RandomSearch(study.problem, 0)
-    Conductor(ledger, search, study.problem, Ladder((64, 256), ("fd", "macs"), 30, 5), 0)
-    assert search._told == {bad, good, (2, 0, 0)}
-
-
-def test_a_run_that_is_killed_while_it_tries_a_streak_again_goes_on_with_the_rest(tmp_path: Path) -> None:
-    """What had no second chance has it, though the first of them has been scored since."""
-    study = toy_study(space__genes=3)
-    ledger = Ledger(open_storage(tmp_path, writing=True), study.ledger_info(tmp_path, "random", 0), study.problem)
-    bad = [(gene, 0, 0) for gene in range(4)] + [(0, 1, 0)]
-
-    def opened(genome: tuple[int, ...], **origin: Any) -> int:
-        return ledger.open(Proposal(genome, origin), study.space.decode(genome), 64).number
-
-    for genome in bad:
-        ledger.fail(opened(genome), "out of memory")
-    ledger.close(opened(bad[0], retry=0), Score({"fd": 10.0}))
-    search = RandomSearch(study.problem, 0)
-    conductor = Conductor(ledger, search, study.problem, Ladder((64, 256), ("fd", "macs"), 30, 5), 0)
-    assert search._told == {bad[0]}
-    again = []
-    for _ in range(4):
-        job = conductor.next()
-        assert isinstance(job, Job)
-        again.append(job.trial.genome)
-        conductor.settle(job.trial.number, Score({"fd": 9.0}))
-    assert again == bad[1:]
-
-
-def test_who_cannot_be_verified_keeps_nobodys_place(tmp_path: Path) -> None:
-    """The next takes it, so that as many are verified as were asked for."""
-    study = toy_study(space__genes=6, trials=40, verified=3)
-    trials = run(study, tmp_path / "whole", "random")
-    first = [trial.genome for trial in trials if trial.status == "complete"]
-    assert len(first) == 3
-
-    picky = toy_study(space__genes=6, trials=40, verified=3, evaluator=Unverifiable(genome=first[0]))
-    trials = run(picky, tmp_path / "picky", "random")
-    done = [trial.genome for trial in trials if trial.status == "complete"]
-    assert len(done) == 3
-    assert first[0] not in done
-
-
 def test_a_run_goes_on_in_the_database_that_it_was_begun_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever leaves --storage out would begin again; and a file of SQLite's is the same one wherever he types."""
     monkeypatch.chdir(tmp_path)
@@ -235,18 +114,6 @@ def test_weights_are_not_taken_over_a_training_that_was_begun(tmp_path: Path) ->
     (tmp_path / "run" / "supernet" / "checkpoint.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="a training that was begun; leave --weights-from out"):
         StudyRun(toy_study(), tmp_path / "run").take_weights(tmp_path / "trained")
-
-
-@dataclass(frozen=True)
-class Unverifiable(ToyEvaluator):
-    """One schedule fails on the last rung."""
-
-    genome: tuple[int, ...] = ()
-
-    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
-        if rung == self.rungs[-1] and tuple(step.arch for step in schedule.steps) == self.genome:
-            raise RuntimeError("cannot be verified")
-        return super().__call__(schedule, rung, seed)
 
 
 @dataclass(frozen=True)
@@ -444,7 +311,7 @@ def _lines(folder: Path) -> int:
 LOCAL = """
 import os
 from pathlib import Path
-from tests.test_runner import run
+from tests.toy import run
 from tests.toy import ToySpace, toy_study
 folder = Path(os.environ["RUN"])
 run(toy_study(evaluator__seconds=0.02, evaluator__log=str(folder / "calls"), trials=60), folder)
@@ -471,37 +338,6 @@ class Noted(ToyEvaluator):
         with open(self.log, "a") as file:
             file.write(f"{schedule.digest} {rung} {seed}\n")
         return ToyEvaluator(self.rungs)(schedule, rung, seed)
-
-
-@dataclass(frozen=True)
-class Short(ToyEvaluator):
-    """Memory is short on the third noise, as long as a file is there."""
-
-    while_there: str = ""
-
-    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
-        if seed == derive_seed(0, "confirmation noise") and os.path.exists(self.while_there):
-            raise RuntimeError("out of memory")
-        return super().__call__(schedule, rung, seed)
-
-
-def test_what_could_not_be_confirmed_is_tried_again_by_the_next_command(tmp_path: Path) -> None:
-    """Though it failed as often as a candidate may."""
-    short = tmp_path / "short"
-    # Two are chosen: of three that fail one after another it is said so at once.
-    limits = {"macs_share": 0.26}
-    study = toy_study(trials=12, verified=2, limits=limits, evaluator=Short(while_there=str(short)))
-    short.touch()
-    for _ in range(3):
-        with pytest.raises(UserError, match="could not be scored once more: RuntimeError: out of memory; once the"):
-            StudyRun(study, tmp_path / "run").search("evolution")
-    with pytest.raises(UserError, match="could not be scored once more: RuntimeError: out of memory"):
-        StudyRun(study, tmp_path / "run").best(macs_share=0.5)
-    short.unlink()
-    assert StudyRun(study, tmp_path / "run").best(macs_share=0.5).confirmed is not None
-    StudyRun(study, tmp_path / "run").search("evolution")
-    found = Run.open(tmp_path / "run")
-    assert {trial.digest for trial in found.chosen()} <= set(found.confirmed)
 
 
 def test_searching_verifying_and_confirming_have_noises_of_their_own(tmp_path: Path) -> None:
@@ -536,26 +372,6 @@ def test_searching_verifying_and_confirming_have_noises_of_their_own(tmp_path: P
         )
 
 
-def test_a_run_ends_after_so_many_candidates_in_a_row_failed_and_not_before(tmp_path: Path) -> None:
-    every = tuple(itertools.product(range(4), repeat=3))
-    with pytest.raises(UserError, match=f"^{FAILURES_IN_A_ROW} candidates in a row failed.* tries them again$"):
-        run(toy_study(space__genes=3, evaluator__failing=every), tmp_path)
-    [(_, trials)] = read_ledgers(open_storage(tmp_path))
-    failed = [trial.digest for trial in trials if trial.status == "failed"]
-    assert len(set(failed)) == FAILURES_IN_A_ROW
-    assert len(set(failed[:-1])) < FAILURES_IN_A_ROW
-
-
-def test_a_few_bad_candidates_in_a_row_end_nothing(tmp_path: Path) -> None:
-    """They are as many failures as end a run, each tried twice, yet say nothing of others."""
-    bad = tuple((i,) * 6 for i in range(3))
-    trials = run(toy_study(evaluator__not_a_number=bad), tmp_path, "uniform")
-    assert sorted(t.genome for t in trials if t.status == "failed") == [genome for genome in bad for _ in range(2)]
-    assert {t.genome for t in trials if t.status == "complete"} == {(3,) * 6}
-    again = run(toy_study(evaluator__not_a_number=bad), tmp_path, "uniform")
-    assert facts(again) == facts(trials), "what failed for good is not tried for ever"
-
-
 def test_a_stop_is_no_time_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study, hour = toy_study(trials=3, verified=1), datetime.timedelta(hours=1)
 
@@ -571,19 +387,6 @@ def test_a_stop_is_no_time_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(run(study, tmp_path, "random")) == 4
     [(_, trials)] = read_ledgers(open_storage(tmp_path))
     assert wall_seconds(trials) < hour.total_seconds() / 2
-
-
-def test_failures_of_jobs_that_ran_side_by_side_end_a_run_too(tmp_path: Path) -> None:
-    with open_session(toy_study(), tmp_path) as session:
-        conductor = session.conductor("random")
-        jobs = [conductor.next() for _ in range(FAILURES_IN_A_ROW + 3)]
-        for job in jobs:
-            assert isinstance(job, Job)
-            conductor.settle(job.trial.number, "Traceback\nRuntimeError: no")
-        with pytest.raises(
-            UserError, match=f"^{len(jobs)} candidates in a row failed, the last with: RuntimeError: no"
-        ):
-            conductor.next()
 
 
 def test_what_a_run_will_close_is_planned(tmp_path: Path) -> None:
@@ -607,35 +410,3 @@ def test_a_run_waits_while_something_is_under_way_and_is_done_when_all_of_it_is_
                 assert isinstance(job, Job)
                 conductor.settle(job.trial.number, evaluate(job.schedule, job.samples, job.seed))
         assert conductor.next() is DONE
-
-
-def test_a_candidate_that_was_scored_meanwhile_is_not_tried_again(tmp_path: Path) -> None:
-    """It failed in one run, and another one on the same ledger scored it: its second attempt has nothing to show."""
-    study = toy_study(space__genes=1, space__options=2, limits={}, trials=2, verified=1)
-    with open_session(study, tmp_path) as session:
-        conductor = session.conductor("random")
-        first = conductor.next()
-        assert isinstance(first, Job)
-        conductor.settle(first.trial.number, "RuntimeError: once")
-        again = conductor.next()
-        assert isinstance(again, Job)
-        assert again.trial.origin["retry"] == first.trial.number
-        conductor.settle(again.trial.number, "RuntimeError: twice")
-        session.run(conductor)
-        tried = [trial for trial in conductor.ledger.trials if trial.digest == first.trial.digest and trial.rung == 64]
-    assert len(tried) == 2
-
-
-def test_a_reason_ends_with_the_last_calls_before_it() -> None:
-    def fail(depth: int) -> Score:
-        if depth:
-            return onward(depth - 1)
-        raise RuntimeError("no")
-
-    def onward(depth: int) -> Score:  # in turns, since a traceback does not repeat itself
-        return fail(depth)
-
-    reason = attempt(lambda *arguments: fail(20), Schedule((Step(0, ()),)), 1, 0)
-    assert isinstance(reason, str)
-    assert reason.count('File "') == 5
-    assert reason.rstrip().endswith("RuntimeError: no")

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.contracts import Choice, Genome, ImageSet, Price, Progress, Schedule, Score, Step
+from nas.contracts import Choice, Genome, ImageSet, Price, Progress, Schedule, Score, Step, Trial
+from nas.engine.session import open_session
 from nas.searchers.evolution import Evolution
 from nas.searchers.random import Random
 from nas.study import Study
@@ -153,3 +154,17 @@ def toy_study(**changes: Any) -> Study:
         "verified": 5,
     }
     return Study(**{**settings, **changes})
+
+
+def run(study: Study, folder: Path, searcher: str = "evolution", trials: int | None = None) -> list[Trial]:
+    with open_session(study, folder) as session:
+        conductor = session.conductor(searcher, trials=trials)
+        session.run(conductor)
+        return conductor.ledger.trials
+
+
+def facts(trials: list[Trial]) -> list[tuple[Any, ...]]:
+    return [
+        (t.number, t.genome, t.rung, t.status, dict(t.origin), t.score.values["fd"] if t.score else None)
+        for t in trials
+    ]
