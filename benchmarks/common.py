@@ -28,7 +28,7 @@ from nas.evidence.protocol import Protocol
 RESULTS = Path(__file__).parent / "results"
 CPUS = Path("/proc/cpuinfo")
 UNFINISHED = Path(__file__).parent / "unfinished"
-"""NAME/: of a benchmark that is not finished its rows, and the weights that they rest on, committed so that another machine goes on with them."""
+"""NAME/: of a benchmark that is not finished its rows, and what they rest on, committed so that another machine goes on with them."""
 RUNS = Path("runs") / "benchmarks"
 LONG = ("replicates", "scores", "files")
 """Of a row, what stays in runs/ alone."""
@@ -68,13 +68,19 @@ def short(row: Any) -> Any:
 class Benchmark:
     """Parses the command line and keeps rows in runs/benchmarks/NAME[-quick]/rows.json as they finish.
 
-    The same command goes on after a stop, and, where no rows are there, with what lies in `benchmarks/unfinished/NAME`; `--fresh` starts again. `files`:
-    those of the project on which the result depends most, besides the benchmark's own; a result that is older than they are is told by
-    `benchmarks.table --check`. `protocol`: what was written down before any row; rows of another one are not gone on with.
+    The same command goes on after a stop, and, where no rows are there, with what lies in `benchmarks/unfinished/NAME`, where `--keep` puts it; `--fresh`
+    starts again. `files`: those of the project on which the result depends most, besides the benchmark's own; a result that is older than they are is told
+    by `benchmarks.table --check`. `protocol`: what was written down before any row; rows of another one are not gone on with. `rested_on`: patterns of files
+    in the benchmark's folder that its rows rest on, such as weights, and begun searches.
     """
 
     def __init__(
-        self, name: str, description: str, files: Sequence[str] = (), protocol: Protocol | None = None
+        self,
+        name: str,
+        description: str,
+        files: Sequence[str] = (),
+        protocol: Protocol | None = None,
+        rested_on: Sequence[str] = (),
     ) -> None:
         parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
         parser.add_argument(
@@ -82,6 +88,11 @@ class Benchmark:
         )
         parser.add_argument("--json", action="store_true", help="print the JSON object alone")
         parser.add_argument("--fresh", action="store_true", help="forget all of an earlier run")
+        parser.add_argument(
+            "--keep",
+            action="store_true",
+            help="measure nothing; put the rows of an earlier run, and what they rest on, where another machine goes on with them",
+        )
         parser.add_argument(
             "--without",
             nargs="*",
@@ -114,14 +125,29 @@ class Benchmark:
             raise SystemExit(
                 f"error: {self._path} holds rows of another protocol than {protocol.name}; keep them elsewhere, or begin with --fresh"
             )
+        if options.keep:
+            self._keep(rested_on)
+            raise SystemExit(0)
+
+    def _keep(self, patterns: Sequence[str]) -> None:
+        if self.quick or not self._path.exists():
+            raise SystemExit(f"error: {self.folder} holds no rows to keep; run the benchmark first, without --quick")
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        for file in sorted({self._path, *(file for pattern in patterns for file in self.folder.glob(pattern))}):
+            # What is reached through a link is kept where it lies.
+            if file.is_file() and file.resolve() == file:
+                to = self._unfinished / file.relative_to(self.folder)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, to)
+        self.say(f"{len(self._rows)} rows are kept in {self._unfinished}; commit them")
 
     @property
     def _unfinished(self) -> Path:
         return UNFINISHED / self.name
 
-    def rest_on(self, **digests: str) -> None:
-        """Keeps, as a row, of which networks and judges the rows are. Raises SystemExit where those that are kept are of others."""
-        row = self.row("rest on", lambda: digests)
+    def rest_on(self, which: str = "", **digests: str) -> None:
+        """Keeps, as a row, of which networks and judges the rows are, or those of them that this names. Raises SystemExit where they are of others."""
+        row = self.row(f"{which} rest on".strip(), lambda: digests)
         others = [f"{name} {row[name]}, here {digest}" for name, digest in digests.items() if row[name] != digest]
         if others:
             raise SystemExit(
@@ -129,9 +155,9 @@ class Benchmark:
                 "--fresh"
             )
 
-    def forget(self, ending: str) -> None:
-        """Leaves out the rows whose keys end so, which are to be measured anew."""
-        gone = [key for key in self._rows if key.endswith(ending)]
+    def forget(self, ending: str = "", beginning: str = "") -> None:
+        """Leaves out the rows whose keys begin and end so, which are to be measured anew."""
+        gone = [key for key in self._rows if key.startswith(beginning) and key.endswith(ending)]
         for key in gone:
             del self._rows[key]
         self.say(f"{len(gone)} rows are measured anew, {', '.join(gone[:3])} among them")
@@ -238,6 +264,15 @@ def borrow(trained: Path, folder: Path) -> Path:
         if not (folder / part).exists():
             (folder / part).symlink_to(trained / part)
     return folder
+
+
+def copied(trained: Path, to: Path) -> None:
+    """What lies in a folder of something trained, but for what is made of it again, whole or not at all."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = to.with_name(f"{to.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(trained, partial, ignore=shutil.ignore_patterns("latents", "checkpoint*"))
+    partial.rename(to)
 
 
 def commit() -> str:

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Benchmark, Target
+from benchmarks.common import Benchmark, Target, copied
 from evaluators.agreement import Agreement
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet
@@ -151,11 +151,7 @@ def lend(setting: Setting, run: Path) -> None:
     if not (setting.run / "supernet" / "weights.safetensors").exists():
         print(f"training the network of benchmarks.latent in {setting.run}", file=sys.stderr, flush=True)
         prepare(setting)
-    run.mkdir(parents=True, exist_ok=True)
-    partial = run / "supernet.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(setting.run / "supernet", partial, ignore=shutil.ignore_patterns("latents", "checkpoint*"))
-    partial.rename(run / "supernet")
+    copied(setting.run / "supernet", run / "supernet")
 
 
 def prepare(setting: Setting) -> Row:

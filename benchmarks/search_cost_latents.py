@@ -46,6 +46,13 @@ FILES = (
     "nas/searchers/evolution.py",
     "nas/genomes/allocation.py",
 )
+RESTED_ON = (
+    "run/supernet/*.*",
+    "run/supernet/autoencoder/*",
+    "run/features/*",
+    *(f"searches/*/{file}" for file in ("study.json", "journal.log", "starts")),
+)
+"""Of the benchmark's folder the network, the judge and the searches that were begun."""
 Row = dict[str, Any]
 
 
@@ -451,7 +458,7 @@ def on_a_table(bench: Benchmark, setting: Setting, searcher: DDSM, published: Li
 
 
 def main() -> None:
-    bench = Benchmark("search_cost_latents", __doc__ or "", FILES, PROTOCOL)
+    bench = Benchmark("search_cost_latents", __doc__ or "", FILES, PROTOCOL, RESTED_ON)
     setting = Setting(bench.folder, bench.quick)
     latent.lend(setting.trained, setting.prepared)
     with open_session(setting.study(Random(), setting.rungs, setting.trials[0]), setting.prepared) as session:

@@ -244,7 +244,8 @@ def interval(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def main() -> None:
-    bench = Benchmark("spaces_mended", __doc__ or "", ("benchmarks/spaces.py", "search_spaces/training"), PROTOCOL)
+    files = ("benchmarks/spaces.py", "search_spaces/training")
+    bench = Benchmark("spaces_mended", __doc__ or "", files, PROTOCOL, ("judges/*/features/*",))
     few = 2 if bench.quick else None
     seeds, others = PROTOCOL.seeds[:few], tuple(SETTINGS["judged_with"])[:few]
     rows = rows_of(bench, PROTOCOL.arms, seeds)

@@ -8,6 +8,7 @@ the others. An hour or two of one core for a small model's 20 steps, six times t
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -20,8 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
-from benchmarks import transformer
-from benchmarks.common import RESULTS, Benchmark, Target
+from benchmarks.common import RESULTS, Benchmark, Target, device
 from benchmarks.protocol import committed
 from benchmarks.tune_arms import (
     SEARCHED,
@@ -29,6 +29,7 @@ from benchmarks.tune_arms import (
     Row,
     folder_of,
     learned_routes,
+    lend,
     restored,
     routed,
     ruled,
@@ -93,7 +94,8 @@ def exact() -> Row:
 
 def newcomer(folder: Path, quick: bool) -> Row:
     """Minutes of `nas tune` from the transformer's pipeline folder to the schedule's file, as typed."""
-    setting, run = trained("transformer", quick)
+    lend(folder, "transformer", quick)
+    setting, run = trained(folder, "transformer", quick)
     pipeline = folder / "dit"
     if not pipeline.exists():
         net = setting.net.load(run / "supernet", "cpu")
@@ -186,32 +188,57 @@ def draw(cells: Mapping[str, Mapping[float, Row]], path: Path) -> None:
 
 
 def measured(model: str, steps: int, bench: Benchmark, protocol: Protocol) -> list[Cell]:
-    """All rows of one model with so many steps."""
+    """All rows of one model with so many steps, one seed after another: what a stop leaves are whole seeds, which rest on no other's times."""
     seeds = protocol.seeds[:1] if bench.quick else protocol.seeds
     cells = [Cell(bench.folder, protocol.settings, bench.quick, model, steps, seed) for seed in seeds]
-    # On one thread, with nothing beside it that this benchmark starts.
-    times = bench.row(f"{model}, {steps} steps: times", partial(timed, cells[0]))
-    restored(cells[0], times)
-    jobs: dict[str, tuple[object, ...]] = {}
-    for cell in cells:
-        folder_of(cell, "rules")  # which several processes look into
-        jobs[f"{cell.key}: rules"] = (ruled, cell, times)
-        jobs |= {f"{cell.key}: {arm}": (searched, cell, arm, times) for arm in SEARCHED}
-        if model == "transformer":
-            jobs[f"{cell.key}: router's learning"] = (learned_routes, cell)
-    bench.rows(jobs)
-    if model == "transformer":
-        for cell in cells:  # one after another: it times calls
-            bench.row(f"{cell.key}: router", partial(routed, cell, times))
+    if missing := [cell for cell in cells if not whole(cell, bench)]:
+        lend(bench.folder, model, bench.quick)
+        rest_on_one_network(cells[0], bench)
+        for cell in missing:
+            _measured(cell, bench)
     return cells
 
 
-def there_are(protocol: Protocol, quick: bool) -> list[str]:
+def rest_on_one_network(cell: Cell, bench: Benchmark) -> None:
+    """Raises SystemExit where rows of the cell's model are kept of another network or judge."""
+    setting, run = cell.trained
+    looks = setting.scores(2) if cell.model == "latent" else setting.evaluator(2)
+    judge = looks.digest(setting.judged if cell.model == "latent" else run)
+    bench.rest_on(cell.model, network=cell.study({}).supernet.digest(run / "supernet"), judge=judge)
+
+
+def whole(cell: Cell, bench: Benchmark) -> bool:
+    """Whether all of the cell's rows are there."""
+    last = ("router",) if cell.model == "transformer" else ()
+    return all(bench.has(f"{cell.key}: {name}") for name in ("times", "rules", *SEARCHED, *last))
+
+
+def _measured(cell: Cell, bench: Benchmark) -> None:
+    """The rows of a cell that are not there. One that was begun elsewhere is begun anew, since its times are those of a processor."""
+    begun = bench.has(f"{cell.key}: times")
+    if begun and not (cell.run.exists() and bench.kept(f"{cell.key}: times")["on"] == device()):
+        bench.forget(beginning=f"{cell.key}: ")
+        shutil.rmtree(cell.run, ignore_errors=True)
+    # On one thread, with nothing beside it that this benchmark starts.
+    times = bench.row(f"{cell.key}: times", partial(timed, cell))
+    restored(cell, times)
+    folder_of(cell, "rules")  # which several processes look into
+    jobs: dict[str, tuple[object, ...]] = {f"{cell.key}: rules": (ruled, cell, times)}
+    jobs |= {f"{cell.key}: {arm}": (searched, cell, arm, times) for arm in SEARCHED}
+    if cell.model == "transformer":
+        jobs[f"{cell.key}: router's learning"] = (learned_routes, cell)
+    bench.rows(jobs)
+    if cell.model == "transformer":
+        # With nothing beside it: it times calls.
+        bench.row(f"{cell.key}: router", partial(routed, cell, times))
+
+
+def there_are(bench: Benchmark, protocol: Protocol) -> list[str]:
     """Models of the protocol that are trained; a quick run trains a small one where there is none. Raises SystemExit where none is."""
     wanted = protocol.settings["models"]
-    if quick and not any(there(model, True) for model in wanted):
-        transformer.prepare(trained("transformer", True)[0])
-    models = [model for model in wanted if there(model, quick)]
+    models = [model for model in wanted if there(bench.folder, model, bench.quick)]
+    if not models and bench.quick:
+        return ["transformer"]
     if not models:
         raise SystemExit(
             "error: no model is there; run one of " + ", ".join(f"`python -m benchmarks.{model}`" for model in wanted)
@@ -289,7 +316,7 @@ def main() -> None:
     bench = Benchmark(
         "tune", __doc__ or "", ("benchmarks/tune_arms.py", "nas/searchers/path.py", "nas/tuning/tune.py"), PROTOCOL
     )
-    models = there_are(PROTOCOL, bench.quick)
+    models = there_are(bench, PROTOCOL)
     solved = bench.row("exact", exact)
     timing: Row = {"minutes": None}
     if "transformer" in models and "nas tune" not in bench.without:

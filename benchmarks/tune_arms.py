@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import latent, text, transformer
-from benchmarks.common import RUNS, borrow
+from benchmarks.common import RUNS, borrow, copied
 from evaluators.latency import Latency, Timed, Timer
 from evaluators.proxies import TeacherDistance
 from evaluators.sampling import DDIM, DPMSolver
@@ -42,6 +43,12 @@ from search_spaces.training import Stages
 
 TIMES = ("times.json", "latency.json")
 """Of a run folder, what its calls take."""
+PARTS = {
+    "latent": ("latent/supernet", "judge/features"),
+    "transformer": ("run/supernet", "run/features"),
+    "text": ("run/supernet", "run/features", "run/texts", "encoder"),
+}
+"""Of a model's folder, its network and its judge."""
 SEARCHED = ("path", "evolution", "knapsack", "gates", "steps")
 Row = dict[str, Any]
 
@@ -72,8 +79,8 @@ class Cell:
 
     @cached_property
     def trained(self) -> tuple[Any, Path]:
-        """The setting of the benchmark that trained the model, and its run folder."""
-        return trained(self.model, self.quick)
+        """The setting of the benchmark that trains the model, and its run folder within this benchmark's."""
+        return trained(self.folder, self.model, self.quick)
 
     @property
     def as_tuned(self) -> bool:
@@ -95,7 +102,7 @@ class Cell:
 
     @property
     def run(self) -> Path:
-        return self.folder / f"{self.model}-{self.steps}"
+        return self.folder / f"{self.model}-{self.steps}" / f"seed-{self.seed}"
 
     @property
     def loss(self) -> TeacherDistance:
@@ -162,9 +169,12 @@ def conditions_of(setting: Any) -> Any:
     return setting.labels
 
 
-def trained(model: str, quick: bool) -> tuple[Any, Path]:
-    ending = "-quick" if quick else ""
-    folder = (RUNS / f"{model}{ending}").resolve()
+def trained(folder: Path, model: str, quick: bool) -> tuple[Any, Path]:
+    """`folder`: the benchmark's, where the network goes where its rows go."""
+    return _of(model, folder / "networks" / model, quick)
+
+
+def _of(model: str, folder: Path, quick: bool) -> tuple[Any, Path]:
     if model == "latent":
         return latent.Setting(folder, quick), folder / "latent"
     if model == "text":
@@ -172,18 +182,43 @@ def trained(model: str, quick: bool) -> tuple[Any, Path]:
     return transformer.Setting(folder, quick), folder / "run"
 
 
-def there(model: str, quick: bool) -> bool:
+def _lender(model: str, quick: bool) -> Path:
+    """The folder of the benchmark that trains the model."""
+    return (RUNS / f"{model}{'-quick' if quick else ''}").resolve()
+
+
+def _whole(folder: Path, model: str) -> bool:
+    network, judge, *_ = PARTS[model]
+    return (folder / network / "weights.safetensors").exists() and (folder / judge).exists()
+
+
+def there(folder: Path, model: str, quick: bool) -> bool:
     """Whether its network is trained, and who judges it."""
-    setting, run = trained(model, quick)
-    judge = setting.judged if isinstance(setting, latent.Setting) else run
-    return (run / "supernet" / "weights.safetensors").exists() and (judge / "features").exists()
+    return _whole(folder / "networks" / model, model) or _whole(_lender(model, quick), model)
+
+
+def lend(folder: Path, model: str, quick: bool) -> None:
+    """Copies a model's network and judge into the benchmark's folder, unless they are there; where there are none, they are trained first: half an hour of
+    two cores."""
+    own, lender = folder / "networks" / model, _lender(model, quick)
+    if _whole(own, model):
+        return
+    if not _whole(lender, model):
+        print(f"training the network of benchmarks.{model} in {lender}", file=sys.stderr, flush=True)
+        setting, _ = _of(model, lender, quick)
+        {"latent": latent, "text": text, "transformer": transformer}[model].prepare(setting)
+        if model == "latent":
+            latent.prepare_judge(setting)
+    for part in PARTS[model]:
+        if not (own / part).exists():
+            copied(lender / part, own / part)
 
 
 # ----------------------------------------------------------------------------------------------------------------- time
 
 
 def timed(cell: Cell) -> Row:
-    """Times of all calls of the space, once."""
+    """Times of all calls of the cell's space, once."""
     torch.set_num_threads(1)
     borrow(cell.trained[1], cell.run)
     study = cell.study({LATENCY: 1e12})
@@ -198,7 +233,7 @@ def timed(cell: Cell) -> Row:
 
 
 def restored(cell: Cell, times: Row) -> None:
-    """The files of times where another machine has begun, whose calls are not timed anew."""
+    """The files of times where they are gone, so that no call is timed anew."""
     borrow(cell.trained[1], cell.run)
     for file, text_ in times.get("files", {}).items():
         if not (cell.run / file).exists():
@@ -218,8 +253,8 @@ def limit(budget: float, times: Row) -> dict[str, float]:
 
 
 def folder_of(cell: Cell, name: str) -> Path:
-    """A run folder of its own, with the weights and the times that all arms of this model and number of steps share."""
-    own = borrow(cell.trained[1], cell.run / f"{name}-{cell.seed}")
+    """A run folder of its own, with the weights and the times that all arms of the cell share."""
+    own = borrow(cell.trained[1], cell.run / name)
     for file in TIMES:
         if not (own / file).exists() and (cell.run / file).exists():
             shutil.copy(cell.run / file, own / file)
@@ -243,8 +278,8 @@ def _searched(cell: Cell, arm: str, budget: float, times: Row, judge: Judge) -> 
     folder = folder_of(cell, f"{budget:g}-{arm}")
     here = folder / "learned"
     if arm == "gates" and not here.is_symlink():  # the same whatever the budget, one of which follows another
-        (cell.run / f"learned-{cell.seed}").mkdir(exist_ok=True)
-        here.symlink_to(cell.run / f"learned-{cell.seed}")
+        (cell.run / "learned").mkdir(exist_ok=True)
+        here.symlink_to(cell.run / "learned")
     for _ in study.evaluator.prepare(folder, cell.seed, "cpu"):
         pass
     with open_session(study, folder) as session:
@@ -380,11 +415,10 @@ _JUDGES: dict[Path, Judge] = {}
 
 
 def judge_of(cell: Cell, times: Row) -> Judge:
-    place = cell.run / str(cell.seed)
-    if place not in _JUDGES:
+    if cell.run not in _JUDGES:
         _JUDGES.clear()
-        _JUDGES[place] = Judge(cell, times)
-    return _JUDGES[place]
+        _JUDGES[cell.run] = Judge(cell, times)
+    return _JUDGES[cell.run]
 
 
 class Judge:

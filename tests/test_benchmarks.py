@@ -258,6 +258,36 @@ def test_rows_that_another_machine_began_are_gone_on_with(begun: Path) -> None:
     assert {row["row"]: row["commit"] for row in rows}["first"] == "elsewhere"
 
 
+def test_what_a_stop_left_is_kept_for_another_machine(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rested_on = ("run/supernet/*.*", "searches/*/*.log")
+    bench = common.Benchmark("bench", "", rested_on=rested_on)
+    bench.row("second", lambda: {"fd": 2.0})
+    own = bench.folder / "searches" / "one"
+    (bench.folder / "elsewhere").mkdir()
+    (bench.folder / "elsewhere" / "other.log").write_text("not its own")
+    own.mkdir(parents=True)
+    (own / "journal.log").write_text("a search")
+    (own / "latents.npy").write_text("made again")
+    (own / "linked.log").symlink_to(bench.folder / "elsewhere" / "other.log")
+    (bench.folder / "searches" / "two").symlink_to(bench.folder / "elsewhere")
+    monkeypatch.setattr(sys, "argv", ["bench", "--keep"])
+    with pytest.raises(SystemExit) as end:
+        common.Benchmark("bench", "", rested_on=rested_on)
+    assert end.value.code == 0
+    kept = {str(file.relative_to(begun)) for file in begun.rglob("*") if file.is_file()}
+    assert kept == {"rows.json", "run/supernet/weights.safetensors", "searches/one/journal.log"}
+    shutil.rmtree(bench.folder)
+    monkeypatch.setattr(sys, "argv", ["bench", "--json"])
+    again = common.Benchmark("bench", "", rested_on=rested_on)
+    assert again.kept("second")["fd"] == 2.0
+    assert (again.folder / "searches" / "one" / "journal.log").read_text() == "a search"
+    shutil.rmtree(again.folder)
+    shutil.rmtree(begun)
+    monkeypatch.setattr(sys, "argv", ["bench", "--keep"])
+    with pytest.raises(SystemExit, match="holds no rows to keep; run the benchmark first"):
+        common.Benchmark("bench", "", rested_on=rested_on)
+
+
 def test_rows_under_a_protocol_are_gone_on_with_whatever_they_say_themselves(begun: Path) -> None:
     """A verdict names its protocol too."""
     shutil.rmtree(begun)
@@ -276,7 +306,11 @@ def test_rows_of_a_seed_are_measured_anew(begun: Path) -> None:
     assert not bench.has("training, seed 1")
     assert bench.has("training, seed 11")
     assert bench.row("training, seed 1", lambda: {"fd": 2.0})["fd"] == 2.0
-    assert common.Benchmark("bench", "").kept("training, seed 1")["fd"] == 2.0
+    again = common.Benchmark("bench", "")
+    assert again.kept("training, seed 1")["fd"] == 2.0
+    again.forget(beginning="training, seed 1")
+    assert not again.has("training, seed 11")
+    assert again.has("first")
 
 
 def test_rows_of_other_weights_are_not_gone_on_with(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
