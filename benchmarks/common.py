@@ -190,7 +190,7 @@ class Benchmark:
         missing = {key: job for key, job in jobs.items() if key not in self._rows}
         failed: BaseException | None = None
         if missing:
-            if commit() != self._commit:  # new processes read the code anew
+            if not same_code(self._commit):  # new processes read it anew
                 raise SystemExit(
                     f"error: the code is no longer that of commit {self._commit[:9]}, with which this was begun; run it in a clone of its own, or begin the command again"
                 )
@@ -257,11 +257,10 @@ def end_with_parent() -> None:
 
 
 def borrow(trained: Path, folder: Path) -> Path:
-    """A run folder of its own with the weights and features of another, and its images where it keeps some."""
+    """A run folder of its own with what another has of weights, features and kept images."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = ("images",) if (trained / "images").exists() else ()
-    for part in ("supernet", "features", *kept):
-        if not (folder / part).exists():
+    for part in ("supernet", "features", "images"):
+        if (trained / part).exists() and not (folder / part).exists():
             (folder / part).symlink_to(trained / part)
     return folder
 
@@ -275,28 +274,31 @@ def copied(trained: Path, to: Path) -> None:
     partial.rename(to)
 
 
+NO_CODE = (":!benchmarks/results", ":!benchmarks/unfinished", ":!*.md")
+"""Of a clone, what says what was measured and changes nothing of it."""
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=RESULTS.parent.parent, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
 def commit() -> str:
     """Of the code that runs, with a plus where files were changed since; "unknown" outside of a clone."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=RESULTS.parent.parent, check=True, capture_output=True, text=True
-        ).stdout.strip()
-
     try:
-        changed = git(
-            "status",
-            "--porcelain",
-            "--untracked-files=no",
-            "--",
-            ".",
-            ":!benchmarks/results",
-            ":!benchmarks/unfinished",
-            ":!*.md",
-        )
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *NO_CODE)
+        return _git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def same_code(earlier: str) -> bool:
+    """Whether the code is that of an earlier `commit()`, though rows or words may have been committed since."""
+    now = commit()
+    if now == earlier or "+" in now + earlier or "unknown" in (now, earlier):
+        return now == earlier
+    return not _git("diff", "--name-only", earlier, now, "--", ".", *NO_CODE)
 
 
 def needs(package: str, extra: str) -> None:

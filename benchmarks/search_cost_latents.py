@@ -6,6 +6,7 @@ Arms, seeds, goal and settings stand in `protocols/search-cost-latents.json`, wr
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -50,9 +51,10 @@ RESTED_ON = (
     "run/supernet/*.*",
     "run/supernet/autoencoder/*",
     "run/features/*",
-    *(f"searches/*/{file}" for file in ("study.json", "journal.log", "starts")),
+    "searches/literal-*/study.json",
+    "searches/literal-*/journal.log",
 )
-"""Of the benchmark's folder the network, the judge and the searches that were begun."""
+"""Of the benchmark's folder the network, the judge and the published searches that were begun."""
 Row = dict[str, Any]
 
 
@@ -144,14 +146,14 @@ def searched(
     ends: Sequence[int] = (),
     shared: bool = True,
 ) -> Row:
-    """One whole search on the network itself; what it had found after so many trials, at its end where none are named. Its ledger goes on after a stop, behind
-    which beginnings that were shared run once more: `starts`."""
+    """One whole search on the network itself; what it had found after so many trials, at its end where none are named. Where nothing is shared its ledger goes
+    on after a stop; one that shares beginnings begins anew, for it would be charged for them once more."""
     torch.set_num_threads(1)
     study = replace(setting.study(searcher, rungs, trials), seed=seed)
-    folder = borrow(setting.prepared, setting.folder / "searches" / name)
-    started = folder / "starts"
-    starts = 1 + (int(started.read_text()) if started.exists() else 0)
-    started.write_text(str(starts))
+    own = setting.folder / "searches" / name
+    if shared:
+        shutil.rmtree(own, ignore_errors=True)
+    folder = borrow(setting.prepared, own)
     with open_session(study, folder) as session:
         conductor = session.conductor("search", seed=seed)
         evaluate = study.load(folder, "cpu")
@@ -160,7 +162,6 @@ def searched(
         found = list(conductor.ledger.trials)
     return {
         "trials": len(found),
-        "starts": starts,
         **after(found, ends),
         "scores": [(trial.genome, trial.rung, trial.score.values["fd"]) for trial in found if trial.score],
     }
@@ -309,6 +310,7 @@ def literal(bench: Benchmark, setting: Setting, searcher: DDSM, seeds: Sequence[
     )
     ends, until, scores = [], [], []
     for seed in seeds:
+        shutil.rmtree(setting.folder / "searches" / f"literal-{seed}", ignore_errors=True)  # its row is there
         row = rows[f"literal search, seed {seed}"]
         fronts = {front["trials"]: front for front in row["fronts"]}
 

@@ -140,7 +140,12 @@ def train(setting: Setting) -> Row:
     with open_session(setting.study, setting.folder) as session:
         for _ in session.prepare(threads=1):
             pass
-    spent = json.loads((setting.folder / "supernet" / "training.json").read_text())
+    return trained_for(setting.folder)
+
+
+def trained_for(folder: Path) -> Row:
+    """Multiply-adds of each stage that the run folder's network was trained in."""
+    spent = json.loads((folder / "supernet" / "training.json").read_text())
     return {"training_macs": sum(stage["macs"] for stage in spent), "stages": [stage["macs"] for stage in spent]}
 
 

@@ -196,28 +196,34 @@ def measured(name: str, seed: int, folder: Path, quick: bool) -> Row:
             shutil.rmtree(own)
         own.symlink_to(judges)
     trained = arm(SHARED[name], seed, folder, quick) if name in SHARED else setting
-    told = spaces.train(trained)
-    if trained is not setting:
-        borrow(trained.folder, setting.folder)
+    told = spaces.train(trained) if trained is setting else spaces.trained_for(borrow(trained.folder, setting.folder))
     found = search(setting)
     states = {state: judge(setting, found["genome"], state == "fine-tuned") for state in ("fine-tuned", "frozen")}
     features = Frechet(images).features.digest(setting.folder)
-    return {**told, **found, **states, FULL_NETWORK: judge(setting, (), False), "judge": features}
+    weights = setting.net.digest(setting.folder / "supernet")
+    return {**told, **found, **states, FULL_NETWORK: judge(setting, (), False), "judge": features, "weights": weights}
 
 
 def rows_of(bench: Benchmark, names: Iterable[str], seeds: Iterable[int]) -> dict[Pair, Row]:
-    """Seed by seed, so that one is whole and judged by one classifier when it is done. One that was begun with another judge, as another kind of processor
-    trains it, is begun anew."""
+    """Seed by seed, so that one is whole and judged by one classifier when it is done. What was begun with another judge, as another kind of processor
+    trains it, is begun anew, and so are arms of the same weights where some are missing and the weights are gone."""
     found: dict[Pair, Row] = {}
     for seed in seeds:
         pairs = [(name, seed) for name in names]
-        keys = [key_of(pair) for pair in pairs]
-        if not all(map(bench.has, keys)):
-            judge = Frechet(images).features.digest(judge_of(seed, bench.folder))
-            if any(bench.kept(key)["judge"] != judge for key in keys if bench.has(key)):
+        if not all(bench.has(key_of(pair)) for pair in pairs):
+            digest = Frechet(images).features.digest(judge_of(seed, bench.folder))
+            if any(bench.kept(key_of(pair))["judge"] != digest for pair in pairs if bench.has(key_of(pair))):
                 bench.forget(f", seed {seed}")
+        for plain in dict.fromkeys(SHARED.values()):
+            alike = [key_of(pair) for pair in pairs if plain in (pair[0], SHARED.get(pair[0]))]
+            weights = arm(plain, seed, bench.folder, bench.quick).folder / "supernet" / "weights.safetensors"
+            if not (all(map(bench.has, alike)) or weights.exists()):
+                for key in filter(bench.has, alike):
+                    bench.forget(key, key)
         mine = of_seed(bench, pairs)
         assert len({row["judge"] for row in mine.values()}) == 1
+        for name, plain in SHARED.items():
+            assert (name, seed) not in mine or mine[name, seed]["weights"] == mine[plain, seed]["weights"]
         found |= mine
     return found
 
@@ -227,11 +233,10 @@ def key_of(pair: Pair) -> str:
 
 
 def of_seed(bench: Benchmark, pairs: Sequence[Pair]) -> dict[Pair, Row]:
-    """Arms that share weights after each other, so that no two processes make them."""
-    turns = [[pair for pair in pairs if pair[0] not in SHARED], *([p for p in pairs if p[0] == one] for one in SHARED)]
+    """First those whose weights others share."""
     found: dict[Pair, Row] = {}
-    for turn in turns:
-        keys = {pair: key_of(pair) for pair in turn}
+    for first in (True, False):
+        keys = {pair: key_of(pair) for pair in pairs if (pair[0] in SHARED.values()) == first}
         rows = bench.rows({key: (measured, *pair, bench.folder, bench.quick) for pair, key in keys.items()})
         found |= {pair: rows[key] for pair, key in keys.items()}
     return found

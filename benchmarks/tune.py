@@ -38,6 +38,7 @@ from benchmarks.tune_arms import (
     timed,
     trained,
 )
+from evaluators.images import read_into
 from evaluators.sampling import DDIM
 from nas.evidence.protocol import Protocol
 from nas.genomes.paths import Steps, paths, together
@@ -122,6 +123,7 @@ def verdict(cells: list[Cell], budget: float, bench: Benchmark) -> Row:
 
     mine, steps, every = of("path"), of("steps"), of("rules")
     references = {name: [one[name] for one in every] for name in every[0] if all(name in one for one in every)}
+    left_out = sorted({name for one in every for name in one} - set(references))
     references["gates"] = of("gates")
     if bench.has(f"{cells[0].key}: router"):
         routes = [bench.kept(f"{cell.key}: router")["of"].get(place) for cell in cells]
@@ -151,6 +153,7 @@ def verdict(cells: list[Cell], budget: float, bench: Benchmark) -> Row:
             best: mean(references[best], "agreement"),
         },
         "best_reference": best,
+        "rules_that_fit_in_some_seeds_alone": left_out,
         "ratio": mean(mine) / mean(references[best]),
         "over_steps": mean(mine) / mean(steps),
         "difference_to_reference": compared(list(zip(mine, references[best], strict=True))),
@@ -194,6 +197,9 @@ def measured(model: str, steps: int, bench: Benchmark, protocol: Protocol) -> li
     if missing := [cell for cell in cells if not whole(cell, bench)]:
         lend(bench.folder, model, bench.quick)
         rest_on_one_network(cells[0], bench)
+        setting, run = cells[0].trained
+        for _ in read_into(setting.images if model != "latent" else setting.study.images, run):
+            pass  # once, for the run folders of all arms
         for cell in missing:
             _measured(cell, bench)
     return cells

@@ -6,7 +6,7 @@ of 20 steps; what is not there of them is trained. Some twenty-two hours of one 
 
 from __future__ import annotations
 
-from benchmarks.common import Benchmark
+from benchmarks.common import Benchmark, needs
 from benchmarks.protocol import committed
 from benchmarks.tune import there_are, verdicts_of
 
@@ -29,6 +29,8 @@ def main() -> None:
     bench = Benchmark("tune_50", __doc__ or "", files, PROTOCOL, NETWORKS)
     steps = (20,) if bench.quick else PROTOCOL.settings["steps"]
     models = there_are(bench, PROTOCOL) if bench.quick else PROTOCOL.settings["models"]
+    if "text" in models:
+        needs("transformers", "text")
     bench.finish(verdicts_of(bench, PROTOCOL, models, steps, "tune_50.png").targets("tune_50"))
 
 

@@ -179,9 +179,23 @@ def test_a_row_says_which_commit_made_it_and_whether_code_was_changed(
     git("commit", "-qm", "first")
     for file in files[:2]:  # results and words about them are no code
         file.write_text("2")
-    assert common.commit() == git("rev-parse", "HEAD")
+    begun = common.commit()
+    assert begun == git("rev-parse", "HEAD")
+    git("commit", "-aqm", "words")
+    assert common.commit() != begun
+    assert common.same_code(begun)
     code.write_text("2")
     assert common.commit() == git("rev-parse", "HEAD") + "+"
+    assert not common.same_code(begun)
+    git("commit", "-aqm", "code")
+    assert not common.same_code(begun)
+
+
+def test_what_a_run_folder_lacks_is_not_borrowed_of_it(tmp_path: Path) -> None:
+    (tmp_path / "trained" / "supernet").mkdir(parents=True)
+    for _ in range(2):
+        own = common.borrow(tmp_path / "trained", tmp_path / "own")
+    assert [part.name for part in own.iterdir()] == ["supernet"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -339,7 +353,7 @@ def test_rows_are_of_the_code_that_the_benchmark_was_begun_with(
     begun: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bench = common.Benchmark("bench", "")
-    monkeypatch.setattr(common, "commit", lambda: "another")
+    monkeypatch.setattr(common, "same_code", lambda earlier: False)
     with pytest.raises(SystemExit, match=r"no longer that of commit .* begin the command again"):
         bench.rows({"job 1": (measured_or_not, 1, tmp_path)})
     assert bench.rows({"first": (measured_or_not, 1, tmp_path)})["first"]["fd"] == 1.0
