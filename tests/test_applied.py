@@ -59,6 +59,13 @@ def test_a_schedule_that_does_not_fit_leaves_the_one_that_is_applied(tool: Any, 
     assert np.array_equal(called(pipeline, "ddim"), images)
 
 
+def test_states_that_are_no_numbers_are_no_other_guidance(tool: Any, tmp_path: Path) -> None:
+    """Half precision brings them; stock pipelines draw a black image."""
+    pipeline, _ = ready("stable diffusion", tool, tmp_path)
+    broken = torch.full((3, 4, 8, 8), torch.nan)
+    assert called(pipeline, "stable diffusion", latents=broken, output_type="latent").isnan().all()
+
+
 def test_calls_that_replaced_the_networks_are_not_left_out(tool: Any, tmp_path: Path) -> None:
     pipeline, net = made("ddim", tmp_path)
     plan = portable(net, schedule_for(net, None), DDIM, {})

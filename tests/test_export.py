@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -186,6 +187,44 @@ def test_a_copy_that_diffusers_saves_is_opened_as_the_original(tiny_net: Elastic
     subprocess.run([sys.executable, "-c", COPY, tmp_path / "copy", tmp_path / "images.pt"], cwd=tmp_path, check=True)
     images = torch.load(tmp_path / "images.pt", weights_only=True)
     assert torch.equal(images, pipeline(batch_size=4, seed=0, output_type="pt").images)
+
+
+def test_each_folder_runs_its_own_code_and_a_copy_says_where_it_lies(
+    tiny_net: Elastic, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of different versions in one process; and what is saved, or pushed, is opened by those that look for the class in its index."""
+    plan = schedule(tiny_net)
+    for name in ("old", "new"):
+        export(tiny_net.initial(0), plan, DDIM().describe(), {}, tmp_path / name)
+    stepping = tmp_path / "new" / "stepping.py"
+    stepping.write_text(stepping.read_text() + "\n\ndef update(sampler, x, *others):\n    return 0 * x, None\n")
+
+    def images(name: str) -> torch.Tensor:
+        folder = str(tmp_path / name)
+        pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+        pipeline.set_progress_bar_config(disable=True)
+        found: torch.Tensor = pipeline(batch_size=2, seed=0, output_type="pt").images
+        return found
+
+    before = images("old")
+    assert torch.equal(images("new"), torch.full_like(before, 0.5))
+    assert torch.equal(images("old"), before)
+
+    folder = str(tmp_path / "old")
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    pushed: dict[str, Any] = {}
+
+    def upload(self: Any, folder: Any, *given: Any, **named: Any) -> None:
+        pushed.update(json.loads((Path(folder) / "model_index.json").read_text()))
+
+    monkeypatch.setattr(
+        "diffusers.pipelines.pipeline_utils.create_repo", lambda repo, **given: SimpleNamespace(repo_id=repo)
+    )
+    monkeypatch.setattr(DiffusionPipeline, "_upload_folder", upload)
+    pipeline.save_pretrained(str(tmp_path / "copy"), push_to_hub=True)
+    assert pushed["_class_name"] == ["pipeline", "StepAwarePipeline"]
+    again: Any = DiffusionPipeline.from_pretrained(str(tmp_path / "copy"), trust_remote_code=True)
+    assert torch.equal(again(batch_size=2, seed=0, output_type="pt").images, before)
 
 
 def test_the_readme_is_a_model_card(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:

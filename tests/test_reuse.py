@@ -447,6 +447,19 @@ def test_an_exported_schedule_with_reuse_samples_as_ours(name: str, tmp_path: Pa
     )
     with pytest.raises(ValueError, match="leaves out steps whose blocks later ones reuse"):
         pipeline(num_inference_steps=2)
+    with pytest.raises(ValueError, match="read no text"):
+        pipeline(5, negative_prompt="a bag")
+    with pytest.warns(UserWarning, match="guidance_scale=7.5 is of no effect"):
+        pipeline(1, guidance_scale=7.5)
+    for index in range(len(schedule.archs)):
+        getattr(pipeline, f"unet_{index}").enable_group_offload(
+            onload_device=torch.device("cpu"),
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+        )
+    with pytest.raises(ValueError, match=r"of unet_\d is offloaded by itself.*enable_model_cpu_offload"):
+        pipeline(1)
 
 
 @pytest.mark.long
@@ -467,6 +480,10 @@ def test_the_exported_script_runs_by_itself(tmp_path: Path) -> None:
         (("--to", "nowhere/x.png"), "--to nowhere/x.png must be a picture's name"),
         (("--to", "x.txt"), "--to x.txt must be a picture's name"),
         (("--device", "meteor"), "--device meteor cannot be used"),
+        (("--labels", "3"), "--labels is of no use: the networks read no such thing"),
+        (("--prompt", "a bag"), "--prompt is of no use"),
+        (("--negative-prompt", "a bag"), "--negative-prompt is of no use"),
+        (("--guidance-scale", "2"), "--guidance-scale is of no use: no step of the schedule is guided"),
     ],
 )
 def test_the_exported_script_says_what_it_cannot_do(

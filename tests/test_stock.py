@@ -191,6 +191,7 @@ def test_it_is_said_whether_a_stock_scheduler_takes_the_schedules_own_steps(
         ("solver", "DPMSolver is not DDIM or DDPM"),
         ("noise", r"DDIM with eta=0\.5 adds noise"),
         ("shift", "LDMPipeline knows no latents_mean, latents_std"),
+        ("oblong", "LDMPipeline makes square latents alone"),
         ("depth", "its network is a UNet2DConditionModel"),
         ("variance", "its network says where the variance lies, and DDIM does not ask"),
         ("last", "DDPM's last step adds noise to the image where it stands above timestep 0"),
@@ -206,6 +207,9 @@ def test_what_no_stock_pipeline_does_is_refused_in_words(change: str, words: str
     elif change == "shift":
         made("KL, by channel", tmp_path / "vae")
         recipe = Elastic(CONFIG, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
+    elif change == "oblong":
+        made("KL", tmp_path / "vae")
+        recipe = Elastic({**CONFIG, "sample_size": (8, 16)}, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
     net = recipe.initial(0)
     schedule = single(net, (900, 100))
     first, last = schedule.steps

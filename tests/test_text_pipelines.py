@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from evaluators.conditions import Prompts
 from evaluators.sampling import DDIM, DPMSolver, sample
@@ -109,10 +109,13 @@ def test_an_exported_pipeline_is_called_as_stable_diffusions(text_pipelines: Pat
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
     conditions = Prompts(str(tmp_path / "prompts.txt"), net.recipe.text).load(tmp_path)
     ours = sample(net, unguided, DDIM(clip=False), 1, 0, 2, conditions) / 2 + 0.5
-    found = pipeline(conditions.texts(1, 0, 2), seed=1, output_type="pt", guidance_scale=1).images
-    assert torch.allclose(found, ours, atol=1e-5)
+    for scale in (1, 0.5, 0):  # as in Stable Diffusion's pipelines
+        found = pipeline(conditions.texts(1, 0, 2), seed=1, output_type="pt", guidance_scale=scale).images
+        assert torch.allclose(found, ours, atol=1e-5)
     embeds = net.text.rows(texts)(torch.arange(2))
     assert torch.allclose(pipeline(prompt_embeds=embeds, seed=1, output_type="pt").images, made, atol=1e-5)
+    repeated = pipeline(prompt_embeds=embeds, seed=1, output_type="pt", num_images_per_prompt=2).images
+    assert torch.allclose(repeated, twice, atol=1e-5)
     drawn = torch.stack(
         [torch.from_numpy(np.random.default_rng((1, i, 0)).standard_normal((4, 8, 8), np.float32)) for i in range(2)]
     )
@@ -128,11 +131,18 @@ def test_an_exported_pipeline_is_called_as_stable_diffusions(text_pipelines: Pat
         ({"prompt": texts, "batch_size": 5}, "2 prompts or labels for 5"),
         (
             {"prompt_embeds": {"encoder_hidden_states": embeds["encoder_hidden_states"]}},
-            "the schedule guides; give prompt_embeds negative_encoder_hidden_states",
+            "must have rows named encoder_hidden_states and negative_encoder_hidden_states.* guidance_scale=1",
         ),
+        ({"prompt_embeds": embeds["encoder_hidden_states"]}, "and has a Tensor"),
+        ({"prompt_embeds": embeds, "prompt": texts}, "prompts or prompt_embeds, not both"),
+        ({"prompt_embeds": embeds, "negative_prompt": "a"}, "prompts or prompt_embeds, not both"),
+        ({"prompt": texts, "seed": 1, "generator": torch.Generator()}, "seed or generator, not both"),
     ):
         with pytest.raises(ValueError, match=words):
             pipeline(**wrong)
+    pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="its own sampler, which PNDMScheduler cannot replace"):
+        pipeline(texts)
 
 
 @pytest.mark.long

@@ -326,6 +326,8 @@ def test_settings_that_train_nothing_or_too_much_are_refused() -> None:
         with pytest.raises(ExportError, match=f"{name}={value}"):
             settings_of({name: value})
     assert settings_of({"drop": 1, "features": 1}).features == 1
+    with pytest.raises(ExportError, match=r"^the options: drop=2\.0 is no float"):
+        settings_of({"drop": 2.0}, "the options")
 
 
 def test_the_script_stops_at_once_where_no_step_is_under_way(exported: Path) -> None:
@@ -361,6 +363,9 @@ def test_wrong_input_is_refused_in_one_line(exported: Path, tmp_path: Path) -> N
     refused(nas("train", exported, "--images", "digits:16"), "the networks take")
     refused(nas("train", exported, "--images", "digits", "--device", "cuda:9"), "cannot be used")
     refused(nas("train", exported, "--images", "digits:x"), "does not exist; give a folder")
+    np.save(tmp_path / "some.npy", np.zeros((4, 1, 8, 8), np.float32))
+    of_file = nas("train", exported, "--images", tmp_path / "some.npy", "--labels", "folders")
+    refused(of_file, "is one file, whose images have no folders that name their classes; give a folder of pictures")
     np.save(tmp_path / "bytes.npy", np.full((20, 1, 8, 8), 200, dtype=np.uint8))
     refused(nas("train", exported, "--images", tmp_path / "bytes.npy"), r"must hold images in \[-1, 1\]")
     (tmp_path / "broken").mkdir()
@@ -442,6 +447,7 @@ def test_a_training_goes_on_whose_steps_so_far_overflowed(tmp_path: Path) -> Non
     net(torch.ones(1, 2)).sum().backward()
     first, scaler = torch.optim.AdamW(net.parameters()), torch.amp.GradScaler("cpu", init_scale=1024.0)
     first.step()
+    scaler.scale(torch.ones(()))  # which makes it
     scaler.update(512.0)
     script._keep(tmp_path / "state", net, first, average, 5, scaler)
     scaler = torch.amp.GradScaler("cpu")

@@ -258,9 +258,10 @@ def train(
                     highlight=False,
                     soft_wrap=True,
                 )
-            pixels = follow(bars, _pixels(images, plan.get("image_shape", plan["shape"]), resize))
+            # These first: that they are wrong is seen at once.
             classes = _labels(images, labels, plan.get("null_label")) if conditional else None
             texts = _captions(images, captions) if reads else None
+            pixels = follow(bars, _pixels(images, plan.get("image_shape", plan["shape"]), resize))
         else:
             assert study is not None
             data = study.images.load()

@@ -304,14 +304,14 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--count", type=int, default=16)
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--labels", type=int, nargs="*", help="classes, taken in turn; all of them by default, where the networks take any")
-parser.add_argument("--prompt", nargs="*", default=[""], help="what the images are to show, taken in turn, where the networks read a text")
+parser.add_argument("--prompt", nargs="*", help="what the images are to show, taken in turn, where the networks read a text")
 parser.add_argument("--negative-prompt")
 parser.add_argument("--guidance-scale", type=float, help="in place of the schedule's own")
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--to", default="samples.png")
 arguments = parser.parse_args()
 
-if arguments.count < 1 or arguments.seed < 0 or not arguments.prompt:
+if arguments.count < 1 or arguments.seed < 0 or arguments.prompt == []:
     raise SystemExit(f"error: --count {arguments.count} must be at least 1, --seed {arguments.seed} at least 0, and --prompt has one text or more")
 if not Path(arguments.to).absolute().parent.is_dir() or Path(arguments.to).suffix.lower() not in Image.registered_extensions():
     raise SystemExit(f"error: --to {arguments.to} must be a picture's name, such as samples.png, in a folder that exists")
@@ -321,19 +321,33 @@ try:
 except ExportError as error:
     raise SystemExit(f"error: {error}") from error
 pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+plan = pipeline.config.schedule
+classes, reads = plan.get("null_label"), plan.get("text") is not None
+for option, given, used in (
+    ("--labels", arguments.labels, classes is not None),
+    ("--prompt", arguments.prompt, reads),
+    ("--negative-prompt", arguments.negative_prompt, reads),
+    ("--guidance-scale", arguments.guidance_scale, any(step.get("guidance") for step in plan["steps"])),
+):
+    if given is not None and not used:
+        raise SystemExit(f"error: {option} is of no use: {'no step of the schedule is guided' if option == '--guidance-scale' else 'the networks read no such thing'}; leave it out")
 try:
     pipeline.to(arguments.device)
 except (AssertionError, RuntimeError) as error:  # as torch says that there is no such device
     raise SystemExit(f"error: --device {arguments.device} cannot be used ({str(error).splitlines()[0]}); use cpu") from error
-classes = pipeline.config.schedule.get("null_label")
 labels = None if classes is None else [arguments.labels[i % len(arguments.labels)] if arguments.labels else i % classes for i in range(arguments.count)]
 told = {}
-if pipeline.config.schedule.get("text") is not None:
-    told = {"prompt": [arguments.prompt[i % len(arguments.prompt)] for i in range(arguments.count)], "negative_prompt": arguments.negative_prompt}
+if reads:
+    prompts = arguments.prompt or [""]
+    told = {"prompt": [prompts[i % len(prompts)] for i in range(arguments.count)], "negative_prompt": arguments.negative_prompt}
 try:
     images = pipeline(batch_size=arguments.count, seed=arguments.seed, class_labels=labels, guidance_scale=arguments.guidance_scale, **told).images
 except ValueError as error:  # as the pipeline says what it cannot be told
     raise SystemExit(f"error: {error}") from error
+except RuntimeError as error:  # as torch says that there is too little memory, of a device or at all
+    if "memory" not in str(error):
+        raise
+    raise SystemExit(f"error: {arguments.count} images at once are too many for the memory ({str(error).splitlines()[0]}); give a smaller --count") from error
 columns = min(8, len(images))
 scale = max(1, -(-64 // max(images[0].size)))  # small ones are enlarged, to be looked at
 images = [image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST) for image in images]

@@ -125,6 +125,9 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         "its steps are not all guided alike": several and len(_scales(schedule)) > 1,
         f"it guides by {min(_scales(schedule))}, and pipelines guide by more than 1 alone": several
         and min(_scales(schedule)) < 1,
+        "LDMPipeline makes square latents alone, and its network's are not": latent is not None
+        and not several
+        and net.state_shape[1] != net.state_shape[2],
         "its network is told sizes that the pipeline tells at 1024 pixels alone": "resolution" in condition
         and net.state_shape[-1] != 128,
         f"it guides {getattr(net, 'guided_channels', None)} channels alone": bool(

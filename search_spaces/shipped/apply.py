@@ -10,7 +10,6 @@ Needs torch alone. Networks: UNet2DModel, UNet2DConditionModel, DiTTransformer2D
 from __future__ import annotations
 
 import inspect
-import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from .graph import graph_of, holds
 from .reuse import PREDICTION, as_noise, run
 from .schedule_file import ScheduleError, read_schedule
 from .stepping import update
-from .walks import ADDED, SIZES
+from .walks import ADDED, SIZES, offloaded
 
 COMPONENTS = ("transformer", "unet")
 """What a pipeline calls its network."""
@@ -37,8 +36,6 @@ CONDITIONS = ("class_labels", "encoder_hidden_states", "encoder_attention_mask")
 EXTRA = "added_cond_kwargs"
 CLOSE = 1e-4
 """By how much abar may differ, relatively, between the model that the schedule was found for and this one."""
-LEFT_OUT = re.compile(r"(down|up)_blocks\.\d+|transformer_blocks\.\d+(\.norm1)?")
-"""Modules of a network whose parts are called, and not they."""
 METHODS = ("set_timesteps", "step", "scale_model_input", "add_noise")
 """Of a scheduler, which are replaced."""
 FAINT = 1e-6
@@ -277,16 +274,11 @@ class _Applied:
 
     def _check_offloading(self) -> None:
         """Raises ScheduleError where blocks' own calls, which are not made here, bring their weights."""
-        for name, module in self.net.named_modules():
-            if not LEFT_OUT.fullmatch(name) or next(module.children(), None) is None:
-                continue
-            hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-            away = any(weight.is_meta for weight in module._parameters.values() if weight is not None)
-            if away or any(hook.startswith("group_offloading") for hook in hooks):
-                raise ScheduleError(
-                    f"{name} is offloaded by itself, and its call, which would bring its weights, is not made where blocks run one by one; take "
-                    "pipeline.enable_model_cpu_offload() instead, or remove_schedule(pipeline)"
-                )
+        if block := offloaded(self.net):
+            raise ScheduleError(
+                f"{block} is offloaded by itself, and its call, which would bring its weights, is not made where blocks run one by one; take "
+                "pipeline.enable_model_cpu_offload() instead, or remove_schedule(pipeline)"
+            )
 
     def _compare_guidance(self) -> None:
         """Warns where the pipeline says that it guides by another scale: what that loses was not measured."""
@@ -326,7 +318,8 @@ class _Applied:
         if guides is False:
             return None
         half = len(x) // 2
-        twice = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
+        halves = [rows.nan_to_num() for rows in (x[:half], x[half:])]  # NaN is what it may be, and equals nothing
+        twice = len(x) % 2 == 0 and torch.equal(*halves)
         if guides is None and self._own_first:  # the second half of its labels is that of no class
             guides = twice and bool((told["class_labels"][half:] == self.net.config.num_embeds_ada_norm).all())
         elif guides is None:  # which samples of equal noise look like, too: `_check_rows` tells them apart

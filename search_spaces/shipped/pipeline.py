@@ -12,7 +12,9 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,17 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 
+if str(__package__).startswith("diffusers_modules"):
+    # diffusers puts the code of all folders into one place and imports this file anew for each; what it imports would stay that of the first.
+    for _name in ("graph", "latents", "reuse", "stepping", "texts", "walks"):
+        sys.modules.pop(f"{__package__}.{_name}", None)
+
 from .graph import holds
 from .latents import decoded
 from .reuse import NEGATIVE, PREDICTION, as_noise, first_rows, guided, null_of, run
 from .stepping import update
 from .texts import PARTS, encoded, nothing_said
-from .walks import arguments
+from .walks import arguments, offloaded
 
 
 class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -57,21 +64,23 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
                     parameter.data = parameter.data.clone()
 
     def save_pretrained(self, save_directory: str | Path, **given: Any) -> None:
-        """As of every pipeline; with the code that reads it, so that the copy is opened as this one was. Raises ValueError for `push_to_hub` of networks that read
-        vectors of classes, which `pipeline.push_to_hub` itself does whole."""
-        vectors = getattr(self, "class_embedding", None)
-        if vectors is not None and given.get("push_to_hub"):
-            raise ValueError("save_pretrained would push an index that nobody can read; call pipeline.push_to_hub(...)")
+        """As of every pipeline; with the code that reads it, so that the copy is opened as this one was."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         for name, code in self._code.items():
             (Path(save_directory) / name).write_text(code, encoding="utf-8")
         super().save_pretrained(save_directory, **given)
-        if vectors is not None:  # of which diffusers notes where its code lies in this process alone
+
+    def save_config(self, save_directory: str | Path, **given: Any) -> None:
+        """The index, which `save_pretrained` asks for when all components are saved and nothing is pushed yet; it says where the code of this class lies, and of what reads classes,
+        as diffusers notes it of this process alone."""
+        super().save_config(save_directory, **given)
+        index = Path(save_directory) / self.config_name
+        told = {**json.loads(index.read_text(encoding="utf-8")), "_class_name": ["pipeline", type(self).__name__]}
+        vectors = getattr(self, "class_embedding", None)
+        if vectors is not None:
             shutil.copy(inspect.getfile(type(vectors)), Path(save_directory) / "class_embedding")
-            index = Path(save_directory) / "model_index.json"
-            told = json.loads(index.read_text())
             told["class_embedding"] = ["class_embedding", type(vectors).__name__]
-            index.write_text(json.dumps(told, indent=2) + "\n")
+        index.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
     @torch.inference_mode()
     def __call__(
@@ -100,11 +109,12 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         `generator`: where the noise comes from, one or a list with one for each image; `seed` instead: image i depends on the seed and i
         alone, and equals image i of `nas sample` of this seed where it was told the same; `latents`: the first noise itself, a row for each image.
         `num_inference_steps`: evenly so many of the schedule's steps; all by default. `guidance_scale`: in place of the schedule's own at the steps
-        that it guides; 1 guides none. `negative_prompt`: what takes the prompt's place where a guided step predicts without it.
+        that it guides; 1 or less guides none, as in stock pipelines. `negative_prompt`: what takes the prompt's place where a guided step predicts without it.
         `prompt_embeds`: a row for each image by the names of the networks' arguments, "negative_" before those of the negative prompt, instead
         of prompts. `reuse_dtype`: of what a step keeps to be reused, such as torch.bfloat16 for half the memory; by default as the schedule was scored. `callback_on_step_end(pipeline, i, timestep, {"latents": ...})`: after each step; may return other latents.
-        Raises ValueError for other kinds of output, more steps than the schedule has, for fewer where steps reuse blocks, and for labels or prompts that are missing,
-        too many, or not taken.
+        Raises ValueError for other kinds of output, more steps than the schedule has, for fewer where steps reuse blocks, for labels or prompts that are missing,
+        too many, or not taken, and for what cannot be followed: another scheduler, or blocks that are offloaded one by one where some are reused. Warns where it is told
+        how to guide and the schedule guides no step.
         """
         if output_type not in ("pil", "np", "numpy", "pt"):
             raise ValueError(f"output_type={output_type!r} is none of 'pil', 'np' and 'pt'")
@@ -112,10 +122,22 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(f"callback_on_step_end_tensor_inputs: there are no {min(strange)}, but latents alone")
         if isinstance(prompt, int):  # as the first argument of pipelines that read no text is
             prompt, batch_size = None, prompt
+        if seed is not None and generator is not None:
+            raise ValueError("give seed or generator, not both")
+        if type(self.scheduler).__name__ != "DDIMScheduler":
+            raise ValueError(
+                f"the schedule brings its own sampler, which {type(self.scheduler).__name__} cannot replace; leave the folder's scheduler"
+            )
         plan = self.config.schedule
         steps = [_guided_at(step, guidance_scale) for step in _subset(plan["steps"], num_inference_steps)]
         device = self._execution_device
         guides = any(step.get("guidance") for step in steps)
+        if (guidance_scale or 0) > 1 and not guides:
+            warnings.warn(
+                f"guidance_scale={guidance_scale:g} is of no effect: the schedule guides no step", stacklevel=3
+            )
+        if any(step["reuse"] for step in steps):
+            self._check_offloading({step["model"] for step in steps})
         if reuse_dtype is None and "reuse_precision" in plan["sampler"]:
             reuse_dtype = getattr(torch, plan["sampler"]["reuse_precision"])
         told = self._told(plan, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, guides, device)
@@ -164,15 +186,21 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> dict[str, torch.Tensor]:
         """What the networks read, a row for each image."""
         if plan.get("text") is None:
-            if prompt is not None or embeds is not None:
-                raise ValueError("the networks read no text; leave out prompt and prompt_embeds")
+            if prompt is not None or negative is not None or embeds is not None or each != 1:
+                raise ValueError(
+                    "the networks read no text; leave out prompt, negative_prompt, prompt_embeds and num_images_per_prompt"
+                )
             return {}
         if embeds is not None:
-            if guides and f"{NEGATIVE}encoder_hidden_states" not in embeds:
+            if prompt is not None or negative is not None:
+                raise ValueError("give prompts or prompt_embeds, not both")
+            rows = ["encoder_hidden_states", *([f"{NEGATIVE}encoder_hidden_states"] if guides else [])]
+            if not isinstance(embeds, Mapping) or not {*rows} <= {*embeds}:
+                found = ", ".join(embeds) if isinstance(embeds, Mapping) else f"a {type(embeds).__name__}"
                 raise ValueError(
-                    f"the schedule guides; give prompt_embeds {NEGATIVE}encoder_hidden_states too, or guidance_scale=1"
+                    f"prompt_embeds must have rows named {' and '.join(rows)}, and has {found}{'; guidance_scale=1 asks for no negative ones' if guides else ''}"
                 )
-            return {name: rows.to(device) for name, rows in embeds.items()}
+            return {name: tensor.to(device).repeat_interleave(each, dim=0) for name, tensor in embeds.items()}
         parts = {name: getattr(self, name) for pair in PARTS for name in pair if getattr(self, name, None) is not None}
         if prompt is None or not parts:
             wanted = "a prompt, or one for each image" if parts else "prompt_embeds: the folder has no text encoder"
@@ -196,6 +224,15 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
             return told
         chosen, none = told["class_labels"], torch.full_like(told["class_labels"], null_label)
         return {"encoder_hidden_states": vectors(chosen), f"{NEGATIVE}encoder_hidden_states": vectors(none)}
+
+    def _check_offloading(self, models: Iterable[str]) -> None:
+        for model in sorted(models):
+            net = getattr(self, model)
+            if block := offloaded(getattr(net, "_orig_mod", net)):
+                raise ValueError(
+                    f"{block} of {model} is offloaded by itself, and its call, which would bring its weights, is not made where blocks are reused; take "
+                    "pipeline.enable_model_cpu_offload() instead"
+                )
 
     def _denoise(
         self,
@@ -260,14 +297,19 @@ def _kept_as(cache: Any, dtype: torch.dtype | None) -> Any:
     if cache is None or dtype is None:
         return cache
     most = torch.finfo(dtype).max
-    return {name: rows if name == PREDICTION else rows.clamp(-most, most).to(dtype) for name, rows in cache.items()}
+
+    def narrowed(rows: torch.Tensor) -> torch.Tensor:
+        bound = min(most, torch.finfo(rows.dtype).max)
+        return rows.clamp(-bound, bound).to(dtype)
+
+    return {name: rows if name == PREDICTION else narrowed(rows) for name, rows in cache.items()}
 
 
 def _guided_at(step: Mapping[str, Any], scale: float | None) -> Mapping[str, Any]:
-    """The step with another scale, if it is guided at all; 1 is no guidance, at any step, so that outputs have as many rows at all of them."""
+    """The step with another scale, if it is guided at all; 1 or less is no guidance, at any step, so that outputs have as many rows at all of them."""
     if scale is None or step.get("guidance") is None:
         return step
-    if scale == 1:
+    if scale <= 1:
         return {**step, "guidance": None}
     return {**step, "guidance": {**step["guidance"], "scale": scale}}
 

@@ -214,6 +214,7 @@ def read_images(
 def folder_labels(path: Path, classes: int | None = None) -> npt.NDArray[np.int64]:
     """The classes of all pictures below a folder, in the order in which they are read: the folders right below it, by name. Raises
     PictureError where a picture lies in none, and where there are not so many `classes`: then a folder's place would be another class's."""
+    _check_folder(path, "folders that name their classes")
     names = []
     for file in find_pictures(path).files:
         inside = Path(file).relative_to(path).parts
@@ -230,4 +231,10 @@ def folder_labels(path: Path, classes: int | None = None) -> npt.NDArray[np.int6
 
 def folder_captions(path: Path) -> list[str]:
     """Of all pictures below a folder, in the order in which they are read: each the text beside it. Raises PictureError where one has none."""
+    _check_folder(path, "texts beside them")
     return [read_caption(file) for file in find_pictures(path).files]
+
+
+def _check_folder(path: Path, what: str) -> None:
+    if path.is_file():
+        raise PictureError(f"{path} is one file, whose images have no {what}; give a folder of pictures")

@@ -122,24 +122,23 @@ class LossError(ExportError):
 SHARES = ("drop", "distillation", "ema")
 
 
-def settings_of(given: Any) -> Settings:
-    """From train.json. Raises ExportError naming what no training can have."""
+def settings_of(given: Any, source: str = "train.json") -> Settings:
+    """Raises ExportError naming what no training can have, and where it was said."""
     known = {field.name: type(field.default) for field in fields(Settings)}
     for name, value in given.items():
         kind = known.get(name)
         if kind is None:
-            raise ExportError(f"train.json: settings have no {name!r}; there are {', '.join(known)}")
+            raise ExportError(f"{source}: settings have no {name!r}; there are {', '.join(known)}")
         number = kind in (int, float) and type(value) in (int, kind)
         most = 1 if name in SHARES else 2**32 - 1 if name == "seed" else 1e9
         if not (number or type(value) is kind) or (number and not 0 <= value <= most) or (name == "clip" and not value):
             allowed = f", from {'more than ' if name == 'clip' else ''}0 to {most:g}" if number else ""
-            raise ExportError(f"train.json: {name}={value!r} is no {kind.__name__} that a training can have{allowed}")
+            raise ExportError(f"{source}: {name}={value!r} is no {kind.__name__} that a training can have{allowed}")
     made = Settings(**given)
     counts = (made.steps, made.batch, made.checkpoint_every, made.accumulate)
     if min(counts) < 1 or made.accumulate > made.batch or made.precision not in ("no", "bf16", "fp16"):
         raise ExportError(
-            "train.json: steps, batch, checkpoint_every and accumulate must be at least 1, accumulate at most batch, precision no, bf16 or "
-            f"fp16; {made}"
+            f"{source}: steps, batch, checkpoint_every and accumulate must be at least 1, accumulate at most batch, precision no, bf16 or fp16; {made}"
         )
     return made
 
@@ -541,12 +540,12 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     try:
+        settings = settings_of(chosen, "the options")
+        labels = folder_labels(images, plan.get("null_label")) if said else None
+        captions = folder_captions(images) if shown else None
         for done, total, pixels in read_images(images, channels, size, resize):  # noqa: B007  the last is whole
             if speaks and done % 10_000 == 0:
                 print(f"reading images: {done} of {total}", flush=True)
-        labels = folder_labels(images, plan.get("null_label")) if said else None
-        captions = folder_captions(images) if shown else None
-        settings = settings_of(chosen)
         keep_settings(folder, settings, data_digest(pixels, labels, captions), speaks)
         training = train(folder, pixels, settings, cpu, changed, whole, labels, captions)
         with closing(training) as ticks:

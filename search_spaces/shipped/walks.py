@@ -4,6 +4,7 @@ folder holds a copy of this file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,9 @@ ADDED = ("text_embeds", "time_ids")
 
 SIZES = ("resolution", "aspect_ratio")
 """Conditions that PixArt at 1024 pixels adds to it."""
+
+LEFT_OUT = re.compile(r"(down|up)_blocks\.\d+|transformer_blocks\.\d+(\.norm1)?")
+"""Modules of a network whose parts are called, and not they."""
 
 Read = Callable[[str], torch.Tensor]
 """The output of a layer by its name, run now or kept."""
@@ -53,6 +57,18 @@ def arguments(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condi
         return x, _each(x, t), told.get("class_labels")
     added = {name: told[name] for name in ADDED if name in told} or None
     return x, t, told.get("encoder_hidden_states"), told.get("class_labels"), None, None, None, added
+
+
+def offloaded(net: torch.nn.Module) -> str | None:
+    """A module of the network whose weights come with its own call, which a walk does not make."""
+    for name, module in net.named_modules():
+        if not LEFT_OUT.fullmatch(name) or next(module.children(), None) is None:
+            continue
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        away = any(weight.is_meta for weight in module._parameters.values() if weight is not None)
+        if away or any(hook.startswith("group_offloading") for hook in hooks):
+            return str(name)
+    return None
 
 
 def walk_of(net: Any, x: torch.Tensor, t: torch.Tensor | int, condition: Condition | None, whole: bool = False) -> Walk:
