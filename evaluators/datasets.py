@@ -202,8 +202,8 @@ class TorchDataset(OneByOne):
     """Any torch Dataset of a known length whose items are an image, or an image with its label: a PIL picture, an array or tensor of bytes, (height, width[,
     channels]) or (channels, height, width), or of floats within `span`, channels first.
 
-    `name` tells it from others: what is kept of a data set of the same name, length and first images is taken for it. Images that are read another way
-    each time, as augmentation does, are kept as they come first, and told by name and length alone. Raises UserError naming the item that is something else.
+    `name` tells it from others: what is kept of a data set of the same name, length, labels and first images is taken for it. Images that are read another way
+    each time, as augmentation does, are kept as they come first, and told by name, length and labels alone. Raises UserError naming the item that is something else.
     """
 
     dataset: Any = field(compare=False)
@@ -225,7 +225,9 @@ class TorchDataset(OneByOne):
     def facts(self, items: Items) -> list[Any]:
         readings = [b"".join(self.read(int(n)).tobytes() for n in items.order[:FIRST]) for _ in range(READINGS)]
         told = hashlib.sha256(readings[0]).hexdigest() if len(set(readings)) == 1 else "read another way each time"
-        return [self.name, told, self.labels]
+        # Classes are held out in equal shares, so that other labels put the images into another order.
+        labels = None if items.labels is None else digest_of(items.labels.tolist())
+        return [self.name, told, self.labels, labels, self.span]
 
     def items(self) -> Items:
         count = self._count()

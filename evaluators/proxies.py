@@ -22,7 +22,7 @@ from evaluators.features import in_parts
 from evaluators.frechet import OfFeatures, feature_rows, paired_frechet_with_replicates
 from evaluators.images import check_shape, load_once, read_into
 from evaluators.sampling import Sampler, State, predict, step_noise
-from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
+from evaluators.scoring import LoadedScore, Rows, Sampled, SampledAs, mean_with_replicates
 from evaluators.trajectories import Trajectories
 from nas.contracts import (
     Arch,
@@ -344,7 +344,7 @@ class DenoisingLoss(OfImages):
 
 
 @recipe
-class Additive:
+class Additive(SampledAs):
     """The sum over intervals of what changing that interval alone does to a base score. Value: `"additive_"` and the base's.
 
     Around the full net: base(full) + sum over k of (base(full with interval k as in the schedule) - base(full)); around the
@@ -358,8 +358,8 @@ class Additive:
     around: Literal["full", "smallest", "both"] = "full"
 
     @property
-    def rungs(self) -> tuple[int, ...]:
-        return tuple(self.base.rungs)
+    def like(self) -> Evaluator:
+        return self.base
 
     @property
     def metrics(self) -> tuple[str, ...]:

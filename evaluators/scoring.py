@@ -225,6 +225,12 @@ class AroundAnother(SampledAs):
         yield from self.base.prepare(folder, seed, device)
 
 
+def as_scored(evaluator: LoadedEvaluator, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+    """Samples of the subnets that its score looks at, which may be trained first; `sample` draws what is handed out."""
+    found: torch.Tensor = getattr(evaluator, "sample_as_scored", evaluator.sample)(schedule, count, seed)
+    return found
+
+
 class LoadedAroundAnother:
     """The same, loaded."""
 
@@ -235,6 +241,9 @@ class LoadedAroundAnother:
 
     def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
         return self.base.sample(schedule, count, seed)
+
+    def sample_as_scored(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+        return as_scored(self.base, schedule, count, seed)
 
     def grounds(self, schedule: Schedule, count: int, seed: int) -> Mapping[str, Any] | None:
         return self.base.grounds(schedule, count, seed) if isinstance(self.base, Grounded) else None
@@ -308,6 +317,9 @@ class LoadedScores:
 
     def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
         return self.parts[0].sample(schedule, count, seed)
+
+    def sample_as_scored(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:
+        return as_scored(self.parts[0], schedule, count, seed)
 
     def sampler_of(self, schedule: Schedule) -> Mapping[str, Any]:
         return self.parts[0].sampler_of(schedule)

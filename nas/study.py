@@ -212,20 +212,10 @@ class Study:
                 f"the space chooses among samplers that the evaluator lacks: {', '.join(unknown)}; give both the same"
             )
         self._check_samplers(samplers)
-        conditional = getattr(self.supernet, "conditional", False)
-        if conditional != (getattr(self.evaluator, "conditions", None) is not None):
-            raise UserError(
-                "the network takes conditions; give the evaluator conditions=Labels(images), or Captions(images, encoder) where it reads texts"
-                if conditional
-                else "the network takes no conditions; leave out the evaluator's conditions, or give the network num_class_embeds"
-            )
-        wanted, given = (
-            getattr(one, "condition_kind", "") for one in (self.supernet, getattr(self.evaluator, "conditions", None))
-        )
-        if wanted and given and wanted != given:
-            raise UserError(
-                f"the network takes {wanted}, the evaluator's conditions are {given}; give it Labels(images) for labels, Captions or Prompts for texts (nothing gives both)"
-            )
+        self._check_conditions("the evaluator", self.evaluator)
+        for name, proxy in self.proxies.items():
+            if hasattr(proxy, "conditions"):  # others may ask for no samples at all
+                self._check_conditions(f"proxy {name}", proxy)
         check_limits(self.limits)
         self._check_enqueued()
         if not self.limits_time:
@@ -234,6 +224,21 @@ class Study:
             raise UserError(f"the limit on {LATENCY} needs measured times; use evaluator=Timed(..., Latency(batch=64))")
         else:
             calls(self.space)  # of a space whose calls cannot be timed it says so
+
+    def _check_conditions(self, name: str, evaluator: Evaluator) -> None:
+        """Raises UserError where it asks for samples of other conditions than the network takes."""
+        conditional, conditions = getattr(self.supernet, "conditional", False), getattr(evaluator, "conditions", None)
+        if conditional != (conditions is not None):
+            raise UserError(
+                f"the network takes conditions; give {name} conditions=Labels(images), or Captions(images, encoder) where it reads texts"
+                if conditional
+                else f"the network takes no conditions; leave out {name}'s conditions, or give the network num_class_embeds"
+            )
+        wanted, given = (getattr(one, "condition_kind", "") for one in (self.supernet, conditions))
+        if wanted and given and wanted != given:
+            raise UserError(
+                f"the network takes {wanted}, {name}'s conditions are {given}; give it Labels(images) for labels, Captions or Prompts for texts (nothing gives both)"
+            )
 
     def _check_enqueued(self) -> None:
         """Raises UserError for genomes that are none of the space, or dearer than the limits allow."""

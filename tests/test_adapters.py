@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import nevergrad
@@ -114,16 +115,49 @@ def test_nevergrad_proposes_what_the_optimizer_itself_asks_and_is_told() -> None
 def test_a_trial_that_finishes_out_of_turn_is_told_as_a_point_not_asked_for() -> None:
     problem = table_problem()
     search = Nevergrad("PSO").start(problem, 1)
+    first = search.ask([])
+    assert isinstance(first, Proposal)
+    search.tell(closed(problem, 0, first, toy_score(first.genome)))
     asked: list[Proposal] = []
-    for _ in range(3):
+    for _ in range(2):
         proposal = search.ask([p.genome for p in asked])
         assert isinstance(proposal, Proposal)
         asked.append(proposal)
-    assert len({p.genome for p in asked}) == 3
-    for number, place in enumerate((2, 0, 1)):
-        search.tell(closed(problem, number, asked[place], toy_score(asked[place].genome)))
-    # The last one was drawn by the optimiser as it was when nothing had been told, the others by one that no longer is.
+    assert len({first.genome, *(p.genome for p in asked)}) == 3
+    for number, proposal in enumerate(reversed(asked), 1):
+        search.tell(closed(problem, number, proposal, toy_score(proposal.genome)))
+    # The last one was drawn by the optimiser as it was when it is told, the first never, and the other by one that no longer is.
     assert search._optimizer.num_tell_not_asked == 2
+
+
+def test_scores_are_measured_by_the_cheapest_whoever_is_told_first() -> None:
+    """An enqueued schedule, or a worker that is faster, else puts all that are worse beyond the bound of the front."""
+    problem = table_problem(genes=6, options=4)
+    good, cheapest = Proposal((2, 1, 1, 1, 1, 1)), Proposal((0,) * 6)
+    found = []
+    for order in ((good, cheapest), (cheapest, good)):
+        search = Nevergrad("CMA").start(problem, 0)
+        for number, proposal in enumerate(order):
+            search.tell(closed(problem, number, proposal, toy_score(proposal.genome)))
+        assert search._scale is not None
+        found.append(search._scale.tolist())
+        assert search._optimizer.num_tell_not_asked == 2
+    assert (
+        found == [[toy_score(cheapest.genome).values["fd"], pytest.approx(problem.limits["macs_share"] * 6 * 16)]] * 2
+    )
+
+
+@pytest.mark.parametrize("objectives", [("fd", "params"), ("fd", "macs"), ("fd", "latency_ms")])
+def test_a_cost_is_measured_by_its_limit_or_by_the_dearest(objectives: tuple[str, str]) -> None:
+    """By the cheapest all others would lie beyond the front's bound, and their scores would be nothing to learn from."""
+    problem = Problem(table_problem(genes=6, options=4).space, objectives, {})
+    search = Nevergrad("CMA").start(problem, 0)
+    least, most = (problem.space.cost(genome) for genome in ((0,) * 6, (3,) * 6))
+    score = replace(toy_score((0,) * 6), values={"fd": 2.0, "latency_ms": 5.0})
+    search.tell(closed(problem, 0, Proposal((0,) * 6), score))
+    expected = {"latency_ms": 5.0 * most["macs"] / least["macs"]}.get(objectives[1], most.get(objectives[1]))
+    assert search._scale is not None
+    assert search._scale[1] == pytest.approx(expected)
 
 
 def test_samplers_learn_and_keep_their_notes() -> None:

@@ -201,7 +201,17 @@ def test_a_schedule_that_cannot_be_scored_is_left_out_and_counted(tmp_path: Path
     facts = summary(rows)
     assert facts["schedules"] == 28
     assert facts["failed"] == 2
+    assert "was told to fail" in facts["failure"]
     assert "was told to fail" in rows[3]["failure"]
+    again = audited(tmp_path, 30)  # once their cause is gone
+    assert len(again) == 30
+    assert summary(again)["failed"] == 0
+
+
+def test_what_all_failed_by_is_told(tmp_path: Path) -> None:
+    rows = audited(tmp_path, 30, evaluator__failing=tuple(schedules_to_audit(ToySpace(), 30, 0)))
+    with pytest.raises(UserError, match=r"30 failed, the last with .* was told to fail.* tries them again"):
+        summary(rows)
 
 
 def test_a_smaller_audit_of_a_larger_table_is_a_smaller_audit(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from search_spaces.shipped.latents import decoded, moments
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich, TrainAutoencoder
-from search_spaces.training.autoencoder import _evened_out
+from search_spaces.training.autoencoder import _evened_out, _moments
 from tests.conftest import TINY
 from tests.test_export import standing_alone
 from tests.test_train import alone
@@ -397,6 +397,20 @@ def test_large_images_are_evened_out_a_few_at_a_time(monkeypatch: pytest.MonkeyP
     assert (all_at_once, few) == (256, 2)
     assert torch.allclose(weights, others, rtol=1e-4)
     assert error == pytest.approx(same, rel=1e-4)
+
+
+def test_moments_are_those_of_all_posteriors_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search_spaces.shipped.latents.NUMBERS", 2 * 16 * 16 * 16)
+    data = IMAGES.load()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        network = KINDS["KL"]().eval()
+        found = _moments(network, data, torch.device("cpu"))
+        whole = network.encode(torch.from_numpy(data.pixels)).latent_dist
+    means, variances = whole.mean.double(), whole.var.double()
+    expected = means.mean((0, 2, 3)), means.var((0, 2, 3)), variances.mean((0, 2, 3))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_weights_belong_to_their_autoencoder(own: Path, tmp_path: Path) -> None:

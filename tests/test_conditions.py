@@ -23,6 +23,7 @@ from evaluators.conditions import Labels
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet
 from evaluators.images import Digits
+from evaluators.proxies import Additive
 from evaluators.sampling import DDIM, DPMSolver, sample
 from evaluators.scoring import Scores
 from nas.base.exported import ExportError, read_export
@@ -170,6 +171,18 @@ def test_a_study_whose_parts_disagree_on_conditions_is_refused(
     space = replace(tiny_study.space, net=net)  # type: ignore[type-var]
     with pytest.raises(UserError, match=message):
         replace(tiny_study, supernet=net, space=space, evaluator=Frechet(Digits(), conditions=conditions))
+
+
+def test_proxies_ask_for_the_same_conditions(tiny_study: Study) -> None:
+    """Before anything is trained for an audit that could score nothing."""
+    net = Elastic({**TINY, "num_class_embeds": CLASSES + 1}, (0.5, 1.0))
+    space, labels = replace(tiny_study.space, net=net), Labels(Digits())  # type: ignore[type-var]
+    fine = Frechet(Digits(), rungs=(8,), conditions=labels)
+    study = replace(tiny_study, supernet=net, space=space, evaluator=Frechet(Digits(), conditions=labels))
+    replace(study, proxies={"few": fine, "sum": Additive(fine, (1, 1, 1, 1))})
+    for proxy in (Frechet(Digits(), rungs=(8,)), Additive(Frechet(Digits(), rungs=(8,)), (1, 1, 1, 1))):
+        with pytest.raises(UserError, match=r"give proxy few conditions=Labels\(images\)"):
+            replace(study, proxies={"few": proxy})
 
 
 def test_labels_that_the_network_has_no_room_for_are_refused() -> None:

@@ -90,6 +90,15 @@ def test_a_verdict_needs_both_judges_and_says_who_contradicts() -> None:
     for lost in (verdict(fine, bad), verdict(fine, unsure)):
         assert not lost.confirmed
     assert verdict(fine, bad).advice == verdict(fine, fine).advice == ""
+    small = replace(of([0.02, 0.021, 0.019], 0.05), judge="a finer one")
+    assert small.no_loss
+    assert small.loss
+    assert small.words.endswith(": a loss within the margin")
+    said = verdict(fine, small).words
+    assert said.startswith(
+        "No loss beyond the margin: the schedule, 60% of the MACs saved, is worse than the full network"
+    )
+    assert "by less than that under a finer one, and not worse under " in said
 
 
 def test_seeds_that_happen_to_agree_are_no_advice_to_take_fewer() -> None:

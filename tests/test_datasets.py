@@ -124,6 +124,26 @@ def test_labels_are_those_of_the_items(folder: Path) -> None:
     assert recipe.items().labels.tolist() == [n % 4 for n in range(COUNT)]  # type: ignore[union-attr]
 
 
+def test_other_labels_are_another_data_set(tmp_path: Path) -> None:
+    """Which images are held out follows from them: kept images would stand beside others' labels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
+
+    def recipe(name: str, moved: int) -> TorchDataset:
+        labelled = [(image, (n + moved * (n >= 40)) % 4) for n, image in enumerate(pixels)]
+        return TorchDataset(dataset=labelled, name=name, size=8, labels=True, holdout=0.25)
+
+    list(recipe("pairs", 0).prepare(tmp_path / "run"))
+    before = recipe("pairs", 0).load()
+    evaluators.kept._LOADED.clear()
+    list(recipe("pairs", 1).prepare(tmp_path / "run"))
+    after, alone = recipe("pairs", 1).load(), recipe("alone", 1).load()
+    assert after.digest != before.digest
+    assert np.array_equal(after.pixels, alone.pixels)
+    assert after.labels is not None
+    assert alone.labels is not None
+    assert after.labels.tolist() == alone.labels.tolist()
+
+
 @pytest.mark.parametrize("form", ["picture", "bytes", "channels first", "floats"])
 def test_a_torch_data_set_holds_the_folders_images(form: str, folder: Path, tmp_path: Path) -> None:
     expected = ImageFolder(str(folder), 8).load()

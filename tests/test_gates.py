@@ -18,7 +18,8 @@ import torch
 from evaluators.frechet import Frechet
 from evaluators.images import Digits
 from evaluators.sampling import DDIM, sample
-from nas.contracts import Problem, Schedule, Snapshot, Step, UserError
+from nas.contracts import Problem, Proposal, Schedule, Snapshot, Step, UserError
+from nas.engine.enqueued import Enqueued
 from nas.engine.learning import learn_once, learned_file
 from nas.engine.ledger import read_ledgers
 from nas.engine.session import open_session
@@ -29,6 +30,7 @@ from nas.searchers.choosers import Chooser
 from nas.searchers.gates import Gates
 from nas.searchers.pruner import Pruner, Scorer, dissimilarity, gammas, kept_share, learn_gates, straight_through
 from nas.study import Study
+from nas.testing import closed, toy_score
 from search_spaces.intervals import per_step, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.options import Options
@@ -237,6 +239,28 @@ def test_choosers_reckon_in_the_time_that_is_limited() -> None:
     for share in (0.4, 0.5, 0.6):
         genome = made.genome("bisection", share * full)
         assert made.budgets[0] <= exact_cost(timed, genome) <= share * full
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_what_is_enqueued_takes_no_turn_of_its_own(told: bool) -> None:
+    """Each way begins with the whole budget, where what it learned is worth most, whether the enqueued ones are scored by then or still run."""
+    from nas.searchers.choosers import meanings
+
+    problem = Problem(SPACE, ("fd", "macs"), {"macs_share": 0.8})
+    meaning = meanings(problem, DEEP_NET.initial(0), FULL, False)
+    learned = {"keep": torch.rand((4, 9), generator=torch.Generator().manual_seed(0), dtype=torch.float64), **meaning}
+    own = [tuple(46 if place == gene else 0 for place in range(5)) for gene in range(4)]
+    search = Enqueued(Gates(QUICK).start(problem, 0, learned), own, problem)
+    asked: list[Proposal] = []
+    for number in range(len(own) + 3):
+        proposal = search.ask([] if told else [one.genome for one in asked])
+        assert isinstance(proposal, Proposal)
+        asked.append(proposal)
+        if told:
+            search.tell(closed(problem, number, proposal, toy_score(proposal.genome)))
+    assert [one.genome for one in asked[:4]] == own
+    assert len({one.origin["budget"] for one in asked[4:]}) == 1
+    assert asked[4].origin["budget"] == pytest.approx(0.8 * SPACE.cost(dearest(SPACE))["macs"])
 
 
 def test_patterns_and_widths_too_and_within_limits() -> None:

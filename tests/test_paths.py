@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluators.sampling import DDIM, DPMSolver
 from nas.contracts import Genome, Problem, Proposal, Schedule, Score, SearchSpace, Trial
 from nas.genomes.paths import ReusePath, Steps, paths, together
 from nas.results.trials import prediction_of
@@ -247,6 +248,26 @@ def test_what_was_scored_corrects_the_model() -> None:
     # What runs longer than were probed is not known so well.
     assert all(0.6 < one < 1.4 for one in off[9:])
     assert len(off) > 9
+
+
+def test_other_samplers_are_tried() -> None:
+    """They cost nothing, so that no cost tells them apart."""
+    steps = uniform(6)
+    space = Stepwise(
+        NET,
+        steps,
+        per_step(steps),
+        Options((1.0,)),
+        patterns=(Every(1), Only(())),
+        deterministic=False,
+        samplers=(DDIM(), DPMSolver()),
+    )
+    loss = lambda genome: 1 + (space.decode(genome).sampler == DPMSolver().name) + lost(space.decode(genome), steps)  # noqa: E731
+    found = searched(space, loss, 60)
+    probes = [trial for trial in found if "probe" in trial.origin]
+    assert {space.decode(trial.genome).sampler for trial in probes} == {DDIM().name, DPMSolver().name}
+    best = min((trial for trial in found if trial.score), key=lambda trial: trial.score.values["loss"])  # type: ignore[union-attr]
+    assert space.decode(best.genome).sampler == DDIM().name
 
 
 def test_what_is_not_predicted_is_not_said_to_be() -> None:

@@ -24,6 +24,8 @@ from nas.searchers.knapsack import Knapsack
 from nas.study import Study
 from nas.testing import check_evaluator
 from search_spaces.intervals import uniform
+from search_spaces.options import Options
+from search_spaces.patterns import Every
 from search_spaces.shipped.train_diffusers import TRAINED, settings_of, train
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
@@ -147,6 +149,17 @@ def test_networks_that_were_trained_otherwise_are_scored_as_they_are(tiny_study:
     assert not networks(run)
 
 
+def test_steps_that_hold_a_prediction_train_nothing(tiny_study: Study, tiny_net: Elastic, run: Path) -> None:
+    space = Stepwise(tiny_net, uniform(4), (4,), Options((1.0,)), patterns=(Every(4, ()),), deterministic=False)
+    schedule = space.decode((0,) * len(space.choices))
+    evaluator = loaded(tiny_study, run)
+    assert [evaluator.supernet.macs(step) > 0 for step in schedule.steps] == [True, False, False, False]
+    evaluator(schedule, 32, 0)
+    assert len(networks(run)) == 1
+    scored = evaluator.sample_as_scored(schedule, 4, 0)
+    assert not torch.equal(scored, evaluator.sample(schedule, 4, 0))
+
+
 def test_a_search_verifies_what_leads_by_it(tiny_study: Study, run: Path, tmp_path: Path) -> None:
     study = replace(tiny_study, evaluator=Timed(RECOVERED, Latency(batch=2, repeats=1)), trials=8, verified=2)
     searched = StudyRun(study, run)
@@ -157,6 +170,10 @@ def test_a_search_verifies_what_leads_by_it(tiny_study: Study, run: Path, tmp_pa
     searched.export(best, tmp_path / "model")
     schedule = searched.schedule(best)
     assert isinstance(schedule, Schedule)
+    timed = loaded(study, run, study.evaluator)
+    scored = timed.sample_as_scored(schedule, 4, 0)
+    assert torch.equal(scored, timed.base.sample_as_scored(schedule, 4, 0))
+    assert not torch.equal(scored, timed.sample(schedule, 4, 0)), "as pictures of a report are drawn"
     network = read_network(tmp_path / "model" / "unet_0").state_dict()
     frozen = study.supernet.load(run / "supernet", "cpu").extract(schedule.archs[0]).state_dict()
     assert all(torch.equal(network[name], tensor) for name, tensor in frozen.items())  # what is exported is not trained

@@ -25,6 +25,7 @@ from nas.cli.options import (
 from nas.cli.progress import follow, progress_bars
 from nas.cli.terminal import print_audit, print_intervals
 from nas.contracts import UserError
+from nas.genomes.genetics import budget_of
 
 
 def audit(
@@ -41,7 +42,7 @@ def audit(
 ) -> None:
     """Compare the study's proxies with its reference score. Writes <run>/audit/; the same command goes on after a stop."""
     from nas.engine.session import open_session
-    from nas.results.audit import TABLE, measure, read_table, schedules_to_audit, summary
+    from nas.results.audit import TABLE, check_enough, measure, read_table, schedules_to_audit, summary
     from nas.results.plots import draw_audit
     from nas.study import load_study
 
@@ -52,10 +53,12 @@ def audit(
         )
     folder = run_folder(study, out_dir)
     check_device(device)
+    study.check()
+    check_enough(schedules_to_audit(study.space, schedules, study.seed))
+    pool = worker_pool(workers, gpus_per_worker, ray_address, device)
     bars = progress_bars(quiet or as_json)
     with resumable(folder), open_session(study, folder, storage, device) as session, bars:
         follow(bars, session.prepare())
-        pool = worker_pool(workers, gpus_per_worker, ray_address, device)
         follow(bars, session.on_one_thread(measure(study, folder, schedules, device, pool)))
     audited = set(schedules_to_audit(study.space, schedules, study.seed))
     rows = read_table(folder / "audit" / TABLE, audited, study.objectives[0])
@@ -104,11 +107,13 @@ def intervals(
         )
     folder = run_folder(study, out_dir)
     check_device(device)
+    study.check()
+    budget = 0.5 if study.limits_time else budget_of(study.problem) / study.full["macs"]
+    limit = share if share is not None else budget if budget < 1 else 0.5
     bars = progress_bars(quiet or as_json)
     with resumable(folder), open_session(study, folder, device=device) as session, bars:
         follow(bars, session.prepare())
         loaded = study.load(folder, device)
-        limit = study.limits.get("macs_share", 0.5) if share is None else share
         metric = study.objectives[0]
         found = Partitions(
             study.space, loaded, study.images, study.evaluator, folder, study.seed, grid, count, limit, metric

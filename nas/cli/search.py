@@ -102,7 +102,7 @@ def run(
     from nas.engine.show import Show
     from nas.engine.storage import check_answers
     from nas.library import StudyRun
-    from nas.study import load_study
+    from nas.study import BASELINE, load_study
 
     reckoned = {"--json": as_json, "--price": price is not None, "--throughput": throughput is not None}
     for option in [name for name, given in reckoned.items() if given and not dry_run]:
@@ -118,7 +118,8 @@ def run(
     check_device(device)
     if dry_run:
         planned = study if trials is None else replace(study, trials=trials)
-        _dry_run(planned, names, seeds, device, threads, throughput, price, as_json)
+        searching = [name for name in names if name != BASELINE]  # which runs before all others anyway
+        _dry_run(planned, searching, seeds, device, threads, throughput, price, as_json)
         return
     study.check()
     folder = run_folder(study, out_dir)

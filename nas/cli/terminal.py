@@ -326,6 +326,13 @@ def print_audit(facts: Mapping[str, Any]) -> None:
         "Kendall's tau with the reference; recall of its best tenth; regret: how much worse the proxy's pick is than its band's best",
         highlight=False,
     )
+    if facts["failed"]:
+        out.print(
+            f"{facts['failed']} schedules failed, the last with {facts['failure']}; the same command tries them again",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
     out.print(f"picture: {facts['picture']}", highlight=False, soft_wrap=True)
 
 

@@ -160,7 +160,8 @@ class LoadedRecovered(LoadedAroundAnother):
         return super().grounds(self._kept_of(schedule), count, seed)
 
     def _kept_of(self, schedule: Schedule) -> Schedule:
-        pairs = {(arch, self._interval(step.timestep)) for step in schedule.steps for arch in step.archs}
+        run = [step for step in schedule.steps if not self._held(step)]
+        pairs = {(arch, self._interval(step.timestep)) for step in run for arch in step.archs}
         if self.supernet.version != self._kept.version or not all(
             (self._folder / self._name(*pair)).exists() for pair in pairs
         ):
@@ -177,13 +178,21 @@ class LoadedRecovered(LoadedAroundAnother):
                 known[pair] = recovered(*pair)
             return known[pair]
 
-        steps = []
+        steps: list[Step] = []
         for step in schedule.steps:
             guidance = step.guidance
+            if self._held(step):
+                before = steps[-1]
+                steps.append(replace(step, arch=before.arch, guidance=guidance and before.guidance))
+                continue
             if guidance is not None and guidance.arch:
                 guidance = guidance._replace(arch=of(guidance.arch, step.timestep))
             steps.append(replace(step, arch=of(step.arch, step.timestep), guidance=guidance))
         return replace(schedule, steps=tuple(steps))
+
+    def _held(self, step: Step) -> bool:
+        """Whether it takes the whole prediction of the step before, and no subnet runs."""
+        return self.supernet.macs(step) == 0
 
     def _interval(self, timestep: int) -> int:
         return timestep * self.recipe.intervals // len(self.supernet.alphas_cumprod)

@@ -70,13 +70,18 @@ class Judged:
         return self.interval[0] > 0
 
     @property
+    def found(self) -> str:
+        if self.no_loss:
+            return "a loss within the margin" if self.loss else "no loss beyond the margin"
+        return "a loss" if self.loss else "not decided"
+
+    @property
     def words(self) -> str:
         least, most = self.interval
         real = "equally many" if self.reals is None else f"all {self.reals:,}"
         return (
             f"{self.judge}: {self.value:.4g} against {self.reference:.4g}, difference {self.difference:+.3g}, 95 % interval {least:+.3g} to {most:+.3g}, "
-            f"margin {self.margin:.3g} ({real} real images {self.floor:.3g}): "
-            + ("no loss beyond the margin" if self.no_loss else "a loss" if self.loss else "not decided")
+            f"margin {self.margin:.3g} ({real} real images {self.floor:.3g}): " + self.found
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -140,8 +145,13 @@ class Verdict:
         saving = f"the schedule, {self.saved:.0%} of the MACs saved"
         lossy = [judge.judge for judge in deciding if judge.loss and not judge.no_loss]
         undecided = [judge.judge for judge in deciding if not judge.no_loss]
-        if self.confirmed:
-            said = f"No loss: {saving}, is not worse than {self.reference} equally trained, under {_and([j.judge for j in deciding])}"
+        small = [judge.judge for judge in deciding if judge.loss and judge.no_loss]
+        level = [judge.judge for judge in deciding if not judge.loss]
+        if self.confirmed and small:
+            beside = f", and not worse under {_and(level)}" if level else ""
+            said = f"No loss beyond the margin: {saving}, is worse than {self.reference} equally trained by less than that under {_and(small)}{beside}"
+        elif self.confirmed:
+            said = f"No loss: {saving}, is not worse than {self.reference} equally trained, under {_and(level)}"
         elif lossy:
             said = f"A loss: {saving}, is worse than {self.reference} equally trained, under {_and(lossy)}"
         else:

@@ -217,7 +217,7 @@ def check_reachable(problem: Problem) -> None:
     budgeted = _budgeted(problem)
     broken = [name for name, limit in problem.limits.items() if cost[name] > limit]
     for name in [name for name in broken if name in budgeted]:
-        again = ", or delete the run folder's times.json and latency.json if the machine was busy when calls were timed"
+        again = ", or, if the machine was busy when calls were timed, time them in another run folder, --out (--weights-from takes the supernet along)"
         raise UserError(
             f"limit {name}={problem.limits[name]:g} cannot be met: the cheapest schedule, "
             f"{_option_names(problem.space, least)}, costs {name}={cost[name]:.4g}; raise the limit"
@@ -413,6 +413,10 @@ class Taken:
 
     def __len__(self) -> int:
         return len(self._told) + len(self._pending)
+
+    def beside(self, others: Set[Genome]) -> int:
+        """How many there are besides these."""
+        return len(self) - sum(genome in self for genome in others)
 
 
 def novel(problem: Problem, draw: Callable[[], Genome], taken: Callable[[Genome], bool]) -> Genome | None:

@@ -93,8 +93,7 @@ def measure(study: Study, folder: Path, count: int, device: str, workers: Worker
     }
     done = _resume(path, header)
     genomes = schedules_to_audit(study.space, count, study.seed)
-    if len(genomes) < FEWEST:
-        raise UserError(f"{len(genomes)} schedules are too few to compare orders; at least {FEWEST} are needed")
+    check_enough(genomes)
     left = [genome for genome in genomes if genome not in done]
     score = partial(Scorer, study, folder.resolve())
     if workers is None:
@@ -108,6 +107,12 @@ def measure(study: Study, folder: Path, count: int, device: str, workers: Worker
             file.write(json.dumps(row) + "\n")
             file.flush()
             yield Progress("audit", number, len(genomes))
+
+
+def check_enough(genomes: Sequence[Genome]) -> None:
+    """Raises UserError where orders cannot be compared."""
+    if len(genomes) < FEWEST:
+        raise UserError(f"{len(genomes)} schedules are too few to compare orders; at least {FEWEST} are needed")
 
 
 class Scorer:
@@ -142,7 +147,7 @@ class Scorer:
 
 
 def _resume(path: Path, header: Mapping[str, Any]) -> set[Genome]:
-    """Genomes that are scored already. Writes the header of a new file; drops a torn last line."""
+    """Genomes that are scored already; what failed is tried again. Writes the header of a new file; drops a torn last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         unfinished = path.with_suffix(".partial")
@@ -159,7 +164,7 @@ def _resume(path: Path, header: Mapping[str, Any]) -> set[Genome]:
         raise UserError(
             f"{path} was written for another supernet, space, evaluator or seed; move it away, or use another --out"
         )
-    return {tuple(row["genome"]) for row in rows}
+    return {tuple(row["genome"]) for row in rows if row["scores"]}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -185,8 +190,8 @@ def read_table(
         for part in ("values", "labels"):
             if objective in score[part]:
                 score[part] = {objective: score[part][objective], **score[part]}
-    chosen = rows if genomes is None else [row for row in rows if tuple(row["genome"]) in genomes]
-    return sorted(chosen, key=lambda row: tuple(row["genome"]))
+    last = {tuple(row["genome"]): row for row in rows}  # what failed may have been tried again
+    return [row for genome, row in sorted(last.items()) if genomes is None or genome in genomes]
 
 
 # ------------------------------------------------------------------------------------------------------------- agreement
@@ -231,10 +236,17 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
     worse than the band's best the proxy's pick is, judged by the mean of both references, as a share of that best; mean
     over bands. `macs_share`: MACs for each schedule as a share of the reference's.
     """
-    failed = sum(not row["scores"] for row in rows)
+    failed = [row["failure"] for row in rows if not row["scores"]]
     rows = [row for row in rows if row["scores"]]
     if len(rows) < FEWEST:
-        raise UserError(f"{len(rows)} scored schedules are too few to compare orders; at least {FEWEST} are needed")
+        reason = (
+            f"; {len(failed)} failed, the last with {failed[-1]}, and the same command tries them again"
+            if failed
+            else ""
+        )
+        raise UserError(
+            f"{len(rows)} scored schedules are too few to compare orders; at least {FEWEST} are needed{reason}"
+        )
     names = [name for name in rows[0]["scores"] if name not in REFERENCES]
     macs = np.array([row["cost"]["macs"] for row in rows], dtype=np.float64)
     bands = bands_of(macs)
@@ -263,7 +275,8 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
         )
     return {
         "schedules": len(rows),
-        "failed": failed,
+        "failed": len(failed),
+        "failure": failed[-1] if failed else None,
         "bands": [int((bands == band).sum()) for band in np.unique(bands)],
         "reference": next(iter(rows[0]["scores"][REFERENCES[0]]["labels"].values())),
         "test_retest": {

@@ -53,5 +53,6 @@ def keep_grounds(study: Study, run: Run, loaded: Any) -> Mapping[str, Any] | Non
         facts["full"] = full.score.values[quality]
         folder = run.folder / "report"
         folder.mkdir(exist_ok=True)
-        write_json(folder / GROUNDS, {"floor": floor, "train": facts["train"], "full": facts["full"]})
+        told = {"floor": floor, "train": facts["train"], "full": facts["full"], "samples": study.evaluator.rungs[-1]}
+        write_json(folder / GROUNDS, told)
     return facts

@@ -90,7 +90,7 @@ def recommended(run: Run, study_file: str = "STUDY.py") -> dict[str, Any] | None
         told |= {"difference": difference, "interval": [low, high]}
         what += f": {difference:+.2g}, 95 % interval {low:+.2g} to {high:+.2g}, before any fine-tuning"
     if level:
-        apart = again and difference > (CONFIDENCE * error if math.isfinite(error) else 0.0)
+        apart = again and (low if math.isfinite(error) else difference) > 0
         still = " On these noises it can be told from it." if apart else ""
         return {
             **told,

@@ -59,7 +59,8 @@ class EvolutionSearch:
         self._rate = 1 / len(problem.space.choices) if settings.mutation_rate is None else settings.mutation_rate
         self._seen: set[Genome] = set()
         self._survivors: list[Trial] = []
-        self._scored: list[tuple[Genome, float]] = []
+        self._scored: list[tuple[Genome, float, float]] = []
+        """Each with its score and its price."""
         others = problem.objectives[1:]
         costs = problem.space.cost(cheapest(problem.space))
         self._wanted = settings.screened if len(others) < 2 and all(name in costs for name in others) else 1
@@ -100,7 +101,9 @@ class EvolutionSearch:
     def tell(self, trial: Trial) -> None:
         self._seen.add(trial.genome)
         if trial.scored and all(np.isfinite(trial.objectives(self._problem.objectives))):
-            self._scored.append((trial.genome, trial.objectives(self._problem.objectives[:1])[0]))
+            self._scored.append(
+                (trial.genome, trial.objectives(self._problem.objectives[:1])[0], self._price(trial.genome))
+            )
             self._survivors.append(trial)
             self._select()
 
@@ -137,12 +140,12 @@ class EvolutionSearch:
         if self._fitted is None or self._fitted[0] != count:
             start = max(0, count - MOST)
             # What leads stays known, however long ago it was scored.
-            before = [(score, self._price(genome)) for genome, score in self._scored[:start]]
+            before = [(score, price) for _, score, price in self._scored[:start]]
             latest = [*(self._scored[i] for i in front(before)), *self._scored[start:count]]
-            genomes = [genome for genome, _ in latest]
+            genomes = [genome for genome, _, _ in latest]
             sizes = [len(choice.options) for choice in self._problem.space.choices]
-            ranking = Ranking(genomes, [score for _, score in latest], sizes)
-            known = sorted(zip(map(self._price, genomes), ranking.ranks.tolist(), strict=True))
+            ranking = Ranking(genomes, [score for _, score, _ in latest], sizes)
+            known = sorted(zip((price for _, _, price in latest), ranking.ranks.tolist(), strict=True))
             prices, ranks = (np.array(column, dtype=np.float64) for column in zip(*known, strict=True))
             self._fitted = count, ranking, prices, np.minimum.accumulate(ranks)
         return self._fitted[1:]

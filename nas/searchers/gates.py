@@ -86,6 +86,7 @@ class GatesSearch:
         self._problem = problem
         self._seed = seed
         self._told: set[Genome] = set()
+        self.enqueued: frozenset[Genome] = frozenset()
         self._chooser: Chooser | BitChooser | None = None
         if learned is not None:
             self._chooser = (BitChooser if "bits" in learned else Chooser)(problem, learned, settings.pruner.threshold)
@@ -96,9 +97,10 @@ class GatesSearch:
         if self._chooser is None:
             drawn = novel_random(self._problem, rng, taken.__contains__)
             return DONE if drawn is None else Proposal(drawn, {"operator": "random, nothing learned"})
-        way = self._settings.choosing[len(taken) % len(self._settings.choosing)]
+        number = taken.beside(self.enqueued)
+        way = self._settings.choosing[number % len(self._settings.choosing)]
         least, most = self._chooser.budgets
-        share = _van_der_corput(len(taken) // len(self._settings.choosing) + 1)
+        share = _van_der_corput(number // len(self._settings.choosing) + 1)
         budget = least + (most - least) * share
         wanted = self._chooser.genome(way, budget)
         found = near(self._problem, wanted, rng, taken.__contains__)

@@ -20,7 +20,7 @@ from scipy.special import ndtr, ndtri
 
 from nas.base.files import first_line
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
-from nas.genomes.genetics import LATENCY, TRIES, Taken, anchor, budget_of, near, repair
+from nas.genomes.genetics import LATENCY, TRIES, Taken, anchor, budget_of, dearest, near, repair
 from nas.recipes import Count, recipe
 
 
@@ -29,8 +29,8 @@ class Nevergrad:
     """`optimizer`: a name of `nevergrad.optimizers.registry`, such as "NGOpt", "CMA", "DE", "TBPSA". `budget`: evaluations that it
     plans for; some choose their method by it.
 
-    The cheapest schedule that keeps the limits is scored first: its score and the budget are what several objectives are measured by. What exceeds the
-    budget is repaired, and the repaired genome's score is told for what was drawn.
+    The cheapest schedule that keeps the limits is scored first: its score, and of costs the limit or what the dearest schedule has, are what several objectives
+    are measured by; what is scored before it is told after it. What exceeds the budget is repaired, and the repaired genome's score is told for what was drawn.
     """
 
     optimizer: str = "DE"
@@ -55,6 +55,7 @@ class NevergradSearch:
         self._first = anchor(problem)
         self._told: set[Genome] = set()
         self._scale: npt.NDArray[np.float64] | None = None
+        self._waiting: list[tuple[Trial, int]] = []
         variables = ng.p.Array(shape=(len(self._sizes),))
         variables.random_state.seed(derive_seed(seed, "nevergrad"))
         self._optimizer: Any = ng.optimizers.registry[settings.optimizer](variables, budget=settings.budget)
@@ -89,43 +90,53 @@ class NevergradSearch:
         return Proposal(found, {"operator": "neighbour"}) if found is not None else DONE
 
     def tell(self, trial: Trial) -> None:
-        tells = len(self._told)
+        self._waiting.append((trial, len(self._told)))
         self._told.add(trial.genome)
+        if self._first not in self._told:
+            return
+        waiting, self._waiting = self._waiting, []
+        alone = len(waiting) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for told, tells in sorted(waiting, key=lambda one: one[0].genome != self._first):
+                self._learn(told, tells if alone else None)
+
+    def _learn(self, trial: Trial, tells: int | None) -> None:
+        """`tells`: how many were told before it, None where it is told later than that."""
         values = np.array(trial.objectives(self._problem.objectives))
         if not trial.scored or not np.isfinite(values).all():
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if self._scale is None:
-                self._measure_by(values)
-            drawn = self._drawn(trial, tells)
-            losses = (values / self._scale).tolist()
-            try:
-                self._optimizer.tell(drawn, losses[0] if len(losses) == 1 else losses)
-            except (TellNotAskedNotSupportedError, KeyError):
-                if "draw" in trial.origin and trial.origin["tells"] == tells:
-                    raise
-                return  # it learns from its own points alone; DE says so by a KeyError
+        if self._scale is None:
+            self._measure_by(values)
+        drawn = self._drawn(trial, tells)
+        losses = (values / self._scale).tolist()
+        try:
+            self._optimizer.tell(drawn, losses[0] if len(losses) == 1 else losses)
+        except (TellNotAskedNotSupportedError, KeyError):
+            if "draw" in trial.origin and trial.origin.get("tells") == tells:
+                raise
+            return  # it learns from its own points alone; DE says so by a KeyError
 
-    def _drawn(self, trial: Trial, tells: int) -> Any:
+    def _drawn(self, trial: Trial, tells: int | None) -> Any:
         """The optimiser's own candidate of this trial, or one at the middle of the genome's quantiles."""
-        if trial.origin.get("tells") == tells:
+        if tells is not None and trial.origin.get("tells") == tells:
             return [self._optimizer.ask() for _ in range(trial.origin["draw"] + 1)][-1]
         middle = ndtri((np.array(trial.genome) + 0.5) / self._sizes)
         return self._optimizer.parametrization.spawn_child(new_value=middle)
 
     def _measure_by(self, values: npt.NDArray[np.float64]) -> None:
-        """Objectives are told as shares of what the first scored trial has, MACs of the budget, so that 1 bounds the front."""
-        costs = self._problem.space.cost(self._first)
-        limits = self._problem.limits
-        most = (
-            {"macs_share": 1.0, **limits}
-            if LATENCY in limits
-            else {"macs": budget_of(self._problem), "macs_share": 1.0}
-        )
+        """Objectives are told as shares of what bounds the front, which 1 does then: scores of what the cheapest schedule has, costs of their limit, or of what the
+        dearest schedule has; a time that is measured alone grows as the multiply-adds do."""
+        problem = self._problem
+        least, most = (dict(problem.space.cost(genome)) for genome in (self._first, dearest(problem.space)))
+        grown = most["macs"] / least["macs"]
+        if LATENCY not in problem.limits:
+            within = min(1.0, budget_of(problem) / most["macs"])
+            most |= {name: within * most[name] for name in ("macs", "macs_share")}
+        most |= {name: min(limit, most.get(name, limit)) for name, limit in problem.limits.items()}
         scale = [
-            value if name not in costs else min(most.get(name, value), costs["macs"] / costs["macs_share"])
-            for name, value in zip(self._problem.objectives, values, strict=True)
+            most[name] if name in least else value * grown if name == LATENCY else value
+            for name, value in zip(problem.objectives, values, strict=True)
         ]
         self._scale = np.where(np.array(scale) > 0, scale, 1.0)
         if len(values) > 1:

@@ -64,6 +64,7 @@ class RoundsSearch:
         # Budgets keep to limits on further costs in the main alone.
         self._first = list(dict.fromkeys(genome for genome in self._starts if problem.feasible(genome)))
         self._told: set[Genome] = set()
+        self.enqueued: frozenset[Genome] = frozenset()
         self._scored: dict[Genome, float] = {}
         self._numbers: dict[Genome, int] = {}
         self._memory: dict[tuple[int, int], list[tuple[Option, float, float]]] = {}
@@ -101,7 +102,7 @@ class RoundsSearch:
                 self._best[place] = min(self._best.get(place, (np.inf, ())), (value, trial.genome))
 
     def _round(self, taken: Taken) -> Proposal | Signal:
-        number = len(taken) - len(self._first)
+        number = taken.beside(self.enqueued.difference(self._first)) - len(self._first)
         intervals = len(self._costs.genes)
         budget, k = number % len(self._budgets), number // len(self._budgets) % intervals
         _, incumbent = self._incumbent(budget)

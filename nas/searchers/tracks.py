@@ -4,14 +4,14 @@ which schedules tell what reuse loses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from nas.contracts import Genome, SearchSpace, Step
+from nas.contracts import Genome, Schedule, SearchSpace
 from nas.genomes.genetics import IntervalCosts, exact_cost
 from nas.genomes.paths import ReusePath
 
@@ -70,21 +70,20 @@ class Tracks:
     @cached_property
     def each(self) -> tuple[Track, ...]:
         tracks = getattr(self._space, "tracks", None) or (tuple(range(len(self.costs.tables))),)
-        whole = {step.timestep: step for step in self._space.decode(self.full).steps}
+        full = self._space.decode(self.full)
         found = []
         for intervals in tracks:
-            each = [self._sorted(k, whole) for k in intervals]
+            each = [self._sorted(k, full) for k in intervals]
             labels = dict.fromkeys(label for _, reusing, _ in each for label in reusing)
             computing, reusing, unguided = (tuple(column) for column in zip(*each, strict=True))
             found.append(Track(tuple(intervals), computing, reusing, tuple(labels), unguided))
         return tuple(found)
 
-    def _sorted(
-        self, k: int, whole: Mapping[int, Step]
-    ) -> tuple[tuple[Option, ...], dict[str, Option], frozenset[Option]]:
-        """Options of interval k that compute, the full network's first, those that reuse, because the first step at which they differ from the full network
-        takes something from the step before or is left out, and those among them whose step is not guided though the full network's is."""
+    def _sorted(self, k: int, full: Schedule) -> tuple[tuple[Option, ...], dict[str, Option], frozenset[Option]]:
+        """Options of interval k that compute, the full network's first, or that choose another sampler alone, those that reuse, because the first step at which they
+        differ from the full network takes something from the step before or is left out, and those among them whose step is not guided though the full network's is."""
         table, own = self.costs.tables[k], self.full[self.costs.genes[k]]
+        whole = {step.timestep: step for step in full.steps}
         every = sorted(np.ndindex(*table.shape), key=lambda option: (int(table[option]), option))
         places = np.linspace(0, len(every) - 1, min(len(every), self._options)).round().astype(int)
         computing, reusing, unguided, known = [own], {}, [], set()
@@ -92,9 +91,12 @@ class Tracks:
             schedule = self._space.decode(self.costs.changed(self.full, {k: option}))
             steps = {step.timestep: step for step in schedule.steps}
             first = next((t for t in whole if steps.get(t) != whole[t]), None)
-            if first is None or schedule in known:
+            if schedule == full or schedule in known:
                 continue
             known.add(schedule)
+            if first is None:
+                computing.append(option)
+                continue
             if first not in steps or steps[first].reuse:
                 reusing["/".join(map(str, option))] = option
             else:

@@ -162,6 +162,7 @@ def limited(wanted: Wanted, folder: Path, show: Show, device: str, threads: int)
     if wanted.measure == "macs":
         return wanted.study({"macs_share": wanted.limit}), None
     open_ended = wanted.study({LATENCY: 1e12})
+    open_ended.check()  # before anything is timed
     with open_session(open_ended, folder, None, device) as session:
         show.follow(session.prepare(threads))
         net = open_ended.supernet.load(folder / "supernet", device)

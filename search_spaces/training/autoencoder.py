@@ -224,9 +224,7 @@ def _evened_out(network: Any, data: ImageSet) -> dict[str, Any]:
     """Makes each latent channel's mean 0 and deviation 1 over the images, by the last layer of the encoder and the first of the decoder; what
     can be said of reconstructions and of the channels."""
     device = next(network.parameters()).device
-    means, variances = _moments(network, data, device)
-    mean, spread = means.mean((0, 2, 3)).to(device), means.var((0, 2, 3)).to(device)
-    noise = variances.mean((0, 2, 3)).to(device)
+    mean, spread, noise = (values.to(device, torch.float32) for values in _moments(network, data, device))
     scale = (spread + noise).sqrt()
     encoder, decoder = network.quant_conv, network.post_quant_conv
     both = torch.cat([scale, torch.ones_like(scale)])
@@ -246,14 +244,19 @@ def _evened_out(network: Any, data: ImageSet) -> dict[str, Any]:
     }
 
 
-def _moments(network: Any, data: ImageSet, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Means and variances of all posteriors, on the CPU."""
-    found = []
+def _moments(network: Any, data: ImageSet, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of all posteriors, by channel: mean and variance of their means, and the mean of their variances; part by part, for there may be more images than
+    memory holds."""
+    count, total, squares, variances = 0, *(torch.zeros((), dtype=torch.float64) for _ in range(3))
     for x in _parts(network, data, device):
         posterior = network.encode(x).latent_dist
-        found.append((posterior.mean.cpu(), posterior.var.cpu()))
-    means, variances = zip(*found, strict=True)
-    return torch.cat(means), torch.cat(variances)
+        means = posterior.mean.cpu().double()
+        count += means.numel() // means.shape[1]
+        total = total + means.sum((0, 2, 3))
+        squares = squares + means.square().sum((0, 2, 3))
+        variances = variances + posterior.var.cpu().double().sum((0, 2, 3))
+    mean = total / count
+    return mean, (squares - count * mean.square()) / (count - 1), variances / count
 
 
 def _parts(network: Any, data: ImageSet, device: torch.device) -> Iterator[torch.Tensor]:
