@@ -210,7 +210,8 @@ def replayed(
     ledger = Ledger(optuna.storages.InMemoryStorage(), info, problem)
     ladder = Ladder(rungs, problem.objectives, trials, verified_of(trials))
     run_here(
-        Conductor(ledger, searcher.start(problem, seed), problem, ladder, seed), Replay(table, rungs, shared, seed)
+        Conductor(ledger, searcher.start(problem, seed), problem, ladder, seed),
+        lambda: Replay(table, rungs, shared, seed),
     )
     return ledger.trials
 

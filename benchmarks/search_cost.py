@@ -169,7 +169,7 @@ def live(
         conductor = session.conductor("search")
         evaluate = study.load(folder, "cpu")
         fresh = lambda schedule, rung, seed: evaluate(schedule, rung, derive_seed(seed, schedule.digest))  # noqa: E731
-        run_here(conductor, evaluate if shared else fresh)
+        run_here(conductor, lambda: evaluate if shared else fresh)
         found = conductor.ledger.trials
     spent = [trial.score.spent for trial in found if trial.score]
     return {

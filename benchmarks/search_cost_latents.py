@@ -158,7 +158,7 @@ def searched(
         conductor = session.conductor("search", seed=seed)
         evaluate = study.load(folder, "cpu")
         fresh = lambda schedule, rung, noise: evaluate(schedule, rung, derive_seed(noise, schedule.digest))  # noqa: E731
-        run_here(conductor, evaluate if shared else fresh)
+        run_here(conductor, lambda: evaluate if shared else fresh)
         found = list(conductor.ledger.trials)
     return {
         "trials": len(found),

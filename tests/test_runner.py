@@ -30,6 +30,7 @@ from nas.results.trials import wall_seconds
 from nas.searchers.knapsack import Knapsack
 from nas.searchers.optuna_sampler import OptunaSampler
 from nas.searchers.random import RandomSearch
+from nas.study import Study
 from tests.toy import ToyEvaluator, ToySpace, facts, run, toy_study
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,13 @@ def test_the_same_command_again_does_nothing_and_more_trials_go_on(tmp_path: Pat
     assert facts(run(toy_study(trials=12), tmp_path / "parts")) == facts(first)
     more = run(toy_study(trials=20), tmp_path / "parts")
     assert [t.genome for t in more if t.rung == 64] == [t.genome for t in whole if t.rung == 64]
+
+
+def test_a_run_that_is_done_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of a large network takes minutes."""
+    trials = run(toy_study(), tmp_path)
+    monkeypatch.setattr(Study, "load", lambda *given: pytest.fail("was loaded"))
+    assert facts(run(toy_study(), tmp_path)) == facts(trials)
 
 
 @pytest.mark.parametrize("searcher", ["evolution", "random"])

@@ -249,9 +249,12 @@ class Conductor:
             self._patience.note(trial)
 
 
-def run_here(conductor: Conductor, evaluate: Callable[[Schedule, int, int], Score]) -> None:
-    """Runs every job in this process, one after another. Deterministic: a resumed run repeats an uninterrupted one."""
+def run_here(conductor: Conductor, load: Callable[[], Callable[[Schedule, int, int], Score]]) -> None:
+    """Runs every job in this process, one after another. Deterministic: a resumed run repeats an uninterrupted one. `load`: gives what scores, at the first job:
+    a run that is done needs none."""
+    evaluate: Callable[[Schedule, int, int], Score] | None = None
     while isinstance(job := conductor.next(), Job):
+        evaluate = load() if evaluate is None else evaluate
         conductor.settle(job.trial.number, attempt(evaluate, job.schedule, job.samples, job.seed))
 
 

@@ -158,7 +158,7 @@ class Session:
         for conductor in conductors:
             with torch_threads(1):
                 # Loaded anew, so that no searcher profits from states that another one paid for.
-                run_here(conductor, self.study.load(self.folder, self.device))
+                run_here(conductor, partial(self.study.load, self.folder, self.device))
             self._let_go(conductor)
 
     def _let_go(self, *conductors: Conductor) -> None:
