@@ -87,8 +87,9 @@ class Benchmark:
             "--quick", action="store_true", help="small sizes, to see that it runs; nothing is kept as a result"
         )
         parser.add_argument("--json", action="store_true", help="print the JSON object alone")
-        parser.add_argument("--fresh", action="store_true", help="forget all of an earlier run")
-        parser.add_argument(
+        begin = parser.add_mutually_exclusive_group()
+        begin.add_argument("--fresh", action="store_true", help="forget all of an earlier run")
+        begin.add_argument(
             "--keep",
             action="store_true",
             help="measure nothing; put the rows of an earlier run, and what they rest on, where another machine goes on with them",
@@ -132,6 +133,10 @@ class Benchmark:
     def _keep(self, patterns: Sequence[str]) -> None:
         if self.quick or not self._path.exists():
             raise SystemExit(f"error: {self.folder} holds no rows to keep; run the benchmark first, without --quick")
+        if not patterns and any(key.endswith("rest on") for key in self._rows):
+            raise SystemExit(
+                f"error: these rows rest on weights in {self.folder}, of which {self.name} does not say which files they are; copy them to {self._unfinished} by hand"
+            )
         shutil.rmtree(self._unfinished, ignore_errors=True)
         for file in sorted({self._path, *(file for pattern in patterns for file in self.folder.glob(pattern))}):
             # What is reached through a link is kept where it lies.
@@ -160,7 +165,8 @@ class Benchmark:
         gone = [key for key in self._rows if key.startswith(beginning) and key.endswith(ending)]
         for key in gone:
             del self._rows[key]
-        self.say(f"{len(gone)} rows are measured anew, {', '.join(gone[:3])} among them")
+        if gone:
+            self.say(f"{len(gone)} rows are measured anew, {', '.join(gone[:3])} among them")
 
     def row(self, key: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """The row of this key: kept from an earlier run, or measured now and kept."""

@@ -24,6 +24,7 @@ from scipy.stats import norm
 from benchmarks.common import RESULTS, Benchmark, Target, device
 from benchmarks.protocol import committed
 from benchmarks.tune_arms import (
+    NETWORKS,
     SEARCHED,
     Cell,
     Row,
@@ -221,8 +222,8 @@ def whole(cell: Cell, bench: Benchmark) -> bool:
 
 def _measured(cell: Cell, bench: Benchmark) -> None:
     """The rows of a cell that are not there. One that was begun elsewhere is begun anew, since its times are those of a processor."""
-    begun = bench.has(f"{cell.key}: times")
-    if begun and not (cell.run.exists() and bench.kept(f"{cell.key}: times")["on"] == device()):
+    timed_here = bench.has(f"{cell.key}: times") and bench.kept(f"{cell.key}: times")["on"] == device()
+    if not (timed_here and cell.run.exists()):
         bench.forget(beginning=f"{cell.key}: ")
         shutil.rmtree(cell.run, ignore_errors=True)
     # On one thread, with nothing beside it that this benchmark starts.
@@ -319,9 +320,8 @@ class Verdicts:
 
 
 def main() -> None:
-    bench = Benchmark(
-        "tune", __doc__ or "", ("benchmarks/tune_arms.py", "nas/searchers/path.py", "nas/tuning/tune.py"), PROTOCOL
-    )
+    files = ("benchmarks/tune_arms.py", "nas/searchers/path.py", "nas/tuning/tune.py")
+    bench = Benchmark("tune", __doc__ or "", files, PROTOCOL, NETWORKS)
     models = there_are(bench, PROTOCOL)
     solved = bench.row("exact", exact)
     timing: Row = {"minutes": None}

@@ -9,19 +9,9 @@ from __future__ import annotations
 from benchmarks.common import Benchmark, needs
 from benchmarks.protocol import committed
 from benchmarks.tune import there_are, verdicts_of
+from benchmarks.tune_arms import NETWORKS
 
 PROTOCOL = committed("tune-50")
-NETWORKS = tuple(
-    f"networks/{files}"
-    for files in (
-        "*/*/supernet/*.*",
-        "*/*/supernet/autoencoder/*",
-        "*/*/features/*",
-        "text/run/texts/*/*",
-        "text/encoder/*/*",
-    )
-)
-"""Files of a model, in the benchmark's folder, that the rows of all its seeds rest on."""
 
 
 def main() -> None:

@@ -50,6 +50,17 @@ PARTS = {
 }
 """Of a model's folder, its network and its judge."""
 SEARCHED = ("path", "evolution", "knapsack", "gates", "steps")
+NETWORKS = tuple(
+    f"networks/{files}"
+    for files in (
+        "*/*/supernet/*.*",
+        "*/*/supernet/autoencoder/*",
+        "*/*/features/*",
+        "text/run/texts/*/*",
+        "text/encoder/*/*",
+    )
+)
+"""Files of a model, in the benchmark's folder, that the rows of all its seeds rest on."""
 Row = dict[str, Any]
 
 

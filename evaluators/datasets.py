@@ -202,8 +202,8 @@ class TorchDataset(OneByOne):
     """Any torch Dataset of a known length whose items are an image, or an image with its label: a PIL picture, an array or tensor of bytes, (height, width[,
     channels]) or (channels, height, width), or of floats within `span`, channels first.
 
-    `name` tells it from others: what is kept of a data set of the same name, length, labels and first images is taken for it. Images that are read another way
-    each time, as augmentation does, are kept as they come first, and told by name, length and labels alone. Raises UserError naming the item that is something else.
+    `name` tells it from others: what is kept of a data set of the same name, length, labels, span and first images is taken for it. Images that are read another way
+    each time, as augmentation does, are kept as they come first, and told by name, length, labels and span alone. Raises UserError naming the item that is something else.
     """
 
     dataset: Any = field(compare=False)
@@ -226,8 +226,8 @@ class TorchDataset(OneByOne):
         readings = [b"".join(self.read(int(n)).tobytes() for n in items.order[:FIRST]) for _ in range(READINGS)]
         told = hashlib.sha256(readings[0]).hexdigest() if len(set(readings)) == 1 else "read another way each time"
         # Classes are held out in equal shares, so that other labels put the images into another order.
-        labels = None if items.labels is None else digest_of(items.labels.tolist())
-        return [self.name, told, self.labels, labels, self.span]
+        labels = [] if items.labels is None else [digest_of(items.labels.tolist())]
+        return [self.name, told, self.labels, *labels, *([] if self.span == (0.0, 1.0) else [self.span])]
 
     def items(self) -> Items:
         count = self._count()

@@ -22,7 +22,7 @@ from evaluators.features import in_parts
 from evaluators.frechet import OfFeatures, feature_rows, paired_frechet_with_replicates
 from evaluators.images import check_shape, load_once, read_into
 from evaluators.sampling import Sampler, State, predict, step_noise
-from evaluators.scoring import LoadedScore, Rows, Sampled, SampledAs, mean_with_replicates
+from evaluators.scoring import AroundAnother, LoadedScore, Rows, Sampled, mean_with_replicates
 from evaluators.trajectories import Trajectories
 from nas.contracts import (
     Arch,
@@ -344,7 +344,7 @@ class DenoisingLoss(OfImages):
 
 
 @recipe
-class Additive(SampledAs):
+class Additive(AroundAnother):
     """The sum over intervals of what changing that interval alone does to a base score. Value: `"additive_"` and the base's.
 
     Around the full net: base(full) + sum over k of (base(full with interval k as in the schedule) - base(full)); around the
@@ -356,10 +356,6 @@ class Additive(SampledAs):
     base: Evaluator
     intervals: tuple[Count, ...]
     around: Literal["full", "smallest", "both"] = "full"
-
-    @property
-    def like(self) -> Evaluator:
-        return self.base
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -375,9 +371,6 @@ class Additive(SampledAs):
 
     def digest(self, folder: Path) -> str:
         return digest_of({**self.describe(), "base": self.base.digest(folder)})
-
-    def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
-        yield from self.base.prepare(folder, seed, device)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedAdditive:
         return LoadedAdditive(self, self.base.load(supernet, folder))

@@ -184,7 +184,7 @@ class SampledAs(ABC):
 
     @property
     def conditions(self) -> Any:
-        return getattr(self.like, "conditions", None)
+        return self.like.conditions  # type: ignore[attr-defined]  # there is none where the other asks for no samples
 
     @property
     def precision(self) -> Any:

@@ -215,7 +215,9 @@ class Study:
         self._check_conditions("the evaluator", self.evaluator)
         for name, proxy in self.proxies.items():
             if hasattr(proxy, "conditions"):  # others may ask for no samples at all
-                self._check_conditions(f"proxy {name}", proxy)
+                self._check_conditions(
+                    f"proxy {name}" + (", or what it is made of," if hasattr(proxy, "like") else ""), proxy
+                )
         check_limits(self.limits)
         self._check_enqueued()
         if not self.limits_time:

@@ -210,7 +210,7 @@ def test_a_schedule_that_cannot_be_scored_is_left_out_and_counted(tmp_path: Path
 
 def test_what_all_failed_by_is_told(tmp_path: Path) -> None:
     rows = audited(tmp_path, 30, evaluator__failing=tuple(schedules_to_audit(ToySpace(), 30, 0)))
-    with pytest.raises(UserError, match=r"30 failed, the last with .* was told to fail.* tries them again"):
+    with pytest.raises(UserError, match=r"30 failed, one with .*was told to fail.* tries them again"):
         summary(rows)
 
 

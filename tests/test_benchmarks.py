@@ -302,6 +302,14 @@ def test_what_a_stop_left_is_kept_for_another_machine(begun: Path, monkeypatch: 
         common.Benchmark("bench", "", rested_on=rested_on)
 
 
+def test_what_rows_rest_on_is_not_left_behind_silently(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common.Benchmark("bench", "").rest_on(network="a")
+    monkeypatch.setattr(sys, "argv", ["bench", "--keep"])
+    with pytest.raises(SystemExit, match=r"rest on weights in .* by hand"):
+        common.Benchmark("bench", "")
+    assert (begun / "run" / "supernet" / "weights.safetensors").exists(), "what was copied so stays"
+
+
 def test_rows_under_a_protocol_are_gone_on_with_whatever_they_say_themselves(begun: Path) -> None:
     """A verdict names its protocol too."""
     shutil.rmtree(begun)

@@ -453,6 +453,7 @@ def test_intervals_divide_the_timesteps_and_say_how_well(workplace: Path) -> Non
     assert [row["partition"] for row in facts["rows"]] == [
         *("equal steps", "even timesteps", "equal SNR", "gradients", "sensitivity", "one for each step")
     ]
+    assert facts["share"] == 0.6
     assert all(row["macs_share"] <= 0.6 for row in facts["rows"])
     assert facts["rows"][0]["difference"] == 0.0
     assert len(facts["affinity"]) == 6

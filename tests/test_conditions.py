@@ -45,6 +45,7 @@ from tests.arithmetic import SAMPLES
 from tests.conftest import TINY
 from tests.labelled import CLASSES, NET, SCHEDULES, SPACES
 from tests.test_cli import nas
+from tests.toy import ToyEvaluator
 
 ROOT = Path(__file__).parent.parent
 
@@ -180,9 +181,12 @@ def test_proxies_ask_for_the_same_conditions(tiny_study: Study) -> None:
     fine = Frechet(Digits(), rungs=(8,), conditions=labels)
     study = replace(tiny_study, supernet=net, space=space, evaluator=Frechet(Digits(), conditions=labels))
     replace(study, proxies={"few": fine, "sum": Additive(fine, (1, 1, 1, 1))})
-    for proxy in (Frechet(Digits(), rungs=(8,)), Additive(Frechet(Digits(), rungs=(8,)), (1, 1, 1, 1))):
-        with pytest.raises(UserError, match=r"give proxy few conditions=Labels\(images\)"):
+    plain = Frechet(Digits(), rungs=(8,))
+    for proxy, words in ((plain, ""), (Additive(plain, (1, 1, 1, 1)), ", or what it is made of,")):
+        with pytest.raises(UserError, match=rf"give proxy few{words} conditions=Labels\(images\)"):
             replace(study, proxies={"few": proxy})
+    toy = ToyEvaluator(rungs=(8,))  # asks for no samples
+    replace(study, proxies={"toy": toy, "sum": Additive(toy, (1, 1, 1, 1))})
 
 
 def test_labels_that_the_network_has_no_room_for_are_refused() -> None:

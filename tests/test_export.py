@@ -199,19 +199,21 @@ def test_each_folder_runs_its_own_code_and_a_copy_says_where_it_lies(
     stepping = tmp_path / "new" / "stepping.py"
     stepping.write_text(stepping.read_text() + "\n\ndef update(sampler, x, *others):\n    return 0 * x, None\n")
 
-    def images(name: str) -> torch.Tensor:
+    def opened(name: str) -> Any:
         folder = str(tmp_path / name)
         pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
         pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def images(pipeline: Any) -> torch.Tensor:
         found: torch.Tensor = pipeline(batch_size=2, seed=0, output_type="pt").images
         return found
 
-    before = images("old")
-    assert torch.equal(images("new"), torch.full_like(before, 0.5))
-    assert torch.equal(images("old"), before)
-
-    folder = str(tmp_path / "old")
-    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    pipeline = opened("old")
+    before = images(pipeline)
+    assert torch.equal(images(opened("new")), torch.full_like(before, 0.5))
+    assert torch.equal(images(pipeline), before), "an earlier one goes on as it is"
+    assert torch.equal(images(opened("old")), before)
     pushed: dict[str, Any] = {}
 
     def upload(self: Any, folder: Any, *given: Any, **named: Any) -> None:

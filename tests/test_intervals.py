@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise, product
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from evaluators.images import Digits
+from nas.cli.measure import study_share
 from nas.contracts import UserError
 from nas.testing import TableSpace
 from search_spaces.intervals import (
@@ -38,6 +40,7 @@ from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from search_spaces.training.optimiser import Batches
 from search_spaces.training.similarity import GradientSimilarity
+from tests.toy import toy_study
 
 VALUES = arrays(np.float64, st.tuples(st.integers(2, 7), st.just(2)), elements=st.integers(-9, 9).map(float))
 
@@ -54,6 +57,13 @@ def test_segmentation_equals_brute_force(effects: np.ndarray) -> None:
         assert len(places) == count - 1
         ends = (0, *places, size)
         assert sum(cost[start, stop - 1] for start, stop in pairwise(ends)) == pytest.approx(found, abs=1e-9)
+
+
+def test_a_partitions_budget_is_the_studys() -> None:
+    study = toy_study(limits={})
+    whole = study.full["macs"]
+    for limits, share in (({}, 0.5), ({"macs": 0.3 * whole}, 0.3), ({"macs": 0.3 * whole, "macs_share": 0.2}, 0.2)):
+        assert study_share(replace(study, limits=limits)) == pytest.approx(share)
 
 
 def test_blocks_of_similar_timesteps_are_found_and_counted() -> None:

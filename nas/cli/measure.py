@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+import math
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,7 +26,9 @@ from nas.cli.options import (
 from nas.cli.progress import follow, progress_bars
 from nas.cli.terminal import print_audit, print_intervals
 from nas.contracts import UserError
-from nas.genomes.genetics import budget_of
+
+if TYPE_CHECKING:
+    from nas.study import Study
 
 
 def audit(
@@ -72,6 +75,13 @@ def audit(
         print_audit({**facts, "picture": str(picture)})
 
 
+def study_share(study: Study) -> float:
+    """What the study's limits leave of the full network's multiply-adds; half of them where they say nothing of these."""
+    full, most = study.full, study.limits.get
+    share = min(most("macs_share", math.inf), most("macs", math.inf) * full["macs_share"] / full["macs"])
+    return share if math.isfinite(share) else 0.5
+
+
 def intervals(
     study_file: StudyFile,
     count: Annotated[
@@ -108,8 +118,7 @@ def intervals(
     folder = run_folder(study, out_dir)
     check_device(device)
     study.check()
-    budget = 0.5 if study.limits_time else budget_of(study.problem) / study.full["macs"]
-    limit = share if share is not None else budget if budget < 1 else 0.5
+    limit = study_share(study) if share is None else share
     bars = progress_bars(quiet or as_json)
     with resumable(folder), open_session(study, folder, device=device) as session, bars:
         follow(bars, session.prepare())

@@ -328,7 +328,7 @@ def print_audit(facts: Mapping[str, Any]) -> None:
     )
     if facts["failed"]:
         out.print(
-            f"{facts['failed']} schedules failed, the last with {facts['failure']}; the same command tries them again",
+            f"{facts['failed']} schedules failed, one with {facts['failure']}; the same command tries them again",
             highlight=False,
             soft_wrap=True,
             markup=False,

@@ -240,9 +240,7 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
     rows = [row for row in rows if row["scores"]]
     if len(rows) < FEWEST:
         reason = (
-            f"; {len(failed)} failed, the last with {failed[-1]}, and the same command tries them again"
-            if failed
-            else ""
+            f"; {len(failed)} failed, one with {failed[-1]}, and the same command tries them again" if failed else ""
         )
         raise UserError(
             f"{len(rows)} scored schedules are too few to compare orders; at least {FEWEST} are needed{reason}"

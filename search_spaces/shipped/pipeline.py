@@ -27,6 +27,7 @@ if str(__package__).startswith("diffusers_modules"):
     # diffusers puts the code of all folders into one place and imports this file anew for each; what it imports would stay that of the first.
     for _name in ("graph", "latents", "reuse", "stepping", "texts", "walks"):
         sys.modules.pop(f"{__package__}.{_name}", None)
+    sys.modules.pop(__name__, None)  # nor would it be run in a module of its own, and change what the first one calls
 
 from .graph import holds
 from .latents import decoded
@@ -70,14 +71,17 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
             (Path(save_directory) / name).write_text(code, encoding="utf-8")
         super().save_pretrained(save_directory, **given)
 
-    def save_config(self, save_directory: str | Path, **given: Any) -> None:
+    def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **given: Any) -> None:
         """The index, which `save_pretrained` asks for when all components are saved and nothing is pushed yet; it says where the code of this class lies, and of what reads classes,
-        as diffusers notes it of this process alone."""
+        as diffusers notes it of this process alone. Raises ValueError for `push_to_hub`: an index alone is no model."""
+        if push_to_hub:
+            raise ValueError("save_config writes the index alone; call pipeline.push_to_hub(...)")
         super().save_config(save_directory, **given)
         index = Path(save_directory) / self.config_name
         told = {**json.loads(index.read_text(encoding="utf-8")), "_class_name": ["pipeline", type(self).__name__]}
         vectors = getattr(self, "class_embedding", None)
         if vectors is not None:
+            (Path(save_directory) / "class_embedding").mkdir(exist_ok=True)
             shutil.copy(inspect.getfile(type(vectors)), Path(save_directory) / "class_embedding")
             told["class_embedding"] = ["class_embedding", type(vectors).__name__]
         index.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
@@ -110,7 +114,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         alone, and equals image i of `nas sample` of this seed where it was told the same; `latents`: the first noise itself, a row for each image.
         `num_inference_steps`: evenly so many of the schedule's steps; all by default. `guidance_scale`: in place of the schedule's own at the steps
         that it guides; 1 or less guides none, as in stock pipelines. `negative_prompt`: what takes the prompt's place where a guided step predicts without it.
-        `prompt_embeds`: a row for each image by the names of the networks' arguments, "negative_" before those of the negative prompt, instead
+        `prompt_embeds`: a row for each prompt by the names of the networks' arguments, "negative_" before those of the negative prompt, instead
         of prompts. `reuse_dtype`: of what a step keeps to be reused, such as torch.bfloat16 for half the memory; by default as the schedule was scored. `callback_on_step_end(pipeline, i, timestep, {"latents": ...})`: after each step; may return other latents.
         Raises ValueError for other kinds of output, more steps than the schedule has, for fewer where steps reuse blocks, for labels or prompts that are missing,
         too many, or not taken, and for what cannot be followed: another scheduler, or blocks that are offloaded one by one where some are reused. Warns where it is told
