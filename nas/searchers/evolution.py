@@ -101,9 +101,8 @@ class EvolutionSearch:
     def tell(self, trial: Trial) -> None:
         self._seen.add(trial.genome)
         if trial.scored and all(np.isfinite(trial.objectives(self._problem.objectives))):
-            self._scored.append(
-                (trial.genome, trial.objectives(self._problem.objectives[:1])[0], self._price(trial.genome))
-            )
+            price = self._price(trial.genome) if self._wanted > 1 else 0.0
+            self._scored.append((trial.genome, trial.objectives(self._problem.objectives[:1])[0], price))
             self._survivors.append(trial)
             self._select()
 
