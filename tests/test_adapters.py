@@ -130,6 +130,29 @@ def test_a_trial_that_finishes_out_of_turn_is_told_as_a_point_not_asked_for() ->
     assert search._optimizer.num_tell_not_asked == 2
 
 
+@pytest.mark.parametrize("order", [0, 1, 5, 9])
+def test_differential_evolution_is_replayed_with_results_out_of_turn(order: int) -> None:
+    """Of several individuals that are on no front nevergrad replaces whichever a set of random names lists first."""
+    problem, rng = table_problem(), np.random.default_rng(order)
+    search = Nevergrad("DE").start(problem, 3)
+    pending: list[Proposal] = []
+    told: list[Trial] = []
+    for number in range(40):
+        while len(pending) < 3:
+            asked = search.ask([p.genome for p in pending])
+            assert isinstance(asked, Proposal)
+            pending.append(asked)
+        done = pending.pop(int(rng.integers(3)))
+        told.append(closed(problem, number, done, toy_score(done.genome)))
+        search.tell(told[-1])
+        if number > 26:
+            again = Nevergrad("DE").start(problem, 3)
+            for trial in told:
+                again.tell(trial)
+            waiting = [p.genome for p in pending]
+            assert again.ask(waiting) == search.ask(waiting)
+
+
 def test_scores_are_measured_by_the_cheapest_whoever_is_told_first() -> None:
     """An enqueued schedule, or a worker that is faster, else puts all that are worse beyond the bound of the front."""
     problem = table_problem(genes=6, options=4)

@@ -16,12 +16,32 @@ import nevergrad as ng
 import numpy as np
 import numpy.typing as npt
 from nevergrad.common.errors import TellNotAskedNotSupportedError
+from nevergrad.optimization.differentialevolution import _DE
 from scipy.special import ndtr, ndtri
 
 from nas.base.files import first_line
 from nas.contracts import DONE, Genome, Problem, Proposal, Signal, Trial, UserError, derive_seed
 from nas.genomes.genetics import LATENCY, TRIES, Taken, anchor, budget_of, dearest, near, repair
 from nas.recipes import Count, recipe
+
+_tell_not_asked = _DE._internal_tell_not_asked
+
+
+def _take_in(self: Any, candidate: Any, loss: float) -> None:
+    """In place of nevergrad's own where there are several objectives and no room: of those on no front it replaces any, another one in each process, so that no
+    search could be replayed; here the one whose line is the oldest."""
+    if self.num_objectives == 1 or len(self.population) < self.llambda:
+        _tell_not_asked(self, candidate, loss)
+        return
+    front = {one.uid for one in self.pareto_front()}
+    beaten = next((line for line, one in self.population.items() if one.uid not in front), None)
+    if candidate.uid in front and beaten is not None:
+        del self.population[beaten]
+        self._uid_queue.discard(beaten)
+        _tell_not_asked(self, candidate, loss)
+
+
+_DE._internal_tell_not_asked = _take_in
 
 
 @recipe
