@@ -175,9 +175,12 @@ def test_without_a_throughput_the_device_is_measured(tmp_path: Path, monkeypatch
     assert done.returncode == 0, done.stderr
     for row in ("features", "full network", "supernet", "search by random", "search by evolution", "all of it"):
         assert re.search(rf"^ {row} +\d", done.stdout, re.M), row
-    facts = json.loads(nas("run", tmp_path / "toy.py", "--dry-run", "--json", "--price", "3", "--threads", "1").stdout)[
-        "here"
-    ]
+    options = ("--json", "--price", "3", "--threads", "1", "--workers", "4", "--searcher", "uniform,random")
+    facts = json.loads(nas("run", tmp_path / "toy.py", "--dry-run", *options).stdout)["here"]
+    assert {row for row in facts["seconds"] if "search" in row} == {"search by random"}, (
+        "the baseline is a row of its own"
+    )
+    assert any(words.startswith("--workers: not reckoned with") for words in facts["words"])
     assert facts["hours"] == pytest.approx(sum(facts["seconds"].values()) / 3600)
     assert facts["price"] == pytest.approx(3 * facts["hours"])
     assert not (tmp_path / "runs").exists()

@@ -119,7 +119,9 @@ def run(
     if dry_run:
         planned = study if trials is None else replace(study, trials=trials)
         searching = [name for name in names if name != BASELINE]  # which runs before all others anyway
-        _dry_run(planned, searching, seeds, device, threads, throughput, price, as_json)
+        left_out = {"--workers": workers, "--weights-from": weights_from, "--patience": patience}
+        unreckoned = [option for option, given in left_out.items() if given]
+        _dry_run(planned, searching, seeds, device, threads, throughput, price, as_json, unreckoned)
         return
     study.check()
     folder = run_folder(study, out_dir)
@@ -163,8 +165,9 @@ def _dry_run(
     throughput: float | None,
     price: float | None,
     as_json: bool,
+    unreckoned: list[str],
 ) -> None:
-    """What it would take by its multiply-adds, then the check, then what it would take here."""
+    """What it would take by its multiply-adds, then the check, then what it would take here. `unreckoned`: options that change that, and are not looked at."""
     from nas.results.forecast import forecast
     from nas.results.outline import outline
 
@@ -175,7 +178,12 @@ def _dry_run(
         study.check()
         if throughput is None:
             with notes.status(f"measuring {device} for some seconds"):
-                facts["here"] = forecast(study, names, device, threads, seeds=seeds).to_json(names, price)
+                here = forecast(study, names, device, threads, seeds=seeds).to_json(names, price)
+            if unreckoned:
+                here["words"].append(
+                    f"{', '.join(unreckoned)}: not reckoned with; this is of one process, from nothing to the last trial"
+                )
+            facts["here"] = here
     finally:
         if as_json:
             print_json(facts)
