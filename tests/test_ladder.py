@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.contracts import Score, Trial, jackknife_error
-from nas.engine.ladder import Ladder, clearly_beaten, paired_errors
+from nas.engine.ladder import Climb, Ladder, clearly_beaten, paired_errors
 
 
 def trial(
@@ -102,6 +103,30 @@ def test_scores_are_told_apart_by_two_standard_errors_of_their_difference(errors
     error = jackknife_error([a - b for a, b in zip(noise, other, strict=True)])
     trials = [trial(0, 1.0, 10, noise), trial(1, 1.0 + errors * error, 10, other)]
     assert clearly_beaten(trials, ("fd", "macs")).tolist() == [False, told]
+
+
+@given(st.integers(0, 1000))
+def test_who_rises_is_the_same_however_it_is_found_out(seed: int) -> None:
+    """Trial by trial, where few compared with the room are unbeaten, as by the order of all of them anew."""
+    rng = np.random.default_rng(seed)
+    own = ladder(trials=24, verified=int(rng.integers(2, 20)))
+    climb, trials = Climb(own), []
+    for number in range(24):
+        shared = rng.standard_normal(20) * 0.1
+        fd, macs = (float(x) for x in rng.integers(1, 8, 2))
+        noise = tuple(shared if number % 3 else rng.standard_normal(20) * 0.3)
+        trials.append(trial(number, fd / 4, macs, noise))
+        climb.note(trials[-1])
+        while (risen := climb.next(searching=True)) is not None:
+            anew = Climb(own, trials)
+            assert anew.next(searching=True) == risen
+            leaders = list(Climb(own, trials).leaders(16))
+            room = math.floor(own.room(1) / own.room(0) * (number + 1))
+            tried = {t.digest for t in trials if t.rung == 64}
+            waiting = [t for t in leaders[:room] if t.digest not in tried]
+            assert risen == min(waiting, key=lambda one: one.number)
+            trials.append(replace(risen, number=100 + len(trials), rung=64))
+            climb.note(trials[-1])
 
 
 def test_by_costs_alone_a_trial_is_beaten_by_whoever_is_no_dearer_in_any_and_cheaper_in_one() -> None:

@@ -89,8 +89,9 @@ class Climb:
         if trial.scored:
             rung.scored.add(trial.digest)
             rung.failures.pop(trial.digest, None)
-        if self._ladder.admits(trial):
-            rung.candidates.setdefault(trial.digest, trial)
+        if self._ladder.admits(trial) and trial.digest not in rung.candidates:
+            rung.candidates[trial.digest] = trial
+            rung.fresh.append(trial)
             rung.order = None
 
     def next(self, searching: bool) -> Trial | None:
@@ -106,13 +107,27 @@ class Climb:
                 room = math.floor(room / ladder.room(level) * len(below.scored))
                 if len(above.tried) >= room:
                     continue
-            # Who is given up there keeps nobody's place.
-            leaders = (t for t in self.leaders(lower) if above.failures[t.digest] < FAILURES_PER_GENOME)
+            # Who is given up there keeps nobody's place. Where all leaders have room their order is of no matter, which costs more the more there are.
+            few = None if quiet else self._unbeaten(below)
+            ahead = few if few is not None and len(few) <= room else self.leaders(lower)
+            leaders = (t for t in ahead if above.failures[t.digest] < FAILURES_PER_GENOME)
             waiting = [t for t in islice(leaders, room) if t.digest not in above.tried]
             if waiting:
                 return min(waiting, key=lambda trial: trial.number)
             quiet = quiet and not above.running
         return None
+
+    def _unbeaten(self, rung: _Rung) -> list[Trial] | None:
+        """The leaders in no order; None where all are. Whoever beats another beats all whom that one beats, so that who comes later is compared with these alone."""
+        if self._ladder.everything:
+            return None
+        for trial in rung.fresh:
+            others = [*rung.unbeaten, trial]
+            beaten = _Beaten(others, self._ladder.objectives)
+            if not beaten(len(others) - 1):
+                rung.unbeaten = [one for i, one in enumerate(others) if not beaten(i)]
+        rung.fresh.clear()
+        return rung.unbeaten
 
     def leaders(self, rung: int) -> Iterator[Trial]:
         """As `Ladder.leaders` of all trials, one after another."""
@@ -127,13 +142,15 @@ class Climb:
 @dataclass
 class _Rung:
     """`tried`, `scored`: digests of schedules; `failures`: how often one failed that has no score. `running`: numbers of trials. `candidates`: who may lead, one
-    for each schedule."""
+    for each schedule; `unbeaten`: of those but the `fresh`, whom nobody clearly beats."""
 
     tried: set[str] = field(default_factory=set)
     scored: set[str] = field(default_factory=set)
     running: set[int] = field(default_factory=set)
     failures: Counter[str] = field(default_factory=Counter)
     candidates: dict[str, Trial] = field(default_factory=dict)
+    fresh: list[Trial] = field(default_factory=list)
+    unbeaten: list[Trial] = field(default_factory=list)
     order: _Order | None = None
 
 
