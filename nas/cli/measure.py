@@ -57,14 +57,14 @@ def audit(
     folder = run_folder(study, out_dir)
     check_device(device)
     study.check()
-    check_enough(schedules_to_audit(study.space, schedules, study.seed))
+    audited = schedules_to_audit(study.space, schedules, study.seed)
+    check_enough(audited)
     pool = worker_pool(workers, gpus_per_worker, ray_address, device)
     bars = progress_bars(quiet or as_json)
     with resumable(folder), open_session(study, folder, storage, device) as session, bars:
         follow(bars, session.prepare())
         follow(bars, session.on_one_thread(measure(study, folder, schedules, device, pool)))
-    audited = set(schedules_to_audit(study.space, schedules, study.seed))
-    rows = read_table(folder / "audit" / TABLE, audited, study.objectives[0])
+    rows = read_table(folder / "audit" / TABLE, set(audited), study.objectives[0])
     facts = summary(rows)
     (folder / "audit" / "audit.json").write_text(json.dumps(facts, indent=2) + "\n")
     picture = folder / "audit" / "audit.png"

@@ -224,12 +224,11 @@ def _rate(study: Study, evaluator: Any) -> float:
     until = time.perf_counter() + SECONDS
     for genome in genomes[1:]:
         score: Score = evaluator(study.space.decode(genome), count, 1)
-        macs, seconds = macs + score.spent.get("macs", 0.0), seconds + score.spent.get("seconds", 0.0)
+        took = score.spent.get("seconds", 0.0)
+        macs, seconds = macs + score.spent.get("macs", 0.0), seconds + took
         if time.perf_counter() > until:
             break
-        if (
-            count < rung and score.spent.get("seconds", 0.0) < SECONDS / 16
-        ):  # the fixed part counts less on more samples
+        if count < rung and took < SECONDS / 16:  # the fixed part counts less on more samples
             count, macs, seconds = min(rung, 4 * count), 0.0, 0.0
     if not macs:
         raise UserError(

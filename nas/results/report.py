@@ -245,9 +245,8 @@ class Run:
         found = read_json(path, "delete it; `nas report` writes it again")
         if "train" not in found:  # of all train images, which are nearer than as many as there are samples
             return None
-        if (
-            "samples" in found and found["samples"] != self.facts["rungs"][-1]
-        ):  # the full network's distance was another then
+        # The full network's distance was another then.
+        if found.get("samples", self.facts["rungs"][-1]) != self.facts["rungs"][-1]:
             return None
         return {**found, "words": far_words(float(found["full"]), float(found["floor"]))}
 

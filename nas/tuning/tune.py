@@ -159,10 +159,11 @@ def split_prompts(wanted: Wanted, folder: Path) -> tuple[Wanted, Wanted]:
 def limited(wanted: Wanted, folder: Path, show: Show, device: str, threads: int) -> tuple[Study, float | None]:
     """The study with its limit, and milliseconds that an image of the full pipeline takes: a share of its time is known when all calls are measured, after
     texts are read on `threads` CPU threads (0: torch's own number)."""
-    if wanted.measure == "macs":
-        return wanted.study({"macs_share": wanted.limit}), None
-    open_ended = wanted.study({LATENCY: 1e12})
-    open_ended.check()  # before anything is timed
+    of_macs = wanted.measure == "macs"
+    open_ended = wanted.study({"macs_share": wanted.limit} if of_macs else {LATENCY: 1e12})
+    open_ended.check()  # before anything is read or timed
+    if of_macs:
+        return open_ended, None
     with open_session(open_ended, folder, None, device) as session:
         show.follow(session.prepare(threads))
         net = open_ended.supernet.load(folder / "supernet", device)

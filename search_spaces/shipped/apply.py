@@ -318,8 +318,9 @@ class _Applied:
         if guides is False:
             return None
         half = len(x) // 2
-        halves = [rows.nan_to_num() for rows in (x[:half], x[half:])]  # NaN is what it may be, and equals nothing
-        twice = len(x) % 2 == 0 and torch.equal(*halves)
+        first, second = x[:half], x[half:]
+        # NaN equals nothing.
+        twice = len(x) % 2 == 0 and (torch.equal(first, second) or torch.equal(first.nan_to_num(), second.nan_to_num()))
         if guides is None and self._own_first:  # the second half of its labels is that of no class
             guides = twice and bool((told["class_labels"][half:] == self.net.config.num_embeds_ada_norm).all())
         elif guides is None:  # which samples of equal noise look like, too: `_check_rows` tells them apart

@@ -140,8 +140,8 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
             warnings.warn(
                 f"guidance_scale={guidance_scale:g} is of no effect: the schedule guides no step", stacklevel=3
             )
-        if any(step["reuse"] for step in steps):
-            self._check_offloading({step["model"] for step in steps})
+        pairs = zip(steps, [*steps[1:], {"reuse": []}], strict=True)
+        self._check_offloading({step["model"] for step, after in pairs if step["reuse"] or after["reuse"]})
         if reuse_dtype is None and "reuse_precision" in plan["sampler"]:
             reuse_dtype = getattr(torch, plan["sampler"]["reuse_precision"])
         told = self._told(plan, prompt, negative_prompt, num_images_per_prompt, prompt_embeds, guides, device)
@@ -230,6 +230,7 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         return {"encoder_hidden_states": vectors(chosen), f"{NEGATIVE}encoder_hidden_states": vectors(none)}
 
     def _check_offloading(self, models: Iterable[str]) -> None:
+        """Of these networks, whose blocks run one by one."""
         for model in sorted(models):
             net = getattr(self, model)
             if block := offloaded(getattr(net, "_orig_mod", net)):
