@@ -13,6 +13,11 @@ LOOKS = 3_000
 as soon as anything else wants a core; of 1,000 two threads were slower than one where that was measured (`benchmarks.threads`)."""
 # Read by OpenMP when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", str(LOOKS))
+KERNELS = 16_384
+"""How many of the kernels that oneDNN compiles on a CPU are kept. A fine-tune of a schedule has batches of many sizes for each of its networks, more than
+the 1,024 that it keeps of its own accord (`benchmarks.kernels`)."""
+# Read by oneDNN at its first kernel.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
 
 if TYPE_CHECKING:
     from nas.contracts import UserError
