@@ -18,6 +18,9 @@ UV     := $(if $(UV),UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" uv pip 
 WHAT    = --quiet --editable '.[$(1)]' --constraint constraints.txt
 install = $(if $(UV),$(UV) $(WHAT) ||) $(BIN)/python -m pip install $(WHAT)
 
+# Where an installation breaks off, as without Debian's python3-venv, the next call begins it anew.
+.DELETE_ON_ERROR:
+
 .PHONY: demo fashion test test-all docs docs-test lint types tests mutants clean
 
 demo: $(VENV)/.demo

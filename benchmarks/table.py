@@ -23,7 +23,7 @@ def table() -> str:
         for target in result["targets"]:
             goal = "-" if target["target"] is None else f"{'≤' if target['at_most'] else '≥'} {target['target']:g}"
             value = "no value" if target["measured"] is None else f"{target['measured']:.3g}"
-            measured = value + ("" if target["met"] else " (not met)")
+            measured = value + ("" if target["met"] or target["target"] is None else " (not met)")
             command = f"`python -m benchmarks.{result['name']}`"
             lines.append(f"| {target['what']} | {goal} | {measured} | {command} | {result['date']} |")
     return "\n".join(lines)
