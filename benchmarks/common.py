@@ -32,7 +32,7 @@ UNFINISHED = Path(__file__).parent / "unfinished"
 RUNS = Path("runs") / "benchmarks"
 LONG = ("replicates", "scores", "files")
 """Of a row, what stays in runs/ alone."""
-ON_ONE_LINE = ("schedule", "schedules")
+ON_ONE_LINE = ("schedule", "schedules", "genomes")
 """Of a row, what is written as JSON within the JSON, where a number a line would be thousands of them."""
 
 
@@ -117,6 +117,11 @@ class Benchmark:
         if self._unfinished.exists() and not (self._path.exists() or self.quick or options.fresh):
             shutil.copytree(self._unfinished, self.folder, dirs_exist_ok=True)
         self._rows: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        if not (self.quick or options.fresh) and (elsewhere := self._elsewhere()):
+            self.say(
+                f"{len(elsewhere)} rows of {self._unfinished} are not in {self.folder}, {elsewhere[0]} among them: where they were made later, elsewhere, move that "
+                "folder away to go on with them, and --keep nothing before"
+            )
         self._protocol = protocol
         self._commit = commit()  # as it is now: one that is made while a row is measured is not what measured it
         if older := {row["commit"] for row in self._rows.values()} - {self._commit}:
@@ -145,6 +150,11 @@ class Benchmark:
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, to)
         self.say(f"{len(self._rows)} rows are kept in {self._unfinished}; commit them")
+
+    def _elsewhere(self) -> list[str]:
+        """Rows that were kept for other machines and are not here."""
+        file = self._unfinished / "rows.json"
+        return [key for key in json.loads(file.read_text()) if key not in self._rows] if file.exists() else []
 
     @property
     def _unfinished(self) -> Path:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import latent
+from benchmarks.charged import Charged
 from benchmarks.common import RUNS, Benchmark, Target, borrow
 from benchmarks.digits_table import replayed, verified_of
 from benchmarks.fitted_table import Fitted, Size, Told
@@ -51,10 +52,9 @@ RESTED_ON = (
     "run/supernet/*.*",
     "run/supernet/autoencoder/*",
     "run/features/*",
-    "searches/literal-*/study.json",
-    "searches/literal-*/journal.log",
+    "scores/*",
 )
-"""Of the benchmark's folder the network, the judge and the published searches that were begun."""
+"""Of the benchmark's folder the network, the judge and the scores that searches were told."""
 Row = dict[str, Any]
 
 
@@ -146,20 +146,20 @@ def searched(
     ends: Sequence[int] = (),
     shared: bool = True,
 ) -> Row:
-    """One whole search on the network itself; what it had found after so many trials, at its end where none are named. Where nothing is shared its ledger goes
-    on after a stop; one that shares beginnings begins anew, for it would be charged for them once more."""
+    """One whole search on the network itself; what it had found after so many trials, at its end where none are named. It begins anew after a stop, and runs
+    no schedule again that it, or one of its `name` with fewer trials, was told of."""
     torch.set_num_threads(1)
     study = replace(setting.study(searcher, rungs, trials), seed=seed)
-    own = setting.folder / "searches" / name
-    if shared:
-        shutil.rmtree(own, ignore_errors=True)
+    own = setting.folder / "searches" / f"{name}-{trials}-{seed}"
+    shutil.rmtree(own, ignore_errors=True)
     folder = borrow(setting.prepared, own)
     with open_session(study, folder) as session:
         conductor = session.conductor("search", seed=seed)
-        evaluate = study.load(folder, "cpu")
+        evaluate = Charged(study.load(folder, "cpu"), setting.folder / "scores" / f"{name}-{seed}.jsonl")  # type: ignore[arg-type]
         fresh = lambda schedule, rung, noise: evaluate(schedule, rung, derive_seed(noise, schedule.digest))  # noqa: E731
         run_here(conductor, lambda: evaluate if shared else fresh)
         found = list(conductor.ledger.trials)
+    shutil.rmtree(own)
     return {
         "trials": len(found),
         **after(found, ends),
@@ -279,15 +279,17 @@ def goal_of(
     setting: Setting, looks: Iterable[int], volumes_of: Callable[[Sequence[int]], Sequence[float]]
 ) -> tuple[int, int, int]:
     """Of the published search's looks, by their numbers of candidates: the last, the first generation that is as good but for the margin, and within it the
-    first look that is."""
+    first look that is. What comes behind them is not looked at."""
     every = list(looks)
     generations = [end for end in every if end % setting.population == 0]
-    found = volumes_of(generations)
-    goal = (1 - PROTOCOL.margin) * found[-1]
-    reached = next(end for end, value in zip(generations, found, strict=True) if value >= goal)
+    [whole] = volumes_of(generations[-1:])
+
+    def first_of(ends: Iterable[int]) -> int:
+        return next(end for end in ends if volumes_of([end])[0] >= (1 - PROTOCOL.margin) * whole)
+
+    reached = first_of(generations)
     within = [end for end in every if reached - setting.population < end <= reached]
-    first = next(end for end, value in zip(within, volumes_of(within), strict=True) if value >= goal)
-    return generations[-1], reached, first
+    return generations[-1], reached, first_of(within)
 
 
 def literal(bench: Benchmark, setting: Setting, searcher: DDSM, seeds: Sequence[int]) -> Literal:
@@ -301,7 +303,7 @@ def literal(bench: Benchmark, setting: Setting, searcher: DDSM, seeds: Sequence[
                 (setting.images,),
                 setting.candidates,
                 s,
-                f"literal-{s}",
+                "literal",
                 setting.looks,
                 False,
             )
@@ -310,7 +312,6 @@ def literal(bench: Benchmark, setting: Setting, searcher: DDSM, seeds: Sequence[
     )
     ends, until, scores = [], [], []
     for seed in seeds:
-        shutil.rmtree(setting.folder / "searches" / f"literal-{seed}", ignore_errors=True)  # its row is there
         row = rows[f"literal search, seed {seed}"]
         fronts = {front["trials"]: front for front in row["fronts"]}
 
@@ -364,7 +365,7 @@ def live(bench: Benchmark, setting: Setting, name: str, published: Literal, seed
                 rungs,
                 most,
                 s,
-                f"{name.replace(' ', '-')}-{most}-{s}",
+                name.replace(",", "").replace(" ", "-"),
                 whole,
             )
             for s in seeds
@@ -432,7 +433,7 @@ def arm_on_table(setting: Setting, told: Told, published: Row, name: str, seeds:
         }
 
     counts = setting.prefixes if len(rungs) == 1 else setting.trials
-    return until(look, counts, largest_first=name.startswith("random"))
+    return until(look, counts, largest_first=name.startswith("random") and len(rungs) > 1)
 
 
 def on_a_table(bench: Benchmark, setting: Setting, searcher: DDSM, published: Literal) -> None:

@@ -198,8 +198,10 @@ def measured(model: str, steps: int, bench: Benchmark, protocol: Protocol) -> li
     if missing := [cell for cell in cells if not whole(cell, bench)]:
         lend(bench.folder, model, bench.quick)
         rest_on_one_network(cells[0], bench)
-        for _ in read_into(cells[0].loss.images, cells[0].trained[1]):
-            pass  # once, for the run folders of all arms
+        setting, run = cells[0].trained
+        for folder in (run, *([setting.judged] if model == "latent" else [])):
+            for _ in read_into(cells[0].loss.images, folder):
+                pass  # once, for all processes
         for cell in missing:
             _measured(cell, bench)
     return cells

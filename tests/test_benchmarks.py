@@ -18,6 +18,7 @@ import torch
 from scipy.stats import ttest_1samp
 
 from benchmarks import (
+    charged,
     common,
     cost,
     ddsm_loop,
@@ -34,6 +35,7 @@ from evaluators.images import Digits
 from evaluators.sampling import DDIM, sample
 from nas.contracts import Schedule, Step, jackknife_error
 from nas.searchers.random import Random
+from nas.study import Study
 from search_spaces.intervals import per_step, uniform
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
@@ -302,6 +304,18 @@ def test_what_a_stop_left_is_kept_for_another_machine(begun: Path, monkeypatch: 
         common.Benchmark("bench", "", rested_on=rested_on)
 
 
+def test_rows_that_another_machine_has_made_since_are_not_passed_over_silently(
+    begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    bench = common.Benchmark("bench", "")
+    assert "are not in" not in capsys.readouterr().err
+    kept = json.loads((begun / "rows.json").read_text())
+    (begun / "rows.json").write_text(json.dumps({**kept, "third": {**kept["first"], "row": "third"}}))
+    common.Benchmark("bench", "")
+    assert f"1 rows of {begun} are not in {bench.folder}, third among them" in capsys.readouterr().err
+
+
 def test_what_rows_rest_on_is_not_left_behind_silently(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common.Benchmark("bench", "").rest_on(network="a")
     monkeypatch.setattr(sys, "argv", ["bench", "--keep"])
@@ -446,9 +460,40 @@ def test_a_goal_is_looked_for_within_the_generation_that_reaches_it(tmp_path: Pa
         return [values[end] for end in some]
 
     assert search_cost_latents.goal_of(setting, values, of) == (12, 8, 8)
-    assert asked == [4, 8, 12, 6, 8], "what a generation has lost again before its end is no goal"
+    assert asked == [12, 4, 8, 6, 8], "what a generation has lost again before its end is no goal"
     values[6] = 0.991
     assert search_cost_latents.goal_of(setting, values, of) == (12, 8, 6)
+
+
+def test_what_is_known_is_charged_as_though_it_were_made_here(
+    tiny_study: Study, tiny_run: Path, tmp_path: Path
+) -> None:
+    """With memory for some of the states alone, so that which of them are kept decides what is charged; after a stop in the middle of a line too."""
+    images, space = tiny_study.images, tiny_study.space
+
+    def loaded(number: int) -> Any:
+        recipe = Frechet(images, tiny_study.evaluator.features, rungs=(16, 48), cache_bytes=40_000 + number)  # type: ignore[attr-defined]
+        return replace(tiny_study, evaluator=recipe).load(tiny_run, "cpu")
+
+    rng = np.random.default_rng(0)
+    schedules = [
+        space.decode(tuple(int(rng.integers(len(choice.options))) for choice in space.choices)) for _ in range(12)
+    ]
+    asked = [(schedule, int(rng.choice([16, 48])), int(rng.integers(2))) for schedule in 3 * schedules]
+    plain, file = loaded(0), tmp_path / "scores.jsonl"
+    wanted = [plain(*one) for one in asked]
+    assert plain.trajectories.meter.cached_macs > 0
+    first = charged.Charged(loaded(1), file)
+    for one in asked[:20]:
+        first(*one)
+    file.write_text(file.read_text()[:-9])
+    for number in (2, 3):
+        told = charged.Charged(loaded(number), file)
+        for one, score in zip(asked, wanted, strict=True):
+            found = told(*one)
+            assert (found.values, found.replicates, found.labels) == (score.values, score.replicates, score.labels)
+            assert {**found.spent, "seconds": 0} == {**score.spent, "seconds": 0}
+    assert len(file.read_text().splitlines()) == len({(schedule.digest, rung, seed) for schedule, rung, seed in asked})
 
 
 def test_a_share_of_hypervolumes_has_the_error_of_noises_that_both_share() -> None:

@@ -14,7 +14,7 @@ import time
 import urllib.request
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -372,6 +372,12 @@ def test_tuning_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 # ------------------------------------------------------------------------------------------------- notebooks and the wheel
 
 
+def told(cells: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The lines that each cell prints."""
+    every = [[output for output in cell.get("outputs", ()) if output.get("name") == "stdout"] for cell in cells]
+    return ["".join(output["text"] for output in outputs).splitlines() for outputs in every]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_shown_as_it_was_run_and_tells_of_no_machine(path: Path) -> None:
     cells = json.loads(path.read_text())["cells"]
@@ -393,10 +399,14 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     book = nbformat.read(path, as_version=4)
+    shown = told(book.cells)
     where = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(book, timeout=900, kernel_name="python3", resources=where).execute()
     kinds = {kind for cell in book.cells for out in cell.get("outputs", ()) for kind in out.get("data", {})}
     assert "image/png" in kinds
+    assert [len(lines) for lines in told(book.cells)] == [
+        len(lines) for lines in shown
+    ]  # what they say, another processor may say otherwise
 
 
 @pytest.mark.docs

@@ -68,6 +68,12 @@ def export(
     ] = False,
     out_dir: OutOption = None,
     storage: StorageOption = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where the best of a budget is scored on new noises, where `nas run` has not: cpu, cuda, cuda:1, mps."
+        ),
+    ] = "cpu",
 ) -> None:
     """Write a trial's networks as stock diffusers folders, with the schedule, provenance and a proof of equality."""
     from nas.base.files import check_new
@@ -75,13 +81,14 @@ def export(
     from nas.study import load_study
 
     check_new(to)
+    check_device(device)
     if stock and programs:
         raise UserError(
             "--programs are of exported folders, and --stock writes diffusers' own pipeline; give one of them"
         )
     study = load_study(study_file)
     folder = run_folder(study, out_dir)
-    run = StudyRun(study, folder, storage)
+    run = StudyRun(study, folder, storage, device)
     with resumable(folder):
         chosen = chosen_of(run, searcher, seed, trial, within)
     if stock:
@@ -164,7 +171,7 @@ def train(
     out_dir: OutOption = None,
     storage: StorageOption = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Gradient steps of all networks together.", show_default=False)
+        int | None, typer.Option(min=1, help="Gradient steps of all networks together. Default, here and below: as train.json says.", show_default=False)
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images of a step.", show_default=False)] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak of a cosine.", show_default=False)] = None,

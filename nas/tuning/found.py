@@ -97,7 +97,7 @@ class Found:
         chosen, count = self.chosen, self.wanted.steps
         share = f"{chosen.share:.0%} of {self.wanted.whole} {self.wanted.measure}"
         lost = chosen.loss / self.apart
-        near = f"its samples are {percent(lost)} (± {percent(CONFIDENCE * chosen.error / self.apart)}) of the way from the full pipeline's own to unrelated ones"
+        near = f"samples are {percent(lost)} (± {percent(CONFIDENCE * chosen.error / self.apart)}) of the way from the full pipeline's own to unrelated ones"
         if self.far:
             words = [
                 f"No gain: keep {self.wanted.full_steps or count} steps. The best schedule within {share} is too far: {near}."
