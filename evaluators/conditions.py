@@ -235,7 +235,8 @@ class Prompts(Told):
 def lines_of(path: Path) -> list[str]:
     """Of a text file, those that are not empty. Raises UserError where there are none."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Without the mark that some editors begin a file with; a text may hold other characters that are said to end a line.
+        lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); give a text file with a prompt in each line") from error
     if not lines:

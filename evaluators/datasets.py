@@ -123,8 +123,8 @@ class DatasetFolder(OneByOne):
     def items(self) -> Items:
         tables = self._tables()
         lengths = [len(table) for table in tables]
-        labels = self._column(tables, self.label, np.integer) if self.label else None
-        captions = tuple(map(str, self._column(tables, self.caption, None))) if self.caption else None
+        labels = self._labels(tables, self.label) if self.label else None
+        captions = self._captions(tables, self.caption) if self.caption else None
         names = getattr(tables[0].features.get(self.label or ""), "names", None)
         classes = names or ([] if labels is None else [str(n) for n in range(int(labels.max(initial=0)) + 1)])
         if self.held_out is not None:
@@ -133,11 +133,20 @@ class DatasetFolder(OneByOne):
         told = None if captions is None else tuple(captions[place] for place in order)
         return Items(order, None if labels is None else labels[order], lengths[0] - train, told, classes)
 
-    def _column(self, tables: Sequence[Any], name: str, kind: Any) -> npt.NDArray[Any]:
+    def _labels(self, tables: Sequence[Any], name: str) -> npt.NDArray[np.int64]:
         found = np.concatenate([np.asarray(table[name]) for table in tables])
-        if kind is not None and (not np.issubdtype(found.dtype, kind) or found.min(initial=0) < 0):
+        if not np.issubdtype(found.dtype, np.integer) or found.min(initial=0) < 0:
             raise UserError(f"column {name!r} of {self.root} is {found.dtype}; labels must be whole numbers from 0")
-        return found.astype(np.int64) if kind is not None else found
+        return found.astype(np.int64)
+
+    def _captions(self, tables: Sequence[Any], name: str) -> tuple[str, ...]:
+        found = [one for table in tables for one in table[name]]
+        for row, one in enumerate(found):
+            if not isinstance(one, str) or not one.strip():
+                raise UserError(
+                    f"row {row} of column {name!r} of {self.root} holds {one!r}; a caption is a text, one for each image"
+                )
+        return tuple(found)
 
     def _tables(self) -> tuple[Any, ...]:
         found = _TABLES.get(self)
@@ -254,7 +263,12 @@ class TorchDataset(OneByOne):
         return found
 
     def read(self, place: int) -> npt.NDArray[np.float32]:
-        item = self.dataset[place]
+        try:
+            item = self.dataset[place]
+        except Exception as error:  # whatever a data set of somebody's makes of what it reads
+            raise UserError(
+                f"item {place} of {self.name} cannot be read ({type(error).__name__}: {first_line(error)}); mend it, or leave it out"
+            ) from error
         image = item[0] if isinstance(item, tuple | list) else item
         where = Path(f"{self.name}, item {place}")
         try:

@@ -250,6 +250,11 @@ class StudyRun:
                     f"{self.folder} was searched by {key[0]} under another study than {self.study.name} is now; restore the study file or its "
                     "supernet, or name another searcher"
                 )
+        if searcher is None and all(name == BASELINE for name, _ in meant) and self.results.others:
+            raise UserError(
+                f"{self.folder} holds no search of {self.study.name} as it is now, of its limits, objectives, rungs and searchers' settings, but others are kept "
+                "there; `nas run` it, or restore the study file"
+            )
         return {info.name: trials for info, trials in meant.values()}
 
     def _again(self, trial: Trial) -> Score:
@@ -361,7 +366,8 @@ class StudyRun:
         """As exported folders keep it: which trial of which study it is, its costs and scores, and what tests have shown of it."""
         trial, digest = chosen.trial, self.schedule(chosen).digest
         assert trial.score is not None
-        tested = [found["words"] for found in verdicts(self.folder) if found["schedule"] == digest]
+        supernet = self.study.supernet.digest(self.folder / "supernet")
+        tested = [found["words"] for found in verdicts(self.folder, supernet) if found["schedule"] == digest]
         return {
             "study": self.study.name,
             "ledger": chosen.ledger,
@@ -373,7 +379,7 @@ class StudyRun:
             "score": trial.score.to_json(),
             **({"confirmed": chosen.confirmed.to_json()} if chosen.confirmed else {}),
             **({"tested": tested} if tested else {}),
-            "supernet": self.study.supernet.digest(self.folder / "supernet"),
+            "supernet": supernet,
             "images": self.study.images.load().digest,
             "data": type(self.study.images).__name__,
         }

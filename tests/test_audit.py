@@ -208,6 +208,37 @@ def test_a_schedule_that_cannot_be_scored_is_left_out_and_counted(tmp_path: Path
     assert summary(again)["failed"] == 0
 
 
+@dataclass(frozen=True)
+class Unlabelled(ToyEvaluator):
+    """As a third party's may be, without labels and an account; of some schedules no number, or nothing at all."""
+
+    odd: tuple[Any, ...] = ()
+
+    def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+        genome = tuple(step.arch for step in schedule.steps)
+        if genome in self.odd[:1]:
+            raise KeyError("pixels")
+        value = float("nan") if genome in self.odd[1:] else super().__call__(schedule, rung, seed).values["fd"]
+        return Score({"fd": value}, {}, {}, {})
+
+
+def test_a_third_partys_scores_are_audited(tmp_path: Path) -> None:
+    genomes = schedules_to_audit(ToySpace(), 30, 0)
+    odd = (genomes[3], genomes[7])
+    study = toy_study(proxies={"good": ToyEvaluator(rungs=(128,))})
+    study = replace(study, evaluator=Unlabelled(odd=odd))
+    for _ in measure(study, tmp_path, 30, "cpu"):
+        pass
+    found = summary(rows := read_table(tmp_path / "audit" / TABLE))
+    assert found["failed"] == 2
+    assert found["reference"] == "fd"
+    assert found["proxies"][0]["tau"] > 0.5
+    assert [row["failure"].partition(":")[0] for row in (rows[3], rows[7])] == ["KeyError", "ArithmeticError"]
+    for _ in measure(replace(study, evaluator=Unlabelled()), tmp_path, 30, "cpu"):
+        pass
+    assert summary(read_table(tmp_path / "audit" / TABLE))["failed"] == 0
+
+
 def test_what_all_failed_by_is_told(tmp_path: Path) -> None:
     rows = audited(tmp_path, 30, evaluator__failing=tuple(schedules_to_audit(ToySpace(), 30, 0)))
     with pytest.raises(UserError, match=r"30 failed, one with .*was told to fail.* tries them again"):

@@ -290,3 +290,26 @@ def test_a_share_of_less_than_an_image_of_any_class_is_refused(folder: Path) -> 
     recipe = TorchDataset(dataset=Pairs(folder, "picture"), name="pairs", size=8, labels=True, holdout=0.05)
     with pytest.raises(UserError, match=r"holdout=0\.05 rounds to no image of any class, of 20 images in all"):
         recipe.load()
+
+
+@pytest.mark.parametrize("odd", [None, "", ["a bag", "a boot"]])
+def test_a_caption_is_a_text_for_each_image(odd: Any, folder: Path, tmp_path: Path) -> None:
+    words = [["a coat"] if isinstance(odd, list) else "a coat"] * (COUNT - 1) + [odd]
+    table(folder).remove_columns("words").add_column("words", words).save_to_disk(str(tmp_path / "data"))
+    with pytest.raises(UserError, match=r"column 'words' of .* holds .*; a caption is a text"):
+        DatasetFolder(path=str(tmp_path / "data"), size=8, caption="words").load()
+
+
+@pytest.mark.parametrize("error", [OSError("image file is truncated"), EOFError(), KeyError("pixels")])
+def test_an_item_that_cannot_be_read_is_named(error: Exception) -> None:
+    class Damaged(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, place: int) -> Any:
+            if place == 2:
+                raise error
+            return np.zeros((8, 8, 3), np.uint8)
+
+    with pytest.raises(UserError, match=rf"item 2 of mine cannot be read \({type(error).__name__}"):
+        TorchDataset(dataset=Damaged(), name="mine", size=8).load()

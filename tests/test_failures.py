@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from nas.contracts import Proposal, Schedule, Score, Step, UserError, derive_seed
 from nas.engine.ladder import Ladder
@@ -232,3 +235,43 @@ def test_a_reason_ends_with_the_last_calls_before_it() -> None:
     assert isinstance(reason, str)
     assert reason.count('File "') == 5
     assert reason.rstrip().endswith("RuntimeError: no")
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        (({"fd": np.float32(0.5)}, {"fd": (np.float64(1), torch.tensor(2.0))}, {"macs": np.int64(3)}, {}), 0.5),
+        (({"fd": torch.tensor(0.5)}, {}, {}, {}), 0.5),
+        ({"fd": 0.5}, "the evaluator returned dict; a call returns a Score"),
+        (None, "the evaluator returned NoneType"),
+        (({"fd": "much"}, {}, {}, {}), "could not convert string to float"),
+    ],
+)
+def test_an_evaluators_answer_is_a_score_of_floats_or_a_failure(answer: Any, kept: Any) -> None:
+    given = Score(*answer) if isinstance(answer, tuple) else answer
+    found = attempt(lambda *_: given, Schedule((Step(0, 0),)), 8, 0)
+    if isinstance(kept, str):
+        assert isinstance(found, str)
+        assert kept in found
+    else:
+        assert isinstance(found, Score)
+        assert Score.from_json(json.loads(json.dumps(found.to_json()))) == found
+        assert found.values == {"fd": kept}
+
+
+@pytest.mark.parametrize("answer", [None, (0, 1, 0, 1, 0, 1)])
+def test_a_searchers_answer_that_is_none_ends_in_words(answer: Any, tmp_path: Path) -> None:
+    class Odd:
+        def start(self, problem: Any, seed: int) -> Any:
+            return self
+
+        def ask(self, pending: Any) -> Any:
+            return answer
+
+        def tell(self, trial: Any) -> None: ...
+
+        def __repr__(self) -> str:
+            return "Odd()"
+
+    with pytest.raises(UserError, match=r"searcher odd answered .*; `ask` returns Proposal"):
+        run(toy_study(searchers={"odd": Odd()}), tmp_path, "odd")

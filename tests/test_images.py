@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ import pytest
 from PIL import Image
 
 import evaluators.kept
+from evaluators.conditions import lines_of
 from evaluators.images import Digits, ImageArray, ImageFolder, PhotoPatches, check_shape, load_once
-from nas.base.pictures import PictureError, read_picture
+from nas.base.files import check_new, new_folder
+from nas.base.pictures import PictureError, read_caption, read_picture
 from nas.contracts import UserError
 from nas.results.samples import to_uint8
 from nas.study import load_study
@@ -63,6 +67,46 @@ def test_sub_folders_are_labels_where_asked_for(tmp_path: Path) -> None:
     loaded = ImageFolder(folder, (8, 8), labels="folders").load()
     assert loaded.labels is not None
     assert loaded.labels.tolist() == [0] * 8 + [1] * 8
+
+
+def test_a_class_that_cannot_be_read_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, scan = str(folder_of(tmp_path, classes=2)), os.scandir
+
+    def refusing(path: Any) -> Any:
+        if str(path).endswith("class1"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"class1 cannot be read \(Permission denied\); change its permissions"):
+        ImageFolder(folder, (8, 8), labels="folders").load()
+
+
+def test_the_mark_at_the_beginning_of_a_text_is_no_part_of_it(tmp_path: Path) -> None:
+    folder_of(tmp_path, 1)
+    (tmp_path / "000.txt").write_bytes("\ufeffa bag\r\n".encode())
+    assert read_caption(tmp_path / "000.png") == "a bag"
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa bag\r\nof two\u2028lines\n\n".encode())
+    assert lines_of(tmp_path / "prompts.txt") == ["a bag", "of two\u2028lines"]
+
+
+def test_a_new_folder_may_be_an_empty_one_that_is_there(tmp_path: Path) -> None:
+    """Such as one where something is mounted, which cannot be replaced; whole or not at all, also behind a process that was killed."""
+    to, gone = tmp_path / "to", 2**22 + 1  # a number that no process has
+    to.mkdir()
+    number = to.stat().st_ino
+    (to / f".to.{gone}.partial").mkdir()
+    with pytest.raises(OSError, match="File name too long"), new_folder(to) as partial:
+        (partial / "part").write_text("of it") and (partial / (300 * "x")).write_text("of it")
+    assert list(to.iterdir()) == []
+    with new_folder(to) as partial:
+        (partial / "part").write_text("of it")
+        (partial / "within").mkdir()
+        assert [one for one in to.iterdir() if not one.name.startswith(".")] == []
+    assert sorted(one.name for one in to.iterdir()) == ["part", "within"]
+    assert to.stat().st_ino == number
+    with pytest.raises(UserError, match="is not empty"):
+        check_new(to)
 
 
 def test_labels_are_part_of_what_is_kept(tmp_path: Path) -> None:

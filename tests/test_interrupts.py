@@ -136,6 +136,36 @@ def test_what_the_machine_could_not_do_is_one_line_with_a_remedy(error: Exceptio
     assert explained(wrapped) == said
 
 
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file", "cache.npy"), None),
+        (UserError("a limit that was handled"), None),
+        (OSError(errno.ENOSPC, "No space left on device", "/run/x"), "the disk is full"),
+        (MemoryError(), "memory is short"),
+    ],
+)
+def test_what_was_handled_before_is_no_reason_but_where_the_machine_was_short(
+    first: Exception, words: str | None
+) -> None:
+    try:
+        try:
+            raise first
+        except type(first):
+            raise ValueError("bins must increase")  # noqa: B904
+    except ValueError as error:
+        said = explained(error)
+    assert said is None if words is None else words in str(said)
+
+
+def test_what_the_disk_refuses_without_a_name_is_the_folders_and_other_words_stay(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="disk") as full, resumable(tmp_path):
+        raise OSError(errno.ENOSPC, "disk")
+    assert full.value.filename == str(tmp_path)
+    with pytest.raises(OSError, match="image file is truncated"), resumable(tmp_path):
+        raise OSError("image file is truncated")
+
+
 def test_a_fault_of_the_program_is_not_explained_away() -> None:
     assert explained(TypeError("can only concatenate tuple")) is None
     assert explained(AssertionError()) is None

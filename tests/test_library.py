@@ -122,6 +122,16 @@ def test_another_study_is_not_taken_for_the_runs(run: nas.StudyRun, tiny_study: 
         other.best(macs_share=0.6)
 
 
+def test_what_no_search_of_the_study_as_it_is_has_found_is_not_the_baselines(
+    run: nas.StudyRun, tiny_study: Study
+) -> None:
+    """Its schedules were scored whatever the limits are, and are all that is left where the search was of others."""
+    other = nas.open_run(replace(tiny_study, limits={"macs_share": 0.9}), run.folder)
+    with pytest.raises(nas.UserError, match="holds no search of tiny as it is now"):
+        other.best(macs_share=0.9)
+    assert other.best("uniform", again=False, macs_share=0.9).ledger == "tiny.uniform"
+
+
 def test_a_searcher_that_the_study_has_no_more_stands_in_no_ones_way(
     tiny_study: Study, prepared: Callable[[Path], Path], tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from benchmarks.postgres import installed, server
 from nas.contracts import UserError
 from nas.engine.ledger import read_ledgers
 from nas.engine.session import open_session
-from nas.engine.storage import kept_url, open_storage, shown_url
+from nas.engine.storage import close_storage, kept_url, open_storage, shown_url
 from nas.engine.writers import only_writer
 from nas.results.report import Run
 from tests.test_cli import nas as command
@@ -176,3 +176,12 @@ def test_a_session_holds_its_ledgers(tmp_path: Path) -> None:
             other.conductor("evolution")
     with open_session(study, tmp_path / "two", url) as other:
         other.run(other.conductor("evolution"))
+
+
+def test_who_looks_at_a_run_makes_no_database(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'typo.db'}"
+    with pytest.raises(UserError, match=r"there is no file .*typo\.db; check --storage"):
+        open_storage(tmp_path, url)
+    assert not (tmp_path / "typo.db").exists()
+    close_storage(open_storage(tmp_path, url, writing=True))
+    close_storage(open_storage(tmp_path, url))

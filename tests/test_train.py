@@ -307,6 +307,15 @@ def test_the_command_is_killed_resumed_scored_and_booked(tiny_run: Path, tmp_pat
     )
 
 
+def test_two_do_not_train_the_same_networks_at_once(exported: Path) -> None:
+    pixels = Digits().load().pixels
+    with closing(train(exported, pixels, QUICK, cpu=True)) as first:
+        next(first)
+        with pytest.raises(ExportError, match="another process trains the networks"):
+            next(train(exported, pixels, QUICK, cpu=True))
+    assert list(train(exported, pixels, QUICK, cpu=True))
+
+
 def test_a_loss_that_is_none_is_not_kept(exported: Path) -> None:
     """What was kept before it stays: one would go on from weights that are no numbers."""
     pixels = Digits().load().pixels[:16]

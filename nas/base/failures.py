@@ -32,6 +32,10 @@ REMEDIES = {
     errno.EADDRINUSE: "the port is in use; choose another --port",
 }
 
+SHORT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENOMEM, errno.ENOLCK, errno.EIO)
+"""What the machine lacks. Where an exception comes up while one of these is handled it follows from it; of others, such as a file that is not there, it need
+not: they may have been handled well."""
+
 IN_WORDS = (
     ("no space left on device", REMEDIES[errno.ENOSPC]),
     ("disk quota exceeded", REMEDIES[errno.EDQUOT]),
@@ -53,12 +57,12 @@ IN_WORDS = (
 
 def explained(error: BaseException) -> str | None:
     """One line for people, or None where it is a fault of this program."""
-    for one in _causes(error):
-        if isinstance(one, UserError | ExportError | PictureError):
+    for one, handled in _causes(error):
+        if isinstance(one, UserError | ExportError | PictureError) and not handled:
             return str(one)
         if isinstance(one, MemoryError):
             return f"{first_line(one)}: {REMEDIES[errno.ENOMEM]}" if str(one) else REMEDIES[errno.ENOMEM]
-        if isinstance(one, OSError) and one.errno in REMEDIES:
+        if isinstance(one, OSError) and one.errno in REMEDIES and (one.errno in SHORT or not handled):
             files = " -> ".join(str(name) for name in (one.filename, one.filename2) if name is not None)
             return f"{files or one.strerror}: {REMEDIES[one.errno]}"
         if type(one).__module__.partition(".")[0] in ("sqlalchemy", "psycopg", "sqlite3", "pymysql", "MySQLdb"):
@@ -71,10 +75,13 @@ def explained(error: BaseException) -> str | None:
     return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException) -> Iterator[tuple[BaseException, bool]]:
+    """The exception and those behind it, and whether it came up while they were handled, not because of them."""
     seen: set[int] = set()
     one: BaseException | None = error
+    handled = False
     while one is not None and id(one) not in seen:
         seen.add(id(one))
-        yield one
+        yield one, handled
+        handled = handled or one.__cause__ is None
         one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)

@@ -156,22 +156,36 @@ def partial_of(path: Path) -> Iterator[Path]:
 
 def check_new(folder: Path) -> None:
     """Raises UserError for a folder that holds something, and for a file."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not _left_over(one) for one in folder.iterdir())):
         raise UserError(f"{folder} is not empty; give --to a new or empty folder")
+
+
+def _left_over(path: Path) -> bool:
+    """Whether it is the other name of a folder that a process has not come to the end of."""
+    parts = path.name.split(".")
+    return path.name.startswith(".") and parts[-1] == "partial" and parts[-2].isdigit() and not is_alive(int(parts[-2]))
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Another name, to write under until all is there, which then is the folder's; nothing is left of what fails. Raises UserError as `check_new`."""
     check_new(folder)
-    partial = folder.parent / f".{folder.name}.partial"
+    # An empty folder may be where something is mounted, or where nothing may be made beside it.
+    there = folder.exists()
+    beside = folder if there else folder.parent
+    if beside.is_dir():
+        for left in filter(_left_over, beside.glob(f".{folder.name}.*")):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = beside / f".{folder.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        if folder.exists():
-            folder.rmdir()
-        os.replace(partial, folder)
+        if there:
+            for part in sorted(partial.iterdir()):
+                part.rename(folder / part.name)
+        else:
+            os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -55,7 +55,13 @@ def find_pictures(root: Path) -> Found:
     files: list[Path] = []
     left_out: Counter[str] = Counter()
     been: set[str] = set()
-    for where, folders, names in os.walk(root, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise PictureError(
+            f"image folder {error.filename} cannot be read ({error.strerror}); change its permissions, or take it away"
+        ) from error
+
+    for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(where)
         if real in been:  # a link to a folder above or beside
             left_out["folders that were found before"] += 1
@@ -84,7 +90,7 @@ def read_caption(file: Path) -> str:
     """The text in the file of the picture's name that ends in .txt. Raises PictureError where there is none."""
     text = file.with_suffix(".txt")
     try:
-        caption = " ".join(text.read_text(encoding="utf-8").split())
+        caption = " ".join(text.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
         raise PictureError(
             f"{file} has no caption: {text.name} beside it cannot be read ({error}); write it"

@@ -103,10 +103,10 @@ def main() -> None:
         notes.print("interrupted", highlight=False)
         sys.exit(exit_code(asked))
     except Exception as error:
+        if os.environ.get("NAS_TRACEBACK"):
+            raise
         words = explained(error)
         if words is None:
-            if os.environ.get("NAS_TRACEBACK"):
-                raise
             words = f"{type(error).__name__}: {first_line(error)}; this is a fault of the program: NAS_TRACEBACK=1 shows where it happened"
         notes.print(
             Text.assemble(("error:", "bold red"), f" {' '.join(words.split())}"), highlight=False, soft_wrap=True

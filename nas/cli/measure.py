@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nas.base.files import write_json
 from nas.cli.options import (
     AddressOption,
     DeviceOption,
@@ -66,7 +67,7 @@ def audit(
         follow(bars, session.on_one_thread(measure(study, folder, schedules, device, pool)))
     rows = read_table(folder / "audit" / TABLE, set(audited), study.objectives[0])
     facts = summary(rows)
-    (folder / "audit" / "audit.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(folder / "audit" / "audit.json", facts)
     picture = folder / "audit" / "audit.png"
     draw_audit(rows, facts, picture)
     if as_json:

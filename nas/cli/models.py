@@ -171,7 +171,12 @@ def train(
     out_dir: OutOption = None,
     storage: StorageOption = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Gradient steps of all networks together. Default, here and below: as train.json says.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1,
+            help="Gradient steps of all networks together. Default, here and below: as train.json says.",
+            show_default=False,
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images of a step.", show_default=False)] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="Peak of a cosine.", show_default=False)] = None,

@@ -140,7 +140,7 @@ def resumable(folder: Path) -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         asked = asked_in(error)
         if asked is None:
-            if isinstance(error, OSError) and error.filename is None:
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
                 error.filename = str(folder)
             raise
         notes.print(

@@ -69,6 +69,11 @@ def open_storage(folder: Path, url: str | None = None, writing: bool = False) ->
                 f"{path} cannot be read ({first_line(error)}); `nas repair {folder}` keeps every whole trial"
             ) from error
     check_url(url)
+    parts = _parts(url)
+    if not writing and parts.drivername.startswith("sqlite") and parts.database not in (None, "", ":memory:"):
+        file = Path(parts.database.removeprefix("file:")).expanduser()
+        if "uri" not in parts.query and not file.exists():  # or it would be made, by who looks alone
+            raise UserError(f"storage {shown_url(url)} cannot be opened: there is no file {file}; check --storage")
     for attempt in range(TRIES):
         try:
             return optuna.storages.get_storage(url)

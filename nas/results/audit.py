@@ -129,8 +129,13 @@ class Scorer:
         schedule = self._study.space.decode(genome)
         row = {"genome": genome, "digest": schedule.digest, "cost": dict(self._study.space.cost(genome))}
         try:
-            return {**row, "scores": self._scores(schedule)}
-        except (ArithmeticError, ValueError, RuntimeError) as error:
+            scores = self._scores(schedule)
+            if odd := [name for name, score in scores.items() if not _finite(score)]:
+                raise ArithmeticError(f"{odd[0]} is not finite: {scores[odd[0]]['values']}")
+            return {**row, "scores": scores}
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's evaluator raises is the reason
             return {**row, "scores": {}, "failure": f"{type(error).__name__}: {error}"}
 
     def _scores(self, schedule: Schedule) -> dict[str, Any]:
@@ -164,7 +169,11 @@ def _resume(path: Path, header: Mapping[str, Any]) -> set[Genome]:
         raise UserError(
             f"{path} was written for another supernet, space, evaluator or seed; move it away, or use another --out"
         )
-    return {tuple(row["genome"]) for row in rows if row["scores"]}
+    return {tuple(row["genome"]) for row in rows if row["scores"] and all(map(_finite, row["scores"].values()))}
+
+
+def _finite(score: Mapping[str, Any]) -> bool:
+    return all(map(math.isfinite, score["values"].values()))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -260,7 +269,7 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
         found.append(
             {
                 "proxy": name,
-                "label": next(iter(rows[0]["scores"][name]["labels"].values())),
+                "label": _label(rows[0], name),
                 "tau": tau,
                 "tau_interval": tau_interval,
                 "tau_in_band": in_band,
@@ -268,7 +277,7 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
                 "relative": in_band / retest if retest else math.nan,
                 "recall": (_recall(values, first) + _recall(values, second)) / 2,
                 "regret": _regret(values, (first + second) / 2, bands),
-                "macs_share": spent[name] / spent[REFERENCES[0]],
+                "macs_share": spent[name] / spent[REFERENCES[0]] if spent[REFERENCES[0]] else math.nan,
             }
         )
     return {
@@ -276,7 +285,7 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
         "failed": len(failed),
         "failure": failed[-1] if failed else None,
         "bands": [int((bands == band).sum()) for band in np.unique(bands)],
-        "reference": next(iter(rows[0]["scores"][REFERENCES[0]]["labels"].values())),
+        "reference": _label(rows[0], REFERENCES[0]),
         "test_retest": {
             "tau": with_interval([Agreement(first, second)], len(rows), resamples)[0],
             "tau_in_band": retest,
@@ -284,6 +293,12 @@ def summary(rows: Sequence[Mapping[str, Any]], resamples: int = RESAMPLES) -> di
         },
         "proxies": sorted(found, key=lambda row: (math.isnan(row["tau_in_band"]), -row["tau_in_band"])),
     }
+
+
+def _label(row: Mapping[str, Any], name: str) -> str:
+    """What a score is called; a third party's may have no label."""
+    score = row["scores"][name]
+    return str(next(iter(score["labels"].values()), next(iter(score["values"]))))
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Array:

@@ -108,17 +108,20 @@ def serve(folder: Path, storage: BaseStorage, port: int) -> None:
     except ImportError as error:
         raise UserError("optuna-dashboard is not installed; run `pip install 'step-aware-nas[dashboard]'`") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    failed: list[OSError] = []
+    failed: list[Exception] = []
+    store = store_of(folder)
 
     def answer() -> None:
         try:
-            run_server(storage, host="127.0.0.1", port=port, artifact_store=store_of(folder))
-        except OSError as error:
+            run_server(storage, host="127.0.0.1", port=port, artifact_store=store)
+        except Exception as error:  # which a thread would print, and go on
             failed.append(error)
 
     # Not in the main thread, where signals are answered: wsgiref swallows whatever is raised while it answers a request.
     server = Thread(target=answer, daemon=True)
     server.start()
     server.join()
-    if failed:
-        raise UserError(f"port {port} cannot be used ({failed[0].strerror}); choose another --port") from failed[0]
+    for reason in failed:
+        if isinstance(reason, OSError):
+            raise UserError(f"port {port} cannot be used ({reason.strerror}); choose another --port") from reason
+        raise reason

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from nas.contracts import WITHOUT_ATTENTION, Genome, Trial
+from nas.contracts import WITHOUT_ATTENTION, Genome, Trial, UserError
 from nas.genomes.genetics import LATENCY, dearest
 from nas.results.explore import points
 from nas.results.grounds import keep_grounds, winner_of
@@ -68,7 +68,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         grounds=_grounds(keep_grounds(study, run, loaded)),
         audit=_audit(run.folder, folder, run.facts["objectives"][0]),
         trained=_trained(facts["trained"], quality),
-        verdicts=[_verdict(found) for found in verdicts(run.folder)],
+        verdicts=[_verdict(found) for found in verdicts(run.folder, study.supernet.digest(run.folder / "supernet"))],
         spent=_spent(study, run, facts),
         candidates=_candidates(study, study_file, run, ledgers, quality),
         provenance=_provenance(run, study),
@@ -167,7 +167,9 @@ def _maps(study: Study, front: Sequence[Trial], folder: Path) -> list[dict[str, 
 
 
 def schedule_of(study: Study, genome: Genome, ink: str = "currentColor") -> str:
-    """What its schedule runs when, over all timesteps that the dearest schedule has, as SVG."""
+    """What its schedule runs when, over all timesteps that the dearest schedule has, as SVG; nothing where the supernet does not say how its subnets look."""
+    if not hasattr(study.supernet, "profile"):
+        return ""
     schedule = study.space.decode(genome)
     timesteps = {*study.space.decode(dearest(study.space)).timesteps, *schedule.timesteps}
     return mapped(
@@ -231,15 +233,16 @@ def _grounds(facts: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
 
 
 def samples_of(study: Study, loaded: Any, trial: Trial, folder: Path) -> Path:
-    """Samples of a trial's schedule, drawn once for page and dashboard."""
+    """Samples of a trial's schedule, drawn once for page and dashboard, and once more where the supernet is younger."""
     picture = folder / "trials" / f"samples-{trial.digest}-{TILE}.png"
-    draw_once(picture, partial(draw_grid, study, loaded, trial.genome))
+    weights = [file.stat().st_mtime for file in (folder.parent / "supernet").glob("*")]
+    draw_once(picture, partial(draw_grid, study, loaded, trial.genome), max(weights, default=0.0))
     return picture
 
 
-def draw_once(picture: Path, draw: Callable[[Path], None]) -> None:
-    """Whole or not at all, unless it is there."""
-    if not picture.exists():
+def draw_once(picture: Path, draw: Callable[[Path], None], since: float = 0.0) -> None:
+    """Whole or not at all, unless it is there and not older than this time."""
+    if not picture.exists() or picture.stat().st_mtime < since:
         torn = picture.with_name(f".partial-{picture.name}")
         draw(torn)
         os.replace(torn, picture)
@@ -262,8 +265,15 @@ def _audit(run: Path, folder: Path, objective: str) -> dict[str, Any] | None:
     facts_file = run / "audit" / "audit.json"
     if not facts_file.exists():
         return None
-    facts = json.loads(facts_file.read_text())
-    draw_audit(read_table(run / "audit" / TABLE, objective=objective), facts, folder / "audit.svg")
+    try:
+        facts = json.loads(facts_file.read_text())
+        rows = read_table(run / "audit" / TABLE, objective=objective)
+    except (ValueError, UserError):  # the report is of the search, and does without
+        return None
+    audited = {name for row in rows for name in row["scores"]}
+    if not {proxy["proxy"] for proxy in facts["proxies"]} <= audited:  # the table of another audit, which is not done
+        return None
+    draw_audit(rows, facts, folder / "audit.svg")
     best = facts["proxies"][0]
     words = (
         f"{facts['schedules']} schedules scored by each proxy and by the reference, {facts['reference']}. Best: {best['proxy']}, Kendall's tau "

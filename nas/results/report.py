@@ -49,10 +49,16 @@ CONFIRMATIONS, VERDICT = "confirm", "verdict.json"
 """In the run folder, where `nas confirm` writes."""
 
 
-def verdicts(folder: Path) -> list[dict[str, Any]]:
-    """What `nas confirm` has found of schedules of this run: `words` in a line, `judges` with theirs, the `schedule`'s digest, the `protocol`'s name."""
-    found = sorted((folder / CONFIRMATIONS).glob(f"*/{VERDICT}"))
-    kept = [read_json(path, "delete it; `nas confirm` writes it again") for path in found]
+def verdicts(folder: Path, supernet: str) -> list[dict[str, Any]]:
+    """What `nas confirm` has found of schedules of this run: `words` in a line, `judges` with theirs, the `schedule`'s digest, the `protocol`'s name. `supernet`:
+    the digest of its weights; what was found of other weights that lay there before is left out."""
+    again = "delete it; `nas confirm` writes it again"
+    found = []
+    for path in sorted((folder / CONFIRMATIONS).glob(f"*/{VERDICT}")):
+        protocol = path.with_name("protocol.json")
+        of = read_json(protocol, again)["settings"].get("supernet") if protocol.exists() else None
+        found += [path] if of in (None, supernet) else []
+    kept = [read_json(path, again) for path in found]
     return [one for told in kept for one in told.get("verdicts", [told])]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import hashlib
 import json
 import math
@@ -191,7 +192,7 @@ def train(
     pixels: (n, channels, height, width) in [-1, 1]. `changed_weights`: takes networks that are not those that were exported. `whole`: makes
     a context in which nobody is interrupted. `labels`: (n,), where the networks take labels, `captions`, where they read a text; a share
     `settings.drop` of them is dropped. `timesteps`: of these networks alone, on these ranges (from, up to) in place of those that they serve. Raises ExportError where the folder is
-    damaged, for what the networks need or do not take, and where a loss is no number any more, of which nothing is kept.
+    damaged, where another process trains them, for what the networks need or do not take, and where a loss is no number any more, of which nothing is kept.
     """
     export = read_export(folder)
     plan = export.training
@@ -200,38 +201,52 @@ def train(
         raise ExportError("precision fp16 needs a GPU, and this is a CPU; take bf16, or no")
     if not changed_weights:
         check_hashes(folder, export.parts, export.provenance, "--changed-weights")
-    into = folder / TRAINED
-    into.mkdir(exist_ok=True)
-    # Before any network is there: what reads texts may be larger than all of them.
-    told = conditions(export, labels, captions, len(pixels), accelerator.device)
-    teacher = read_network(folder / plan["teacher"]).to(accelerator.device).requires_grad_(False)
-    data = prepared(folder, plan, pixels, told, settings.flip, accelerator.device)
-    scheduler = diffusers.DDIMScheduler(**plan["scheduler"])
-    exported = export.provenance.get("files", {})
-    kept = {
-        file: exported[file]
-        for file in exported
-        if file.startswith(("teacher/", f"{AUTOENCODER}/", f"{CLASS_EMBEDDING}/", "text_encoder", "tokenizer"))
-    }
-    for name, ranges in (timesteps or plan["timesteps"]).items():
-        if not (into / name / "config.json").exists():
-            yield from _train_one(folder, name, ranges, teacher, data, scheduler, settings, accelerator, whole)
-            if accelerator.is_main_process:
-                # Its hash is noted before it has its name: whatever is killed here, a named network has its hash.
-                files = {**kept, **noted_hashes(into)}
-                files |= {file.removeprefix("."): found for file, found in hashes_of(into, [f".{name}"]).items()}
-                facts = {"exported": export.provenance, "trained": asdict(settings), "files": files}
-                _replace(into / PROVENANCE, json.dumps(facts, indent=2) + "\n")
-                os.replace(into / f".{name}", into / name)
-                (into / f".{name}.safetensors").unlink(missing_ok=True)
-            accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for part in (folder / name for name in OURS):
-            if part.exists() and not part.is_symlink() and not (into / part.name).exists():
-                partial = into / f".{part.name}.partial"
-                shutil.rmtree(partial, ignore_errors=True)
-                (shutil.copytree if part.is_dir() else shutil.copy)(part, partial)
-                os.replace(partial, into / part.name)
+    with _alone(folder) if accelerator.is_main_process else nullcontext():
+        into = folder / TRAINED
+        into.mkdir(exist_ok=True)
+        # Before any network is there: what reads texts may be larger than all of them.
+        told = conditions(export, labels, captions, len(pixels), accelerator.device)
+        teacher = read_network(folder / plan["teacher"]).to(accelerator.device).requires_grad_(False)
+        data = prepared(folder, plan, pixels, told, settings.flip, accelerator.device)
+        scheduler = diffusers.DDIMScheduler(**plan["scheduler"])
+        exported = export.provenance.get("files", {})
+        kept = {
+            file: exported[file]
+            for file in exported
+            if file.startswith(("teacher/", f"{AUTOENCODER}/", f"{CLASS_EMBEDDING}/", "text_encoder", "tokenizer"))
+        }
+        for name, ranges in (timesteps or plan["timesteps"]).items():
+            if not (into / name / "config.json").exists():
+                yield from _train_one(folder, name, ranges, teacher, data, scheduler, settings, accelerator, whole)
+                if accelerator.is_main_process:
+                    # Its hash is noted before it has its name: whatever is killed here, a named network has its hash.
+                    files = {**kept, **noted_hashes(into)}
+                    files |= {file.removeprefix("."): found for file, found in hashes_of(into, [f".{name}"]).items()}
+                    facts = {"exported": export.provenance, "trained": asdict(settings), "files": files}
+                    _replace(into / PROVENANCE, json.dumps(facts, indent=2) + "\n")
+                    os.replace(into / f".{name}", into / name)
+                    (into / f".{name}.safetensors").unlink(missing_ok=True)
+                accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            for part in (folder / name for name in OURS):
+                if part.exists() and not part.is_symlink() and not (into / part.name).exists():
+                    partial = into / f".{part.name}.partial"
+                    shutil.rmtree(partial, ignore_errors=True)
+                    (shutil.copytree if part.is_dir() else shutil.copy)(part, partial)
+                    os.replace(partial, into / part.name)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Raises ExportError where another process trains these networks."""
+    with (folder / "train.json").open() as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ExportError(f"another process trains the networks in {folder}; wait for it, or stop it") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _accelerator(precision: str, cpu: bool) -> Accelerator:
