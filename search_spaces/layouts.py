@@ -76,13 +76,20 @@ def learning_to_cache(path: str | Path, steps: int, threshold: float = 0.1) -> L
     return Listed(f"Learning-to-Cache at {threshold:g}", tuple(found[::-1]), len(rows[0]))
 
 
+def _whole(value: float) -> int:
+    """Raises ValueError for a share, such as a gate that was learned and not rounded."""
+    if value != int(value):
+        raise ValueError(f"{value} is neither 0 nor 1; round what was learned by its own threshold")
+    return int(value)
+
+
 def smoothcache(path: str | Path, blocks: int, parts: Sequence[str] = PARTS) -> Listed:
     """A schedule of SmoothCache: {"attn": [1, 0, ...], "mlp": [...]}, for each step, noisy to clean, whether these run in all of so many blocks, or by "attn-0",
     "mlp-0" and so on in each; or named as in diffusers' blocks, "attn1", "attn2" and "ff", of which those that are not listed always run. `parts`: of a block,
     in their order; ("attn", "text", "mlp") of a PixArt. Raises UserError where the file is not that."""
     path = Path(path)
     try:
-        told = {key: [int(value) for value in row] for key, row in json.loads(path.read_text()).items()}
+        told = {key: [_whole(value) for value in row] for key, row in json.loads(path.read_text()).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no schedule of lists ({first_line(error)}); check the file") from error
     steps = max(map(len, told.values()), default=0)
@@ -112,7 +119,7 @@ def cache_dit(path: str | Path, blocks: int, parts: Sequence[str] = PARTS) -> Li
     try:
         told = yaml.safe_load(path.read_text())
         told = told.get("cache_config", told)
-        mask = [int(value) for value in told["steps_computation_mask"]]
+        mask = [_whole(value) for value in told["steps_computation_mask"]]
         first, last = int(told.get("Fn_compute_blocks", 8)), int(told.get("Bn_compute_blocks", 0))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(
@@ -134,7 +141,7 @@ def gate_table(path: str | Path, graph: Graph) -> Listed:
     (DiP-GO); or each of its branches, where there are as many columns. Raises UserError where the file is not that."""
     path = Path(path)
     try:
-        rows = [[int(value) for value in row] for row in json.loads(path.read_text())]
+        rows = [[_whole(value) for value in row] for row in json.loads(path.read_text())]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is no table of zeros and ones ({first_line(error)}); check the file") from error
     columns = {len(row) for row in rows}

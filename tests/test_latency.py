@@ -216,6 +216,18 @@ def test_a_schedule_costs_what_its_calls_take() -> None:
         assert exact_cost(space, genome) == space.cost(genome)["macs"]
 
 
+def test_times_of_calls_that_a_space_never_makes_are_nothing_to_it() -> None:
+    """They lie in its run folder behind a search that was refused there."""
+    space = Stepwise(DEEP_NET, uniform(6), (6,), Options((1.0,)), patterns=(Every(1), Every(2)))
+    further = Stepwise(DEEP_NET, uniform(6), (6,), Options((0.5, 1.0)), patterns=(Every(1), Every(2), Every(3)))
+    times = {key(step): float(number + 1) for number, step in enumerate(calls(space))}
+    more = {**times, **{key(step): 2.0 for step in calls(further) if key(step) not in times}}
+    assert len(more) > len(times)
+    assert TimedSpace(space, more).describe() == TimedSpace(space, times).describe()
+    other = {**times, key(calls(space)[0]): 9.0}
+    assert TimedSpace(space, other).describe() != TimedSpace(space, times).describe()
+
+
 def test_times_of_another_device_are_not_mixed(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
     for part in ("supernet", "features"):
         (tmp_path / part).symlink_to(tiny_run / part)

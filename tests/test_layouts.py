@@ -160,7 +160,7 @@ def test_masks_and_tables_of_gates_are_read(tmp_path: Path) -> None:
     unet = UNetGraph((1, 1))
     path.write_text(json.dumps([[1] * 5, [0, 0, 0, 0, 1], [0] * 5]))
     assert layouts.gate_table(path, unet).computed == (ALL, ("u1",), ())
-    for rows in ([[1, 1]], [[2] * 5], "x", [[1] * 5, [1] * 4]):
+    for rows in ([[1, 1]], [[2] * 5], "x", [[1] * 5, [1] * 4], [[1.0] * 5, [0.97, 0.02, 1.0, 1.0, 0.91]]):
         path.write_text(json.dumps(rows))
         with pytest.raises(UserError, match=r"gates\.json"):
             layouts.gate_table(path, unet)

@@ -20,7 +20,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 
 from evaluators.sampling import DDIM, DPMSolver
 from nas.contracts import Guidance, Schedule, Score, Step, UserError, derive_seed
+from nas.engine.ledger import read_ledgers
 from nas.engine.session import open_session
+from nas.engine.storage import open_storage
 from nas.handover.portable import schedule_of
 from nas.study import load_study
 from nas.tuning.found import Candidate, Found
@@ -188,7 +190,7 @@ def test_where_nothing_is_lost_nothing_is_searched(place: Path) -> None:
     found = tune(quick(place / "same"), place / "run2", start=read_file(start))
     assert not found.searched
     assert tune(quick(place / "same"), place / "run2", start=read_file(start)).verdict == found.verdict
-    assert "nothing is lost, so nothing was searched" in found.verdict[-1]
+    assert "loses no more of it than where it was found, so nothing was searched" in found.verdict[-1]
     assert found.chosen.schedule == schedule_of(read_file(start), found.wanted.net.anatomy.full)
 
 
@@ -218,10 +220,11 @@ def test_a_schedule_goes_over_to_other_weights_and_sizes(place: Path) -> None:
 
 def test_where_all_is_far_nothing_is_left_to_be_used(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("nas.tuning.found.FAR", 0.0)
-    found = tune(quick(place / "dit"), place / "run" / "6-macs-0.6")
+    run = place / "run" / "6-macs-0.6"
+    found = tune(quick(place / "dit"), run)
     shutil.copytree(place / "out", tmp_path / "out")
-    loaded = found.study.load(place / "run" / "6-macs-0.6", "cpu")
-    assert write_found(found, loaded.supernet, loaded.sampler_of(found.chosen.schedule), tmp_path / "out", place) == []
+    loaded = found.study.load(run, "cpu")
+    assert write_found(found, loaded.supernet, loaded.sampler_of(found.chosen.schedule), tmp_path / "out", run) == []
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.html", "study.py"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "No gain: keep 6 steps" in page
@@ -379,9 +382,26 @@ def test_what_cannot_be_tuned_is_refused(place: Path) -> None:
         ((place / "ddim", "--within", "macs=0.6", "--start", place / "out" / "schedule.json", *QUICK), "search anew"),
         ((place / "dit", "--within", "macs=0.6", "--start", place / "prompts.txt"), "cannot be read"),
         ((place / "dit", "--within", "macs=0.6", "--steps", "2000"), "2000 steps .* more than the 1000 timesteps"),
+        ((place / "dit", "--within", "macs=0.6", "--steps", "6,2000"), "2000 steps .* more than the 1000 timesteps"),
+        ((place / "dit", "--within", "macs=0.6", "--batch", "8"), "--batch 8 is of calls that are timed"),
         ((place / "dit", "--within", "macs=0.6", "--full-steps", "2000"), "2000 steps .* more than the 1000 timesteps"),
     ):
         refused(nas("tune", *arguments, "--out", place / "refused", "--to", place / "nothing"), message)
+    assert not (place / "refused" / "6-macs-0.6" / "journal.log").exists(), "nothing was searched before"
+
+
+def test_a_search_whose_schedules_cannot_be_confirmed_there_is_refused_before_it(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schedule that was given widens the space of what is confirmed, and not of what is searched without it."""
+    monkeypatch.setattr("nas.tuning.tune.FAR", 10.0)
+    start = read_file(place / "out" / "schedule.json")
+    steps = [{**step, "reuse": ["b1"] if number else []} for number, step in enumerate(start["steps"][:3])]
+    measured = {**start["measured"], "loss": 10 * start["measured"]["apart"]}
+    assert not tune(quick(place / "dit"), tmp_path, start={**start, "steps": steps, "measured": measured}).searched
+    with pytest.raises(UserError, match="was written for something else: space"):
+        tune(quick(place / "dit"), tmp_path)
+    assert {info.searcher for info, _ in read_ledgers(open_storage(tmp_path))} == {"confirmed"}
 
 
 def test_nothing_of_somebody_elses_is_overwritten(place: Path, tmp_path: Path) -> None:
@@ -397,6 +417,10 @@ def test_nothing_of_somebody_elses_is_overwritten(place: Path, tmp_path: Path) -
     (by_hand / "cache_dit.yaml").write_text("mine")
     refused(nas(*common, "--to", by_hand), r"holds a cache_dit\.yaml without a schedule\.json")
     assert [file.name for file in by_hand.iterdir()] == ["cache_dit.yaml"]
+    reported = tmp_path / "reported"
+    reported.mkdir()
+    (reported / "report.html").write_text("mine")
+    refused(nas(*common, "--to", reported), r"holds a report\.html without a schedule\.json")
     mine = tmp_path / "mine.py"
     mine.write_text("# changed by hand\n")
     for kept in (0, 1, 1):
@@ -473,6 +497,12 @@ def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> No
     how = usage(replace(found_of((0.01, 0.2)), wanted=instead), tmp_path, tmp_path)
     assert "from diffusers import DDIMScheduler\n" in how
     assert "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)" in how
+    shutil.copytree(place / "sd", tmp_path / "sd")
+    (tmp_path / "sd" / "scheduler" / "scheduler_config.json").unlink()
+    DDIMScheduler(**{**LINEAR, "clip_sample": True}).save_pretrained(tmp_path / "sd" / "scheduler")
+    steady = Wanted(tmp_path / "sd", "macs", 0.5)
+    assert steady.grid(10) == tuple(t + 1 for t in wanted.grid(10)), "as StableDiffusionPipeline sets its scheduler"
+    assert steady.stepped_by == "by DDIM"
     LCMScheduler().save_pretrained(tmp_path / "euler" / "scheduler")
     with pytest.raises(UserError, match=r"LCMScheduler, as networks do that were distilled to a few steps.* No gain"):
         Wanted(tmp_path / "euler", "macs", 0.5).check()
@@ -507,6 +537,9 @@ def test_the_verdict_is_in_words() -> None:
     assert level.chosen == level.fewer
     assert level.verdict[0].startswith("Reuse adds nothing here that is beyond the error: take 2 of the 4 steps")
     assert found_of((0.5, 0.6)).verdict[0].startswith("No gain: keep 4 steps.")
+    between = found_of((0.2497, 0.2503))  # which the error does not tell apart
+    assert between.chosen == between.best
+    assert between.verdict[0].startswith("A schedule of 2 steps")
     assert "loses 0.05 times as much" in found_of((0.01, 0.2)).verdict[1]
     assert "loses more; the difference" in found_of((0.01, 0.0)).verdict[1]
     assert "loses as much; the difference" in found_of((0.0, 0.0)).verdict[1]

@@ -93,7 +93,10 @@ def tune(
     ] = None,
     trials: Annotated[int, typer.Option(min=10, help="Schedules to score.")] = 240,
     samples: Annotated[str, typer.Option(help="Samples that search, and others that verify.")] = "32,256",
-    batch: Annotated[int, typer.Option(min=1, help="Images of a call whose time is measured.")] = 4,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images of a call whose time is measured. Default: 4.", show_default=False),
+    ] = None,
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Run folder. Default: runs/tune-<pipeline>.", show_default=False)
     ] = None,
@@ -121,6 +124,10 @@ def tune(
     few = _numbers("--samples", samples)
     if len(few) != 2 or not 2 <= few[0] < few[1]:
         raise UserError(f"--samples {samples} must be two numbers, the second larger, such as 32,256")
+    if batch is not None and measure == "macs":
+        raise UserError(
+            f"--batch {batch} is of calls that are timed, and --within {within} times none; leave it out, or limit time"
+        )
     if not pipeline.is_dir():
         raise UserError(f"{pipeline} is no folder; give that of a local diffusers pipeline")
     if write_study is not None and write_study.is_dir():
@@ -149,10 +156,12 @@ def tune(
         () if labels == "all" else tuple(_numbers("--labels", labels)),
         extractor,
         (few[0], few[1]),
-        batch,
+        batch or 4,
         trials,
     )
     each = [replace(wanted, steps=count) for count in counts]
+    for one in each:  # before the first is searched
+        one.check()
     made: list[_Made] = []
     with on_workers(pool):
         for asked, count, target in zip(each, counts, targets, strict=True):
@@ -230,7 +239,7 @@ def _written(found: Found, target: Path, folder: Path, by_hand: Path | None, dev
 
     for path in filter(None, (target / "study.py", by_hand)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if aside := keep_study(path, study_file(found)):
+        if aside := keep_study(path, study_file(found, folder)):
             notes.print(f"{path} was another study, which is now {aside}", highlight=False, soft_wrap=True)
     evaluator = found.study.load(folder, device)
     sampler = evaluator.sampler_of(found.chosen.schedule)

@@ -42,7 +42,7 @@ class Found:
     """`best` of the search, and of the whole steps in it `fewer`. `rival`: fewer whole steps by another sampler, as its scheduler spaces them. `start`: a schedule
     that was given. `apart`: mean squared distance of two unrelated samples of the full pipeline. `spent`: samples of the full pipeline that as many
     multiply-adds are, and seconds. `milliseconds`: an image of the full pipeline, where time is limited.
-    `kept_prompts`: how many, on which nothing was chosen, the scores are of; None where there are none."""
+    `kept_prompts`: how many, on which nothing was chosen, the scores are of; None where there are none. `device`: that times are of."""
 
     wanted: Wanted
     study: Study
@@ -56,16 +56,21 @@ class Found:
     milliseconds: float | None = None
     searched: bool = True
     kept_prompts: int | None = None
+    device: str = "cpu"
     images: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def far(self) -> bool:
         """Whether even the best is so far from the full pipeline's samples that it is no schedule for it."""
-        return self.chosen.loss > FAR * self.apart
+        return self._far(self.chosen)
+
+    def _far(self, candidate: Candidate) -> bool:
+        return candidate.loss > FAR * self.apart
 
     @property
     def chosen(self) -> Candidate:
-        """Fewer steps where reuse is not shown to lose less: they are simpler. Those of another sampler where these are shown to lose less than both."""
+        """Fewer steps where these are near and reuse is not shown to lose less: they are simpler. Those of another sampler where these are shown to lose less than
+        both."""
         return self._own if self.rival is None or not _less(self.rival, self._own) else self.rival
 
     @property
@@ -75,7 +80,8 @@ class Found:
 
     @property
     def _own(self) -> Candidate:
-        return self.best if self.fewer is None or self.gains else self.fewer
+        fewer = self.fewer
+        return self.best if fewer is None or self.gains or (self._far(fewer) and not self._far(self.best)) else fewer
 
     @property
     def gains(self) -> bool:
@@ -107,7 +113,7 @@ class Found:
                 f"Another sampler is nearer: {len(chosen.schedule.steps)} whole steps of DPM-Solver++ take {share}; {near}. The schedule that DDIM is best with "
                 f"loses {times(self._own, chosen)}."
             ]
-        elif self.gains or self.fewer is None:
+        elif chosen != self.fewer:
             words = [
                 f"A schedule of {len(chosen.schedule.steps)} steps, {self._made_of(chosen)}, takes {share}; {near}."
             ]
@@ -119,7 +125,7 @@ class Found:
         if self.fewer is not None and self.fewer.schedule != self.best.schedule:
             difference, error = self.best.score.difference(self.fewer.score, LOSS)
             words.append(
-                f"Beside {len(self.fewer.schedule.steps)} whole steps ({self.fewer.share:.0%}), the best of those within the limit, the best schedule found "
+                f"Beside {len(self.fewer.schedule.steps)} whole steps ({self.fewer.share:.0%}), the best of those that were tried within the limit, the best schedule found "
                 f"loses {times(self.best, self.fewer)}; the difference is {percent(difference / self.apart)} ± {percent(CONFIDENCE * error / self.apart)}."
             )
         if self.rival is not None and chosen != self.rival:
@@ -130,7 +136,11 @@ class Found:
             over = ", more than is wanted," if self.start.share > self.wanted.limit * (1 + 1e-9) else ""
             words.append(
                 f"The schedule that was given takes {self.start.share:.0%} here{over} and its samples are {percent(self.start.loss / self.apart)} of the way; "
-                + ("nothing is lost, so nothing was searched." if not self.searched else "more was searched for.")
+                + (
+                    "it loses no more of it than where it was found, so nothing was searched."
+                    if not self.searched
+                    else "more was searched for."
+                )
             )
         return words
 

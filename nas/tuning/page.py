@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -17,7 +18,7 @@ from nas.base.files import read_json, write_text
 from nas.contracts import LoadedSupernet, Schedule, UserError
 from nas.handover.portable import module, portable, write_portable
 from nas.results.recommendation import of_trial
-from nas.results.samples import draw_samples
+from nas.results.samples import draw_samples, shrunk
 from nas.results.schedules import mapped
 from nas.tuning.found import CONFIDENCE, Candidate, Found, percent
 from nas.tuning.study import LOSS, SEARCHER, USUAL, Wanted
@@ -33,6 +34,9 @@ METRICS = {
     "teacher_perceptual": "perceptual",
 }
 """What people call them."""
+
+SIDE = 256
+"""Pixels of a picture's longer side, at most."""
 
 SCHEDULE, APPLY = "schedule.json", "apply_schedule.py"
 FORMATS = {"cache_dit.yaml": cache_dit_yaml, "smoothcache.json": smoothcache_json}
@@ -106,7 +110,7 @@ def write_found(found: Found, net: LoadedSupernet, sampler: Mapping[str, Any], f
                 left_out.append(f"no {name}: {error}")
     for name in stale:
         (folder / name).unlink(missing_ok=True)
-    keep_study(folder / "study.py", study_file(found))
+    keep_study(folder / "study.py", study_file(found, run))
     write_text(folder / "report.html", page(found, folder, run, left_out))
     return left_out
 
@@ -117,6 +121,8 @@ def check_target(folder: Path) -> None:
         raise UserError(f"{folder} is a file; give --to a folder")
     schedule = folder / SCHEDULE
     others = [name for name in (APPLY, *FORMATS) if (folder / name).exists()]
+    # Where nothing was gained a search leaves a report beside its study alone.
+    others += ["report.html"] if (folder / "report.html").exists() and not (folder / "study.py").exists() else []
     if others and not schedule.exists():
         raise UserError(
             f"{folder} holds a {others[0]} without a {SCHEDULE}, which would be overwritten; give another --to"
@@ -145,11 +151,12 @@ def keep_study(path: Path, text: str) -> Path | None:
     return aside
 
 
-def study_file(found: Found) -> str:
-    """A study file that goes on by hand where `nas tune` stopped."""
+def study_file(found: Found, run: Path) -> str:
+    """A study file that goes on by hand where `nas tune` stopped, in its run folder."""
     wanted = found.wanted
     given = ", ".join(f"{name}={value!r}" for name, value in _settings(wanted).items())
     return f'''"""Faster schedules for {wanted.folder.name}, as `nas tune` searched them: `nas run`, `nas compare`, `nas export` and all others take this file.
+What was searched so far lies in {run}, so give `--out {shlex.quote(str(run))}`, or leave it out to begin anew.
 
 Change anything: `dataclasses.replace(study, trials=1000, searchers={{...}})`, or build another one of `wanted.net`.
 """
@@ -190,7 +197,7 @@ def page(found: Found, folder: Path, run: Path, left_out: list[str]) -> str:
     with TemporaryDirectory() as drawn:
         path = Path(drawn) / "samples.png"
         for name, images in found.images.items():
-            draw_samples(images, path, columns=len(images), scale=max(1, 96 // images.shape[-1]))
+            draw_samples(shrunk(images, SIDE), path, columns=len(images), scale=max(1, 96 // images.shape[-1]))
             source = base64.b64encode(path.read_bytes()).decode()
             grids.append({"name": name, "source": f"data:image/png;base64,{source}"})
     schedule = found.chosen.schedule
@@ -251,7 +258,8 @@ def _what(found: Found) -> str:
     wanted = found.wanted
     full = len(wanted.grid(wanted.full_steps or wanted.steps))
     each = "" if full == wanted.steps else f" in {wanted.steps} whole steps"
-    time = "" if found.milliseconds is None else f", {found.milliseconds:.3g} ms an image{each}"
+    on = "one CPU thread" if found.device == "cpu" else found.device
+    time = "" if found.milliseconds is None else f", {found.milliseconds:.3g} ms an image{each} on {on}"
     guided = "" if wanted.scale is None else f", guided at {wanted.scale:g}"
     return (
         f"{wanted.kind or 'A network'} of {full} steps {wanted.stepped_by}{guided}{time}; a schedule within {wanted.limit:.0%} of {wanted.whole} {wanted.measure}. "

@@ -16,6 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import numpy as np
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
@@ -63,6 +64,9 @@ PLAIN: Mapping[str, Any] = {
     "final_sigmas_type": "zero",
 }
 """What DPM-Solver++ is here: of the midpoint, its steps spaced by timesteps alone."""
+
+OVERRIDDEN: Mapping[str, Any] = {"steps_offset": 1, "clip_sample": False}
+"""Of its scheduler, whatever that is saved with, by a StableDiffusionPipeline."""
 
 LEAST_CACHE, MOST_CACHE = 2**29, 2**32
 """Bytes of what scores keep."""
@@ -132,7 +136,13 @@ class Wanted:
         """Settings of the pipeline's own, none where it has none."""
         places = (self.folder / "scheduler", self.folder)  # the first DDPMs were released without folders within
         files = [file for place in places if (file := place / "scheduler_config.json").is_file()]
-        return read_json(files[0], "give the folder of a diffusers pipeline") if files else {}
+        told = read_json(files[0], "give the folder of a diffusers pipeline") if files else {}
+        stock = getattr(diffusers, str(told.get("_class_name")), DDIMScheduler)
+        if told and self.kind == "StableDiffusionPipeline":  # which sets these two where it is made
+            known = inspect.signature(stock).parameters
+            told = {**told, **{name: value for name, value in OVERRIDDEN.items() if name in known}}
+        found: Mapping[str, Any] = told
+        return found
 
     @cached_property
     def sampler(self) -> DDIM | DPMSolver:
@@ -167,6 +177,12 @@ class Wanted:
                 f"{self.folder}: the network works on {self.net.image_shape[0]} channels, which are no pixels, and has no autoencoder beside it; give the folder of the "
                 "whole pipeline"
             )
+        if self.exported.get("guided_channels"):
+            raise UserError(
+                f"{self.folder} guides {self.exported['guided_channels']} channels alone, which schedule.json cannot say; search it by a study, whose schedules `nas export` writes"
+            )
+        for count in {self.steps, self.full_steps or self.steps}:
+            self.grid(count)
         own = self.scheduler.get("_class_name")
         if own in DISTILLED:
             raise UserError(

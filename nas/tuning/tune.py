@@ -43,6 +43,9 @@ from search_spaces.shipped.schedule_file import ScheduleError, read_schedule
 KEPT_FOR_VERIFYING = 5
 """Of so many prompts one."""
 
+FEWER = 3
+"""Of so many schedules of whole steps the best is compared with."""
+
 PICTURES = 8
 
 RIVAL = "another_sampler.json"
@@ -99,11 +102,13 @@ def _tune(
         searched = True
         if own is not None and start is not None and feasible(own):
             searched = not _nothing_lost(_confirmed(session, show, verifying, [own])[own], apart, start)
+        _confirmed(session, show, verifying, [])  # where that cannot be, it is said before hours of searching
         trials = _searched(session, show, study.trials + len(study.enqueue)) if searched else []
         best = verified(study, trials) if searched or own is None else own
-        few = _fewer_steps(space, trials) if searched else None
-        named = [genome for genome in (best, few, own) if genome is not None]
+        whole = _fewer_steps(space, trials) if searched else []
+        named = [genome for genome in (best, *whole, own) if genome is not None]
         scores = _confirmed(session, show, verifying, list(dict.fromkeys(named)))
+        few = min(whole, key=lambda genome: scores[genome].values[LOSS], default=None)
         judge = verifying.load(folder, device)
         rival = show.follow(_by_rival(wanted, verifying, judge, folder)) if searched else None
     shares = shares_of(study, folder, judge.supernet, list(scores))
@@ -130,6 +135,7 @@ def _tune(
         milliseconds,
         searched,
         None if elsewhere.prompts in (None, wanted.prompts) else len(lines_of(elsewhere.prompts)),
+        device,
         images,
     )
 
@@ -316,8 +322,9 @@ def verified(study: Study, trials: Sequence[Trial]) -> Genome:
     return min(done, key=lambda trial: trial.objectives((LOSS,))).genome
 
 
-def _fewer_steps(space: Any, trials: list[Trial]) -> Genome | None:
-    """The best within the limit of those that were scored whose steps run whole, guided as the full pipeline; by the first rung, where all were."""
+def _fewer_steps(space: Any, trials: list[Trial]) -> list[Genome]:
+    """The best few within the limit of those that were scored whose steps run whole, guided as the full pipeline; by the first rung, where all were, of which the
+    best one is not known."""
     full = space.decode(dearest(space)).steps
     whole = {step.timestep: step for step in full}
     scored: dict[Genome, float] = {}
@@ -326,7 +333,7 @@ def _fewer_steps(space: Any, trials: list[Trial]) -> Genome | None:
             steps = space.decode(trial.genome).steps
             if all(whole.get(step.timestep) == step for step in steps):
                 scored[trial.genome] = trial.objectives((LOSS,))[0]
-    return min(scored, key=lambda genome: scored[genome], default=None)
+    return sorted(scored, key=lambda genome: scored[genome])[:FEWER]
 
 
 def _nothing_lost(score: Score, apart: float, start: Mapping[str, Any]) -> bool:
