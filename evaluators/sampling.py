@@ -84,7 +84,8 @@ class DDIM(_Named):
     """DDIM (Song et al. 2021, eq. 12), deterministic with `eta` 0, as noisy as ancestral sampling with 1.
 
     `clip`: the predicted image is clipped to [-1, 1] (as `clip_sample` of diffusers); None for clipping in pixel space alone. Euler's method
-    without churn is this with eta 0, in other words for the state.
+    without churn is this with eta 0, in other words for the state. Behind the last step no noise is added, also where the process ends short of the image, where
+    diffusers' adds some.
     """
 
     clip: bool | None = None

@@ -128,6 +128,11 @@ class LoadedElastic:
         if name and name not in self.experts:
             self.experts[name] = copy.deepcopy(self.full)
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parameters that no training changes."""
+        return self.recipe.anatomy.frozen
+
     def weights(self, expert: str) -> StockNet:
         """The full network of an expert, or the shared one where the name is empty. Raises UserError for a name it lacks."""
         if expert and expert not in self.experts:

@@ -291,6 +291,7 @@ class Subnets:
                     except UserError as error:
                         where = "all levels" if level is None else f"level {level}"
                         raise UserError(f"{error}; legal for {where}: {self._legal(level)}") from error
+            self._check_shortcuts()
         if any(not 1 <= depth <= anatomy.depth for depth in options.depths):
             raise UserError(
                 f"depths {options.depths} of every level must be from 1 to the full network's {anatomy.depth}"
@@ -299,6 +300,19 @@ class Subnets:
             anatomy.check_depths()
         if options.attention:
             anatomy.check_attention()
+
+    def _check_shortcuts(self) -> None:
+        """Whatever a level chooses, the next one needs a choice that is not as wide."""
+        widths = [1.0] * self._anatomy.levels
+        for level in range(1, self._anatomy.levels) if self._own_width else ():
+            for before in self._shares[level - 1]:
+                if all(
+                    self._anatomy.shortcut_vanishes((*widths[: level - 1], before, own), level)
+                    for own in self._shares[level]
+                ):
+                    raise UserError(
+                        f"where level {level - 1} has {before:g} of its width all options of level {level} are as wide as it, which needs another one"
+                    )
 
     def _check_width(self, level: int | None, share: float) -> None:
         widths = [share if level in (None, i) else 1.0 for i in range(self._anatomy.levels)]

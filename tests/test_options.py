@@ -373,6 +373,10 @@ def test_impossible_channels_are_named() -> None:
     with pytest.raises(UserError, match="the supernet is trained for"):
         Stepwise(net, uniform(2), (2,), Options(channels=((16, 24), (32, 48))))
     Stepwise(net, uniform(2), (2,), Options(channels=((8, 24), (16, 48))))
+    alike = Elastic({**THIRDS, "block_out_channels": (32, 64)}, channels=((16, 32), (32, 64)), per_level=("width",))
+    with pytest.raises(UserError, match="where level 0 has 1 of its width all options of level 1 are as wide as it"):
+        Stepwise(alike, uniform(2), (2,), Options(channels=((16, 32), (32,)), per_level=("width",)))
+    Stepwise(alike, uniform(2), (2,), Options(channels=((16,), (32,)), per_level=("width",)))
     several = Elastic(THIRDS, channels=((8, 16, 24), (16, 32, 48)))
     with pytest.raises(UserError, match="the supernet is trained for"):  # 16 and 48 are never trained together
         Stepwise(several, uniform(2), (2,), Options(channels=((8, 16), (16, 48))))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from fvcore.nn import FlopCountAnalysis
@@ -138,6 +138,53 @@ def test_parts_keep_the_leading_channels_of_each(attend: Elastic) -> None:
     assert (half.config.channels, half.config.heads, list(half.config.hidden)) == (16, 2, [8, 16])
     kept = torch.cat([full.qkv.weight[start : start + 16, :16] for start in (0, 32, 64)])
     assert torch.equal(half.qkv.weight, kept)
+
+
+class Joined(ModelMixin, ConfigMixin):
+    """A shift and a scale from a table of classes, and a transposed convolution behind a join: of neither weight the first axis is the outputs'."""
+
+    @register_to_config
+    def __init__(self, sample_size: int = 8, in_channels: int = 1, channels: int = 16, num_class_embeds: int = 11):
+        super().__init__()
+        self.start = nn.Conv2d(in_channels, channels, 2, stride=2)
+        self.told = nn.Embedding(num_class_embeds, 2 * channels)
+        self.up = nn.ConvTranspose2d(2 * channels, in_channels, 2, stride=2)
+        self.frequencies = nn.Parameter(torch.linspace(0.1, 1, 8), requires_grad=False)
+
+    def forward(self, sample: Any, timestep: Any, class_labels: Any = None, return_dict: bool = True) -> Any:
+        x = self.start(sample)
+        shift, scale = self.told(class_labels)[..., None, None].chunk(2, dim=1)
+        wave = torch.cos(timestep[:, None] * self.frequencies).mean(1)[:, None, None, None]
+        return (self.up(torch.cat([x, x * scale + shift + wave], dim=1)),)
+
+
+JOINED = Own(Joined, shrinks=("channels",), parts={"told": (2, 1), "up": (1, 2)})
+
+
+def test_parts_are_those_of_outputs_and_inputs_whichever_axis_these_are() -> None:
+    loaded = Elastic({}, widths=(0.5, 1.0), network=JOINED).initial(0)
+    small, full = loaded.extract(loaded.recipe.uniform(0.5)), loaded.full
+    places = [*range(8), *range(16, 24)]
+    assert torch.equal(small.told.weight, full.told.weight[:, places])
+    assert torch.equal(small.up.weight, full.up.weight[places])
+    assert torch.equal(small.up.bias, full.up.bias)
+
+
+def test_what_the_class_keeps_from_training_stays() -> None:
+    loaded = Elastic({}, widths=(0.5, 1.0), network=JOINED).initial(0)
+    before = {name: parameter.clone() for name, parameter in loaded.full.named_parameters()}
+    for _ in Sandwich(steps=3, batch=8, warmup=1).fit(loaded, Digits().load(), 0):
+        pass
+    same = {name for name, parameter in loaded.full.named_parameters() if torch.equal(parameter, before[name])}
+    assert same == {"frequencies"}
+
+
+def test_a_class_that_inherits_from_a_stock_one_is_refused() -> None:
+    class Mine(UNet2DModel):
+        pass
+
+    with pytest.raises(UserError, match="Mine inherits from UNet2DModel, whose layers are walked one by one"):
+        Own(Mine, shrinks=("block_out_channels",))
 
 
 def test_a_shallower_subnet_lacks_the_last_blocks(mixer: Elastic) -> None:

@@ -336,6 +336,13 @@ def test_weights_without_experts_are_refused_where_some_are_wanted(tiny_net: Ela
     for stage in (replace(SHORT, expert="0-300"), Order("magnitude", expert="0-300")):
         with pytest.raises(UserError, match="no expert '0-300'; it has 0-299, 300-699, 700-999"):
             list(stage.fit(with_experts(tiny_net).initial(0), Digits().load(), 0))
+    for wrong, words in (
+        (replace(SHORT, held=("depth",)), "all subnets have that"),
+        (Order(expert="noisy"), "no expert 'noisy'"),
+        (replace(SHORT, expert="noisy"), "no expert 'noisy'"),
+    ):
+        with pytest.raises(UserError, match=words):  # before the first one is trained
+            Stages((SHORT, wrong)).check(tiny_net, Digits().load())
     with pytest.raises(UserError, match=r"held=\('depth',\): all subnets have that"):
         replace(SHORT, held=("depth",)).macs(tiny_net)
     with pytest.raises(UserError, match=r"experts \(700, 300\) must be increasing"):

@@ -128,6 +128,10 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         "LDMPipeline makes square latents alone, and its network's are not": latent is not None
         and not several
         and net.state_shape[1] != net.state_shape[2],
+        "StableDiffusionXLPipeline makes square images where nobody says a size, and its network's are not": texts
+        is not None
+        and getattr(net.extract(schedule.archs[0]).config, "addition_embed_type", None) == "text_time"
+        and net.state_shape[1] != net.state_shape[2],
         "its network is told sizes that the pipeline tells at 1024 pixels alone": "resolution" in condition
         and net.state_shape[-1] != 128,
         f"it guides {getattr(net, 'guided_channels', None)} channels alone": bool(

@@ -99,9 +99,6 @@ class Anatomy(Parts, Slices):
             return {}
         return {"class_labels": torch.arange(count, device=device) % max(self.null_label, 1)}
 
-    def check_trainable(self) -> None:
-        """Raises UserError where the network's config is of a kind that no training here knows."""
-
     def initialise(self, full: StockNet) -> None:
         """Makes fresh weights those that a training begins with, where they are others than the stock class draws."""
 

@@ -26,7 +26,7 @@ from search_spaces.networks.anatomy import Anatomy, StockNet, shrunk, skeleton
 from search_spaces.networks.cost import Cost, CostModel
 from search_spaces.networks.parts import Axis, Stretch, TensorAnatomy, Unit, fixed
 from search_spaces.networks.slices import Arch
-from search_spaces.shipped.graph import Graph, WholeGraph
+from search_spaces.shipped.graph import STOCK, Graph, WholeGraph
 
 PROBES = (0.5, 0.75, 0.25, 2 / 3, 1 / 3)
 """Widths at which the class is built to see what shrinks, until one can be."""
@@ -55,6 +55,11 @@ class Own:
         if not issubclass(self.network, ModelMixin) or not issubclass(self.network, ConfigMixin):
             raise UserError(
                 f"{self.network.__name__} must be a ModelMixin and a ConfigMixin of diffusers, its __init__ decorated with register_to_config"
+            )
+        if stock := [one.__name__ for one in self.network.__mro__ if one.__name__ in STOCK]:
+            raise UserError(
+                f"{self.network.__name__} inherits from {stock[0]}, whose layers are walked one by one, past a forward of its own; write it as a ModelMixin and ConfigMixin "
+                f"that holds what it needs of one, or give Elastic the config of a {stock[0]}"
             )
         if bool(self.blocks) != bool(self.depth):
             raise UserError(f"blocks={self.blocks!r} and depth={self.depth!r} belong together; give both, or neither")
@@ -171,9 +176,15 @@ class OwnAnatomy(Anatomy):
         return (Stretch(full // count, 0),) * count
 
     def _parts(self, name: str, dim: int) -> int:
-        module = name.rpartition(".")[0]
+        module, _, kind = name.rpartition(".")
         said = [n for key, n in self._own.parts.items() if module == key or module.endswith(f".{key}")]
-        return said[0][dim] if said and dim < 2 else 1
+        if not said or dim > 1:
+            return 1
+        # Of these the weight's first axis is not its outputs'.
+        turned = isinstance(
+            self._full.get_submodule(module), torch.nn.modules.conv._ConvTransposeNd | torch.nn.Embedding
+        )
+        return said[0][1 - dim if turned and kind == "weight" else dim]
 
     def _unit(self, name: str) -> Unit | None:
         place = name.removeprefix(f"{self._own.blocks}.") if self._own.blocks else name

@@ -96,6 +96,8 @@ class Parts(ABC):
                 reason = first_line(error).replace(f"{name}.__init__() ", "")
                 raise UserError(f"no {name} can be made of this config ({reason}); mend the config") from error
         self.config: dict[str, Any] = {k: v for k, v in self._full.config.items() if not k.startswith("_")}
+        self.frozen = tuple(name for name, parameter in self._full.named_parameters() if not parameter.requires_grad)
+        """What the class means to stay as it is made."""
         self._check_config()
         self.tensors: dict[str, TensorAnatomy] = {}
         self.attentions: list[AttentionAnatomy] = []

@@ -92,8 +92,8 @@ class TextUNet(UNet):
 
     # -------------------------------------------------------------------------------------------------------- walk
 
-    def _embeddings(self, half: Stretch) -> None:
-        super()._embeddings(half)
+    def _embeddings(self) -> None:
+        super()._embeddings()
         if self.config["addition_embed_type"] is not None:
             self._time_mlp("add_embedding", fixed(self.config["projection_class_embeddings_input_dim"]))
 

@@ -43,18 +43,12 @@ class UNet(UNetParts, Anatomy):
 
     @property
     def null_label(self) -> int | None:
-        labelled = self.config["num_class_embeds"] or self.config["class_embed_type"]
-        return (self.config["num_class_embeds"] or 1) - 1 if labelled else None
+        classes = self.config["num_class_embeds"]
+        return classes - 1 if classes else None
 
     @property
     def out_channels(self) -> int:
         return int(self.config["out_channels"])
-
-    def check_trainable(self) -> None:
-        if self.config["class_embed_type"] is not None:
-            raise UserError(
-                f"class_embed_type={self.config['class_embed_type']!r} is not trained; leave it out, and give num_class_embeds for labels"
-            )
 
     # ------------------------------------------------------------------------------------------------------- archs
 

@@ -31,7 +31,7 @@ class UNetParts(Parts):
         return {
             "time_embedding_type": ("positional",),
             "resnet_time_scale_shift": ("default", "scale_shift"),
-            "class_embed_type": (None, "timestep"),
+            "class_embed_type": (None,),
         }
 
     def _measure(self) -> None:
@@ -57,11 +57,9 @@ class UNetParts(Parts):
     def _middle(self, trunk: Axis) -> Axis:
         """The middle block; returns its output's axis."""
 
-    def _embeddings(self, half: Stretch) -> None:
-        """What is added to the timestep's embedding, of every UNet that of a class. `half`: of what sines and cosines come to."""
-        if self.config["class_embed_type"] == "timestep":
-            self._time_mlp("class_embedding", (half, half))
-        elif self.config["num_class_embeds"] is not None:
+    def _embeddings(self) -> None:
+        """What is added to the timestep's embedding, of every UNet that of a class."""
+        if self.config["num_class_embeds"] is not None:
             self.tensors["class_embedding.weight"] = TensorAnatomy((fixed(self.config["num_class_embeds"]), self._time))
 
     def group_size(self, channels: str, total: int) -> int | None:
@@ -85,7 +83,7 @@ class UNetParts(Parts):
         )
         half = Stretch(self.channels[0] // 2, 0, frequencies=True)
         self._time_mlp("time_embedding", (half, half))
-        self._embeddings(half)
+        self._embeddings()
 
         trunk = self._level(0, "conv_in")
         skips = [trunk]

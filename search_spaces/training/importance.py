@@ -66,17 +66,21 @@ class Order(OneStage):
         full = supernet.cost(supernet.anatomy.full).macs
         return 3.0 * visited * self.batch * full
 
+    def check_supernet(self, supernet: Elastic) -> None:
+        super().check_supernet(supernet)
+        if supernet.network is not None:
+            raise UserError(
+                "Order: which channels of a network of your own are joined is not known, so that none can be moved; leave it out of the training"
+            )
+
     def fit(
         self, net: LoadedElastic, data: ImageSet, seed: int, files: Checkpoints | None = None
     ) -> Iterator[Progress]:
         """Short enough to start again after a stop, so that it keeps no checkpoint."""
         anatomy = net.recipe.anatomy
+        self.check_supernet(net.recipe)
         net.begin_expert(self.expert)
         full = net.weights(self.expert)
-        if net.recipe.network is not None:
-            raise UserError(
-                "Order: which channels of a network of your own are joined is not known, so that none can be moved; leave it out of the training"
-            )
         if self.criterion == "gradient":
             yield from self.accumulate(net, data, seed)
             gradients = {name: p.grad for name, p in full.named_parameters() if p.grad is not None}
@@ -126,7 +130,8 @@ def channel_scores(
     for name, tensor in anatomy.tensors.items():
         if name not in gradients:
             continue
-        product = (weights[name].detach() * gradients[name].detach()).double()
+        product = weights[name].detach() * gradients[name].detach()
+        product = (product.cpu() if product.device.type == "mps" else product).double()  # which has no float64
         value = product.square() if squared else product.abs()
         for dim, axis in enumerate(tensor.axes):
             along = value.movedim(dim, 0).reshape(value.shape[dim], -1).sum(1)

@@ -199,10 +199,15 @@ class Optimiser:
         self._settings = settings
         self._digest = digest
         self._trained = {name: net.weights(name) for name in experts}
+        for full in self._trained.values():
+            full.train().requires_grad_(True)
+            for name in getattr(net, "frozen", ()):
+                full.get_parameter(name).requires_grad_(False)
         self._named = {
             _prefix(expert) + name: parameter
             for expert, full in self._trained.items()
-            for name, parameter in full.train().requires_grad_(True).named_parameters()
+            for name, parameter in full.named_parameters()
+            if parameter.requires_grad
         }
         self._average = {name: p.detach().clone() for name, p in self._named.items()}
         # On a CPU Adam's own default is a loop over the weights, of some ten operations each.

@@ -83,6 +83,10 @@ class Sandwich(OneStage):
                 f"accumulate={self.accumulate} parts of a batch of {self.batch}; at most one for each image"
             )
 
+    def check_supernet(self, supernet: Elastic) -> None:
+        super().check_supernet(supernet)
+        self._subnets(supernet)
+
     def fit(
         self, net: LoadedElastic, data: ImageSet, seed: int, files: Checkpoints | None = None
     ) -> Iterator[Progress]:

@@ -108,7 +108,7 @@ class GradientSimilarity:
         for parameter, projection in zip(self.net.full.parameters(), projections, strict=True):
             if parameter.grad is not None:
                 projection.add(parameter.grad, projected)
-        found: Array = projected.double().cpu().numpy()
+        found: Array = projected.cpu().double().numpy()  # not every device has float64
         return found
 
 

@@ -171,6 +171,7 @@ class Stages:
         if self.parts(supernet):
             check_trainable(supernet, data)
         for stage in self.parts(supernet):
+            getattr(stage, "check_supernet", lambda _: None)(supernet)
             stock = supernet.anatomy.stock
             if getattr(stage, "checkpointing", False) and not getattr(stock, "_supports_gradient_checkpointing", False):
                 raise UserError(
@@ -190,6 +191,13 @@ class OneStage:
     """What a stage needs in order to be a whole training too."""
 
     checkpoint_every = 250
+
+    def check_supernet(self, supernet: Elastic) -> None:
+        """Raises UserError where it cannot be a stage of a training of this network, before the stages before it are trained."""
+        expert = getattr(self, "expert", "")
+        if expert and expert not in supernet.expert_names:
+            known = ", ".join(supernet.expert_names) or "none; give it experts="
+            raise UserError(f"the supernet has no expert {expert!r}; it has {known}")
 
     def parts(self, supernet: Elastic) -> Sequence[Any]:
         return (self,)
@@ -243,7 +251,6 @@ def check_trainable(supernet: Elastic, data: ImageSet) -> None:
             f"out_channels={anatomy.out_channels} must equal in_channels={config['in_channels']}: the network predicts noise; or be twice as "
             "many, where it also learns the variance"
         )
-    anatomy.check_trainable()
     if anatomy.null_label is not None:
         if data.labels is None:
             raise UserError(
