@@ -118,7 +118,12 @@ class SmallClassifier:
                 )
             accuracy = float((logits.argmax(1) == target).float().mean())
             yield Progress("features", step + 1, self.steps, {"loss": loss.item(), "accuracy": accuracy})
-        metadata = {"in_channels": str(pixels.shape[1]), "classes": str(classes), "recipe": known[0]}
+        metadata = {
+            "in_channels": str(pixels.shape[1]),
+            "classes": str(classes),
+            "recipe": known[0],
+            "settings": self._settings,
+        }
         if labels is not None and images.held_out is not None and images.held_out.labels is not None:
             accuracy = _accuracy(net, images.held_out, device)
             metadata["held_out_accuracy"] = f"{accuracy:.4f}"
@@ -174,7 +179,15 @@ class SmallClassifier:
             ) from error
 
     def _path(self, folder: Path) -> Path:
-        return folder / "features" / "classifier.safetensors"
+        """Of the first classifier of a run folder, or where that has other settings, one of its own beside it."""
+        first = folder / "features" / "classifier.safetensors"
+        mine = self._settings
+        theirs = self._metadata(first).get("settings", mine) if first.exists() else mine
+        return first if theirs == mine else first.with_stem(f"classifier-{mine}")
+
+    @property
+    def _settings(self) -> str:
+        return digest_of(self.describe())[:8]
 
 
 @recipe

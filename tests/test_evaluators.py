@@ -323,14 +323,18 @@ def test_features_without_labels_learn_rotations(tmp_path: Path) -> None:
 
 
 def test_an_extractor_of_other_images_or_settings_is_not_used(tmp_path: Path) -> None:
-    digits, features = Digits().load(), SmallClassifier(steps=2)
+    digits, features, other = Digits().load(), SmallClassifier(steps=2), SmallClassifier(steps=3, dimensions=16)
     list(features.prepare(digits, tmp_path, 0, "cpu"))
-    for other, data in (
-        (SmallClassifier(steps=3), digits),
-        (features, replace(digits, digest="other")),
-    ):
+    before = features.digest(tmp_path)
+    with pytest.raises(UserError, match=r"classifier-\w{8}\.safetensors does not exist"):
+        other.load(tmp_path, torch.device("cpu"))
+    list(other.prepare(digits, tmp_path, 0, "cpu"))  # beside it, as two scores of a study may have one each
+    assert list(other.prepare(digits, tmp_path, 0, "cpu")) == list(features.prepare(digits, tmp_path, 0, "cpu")) == []
+    assert features.digest(tmp_path) == before != other.digest(tmp_path)
+    assert other.load(tmp_path, torch.device("cpu"))(torch.zeros(2, 1, 8, 8)).shape == (2, 16)
+    for one in (features, other):
         with pytest.raises(UserError, match="trained on other images or with other settings"):
-            list(other.prepare(data, tmp_path, 0, "cpu"))
+            list(one.prepare(replace(digits, digest="other"), tmp_path, 0, "cpu"))
 
 
 def test_scores_are_identified_by_the_content_of_what_judges(tmp_path: Path) -> None:
