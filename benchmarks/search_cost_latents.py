@@ -43,6 +43,7 @@ PROTOCOL = committed("search-cost-latents")
 SETTINGS = PROTOCOL.settings
 OBJECTIVES = ("fd", "macs")
 FILES = (
+    "benchmarks/charged.py",
     "benchmarks/fitted_table.py",
     "nas/searchers/knapsack.py",
     "nas/searchers/evolution.py",

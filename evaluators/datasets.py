@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from evaluators.kept import Holdout, KeptImages, Source, counted, train_first
+from nas.base.failures import SHORT
 from nas.base.files import first_line
 from nas.base.pictures import WHITE, PictureError, array_of, read_picture
 from nas.contracts import UserError, digest_of
@@ -266,6 +267,8 @@ class TorchDataset(OneByOne):
         try:
             item = self.dataset[place]
         except Exception as error:  # whatever a data set of somebody's makes of what it reads
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SHORT):
+                raise
             raise UserError(
                 f"item {place} of {self.name} cannot be read ({type(error).__name__}: {first_line(error)}); mend it, or leave it out"
             ) from error

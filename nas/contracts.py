@@ -192,6 +192,15 @@ class Score:
         }
 
     @classmethod
+    def plain(cls, answer: Any) -> Score:
+        """An evaluator's answer with Python's floats, which a ledger can hold, whatever it computes with. Raises TypeError for what is no score."""
+        if not isinstance(answer, Score):
+            raise TypeError(f"the evaluator returned {type(answer).__name__}; a call returns a Score")
+        values, spent = ({name: float(value) for name, value in of.items()} for of in (answer.values, answer.spent))
+        replicates = {name: tuple(map(float, each)) for name, each in answer.replicates.items()}
+        return cls(values, replicates, spent, answer.labels)
+
+    @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Score:
         replicates = {name: tuple(values) for name, values in data["replicates"].items()}
         return cls(data["values"], replicates, data["spent"], data["labels"])

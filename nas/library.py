@@ -235,6 +235,7 @@ class StudyRun:
             known = ", ".join(f"{name} (seed {s})" for name, s in every)
             wanted = f"trials of searcher {searcher}" if searcher else "trials"
             raise UserError(f"{self.folder} has no {wanted} with seed {seed}; it has {known or 'none'}")
+        dropped = 0
         for key, (info, _) in list(meant.items()):
             left_out = searcher is None and key[0] not in (BASELINE, *self.study.searchers)
             try:
@@ -245,15 +246,16 @@ class StudyRun:
                 changed = True
             if changed and left_out:  # of a searcher that the study had once, whose settings nobody knows any more
                 del meant[key]
+                dropped += 1
             elif changed:
                 raise UserError(
                     f"{self.folder} was searched by {key[0]} under another study than {self.study.name} is now; restore the study file or its "
                     "supernet, or name another searcher"
                 )
-        if searcher is None and all(name == BASELINE for name, _ in meant) and self.results.others:
+        if searcher is None and all(name == BASELINE for name, _ in meant) and (dropped or self.results.others):
             raise UserError(
-                f"{self.folder} holds no search of {self.study.name} as it is now, of its limits, objectives, rungs and searchers' settings, but others are kept "
-                "there; `nas run` it, or restore the study file"
+                f"{self.folder} holds no search of {self.study.name} with seed {seed} as it is now, of its limits, objectives, rungs and searchers' settings, but others "
+                f"are kept there; `nas run` it, restore the study file, or say --searcher {BASELINE} where that is meant"
             )
         return {info.name: trials for info, trials in meant.values()}
 

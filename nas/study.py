@@ -365,9 +365,12 @@ class Study:
         rounded = ", ".join(f"{name}<={limit:g}" for name, limit in self.limits.items())
         if rounded != limits:
             former["limits"] = rounded
+        space = self.problem_in(folder).space
+        if hasattr(space, "former"):
+            former["space"] = digest_of(space.former())
         provenance = {
             "supernet": self.supernet.digest(folder / "supernet"),
-            "space": digest_of(self.problem_in(folder).space.describe()),
+            "space": digest_of(space.describe()),
             "evaluator": self.evaluator.digest(folder),
             "seed": str(self.seed),
             "objectives": ", ".join(self.objectives),

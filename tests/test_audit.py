@@ -218,8 +218,9 @@ class Unlabelled(ToyEvaluator):
         genome = tuple(step.arch for step in schedule.steps)
         if genome in self.odd[:1]:
             raise KeyError("pixels")
-        value = float("nan") if genome in self.odd[1:] else super().__call__(schedule, rung, seed).values["fd"]
-        return Score({"fd": value}, {}, {}, {})
+        value = np.nan if genome in self.odd[1:] else super().__call__(schedule, rung, seed).values["fd"]
+        numpy: Any = {"fd": np.float32(value)}
+        return Score(numpy, {}, {}, {})
 
 
 def test_a_third_partys_scores_are_audited(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from nas.contracts import Guidance, Schedule, Score, Step, UserError
 from nas.evidence.confirm import full_in_words
 from nas.evidence.judges import judges_of
 from nas.evidence.verdict import Judged, Verdict, in_short, judged, seeds_needed
+from nas.results.report import verdicts
 from nas.study import Study
 from search_spaces.shipped.train_diffusers import Settings
 from search_spaces.supernet import Elastic
@@ -371,6 +372,9 @@ def test_a_claim_is_written_down_trained_equally_judged_and_shown(searched: Path
     assert found["words"] in (to / "README.md").read_text()
     assert CliRunner().invoke(app, ["report", study, "--out", run]).exit_code == 0
     assert "Put to the test" in (searched / "run" / "report" / "index.html").read_text()
+    weights = json.loads((place / "protocol.json").read_text())["settings"]["supernet"]
+    assert [one["words"] for one in verdicts(searched / "run", weights)] == [found["words"]]
+    assert verdicts(searched / "run", "of other weights") == []
 
 
 @pytest.mark.long

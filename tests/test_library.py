@@ -127,8 +127,11 @@ def test_what_no_search_of_the_study_as_it_is_has_found_is_not_the_baselines(
 ) -> None:
     """Its schedules were scored whatever the limits are, and are all that is left where the search was of others."""
     other = nas.open_run(replace(tiny_study, limits={"macs_share": 0.9}), run.folder)
-    with pytest.raises(nas.UserError, match="holds no search of tiny as it is now"):
+    with pytest.raises(nas.UserError, match="holds no search of tiny with seed 0 as it is now"):
         other.best(macs_share=0.9)
+    renamed = nas.open_run(replace(tiny_study, searchers={"mine": Random()}), run.folder)
+    with pytest.raises(nas.UserError, match="say --searcher uniform where that is meant"):
+        renamed.best(macs_share=0.6)
     assert other.best("uniform", again=False, macs_share=0.9).ledger == "tiny.uniform"
 
 

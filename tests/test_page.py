@@ -250,3 +250,17 @@ def test_a_second_report_books_nothing_twice(page: Path) -> None:
     before = booked()
     assert nas("report", page.parents[2] / "study.py", "--out", run, "-q").returncode == 0
     assert booked() == before
+
+
+@pytest.mark.parametrize("left", ["", '{"schedules": 12,'])
+def test_a_report_does_without_an_audit_that_is_damaged(left: str, page: Path, tmp_path: Path) -> None:
+    shutil.copytree(page.parents[1], tmp_path / "run")
+    if left:
+        (tmp_path / "run" / "audit" / "audit.json").write_text(left)
+    else:
+        (tmp_path / "run" / "audit" / "scores.jsonl").unlink()
+    done = nas("report", page.parents[2] / "study.py", "--out", tmp_path / "run", "-q")
+    assert done.returncode == 0, done.stderr
+    told = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert "Best: fd@16, Kendall" in page.read_text()
+    assert "Kendall" not in told

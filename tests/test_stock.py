@@ -29,6 +29,7 @@ from search_spaces.intervals import leading, linspace, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.supernet import Elastic
 from tests.conftest import TINY
+from tests.pipelines import stable_diffusion_xl
 from tests.test_codec import CONFIG, KINDS, made
 
 LDM_MODULE = LDMPipeline.__module__.removeprefix("diffusers.pipelines.")
@@ -192,6 +193,7 @@ def test_it_is_said_whether_a_stock_scheduler_takes_the_schedules_own_steps(
         ("noise", r"DDIM with eta=0\.5 adds noise"),
         ("shift", "LDMPipeline knows no latents_mean, latents_std"),
         ("oblong", "LDMPipeline makes square latents alone"),
+        ("oblong XL", "StableDiffusionXLPipeline makes square images where nobody says a size"),
         ("depth", "its network is a UNet2DConditionModel"),
         ("variance", "its network says where the variance lies, and DDIM does not ask"),
         ("last", "DDPM's last step adds noise to the image where it stands above timestep 0"),
@@ -210,6 +212,11 @@ def test_what_no_stock_pipeline_does_is_refused_in_words(change: str, words: str
     elif change == "oblong":
         made("KL", tmp_path / "vae")
         recipe = Elastic({**CONFIG, "sample_size": (8, 16)}, (0.5, 1.0), codec=Autoencoder(str(tmp_path / "vae")))
+    elif change == "oblong XL":
+        stable_diffusion_xl(tmp_path / "xl")
+        config = json.loads((tmp_path / "xl" / "unet" / "config.json").read_text())
+        (tmp_path / "xl" / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": [8, 16]}))
+        recipe = Elastic.from_pretrained(tmp_path / "xl", widths=(0.5, 1.0))
     net = recipe.initial(0)
     schedule = single(net, (900, 100))
     first, last = schedule.steps

@@ -566,6 +566,7 @@ def test_bk_sdms_networks_are_subnets_of_stable_diffusion() -> None:
         ({"only_cross_attention": True}, "only_cross_attention=True is not elastic"),
         ({"encoder_hid_dim": 8, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim"),
         ({"class_embed_type": "projection", "projection_class_embeddings_input_dim": 8}, "class_embed_type"),
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep' is not elastic"),
         ({"down_block_types": ("SimpleCrossAttnDownBlock2D",) * 2}, "not elastic"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type"),
         ({"sample_size": None}, "sample_size"),

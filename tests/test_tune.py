@@ -503,6 +503,10 @@ def test_the_full_pipeline_is_the_folders_own(place: Path, tmp_path: Path) -> No
     steady = Wanted(tmp_path / "sd", "macs", 0.5)
     assert steady.grid(10) == tuple(t + 1 for t in wanted.grid(10)), "as StableDiffusionPipeline sets its scheduler"
     assert steady.stepped_by == "by DDIM"
+    some = replace(wanted)
+    object.__setattr__(some, "exported", {"guided_channels": 3})
+    with pytest.raises(UserError, match=r"guides 3 channels alone, which schedule\.json cannot say"):
+        some.check()
     LCMScheduler().save_pretrained(tmp_path / "euler" / "scheduler")
     with pytest.raises(UserError, match=r"LCMScheduler, as networks do that were distilled to a few steps.* No gain"):
         Wanted(tmp_path / "euler", "macs", 0.5).check()
@@ -537,9 +541,20 @@ def test_the_verdict_is_in_words() -> None:
     assert level.chosen == level.fewer
     assert level.verdict[0].startswith("Reuse adds nothing here that is beyond the error: take 2 of the 4 steps")
     assert found_of((0.5, 0.6)).verdict[0].startswith("No gain: keep 4 steps.")
-    between = found_of((0.2497, 0.2503))  # which the error does not tell apart
+    far = found_of((0.2502, 0.2504))
+    near = replace(far.best, name="another sampler", score=found_of((0.2499, 0.0)).best.score)
+    rescued = replace(far, rival=near)
+    assert far.far
+    assert (rescued.chosen, rescued.far) == (near, False), "near, where all others are too far"
+    between = found_of((0.2497, 0.2503))
+    assert between.fewer is not None
+    turned = tuple(0.2503 + 0.001 * ((n + 1) % 3 - 1) for n in range(20))
+    fewer = replace(between.fewer, score=Score({"teacher_mse": 0.2503}, {"teacher_mse": turned}))
+    between = replace(between, fewer=fewer)  # which the error does not tell apart
+    assert not between.gains
     assert between.chosen == between.best
     assert between.verdict[0].startswith("A schedule of 2 steps")
+    assert "is not shown, but these are too far" in between.verdict[0]
     assert "loses 0.05 times as much" in found_of((0.01, 0.2)).verdict[1]
     assert "loses more; the difference" in found_of((0.01, 0.0)).verdict[1]
     assert "loses as much; the difference" in found_of((0.0, 0.0)).verdict[1]

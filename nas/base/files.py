@@ -161,9 +161,12 @@ def check_new(folder: Path) -> None:
 
 
 def _left_over(path: Path) -> bool:
-    """Whether it is the other name of a folder that a process has not come to the end of."""
+    """Whether it is the other name of a folder that a process has not come to the end of: another one, though it may have had this one's number, as in a
+    container."""
     parts = path.name.split(".")
-    return path.name.startswith(".") and parts[-1] == "partial" and parts[-2].isdigit() and not is_alive(int(parts[-2]))
+    if not path.name.startswith(".") or parts[-1] != "partial" or not parts[-2].isdigit():
+        return False
+    return int(parts[-2]) == os.getpid() or not is_alive(int(parts[-2]))
 
 
 @contextmanager

@@ -33,6 +33,10 @@ class PictureError(ValueError):
     """A file that cannot be taken as it is; the message names it and the remedy."""
 
 
+SYSTEMS = ("__MACOSX", "lost+found", "System Volume Information", "$RECYCLE.BIN")
+"""Folders of operating systems."""
+
+
 @dataclass(frozen=True)
 class Found:
     """`files`: in order of their paths. `left_out`: how many others there are, by reason."""
@@ -68,7 +72,7 @@ def find_pictures(root: Path) -> Found:
             folders.clear()
             continue
         been.add(real)
-        hidden = [name for name in folders if name.startswith(".") or name == "__MACOSX"]
+        hidden = [name for name in folders if name.startswith(".") or name in SYSTEMS]
         for name in hidden:
             left_out[f"hidden folders ({name})"] += 1
         folders[:] = sorted(set(folders) - set(hidden))

@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
 
 from nas.contracts import (
     DONE,
@@ -268,15 +267,6 @@ def attempt(
 ) -> Score | str:
     """The score, or the traceback of what went wrong: one bad candidate must not end a search."""
     try:
-        return _plain(evaluate(schedule, samples, seed))
+        return Score.plain(evaluate(schedule, samples, seed))
     except Exception:  # whatever a user's evaluator raises is the trial's reason
         return traceback.format_exc(limit=-5)
-
-
-def _plain(answer: Any) -> Score:
-    """With Python's floats, which a ledger can hold, whatever an evaluator computes with. Raises TypeError for what is no score."""
-    if not isinstance(answer, Score):
-        raise TypeError(f"the evaluator returned {type(answer).__name__}; a call returns a Score")
-    values, spent = ({name: float(value) for name, value in of.items()} for of in (answer.values, answer.spent))
-    replicates = {name: tuple(map(float, each)) for name, each in answer.replicates.items()}
-    return Score(values, replicates, spent, answer.labels)

@@ -50,6 +50,7 @@ class TimedSpace:
         needed = {key(one) for step in steps for one in (step, replace(step, reuse=()))}
         # Others that the folder has times of, as of another search that was refused, are nothing to this space.
         self._digest = digest_of({name: taken for name, taken in times.items() if name in needed})
+        self._former = digest_of(dict(times))
         missing = sum(key(step) not in times for step in steps)
         if missing:
             raise UserError(f"{missing} of {len(steps)} calls were not timed; `nas run` goes on with it")
@@ -79,6 +80,10 @@ class TimedSpace:
 
     def describe(self) -> dict[str, Any]:
         return {"class": "TimedSpace", "space": self._space.describe(), "times": self._digest}
+
+    def former(self) -> dict[str, Any]:
+        """As ledgers were once written, with all times of the folder."""
+        return {**self.describe(), "times": self._former}
 
     @cached_property
     def _tables(self) -> Sequence[npt.NDArray[np.int64]]:

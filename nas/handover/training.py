@@ -83,7 +83,7 @@ def fine_tune(
         assert validation is not None
         if (name, step) not in known:
             try:
-                score = validation()
+                score = Score.plain(validation())
             except FloatingPointError as error:
                 raise UserError(
                     f"the networks cannot be scored at step {step} of {name}: {error}; delete {log.parent} and lower --learning-rate"

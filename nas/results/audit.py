@@ -143,10 +143,10 @@ class Scorer:
         scores: dict[str, Any] = {}
         for name, proxy in self._proxies.items():
             samples, seed = study.proxies[name].rungs[0], derive_seed(study.seed, "search noise")
-            scores[name] = proxy(schedule, samples, seed).charged_in_full().to_json()
+            scores[name] = Score.plain(proxy(schedule, samples, seed)).charged_in_full().to_json()
         for number, name in enumerate(REFERENCES):
             seed = derive_seed(study.seed, number, "audit reference")
-            score = self._reference(schedule, study.evaluator.rungs[-1], seed)
+            score = Score.plain(self._reference(schedule, study.evaluator.rungs[-1], seed))
             scores[name] = score.charged_in_full().to_json()
         return scores
 

@@ -45,15 +45,19 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
     except ImportError as error:
         raise UserError("optuna-dashboard is not installed; run `pip install 'step-aware-nas[dashboard]'`") from error
     done = [(info, trial) for info, trials in run.ledgers for trial in trials if trial.status == "complete"]
-    pictures = run.folder / "report"
+    pictures, weights = run.folder / "report", study.supernet.digest(run.folder / "supernet")
     for number, (info, trial) in enumerate(done):
         study_id = storage.get_study_id_from_name(info.name)
         trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, trial.number)
         booked = storage.get_study_system_attrs(study_id)
         schedule = pictures / "trials" / f"schedule-{trial.digest}.svg"
-        samples = samples_of(study, loaded, trial, pictures)
-        draw_once(schedule, partial(_draw_schedule, study, trial))
-        for picture in (schedule, samples):
+        samples = samples_of(study, loaded, trial, pictures, weights)
+        drawn = schedule_of(
+            study, trial.genome, "#7c8594"
+        )  # shown on light and on dark ground, where it has no ink of the page
+        if drawn:
+            draw_once(schedule, partial(_write, drawn))
+        for picture in [*([schedule] if drawn else []), samples]:
             _book(run.folder, storage, study_id, f"dashboard:artifacts:{trial_id}:", picture, booked)
         if f"dashboard:{trial_id}:note_ver" not in booked:
             whose = SimpleNamespace(storage=storage, study=SimpleNamespace(_study_id=study_id), _trial_id=trial_id)
@@ -67,10 +71,9 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
                 _book(run.folder, storage, study_id, "artifacts:", pictures / name, booked)
 
 
-def _draw_schedule(study: Study, trial: Trial, path: Path) -> None:
+def _write(drawn: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The dashboard shows it on light and on dark ground, where it has no ink of the page.
-    path.write_text(schedule_of(study, trial.genome, "#7c8594"))
+    path.write_text(drawn)
 
 
 def _book(

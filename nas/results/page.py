@@ -40,7 +40,7 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
     """Writes <run>/report/index.html and the pictures beside it; `loaded` is the study's evaluator, which draws the samples."""
     folder = run.folder / "report"
     folder.mkdir(exist_ok=True)
-    facts = run.compare()
+    facts, weights = run.compare(), study.supernet.digest(run.folder / "supernet")
     ledgers = {row["searcher"]: trials for row, (_, trials) in zip(facts["searchers"], run.ledgers, strict=True)}
     whose = {row["searcher"]: (i.searcher, i.seed) for row, (i, _) in zip(facts["searchers"], run.ledgers, strict=True)}
     quality = study.objectives[0]
@@ -58,17 +58,25 @@ def write_page(study: Study, study_file: str, run: Run, loaded: Any) -> Path:
         pick=recommended(run, study_file),
         cards=_cards(winner, full, quality, run),
         points=points(
-            study, study_file, run, ledgers, whose, loaded, lambda trial: samples_of(study, loaded, trial, folder)
+            study,
+            study_file,
+            run,
+            ledgers,
+            whose,
+            loaded,
+            lambda trial: samples_of(study, loaded, trial, folder, weights),
         ),
         front=_inline(folder / "fronts.svg"),
         curves=_inline(folder / "compute.svg"),
         mapped=best,
         maps=_maps(study, verified_front(ledgers.get(best, ()), study.objectives), folder),
-        grids=_grids(study, loaded, winner[1], ledgers.get(BASELINE, ()), run.scale, folder, quality) if winner else [],
+        grids=_grids(study, loaded, winner[1], ledgers.get(BASELINE, ()), run.scale, folder, quality, weights)
+        if winner
+        else [],
         grounds=_grounds(keep_grounds(study, run, loaded)),
         audit=_audit(run.folder, folder, run.facts["objectives"][0]),
         trained=_trained(facts["trained"], quality),
-        verdicts=[_verdict(found) for found in verdicts(run.folder, study.supernet.digest(run.folder / "supernet"))],
+        verdicts=[_verdict(found) for found in verdicts(run.folder, weights)],
         spent=_spent(study, run, facts),
         candidates=_candidates(study, study_file, run, ledgers, quality),
         provenance=_provenance(run, study),
@@ -162,6 +170,8 @@ def _maps(study: Study, front: Sequence[Trial], folder: Path) -> list[dict[str, 
     for place in places:
         trial = cheapest_first[place]
         picture = Markup(schedule_of(study, trial.genome))
+        if not picture:
+            break
         found.append({"trial": trial.number, "cost": cost_in_words(trial), "picture": picture})
     return found
 
@@ -185,6 +195,7 @@ def _grids(
     scale: Scale,
     folder: Path,
     quality: str,
+    weights: str,
 ) -> list[dict[str, str]]:
     """The full network, the winner, and one option at every step that costs no more."""
     full = full_network(uniform, quality)
@@ -196,7 +207,7 @@ def _grids(
         shown.append(("one option at every step, no dearer", max(same, key=scale.share)))
     grids = []
     for title, trial in shown:
-        picture = samples_of(study, loaded, trial, folder)
+        picture = samples_of(study, loaded, trial, folder, weights)
         data = "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
         grids.append({"title": title, "picture": data, "words": cost_in_words(trial)})
     return grids
@@ -232,17 +243,16 @@ def _grounds(facts: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
     return rows
 
 
-def samples_of(study: Study, loaded: Any, trial: Trial, folder: Path) -> Path:
-    """Samples of a trial's schedule, drawn once for page and dashboard, and once more where the supernet is younger."""
-    picture = folder / "trials" / f"samples-{trial.digest}-{TILE}.png"
-    weights = [file.stat().st_mtime for file in (folder.parent / "supernet").glob("*")]
-    draw_once(picture, partial(draw_grid, study, loaded, trial.genome), max(weights, default=0.0))
+def samples_of(study: Study, loaded: Any, trial: Trial, folder: Path, weights: str) -> Path:
+    """Samples of a trial's schedule, drawn once for page and dashboard. `weights`: the digest of the supernet's."""
+    picture = folder / "trials" / f"samples-{trial.digest}-{weights[:8]}-{TILE}.png"
+    draw_once(picture, partial(draw_grid, study, loaded, trial.genome))
     return picture
 
 
-def draw_once(picture: Path, draw: Callable[[Path], None], since: float = 0.0) -> None:
-    """Whole or not at all, unless it is there and not older than this time."""
-    if not picture.exists() or picture.stat().st_mtime < since:
+def draw_once(picture: Path, draw: Callable[[Path], None]) -> None:
+    """Whole or not at all, unless it is there."""
+    if not picture.exists():
         torn = picture.with_name(f".partial-{picture.name}")
         draw(torn)
         os.replace(torn, picture)

@@ -19,7 +19,7 @@ FAR = 0.25
 
 @dataclass(frozen=True)
 class Candidate:
-    """A schedule with what is known of it on noises that nothing was chosen on. `share`: of the full pipeline's time, decoding included, or of its
+    """A schedule with what is known of it on noises that no search has seen. `share`: of the full pipeline's time, decoding included, or of its
     multiply-adds. `trial`: its number in the search, where that scored it."""
 
     name: str
@@ -39,7 +39,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """`best` of the search, and of the whole steps in it `fewer`. `rival`: fewer whole steps by another sampler, as its scheduler spaces them. `start`: a schedule
+    """`best` of the search, and of its schedules of whole steps `fewer`, the nearest of a few on the very noises that both are told by, so that reuse has no advantage. `rival`: fewer whole steps by another sampler, as its scheduler spaces them. `start`: a schedule
     that was given. `apart`: mean squared distance of two unrelated samples of the full pipeline. `spent`: samples of the full pipeline that as many
     multiply-adds are, and seconds. `milliseconds`: an image of the full pipeline, where time is limited.
     `kept_prompts`: how many, on which nothing was chosen, the scores are of; None where there are none. `device`: that times are of."""
@@ -69,9 +69,11 @@ class Found:
 
     @property
     def chosen(self) -> Candidate:
-        """Fewer steps where these are near and reuse is not shown to lose less: they are simpler. Those of another sampler where these are shown to lose less than
-        both."""
-        return self._own if self.rival is None or not _less(self.rival, self._own) else self.rival
+        """Fewer steps where reuse is not shown to lose less: they are simpler; where these are too far, what is not. Those of another sampler where they are shown to
+        lose less than that, or are near where that is not."""
+        own, rival = self._own, self.rival
+        nearer = rival is not None and (_less(rival, own) or (self._far(own) and not self._far(rival)))
+        return rival if rival is not None and nearer else own
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -114,8 +116,11 @@ class Found:
                 f"loses {times(self._own, chosen)}."
             ]
         elif chosen != self.fewer:
+            level = (
+                "" if self.gains else " That it loses less than fewer whole steps is not shown, but these are too far."
+            )
             words = [
-                f"A schedule of {len(chosen.schedule.steps)} steps, {self._made_of(chosen)}, takes {share}; {near}."
+                f"A schedule of {len(chosen.schedule.steps)} steps, {self._made_of(chosen)}, takes {share}; {near}.{level}"
             ]
         else:
             kept = len(chosen.schedule.steps)

@@ -142,13 +142,18 @@ def aside_of(path: Path) -> Path:
 
 def keep_study(path: Path, text: str) -> Path | None:
     """Another one that is there is not lost, since studies are changed by hand: returned is where it is kept."""
-    if not path.exists() or path.read_text() == text:
+    if not path.exists() or _said(path.read_text()) == _said(text):
         write_text(path, text)
         return None
     aside = aside_of(path)
     os.replace(path, aside)
     write_text(path, text)
     return aside
+
+
+def _said(study: str) -> str:
+    """Without what stands above it."""
+    return study.partition('"""')[2].partition('"""')[2] or study
 
 
 def study_file(found: Found, run: Path) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fcntl
 import hashlib
 import json
 import math
@@ -35,6 +34,11 @@ from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 from nas.base.exported import (
     AUTOENCODER,
@@ -169,10 +173,11 @@ def keep_settings(folder: Path, settings: Settings, data: str = "", writes: bool
         if changed:
             raise ExportError(f"{path.parent} was trained otherwise: {'; '.join(changed)}. Delete it to train again")
     elif writes:
-        path.parent.mkdir(exist_ok=True)
-        _replace(path, json.dumps(asdict(settings), indent=2) + "\n")
-        if data:
-            _replace(on, json.dumps({"digest": data}) + "\n")
+        with _alone(folder):
+            path.parent.mkdir(exist_ok=True)
+            _replace(path, json.dumps(asdict(settings), indent=2) + "\n")
+            if data:
+                _replace(on, json.dumps({"digest": data}) + "\n")
 
 
 def train(
@@ -239,7 +244,13 @@ def train(
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Raises ExportError where another process trains these networks."""
-    with (folder / "train.json").open() as held:
+    if fcntl is None:
+        yield
+        return
+    plan = folder / "train.json"
+    with plan.open(
+        "r+" if os.access(plan, os.W_OK) else "r"
+    ) as held:  # network file systems lock what may be written alone
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
