@@ -143,10 +143,8 @@ def room(path: Path | None, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
 @contextmanager
 def partial_of(path: Path) -> Iterator[Path]:
     """Another name, to write under until all is there; nothing is left under it, nor under those of processes that were killed."""
-    for left in path.parent.glob(f"{path.stem}.*.partial"):
-        process = left.name.split(".")[-2]
-        if not (process.isdigit() and int(process) != os.getpid() and is_alive(int(process))):
-            _remove(left)
+    for left in filter(_abandoned, path.parent.glob(f"{path.stem}.*.partial")):
+        _remove(left)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         yield partial
@@ -156,17 +154,19 @@ def partial_of(path: Path) -> Iterator[Path]:
 
 def check_new(folder: Path) -> None:
     """Raises UserError for a folder that holds something, and for a file."""
-    if folder.exists() and (not folder.is_dir() or any(not _left_over(one) for one in folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(not _left_over(one, folder) for one in folder.iterdir())):
         raise UserError(f"{folder} is not empty; give --to a new or empty folder")
 
 
-def _left_over(path: Path) -> bool:
-    """Whether it is the other name of a folder that a process has not come to the end of: another one, though it may have had this one's number, as in a
-    container."""
-    parts = path.name.split(".")
-    if not path.name.startswith(".") or parts[-1] != "partial" or not parts[-2].isdigit():
-        return False
-    return int(parts[-2]) == os.getpid() or not is_alive(int(parts[-2]))
+def _left_over(path: Path, folder: Path) -> bool:
+    """Whether it is another name of the folder, which somebody did not come to the end of."""
+    return path.name.startswith(f".{folder.name}.") and path.suffix == ".partial" and _abandoned(path)
+
+
+def _abandoned(partial: Path) -> bool:
+    """Whether the process that wrote under this name is gone; one of this one's number was another, as in a container."""
+    process = partial.name.split(".")[-2]
+    return not (process.isdigit() and int(process) != os.getpid() and is_alive(int(process)))
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     there = folder.exists()
     beside = folder if there else folder.parent
     if beside.is_dir():
-        for left in filter(_left_over, beside.glob(f".{folder.name}.*")):
+        for left in [one for one in beside.iterdir() if _left_over(one, folder)]:
             shutil.rmtree(left, ignore_errors=True)
     partial = beside / f".{folder.name}.{os.getpid()}.partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -71,7 +71,7 @@ def open_storage(folder: Path, url: str | None = None, writing: bool = False) ->
     check_url(url)
     parts = _parts(url)
     if not writing and parts.drivername.startswith("sqlite") and parts.database not in (None, "", ":memory:"):
-        file = Path(parts.database.removeprefix("file:")).expanduser()
+        file = Path(parts.database).expanduser()
         if "uri" not in parts.query and not file.exists():  # or it would be made, by who looks alone
             raise UserError(f"storage {shown_url(url)} cannot be opened: there is no file {file}; check --storage")
     for attempt in range(TRIES):

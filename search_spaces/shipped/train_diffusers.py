@@ -248,9 +248,9 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
         return
     plan = folder / "train.json"
-    with plan.open(
-        "r+" if os.access(plan, os.W_OK) else "r"
-    ) as held:  # network file systems lock what may be written alone
+    # Network file systems lock alone what may be written.
+    mode = "r+" if os.access(plan, os.W_OK) else "r"
+    with plan.open(mode) as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
