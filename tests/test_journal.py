@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from optuna.storages.journal import JournalFileOpenLock
+from optuna.storages.journal._file import get_lock_file
 
 from nas.contracts import Trial, UserError
-from nas.engine.journal import CHECK, JOURNAL, TAIL, _drop_torn, read_checks, repair, verify
+from nas.engine.journal import CHECK, JOURNAL, TAIL, _drop_torn, prepare, read_checks, repair, verify
 from nas.engine.ledger import read_ledgers
 from nas.engine.session import open_session
 from nas.engine.storage import open_storage
@@ -129,6 +132,23 @@ def test_a_journal_cut_anywhere_ends_as_the_whole_one(whole: tuple[Path, dict[st
         run = copied(folder, Path(temporary) / "run")
         (run / JOURNAL).write_bytes(content[: place % len(content)])
         assert search(run) == before
+
+
+def test_what_another_process_is_writing_is_not_cut_off(
+    whole: tuple[Path, dict[str, list[Trial]]], tmp_path: Path
+) -> None:
+    """Who opens the run for writing waits for whoever is in the middle of a line."""
+    run = copied(whole[0], tmp_path / "run")
+    content = (run / JOURNAL).read_bytes()
+    with ThreadPoolExecutor(1) as pool:
+        with get_lock_file(JournalFileOpenLock(str(run / JOURNAL))):
+            (run / JOURNAL).write_bytes(content[:-9])
+            opening = pool.submit(prepare, run / JOURNAL)
+            with pytest.raises(TimeoutError):
+                opening.result(0.2)
+            (run / JOURNAL).write_bytes(content)
+        opening.result(30)
+    assert (run / JOURNAL).read_bytes() == content
 
 
 def test_a_check_without_its_line_is_overruled(whole: tuple[Path, dict[str, list[Trial]]], tmp_path: Path) -> None:

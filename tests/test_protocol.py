@@ -27,11 +27,13 @@ WHOLE = Protocol(
 )
 
 
-def test_a_protocol_is_read_as_it_was_written(tmp_path: Path) -> None:
-    WHOLE.write(tmp_path / "whole.json")
+@pytest.mark.parametrize("margin", [0.05, 1])
+def test_a_protocol_is_read_as_it_was_written(tmp_path: Path, margin: float) -> None:
+    written = replace(WHOLE, margin=margin)
+    written.write(tmp_path / "whole.json")
     read = Protocol.read(tmp_path / "whole.json")
-    assert read == WHOLE
-    assert read.digest == WHOLE.digest
+    assert read == written
+    assert read.digest == written.digest
 
 
 @pytest.mark.parametrize("change", [{"seeds": (3, 4, 5)}, {"margin": 0.06}, {"settings": {"samples": [32, 128]}}])

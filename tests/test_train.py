@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from evaluators.images import Digits
 from nas.base.exported import ExportError, check_hashes, read_export
-from nas.contracts import Schedule, Step, derive_seed
+from nas.contracts import Schedule, Score, Step, derive_seed
 from nas.engine.ledger import read_ledgers
 from nas.engine.storage import open_storage
 from nas.handover.export import export
@@ -516,3 +516,28 @@ def test_a_training_is_closed_with_who_follows_it_whoever_else_holds_it(tmp_path
     following.close()  # type: ignore[attr-defined]
     assert closed
     assert list(ticks) == []
+
+
+def test_a_training_goes_on_where_the_study_judges_by_another_score_now(tmp_path: Path) -> None:
+    class Similarity:
+        """What `fine_tune` asks of a Validation, with a score of its own."""
+
+        quality = "ssim"
+        begun = True
+
+        def take(self, name: str, average: Any) -> None: ...
+
+        def __call__(self) -> Score:
+            return Score({"ssim": 0.9})
+
+    scores = tmp_path / "trained" / "validation.jsonl"
+    scores.parent.mkdir()
+    scores.write_text(json.dumps({"model": "unet_0", "step": 2, "fd": 3.0, "error": 0.1}) + "\n")
+    tick = {"model": "unet_0", "steps": 2, "loss": 0.5, "average": {}}
+    [first, _] = fine_tune(({**tick, "step": step} for step in (1, 2)), tmp_path, Similarity())  # type: ignore[arg-type]
+    assert first.values == {"loss": 0.5, "ssim": 0.9}
+    assert [sorted(json.loads(line)) for line in scores.read_text().splitlines()][1:] == [
+        ["error", "model", "ssim", "step"]
+    ] * 2
+    assert (tmp_path / "trained" / "losses.png").exists()
+    [_] = fine_tune(({**tick, "step": 2} for _ in range(1)), tmp_path)  # without a study, what was scored last is drawn

@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import SequenceMatcher
@@ -103,20 +103,27 @@ def prepare(path: Path) -> None:
             log.warning("%s is gone, though %s is there; the search begins anew", path, CHECK)
             path.with_name(CHECK).unlink()
         return
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        last = content[:whole].rstrip(b"\n").rfind(b"\n") + 1
-        if not path.with_name(CHECK).exists() and not _parsed(content[last:whole] or b"{}"):
-            whole = last
-        file.truncate(whole)
     checks = path.with_name(CHECK)
-    if checks.exists():
-        with checks.open("rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
+    with _locked(path):  # another process may be in the middle of a line
+        with path.open("rb+") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            last = content[:whole].rstrip(b"\n").rfind(b"\n") + 1
+            if not checks.exists() and not _parsed(content[last:whole] or b"{}"):
+                whole = last
+            file.truncate(whole)
+        if checks.exists():
+            with checks.open("rb+") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
     verify(path)
-    if not checks.exists():
-        _replace(checks, _text(_checks(_lines(content[:whole]), 0)))
+    with _locked(path):
+        if not checks.exists():
+            _replace(checks, _text(_checks(_lines(path.read_bytes()), 0)))
+
+
+def _locked(path: Path) -> AbstractContextManager[None]:
+    """While this holds, no process appends."""
+    return get_lock_file(JournalFileOpenLock(str(path)))
 
 
 def verify(path: Path) -> None:

@@ -42,6 +42,8 @@ class Protocol:
         if not (math.isfinite(self.margin) and self.margin >= 0):
             raise UserError(f"protocol {self.name} has the margin {self.margin}; give 0 or more")
 
+        object.__setattr__(self, "margin", float(self.margin))  # 1 is written as it is read, 1.0
+
     @property
     def digest(self) -> str:
         """16 hexadecimal digits of all that it says."""

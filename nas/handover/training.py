@@ -76,7 +76,7 @@ def fine_tune(
     trained/losses.jsonl, the scores of `validation`, after every so many steps of a network (a quarter of them by default) and its last
     one, in trained/validation.jsonl, and draws both."""
     log, scores = folder / "trained" / "losses.jsonl", folder / "trained" / "validation.jsonl"
-    known = {(row["model"], row["step"]): row for row in _rows(scores)}
+    known = {(row["model"], row["step"]): row for row in _scored(scores, validation)}
     values: dict[str, float] = {}
 
     def validate(name: str, step: int) -> None:
@@ -108,15 +108,23 @@ def fine_tune(
             if validation is not None and (step == last or step % (every or -(-last // 4)) == 0):
                 validation.take(tick["model"], tick["average"])
                 validate(tick["model"], step)
-                draw_losses(_losses(log), _rows(scores), log.with_suffix(".png"))
+                draw_losses(_losses(log), _scored(scores, validation), log.with_suffix(".png"))
             yield Progress(f"training {tick['model']}", step, last, {"loss": tick["loss"], **values})
     if log.exists():
-        draw_losses(_losses(log), _rows(scores), log.with_suffix(".png"))
+        draw_losses(_losses(log), _scored(scores, validation), log.with_suffix(".png"))
 
 
 def _losses(log: Path) -> list[dict[str, Any]]:
     """In the order of the networks' names and their steps."""
     return sorted(_rows(log), key=lambda row: (row["model"], row["step"]))
+
+
+def _scored(scores: Path, validation: Validation | None) -> list[dict[str, Any]]:
+    """Those of the study's present first objective; without a study, of the one that was scored last."""
+    rows = _rows(scores)
+    last = [name for row in rows[-1:] for name in row if name not in ("model", "step", "error")]
+    quality = validation.quality if validation else "".join(last)
+    return [row for row in rows if quality in row]
 
 
 def _rows(log: Path) -> list[dict[str, Any]]:
