@@ -17,7 +17,7 @@ from nas.contracts import WITHOUT_ATTENTION, Choice, Genome, Guidance, Price, Sc
 from nas.recipes import recipe
 from search_spaces.intervals import Timesteps, free
 from search_spaces.networks.slices import Arch
-from search_spaces.patterns import ALL, Listed, check_listed
+from search_spaces.patterns import ALL, Pattern, check_listed
 from search_spaces.shipped.graph import AROUND, Graph
 from search_spaces.supernet import Elastic
 
@@ -70,23 +70,22 @@ class Branches:
             steps.append(Step(timestep, self._arch, self._graph.collapse(off), self._guide))
         return Schedule(tuple(steps))
 
-    def genome(self, listed: Listed | Schedule) -> Genome:
-        """Of a schedule that was made elsewhere; of steps that run whole anyway it is not read. Raises UserError for one of other steps or of
-        another network."""
-        if isinstance(listed, Schedule):
-            return self._genome_of(listed)
-        if len(listed.computed) != len(self.timesteps):
-            raise UserError(
-                f"{listed.label} is a schedule of {len(listed.computed)} steps, the space has {len(self.timesteps)}; give as many timesteps"
-            )
-        check_listed(listed, self._graph)
-        named = {name for one in listed.computed if one != ALL for name in one} - {AROUND}
+    def genome(self, made: Schedule | Pattern) -> Genome:
+        """Of a schedule, or of a pattern of the whole trajectory, that was made elsewhere; of steps that run whole anyway the pattern is not read. Raises
+        UserError for one of other steps or of another network."""
+        if isinstance(made, Schedule):
+            return self._genome_of(made)
+        computed = made.steps(len(self.timesteps))
+        check_listed(made, self._graph)
+        if idle := [place for place, one in enumerate(computed) if not one]:
+            raise UserError(f"{made.label} leaves out step {idle[0]}, and all run here; say (AROUND,), or use Stepwise")
+        named = {name for one in computed if one and one != ALL for name in one} - {AROUND}
         unknown = sorted(name for name in named if not self._graph.expand([name]))
         if unknown:
             raise UserError(
-                f"{listed.label} names {', '.join(unknown)}; the network's branches are {', '.join(self._branches)}"
+                f"{made.label} names {', '.join(unknown)}; the network's branches are {', '.join(self._branches)}"
             )
-        runs = [self._branches if one == ALL else self._graph.expand(one) for one in listed.computed]
+        runs = [self._branches if one == ALL else self._graph.expand(one or ()) for one in computed]
         return tuple(int(branch in runs[place]) for place in self._open for branch in self._branches)
 
     def _genome_of(self, schedule: Schedule) -> Genome:

@@ -4,7 +4,7 @@ it reuses from the step before."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Annotated, Any, Protocol, TypeVar
 
@@ -156,8 +156,26 @@ class Stepwise:
             steps += self._run(k, genes, steps[-1] if steps else None)
         return Schedule(tuple(steps), self._sampler(genome))
 
-    def genome(self, schedule: Schedule) -> Genome:
-        """One that decodes to this schedule, such as another run found. Raises UserError where an interval has no options that do."""
+    def running(self, pattern: Pattern, guided: int | None = None) -> Schedule:
+        """The full network by a pattern of the whole trajectory, such as `search_spaces.layouts` reads, with the first sampler. The first `guided` steps, all
+        where that is not said, are guided by what the space guides with, the dearest where it has several. Raises UserError where the network lacks what the
+        pattern names, or where it is one of another number of steps."""
+        full = self.net.anatomy.full
+        computed = pattern.steps(len(self.timesteps))
+        for one in computed:
+            self._check_computed(pattern, one)
+        guide = max(self._guides, key=lambda one: self.net.macs(Step(0, full, (), self._guided_by(one, full))))
+        served = [pair for steps in self._steps for pair in steps]
+        asked = (
+            (t, full.replace(expert=expert) if expert else full, runs, guide if guided is None or n < guided else None)
+            for n, ((t, expert), runs) in enumerate(zip(served, computed, strict=True))
+        )
+        return Schedule(tuple(self._follow(asked, None)), self.samplers[0].name if self.samplers else "")
+
+    def genome(self, made: Schedule | Pattern) -> Genome:
+        """One that decodes to this schedule, such as another run found, or to what is `running` by this pattern. Raises UserError where an interval has no
+        options that do."""
+        schedule = made if isinstance(made, Schedule) else self.running(made)
         found: Genome = ()
         last: Step | None = None
         for k, (here, shape) in enumerate(zip(self._steps, self._shapes, strict=True)):
@@ -330,8 +348,11 @@ class Stepwise:
 
     def _run(self, k: int, genes: Genome, last: Step | None) -> list[Step]:
         """Steps of interval k, after the last one that ran before it."""
+        return self._follow(self._asked(k, genes), last)
+
+    def _follow(self, asked: Iterable[tuple[int, Arch, Computed, Guidance | None]], last: Step | None) -> list[Step]:
         steps: list[Step] = []
-        for t, arch, computed, guide in self._asked(k, genes):
+        for t, arch, computed, guide in asked:
             last = steps[-1] if steps else last
             idle = computed is None or (not computed and self.deterministic)
             if idle and last is not None:

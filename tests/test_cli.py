@@ -459,6 +459,31 @@ def test_intervals_divide_the_timesteps_and_say_how_well(workplace: Path) -> Non
     assert len(facts["affinity"]) == 6
 
 
+def test_scripts_read_what_was_handed_over(workplace: Path, tmp_path: Path) -> None:
+    study, run = workplace / "study.py", workplace / "run"
+    handed = nas("export", study, "--within", "macs_share=0.6", "--to", tmp_path / "model", "--out", run, "--json")
+    assert handed.returncode == 0, handed.stderr
+    told = json.loads(handed.stdout)
+    origin = json.loads((tmp_path / "model" / "provenance.json").read_text())
+    assert (told["ledger"], told["trial"], told["genome"]) == (origin["ledger"], origin["trial"], origin["genome"])
+    assert told["folder"] == str(tmp_path / "model")
+    assert told["cost"]["macs_share"] <= 0.6
+    which = ("--searcher", told["ledger"].split(".")[1], "--trial", told["trial"], "--out", run)
+    drawn = nas("sample", study, *which, "--count", 2, "--to", tmp_path / "two.npy", "--json")
+    assert drawn.returncode == 0, drawn.stderr
+    both = json.loads(drawn.stdout)
+    assert {**both, "scores": told["scores"]} == {
+        **{name: value for name, value in told.items() if name != "folder"},
+        "file": str(tmp_path / "two.npy"),
+        "images": 2,
+    }
+
+
+def test_a_quiet_dry_run_says_nothing(workplace: Path) -> None:
+    quiet = nas("run", workplace / "study.py", "--dry-run", "--throughput", 1e9, "-q")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+
+
 def test_a_command_that_loads_for_long_says_so_at_once_unless_it_is_quiet(tmp_path: Path) -> None:
     (tmp_path / "study.py").write_text("import time, torch\ntime.sleep(1.5)\nstudy = None\n")
 

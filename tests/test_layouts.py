@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 from nas.contracts import Guidance, Schedule, Step, UserError
 from nas.handover.portable import resampled
 from search_spaces import layouts
-from search_spaces.patterns import ALL
-from search_spaces.shipped.graph import TransformerGraph, UNetGraph
+from search_spaces.branches import Branches
+from search_spaces.intervals import uniform
+from search_spaces.options import Options
+from search_spaces.patterns import ALL, Every, LeftOut, Only, Subset, legal
+from search_spaces.shipped.graph import AROUND, TransformerGraph, UNetGraph
+from search_spaces.stepwise import Stepwise
+from search_spaces.supernet import Elastic
+from tests.conftest import TINY
+from tests.test_transformer import DIT
 
 GRAPH = TransformerGraph(3)
 REST = ("b1", "b2")
@@ -164,3 +171,38 @@ def test_masks_and_tables_of_gates_are_read(tmp_path: Path) -> None:
         path.write_text(json.dumps(rows))
         with pytest.raises(UserError, match=r"gates\.json"):
             layouts.gate_table(path, unet)
+
+
+@pytest.mark.parametrize("guidance", [(), (None, 2.0)])
+def test_a_pattern_that_was_made_elsewhere_has_a_genome(tmp_path: Path, guidance: tuple[float | None, ...]) -> None:
+    """In a space of patterns for each step, it runs as it does alone over the whole trajectory."""
+    unet = {**TINY, "num_class_embeds": 11}
+    net, grid = Elastic(unet, (0.5, 1.0)), uniform(6)
+    graph = net.cost.graph(net.anatomy.full)
+    (tmp_path / "gates.json").write_text(json.dumps([[1] * 5, [0, 0, 0, 0, 1], [0, 0, 1, 1, 1]] * 2))
+    space = Stepwise(
+        net, grid, (1,) * 6, patterns=(*legal(2, graph), Every(1), LeftOut()), guidance=guidance, finer=True
+    )
+    made = (
+        layouts.deepcache(3, 0, graph),
+        layouts.deepcache(2, 3, graph),
+        layouts.gate_table(tmp_path / "gates.json", graph),
+        Subset(3, "quadratic"),
+    )
+    for pattern in made:
+        alone = Stepwise(net, grid, (6,), Options((1.0,)), patterns=(pattern,), guidance=guidance[-1:], finer=True)
+        assert space.decode(space.genome(pattern)) == alone.decode((0,))
+    first = space.running(made[0], guided=2)
+    assert [step.guidance is not None for step in first.steps] == [bool(guidance) and place < 2 for place in range(6)]
+    with pytest.raises(UserError, match="no options of interval 1"):
+        Stepwise(net, grid, (1,) * 6, patterns=(Every(1), Only(("u1",))), finer=True).genome(made[1])
+    with pytest.raises(UserError, match="is a schedule of 6 steps, the interval has 4"):
+        Stepwise(net, uniform(4), (1,) * 4, patterns=(Every(1), LeftOut())).genome(made[2])
+
+
+def test_a_rule_has_a_genome_of_branches() -> None:
+    space = Branches(Elastic({**DIT, "in_channels": 1, "out_channels": 1}, (1.0,)), uniform(4))
+    schedule = space.decode(space.genome(Every(2, (AROUND,))))
+    assert [bool(step.reuse) for step in schedule.steps] == [False, True] * 2
+    with pytest.raises(UserError, match="every 2 leaves out step 1, and all run here"):
+        space.genome(Every(2))

@@ -28,7 +28,7 @@ from nas.study import load_study
 from nas.tuning.found import Candidate, Found
 from nas.tuning.page import usage, write_found
 from nas.tuning.study import LEAST_CACHE, MOST_CACHE, Wanted, sets
-from nas.tuning.tune import baselines, fixed, full_samples, given_schedule, read_file, tune, within
+from nas.tuning.tune import baselines, full_samples, given_schedule, read_file, tune, within
 from search_spaces.patterns import LeftOut
 from search_spaces.shipped.graph import AROUND, TransformerGraph, UNetGraph
 from search_spaces.supernet import Elastic
@@ -119,7 +119,7 @@ def test_an_extractor_adds_a_perceptual_distance_to_the_report(place: Path, tmp_
 
 def test_the_same_command_scores_nothing_again(place: Path) -> None:
     journal = (place / "run" / "6-macs-0.6" / "journal.log").read_bytes()
-    command = ("tune", place / "dit", "--within", "macs=0.6", *QUICK, "--to", place / "out", "--out", place / "run")
+    command = ("tune", place / "dit", "--within", "macs=0.60", *QUICK, "--to", place / "out", "--out", place / "run")
     result = nas(*command, "--json")
     assert result.returncode == 0, result.stderr
     assert (place / "run" / "6-macs-0.6" / "journal.log").read_bytes() == journal
@@ -440,7 +440,7 @@ def test_the_dearest_schedule_of_each_rule_is_that_of_trying_all(place: Path) ->
     space: Any = study.space
     tried = []
     for schedules in baselines(wanted).values():
-        genomes = (space.genome(fixed(space, pattern, stop)) for pattern, stop in schedules)
+        genomes = (space.genome(space.running(pattern, stop)) for pattern, stop in schedules)
         tried += [*itertools.islice(filter(study.problem.feasible, genomes), 1)]
     assert within(study, place / "run", baselines(wanted)) == tried
     assert len(tried) > 2

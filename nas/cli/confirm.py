@@ -64,7 +64,7 @@ def confirm(
         ),
     ] = 0.05,
     name: Annotated[
-        str | None, typer.Option(help="Of the claim. Default: the budget, or the trial.", show_default=False)
+        str | None, typer.Option(help="Name of the claim. Default: the budget, or the trial.", show_default=False)
     ] = None,
     protocol_only: Annotated[
         bool, typer.Option("--protocol-only", help="Write the protocol, for a commit of yours, and train nothing yet.")

@@ -21,6 +21,7 @@ from nas.cli.options import (
     WithinOption,
     check_device,
     chosen_of,
+    facts_of,
     print_json,
     resumable,
     run_folder,
@@ -74,6 +75,7 @@ def export(
             help="Where the best of a budget is scored on new noises, where `nas run` has not: cpu, cuda, cuda:1, mps."
         ),
     ] = "cpu",
+    as_json: JsonOption = False,
 ) -> None:
     """Write a trial's networks as stock diffusers folders, with the schedule, provenance and a proof of equality."""
     from nas.base.files import check_new
@@ -91,6 +93,7 @@ def export(
     run = StudyRun(study, folder, storage, device)
     with resumable(folder):
         chosen = chosen_of(run, searcher, seed, trial, within)
+    said: dict[str, Any] = {}
     if stock:
         said = run.export_stock(chosen, to)
         own = (
@@ -109,7 +112,10 @@ def export(
         failed = run.export(chosen, to, programs)
         for name, reason in failed.items():
             notes.print(f"{name} has no model.pt2: {reason}", highlight=False, soft_wrap=True)
-    out.print(f"{summary_of(chosen, study)} is in {to}", highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(facts_of(chosen, folder=str(to.resolve()), **({"stock": said} if stock else {})))
+    else:
+        out.print(f"{summary_of(chosen, study)} is in {to}", highlight=False, soft_wrap=True)
 
 
 def sample(
@@ -126,6 +132,7 @@ def sample(
     out_dir: OutOption = None,
     storage: StorageOption = None,
     device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
 ) -> None:
     """Draw images with a trial's schedule; where they are of classes, the picture shows them class by class."""
     import numpy as np
@@ -150,7 +157,10 @@ def sample(
 
         images = class_by_class(images, study.evaluator, seed)
         draw_samples(images, to, scale=max(1, 96 // images.shape[-1]))
-    out.print(f"{count} images of {summary_of(chosen, study)} are in {to}", highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(facts_of(chosen, file=str(to.resolve()), images=count))
+    else:
+        out.print(f"{count} images of {summary_of(chosen, study)} are in {to}", highlight=False, soft_wrap=True)
 
 
 def train(
@@ -188,8 +198,10 @@ def train(
         float | None,
         typer.Option(min=0, help="Weight of the distance of blocks' maps to the full network's.", show_default=False),
     ] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Of the networks' calls.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the noises.", show_default=False)] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Number format of the networks' calls.", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the training's noises.", show_default=False)] = None,
     validate_every: Annotated[
         int | None,
         typer.Option(
@@ -294,7 +306,7 @@ def train(
             facts |= follow(bars, score_and_book(study, searched, storage, exported, device, changed_weights))
     if as_json:
         print_json(facts)
-    elif not quiet:
+    else:
         out.print(facts["trained"], highlight=False, soft_wrap=True)
         if "words" in facts:
             out.print(facts["words"], highlight=False, soft_wrap=True)

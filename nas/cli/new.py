@@ -23,7 +23,7 @@ MOST = 256
 
 
 def new(
-    name: Annotated[str, typer.Argument(help="Of the study, and of its file, NAME.py here.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Name of the study, and of its file, NAME.py here.", show_default=False)],
     images: Annotated[
         Path, typer.Option(help="Folder of pictures to train on and to be judged by.", show_default=False)
     ],

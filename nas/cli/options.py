@@ -159,6 +159,18 @@ def summary_of(chosen: Chosen, study: Study) -> str:
     return f"{chosen.ledger} trial {chosen.trial.number} ({said})"
 
 
+def facts_of(chosen: Chosen, **others: Any) -> dict[str, Any]:
+    """The same for a script, and what else is to be said."""
+    return {
+        "ledger": chosen.ledger,
+        "trial": chosen.trial.number,
+        "genome": list(chosen.trial.genome),
+        "cost": dict(chosen.trial.cost),
+        "scores": dict(chosen.score.values),
+        **others,
+    }
+
+
 def run_folder(study: Study, out_dir: Path | None) -> Path:
     return (out_dir or Path("runs") / study.name).resolve()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -93,10 +93,12 @@ def run(
         ),
     ] = None,
     price: Annotated[
-        float | None, typer.Option(min=0, help="With --dry-run: of an hour of the device.", show_default=False)
+        float | None, typer.Option(min=0, help="With --dry-run: price of an hour of the device.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON alone.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars, no table.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress bars; no comparison, which `nas compare` makes.")
+    ] = False,
 ) -> None:
     """Train what is missing, search, verify. The same command again goes on where it stopped. `accelerate launch -m nas.cli run STUDY` trains the supernet in several processes."""
     from nas.engine.show import Show
@@ -119,9 +121,15 @@ def run(
     if dry_run:
         planned = study if trials is None else replace(study, trials=trials)
         searching = [name for name in names if name != BASELINE]  # which runs before all others anyway
-        left_out = {"--workers": workers, "--weights-from": weights_from, "--patience": patience}
+        left_out = {
+            "--workers": workers,
+            "--gpus-per-worker": gpus_per_worker,
+            "--ray-address": ray_address,
+            "--weights-from": weights_from,
+            "--patience": patience,
+        }
         unreckoned = [option for option, given in left_out.items() if given]
-        _dry_run(planned, searching, seeds, device, threads, throughput, price, as_json, unreckoned)
+        _dry_run(planned, searching, seeds, device, threads, throughput, price, as_json, quiet, unreckoned)
         return
     study.check()
     folder = run_folder(study, out_dir)
@@ -165,6 +173,7 @@ def _dry_run(
     throughput: float | None,
     price: float | None,
     as_json: bool,
+    quiet: bool,
     unreckoned: list[str],
 ) -> None:
     """What it would take by its multiply-adds, then the check, then what it would take here. `unreckoned`: options that change that, and are not looked at."""
@@ -172,12 +181,13 @@ def _dry_run(
     from nas.results.outline import outline
 
     facts = outline(study, throughput, price, seeds)
-    if not as_json:
+    in_words = not (as_json or quiet)
+    if in_words:
         print_outline(facts)
     try:
         study.check()
         if throughput is None:
-            with notes.status(f"measuring {device} for some seconds"):
+            with nullcontext() if quiet else notes.status(f"measuring {device} for some seconds"):
                 here = forecast(study, names, device, threads, seeds=seeds).to_json(names, price)
             if unreckoned:
                 here["words"].append(
@@ -187,7 +197,7 @@ def _dry_run(
     finally:
         if as_json:
             print_json(facts)
-    if "here" in facts and not as_json:
+    if "here" in facts and in_words:
         print_forecast(facts["here"], device)
 
 

@@ -98,7 +98,8 @@ def tune(
         typer.Option(min=1, help="Images of a call whose time is measured. Default: 4.", show_default=False),
     ] = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Run folder. Default: runs/tune-<pipeline>.", show_default=False)
+        Path | None,
+        typer.Option("--out", help="Folder of the run folders. Default: runs/tune-<pipeline>.", show_default=False),
     ] = None,
     write_study: Annotated[
         Path | None, typer.Option(help="Write the study here too, to go on by hand.", show_default=False)
@@ -165,7 +166,9 @@ def tune(
     made: list[_Made] = []
     with on_workers(pool):
         for asked, count, target in zip(each, counts, targets, strict=True):
-            folder = (runs / f"{count}-{measure}-{share}").resolve()
+            folder = (runs / f"{count}-{measure}-{wanted.limit:g}").resolve()
+            if not quiet:
+                notes.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
             beside = made[-1].folder if made else None
             # A first try at another number of steps.
             also = next((read_file(one.schedule) for one in reversed(made) if one.schedule), None)

@@ -43,7 +43,7 @@ def attach(study: Study, study_file: str, run: Run, storage: BaseStorage, loaded
     try:
         from optuna_dashboard import save_note
     except ImportError as error:
-        raise UserError("optuna-dashboard is not installed; run `pip install 'step-aware-nas[dashboard]'`") from error
+        raise UserError("optuna-dashboard is not installed; run `pip install -e '.[dashboard]'`") from error
     done = [(info, trial) for info, trials in run.ledgers for trial in trials if trial.status == "complete"]
     pictures, weights = run.folder / "report", study.supernet.digest(run.folder / "supernet")
     for number, (info, trial) in enumerate(done):
@@ -109,7 +109,7 @@ def serve(folder: Path, storage: BaseStorage, port: int) -> None:
     try:
         from optuna_dashboard import run_server
     except ImportError as error:
-        raise UserError("optuna-dashboard is not installed; run `pip install 'step-aware-nas[dashboard]'`") from error
+        raise UserError("optuna-dashboard is not installed; run `pip install -e '.[dashboard]'`") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     failed: list[Exception] = []
     store = store_of(folder)

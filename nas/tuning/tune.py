@@ -37,7 +37,7 @@ from nas.handover.portable import resampled, schedule_of
 from nas.study import Study
 from nas.tuning.found import FAR, Candidate, Found
 from nas.tuning.study import LOSS, SEARCHER, Wanted, computed
-from search_spaces.patterns import ALL, Every, Only, Pattern, Subset
+from search_spaces.patterns import Every, Only, Pattern, Subset
 from search_spaces.shipped.schedule_file import ScheduleError, read_schedule
 
 KEPT_FOR_VERIFYING = 5
@@ -228,29 +228,11 @@ def within(study: Study, folder: Path, rules: Mapping[str, list[tuple[Pattern, i
     space: Any = study.space
     found = []
     for schedules in rules.values():
-        genomes = [partial(space.genome, fixed(space, pattern, stop)) for pattern, stop in schedules]
+        genomes = [partial(space.genome, space.running(pattern, stop)) for pattern, stop in schedules]
         # The schedules of a rule fall in cost, so that few of them have to be looked for in the space, which takes a while.
         first = bisect_left(genomes, True, key=lambda genome: problem.feasible(genome()))
         found += [genome() for genome in genomes[first : first + 1]]
     return found
-
-
-def fixed(space: Any, pattern: Pattern, stop: int) -> Schedule:
-    """The schedule of a pattern over the whole trajectory, guided up to step number `stop`."""
-    full = space.decode(dearest(space)).steps
-    graph = space.net.cost.graph(space.net.anatomy.full)
-    steps: list[Step] = []
-    for place, (one, runs) in enumerate(zip(full, pattern.steps(len(full)), strict=True)):
-        if not runs and steps:
-            continue
-        guide = one.guidance if place < stop else None
-        reused = (
-            ()
-            if not steps or runs == ALL
-            else graph.collapse(graph.expand(graph.blocks) - graph.live(runs or (), space.finer), space.finer)
-        )
-        steps.append(Step(one.timestep, one.arch, reused, guide))
-    return Schedule(tuple(steps))
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
