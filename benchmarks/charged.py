@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from os import truncate
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ class Charged:
             return {}
         whole, _, rest = self._file.read_text().rpartition("\n")
         if rest:
-            self._file.write_text(f"{whole}\n" if whole else "")
+            truncate(self._file, self._file.stat().st_size - len(rest.encode()))
         every = map(json.loads, whole.splitlines())
         return {one["key"]: Score.from_json(one) for one in every}
 

@@ -115,7 +115,10 @@ class Benchmark:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / "rows.json"
         if self._unfinished.exists() and not (self._path.exists() or self.quick or options.fresh):
-            shutil.copytree(self._unfinished, self.folder, dirs_exist_ok=True)
+            shutil.copytree(
+                self._unfinished, self.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(self._path.name)
+            )
+            shutil.copy(self._unfinished / self._path.name, self._path)  # last: without rows a stop begins this anew
         self._rows: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
         if not (self.quick or options.fresh) and (elsewhere := self._elsewhere()):
             self.say(
@@ -124,6 +127,7 @@ class Benchmark:
             )
         self._protocol = protocol
         self._commit = commit()  # as it is now: one that is made while a row is measured is not what measured it
+        self._changes = changes()
         if older := {row["commit"] for row in self._rows.values()} - {self._commit}:
             self.say(f"{len(self._rows)} rows are kept, some of commits {', '.join(sorted(one[:9] for one in older))}")
         others = {row.get("protocol") for row in self._rows.values()} - {protocol and protocol.digest}
@@ -142,13 +146,16 @@ class Benchmark:
             raise SystemExit(
                 f"error: these rows rest on weights in {self.folder}, of which {self.name} does not say which files they are; copy them to {self._unfinished} by hand"
             )
-        shutil.rmtree(self._unfinished, ignore_errors=True)
+        partial = self._unfinished.with_name(f"{self.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
         for file in sorted({self._path, *(file for pattern in patterns for file in self.folder.glob(pattern))}):
             # What is reached through a link is kept where it lies.
             if file.is_file() and file.resolve() == file:
-                to = self._unfinished / file.relative_to(self.folder)
+                to = partial / file.relative_to(self.folder)
                 to.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, to)
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        partial.rename(self._unfinished)
         self.say(f"{len(self._rows)} rows are kept in {self._unfinished}; commit them")
 
     def _elsewhere(self) -> list[str]:
@@ -206,7 +213,7 @@ class Benchmark:
         missing = {key: job for key, job in jobs.items() if key not in self._rows}
         failed: BaseException | None = None
         if missing:
-            if not same_code(self._commit):  # new processes read it anew
+            if not (same_code(self._commit) and changes() == self._changes):  # new processes read it anew
                 raise SystemExit(
                     f"error: the code is no longer that of commit {self._commit[:9]}, with which this was begun; run it in a clone of its own, or begin the command again"
                 )
@@ -216,7 +223,8 @@ class Benchmark:
                 for future in as_completed(running):
                     failed = future.exception()
                     if failed is not None:
-                        pool.shutdown(cancel_futures=True)  # what runs beside it ends
+                        self.say(f"{running[future]} failed: {failed}; what runs beside it is waited for")
+                        pool.shutdown(cancel_futures=True)
                         break
                     self.row(running[future], future.result)
             for future, key in running.items():
@@ -307,6 +315,14 @@ def commit() -> str:
         return _git("rev-parse", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def changes() -> str:
+    """Of the code since its commit, as a patch; empty outside of a clone."""
+    try:
+        return _git("diff", "HEAD", "--", ".", *NO_CODE)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def same_code(earlier: str) -> bool:

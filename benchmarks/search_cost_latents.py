@@ -213,8 +213,11 @@ class Volume:
 
 
 def judgements(bench: Benchmark, setting: Setting, genomes: Iterable[Sequence[int]]) -> dict[Genome, Row]:
-    """Neighbours after each other, which share the most."""
-    names = {genome: f"judged {''.join(map(str, genome))}" for genome in sorted({tuple(one) for one in genomes})}
+    """Neighbours after each other, which share the most: each process begins at its own place among them."""
+    every = sorted({tuple(one) for one in genomes})
+    share = -(-len(every) // bench.processes)
+    turns = [every[place::share] for place in range(share)]
+    names = {genome: f"judged {''.join(map(str, genome))}" for turn in turns for genome in turn}
     rows = bench.rows({name: (judged, setting, genome) for genome, name in names.items()})
     return {genome: rows[name] for genome, name in names.items()}
 
@@ -356,7 +359,7 @@ def live(bench: Benchmark, setting: Setting, name: str, published: Literal, seed
     searcher, rungs = setting.arms()[name]
     whole = setting.prefixes if len(rungs) == 1 else ()
 
-    def look(trials: int) -> Row:
+    def ran(trials: int) -> list[Row]:
         most = whole[-1] if whole else trials
         jobs = {
             f"{name}, {most} trials, seed {s}": (
@@ -371,9 +374,16 @@ def live(bench: Benchmark, setting: Setting, name: str, published: Literal, seed
             )
             for s in seeds
         }
+        return list(bench.rows(jobs).values())
+
+    if whole:  # all of its fronts are looked at: together, so that neighbours are judged after each other
+        fronts = [front for row in ran(whole[-1]) for front in row["fronts"]]
+        judgements(bench, setting, (genome for front in fronts for genome in front["genomes"]))
+
+    def look(trials: int) -> Row:
         ends = [
             next((front for front in row["fronts"] if front["trials"] == trials), row["fronts"][-1])
-            for row in bench.rows(jobs).values()
+            for row in ran(trials)
         ]
         found = volumes(bench, setting, [end["genomes"] for end in ends])
         share, error = share_of(found, published.ends)
@@ -448,7 +458,9 @@ def on_a_table(bench: Benchmark, setting: Setting, searcher: DDSM, published: Li
             for most in (setting.prefixes[-1:] if len(rungs) == 1 else setting.trials)
             if bench.has(f"{name}, {most} trials, seed {PROTOCOL.seeds[place]}")
         ]
-        return [*published.scores[place], *(one for row in rows for one in row["scores"])]
+        told = [*published.scores[place], *(one for row in rows for one in row["scores"])]
+        # A search of more trials begins with those of one of fewer.
+        return list({(tuple(genome), rung, fd): (genome, rung, fd) for genome, rung, fd in told}.values())
 
     first, second = (told_by(place) for place in (0, 1))
     checked = fitted_to(setting, first).checked(second)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from evaluators.latency import Latency, Timed, Timer
 from evaluators.proxies import TeacherDistance
 from evaluators.sampling import DDIM, DPMSolver
 from evaluators.scoring import Scores
+from nas.base.files import write_text
 from nas.contracts import Genome, Guidance, Schedule, Step, UserError, derive_seed
 from nas.engine.learning import learned_macs, learned_tensors
 from nas.engine.session import open_session
@@ -248,7 +248,7 @@ def restored(cell: Cell, times: Row) -> None:
     borrow(cell.trained[1], cell.run)
     for file, text_ in times.get("files", {}).items():
         if not (cell.run / file).exists():
-            (cell.run / file).write_text(text_)
+            write_text(cell.run / file, text_)
 
 
 def timer(cell: Cell) -> Timer:
@@ -268,7 +268,7 @@ def folder_of(cell: Cell, name: str) -> Path:
     own = borrow(cell.trained[1], cell.run / name)
     for file in TIMES:
         if not (own / file).exists() and (cell.run / file).exists():
-            shutil.copy(cell.run / file, own / file)
+            write_text(own / file, (cell.run / file).read_text())
     return own
 
 
