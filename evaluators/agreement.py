@@ -13,8 +13,11 @@ import torch
 from evaluators.features import SmallClassifier
 from evaluators.images import check_shape, load_once
 from evaluators.scoring import LoadedScore, Rows, Sampled, mean_with_replicates
-from nas.contracts import Images, LoadedSupernet, Progress, Schedule, UserError, digest_of
+from nas.contracts import Images, ImageSet, LoadedSupernet, Progress, Schedule, UserError, digest_of
 from nas.recipes import recipe
+
+ASKED = 1024
+"""Of so many samples the classes are looked at beforehand."""
 
 
 @recipe
@@ -38,10 +41,17 @@ class Agreement(Sampled):
             )
 
     def check(self) -> None:
-        """Raises UserError where samples are asked for no classes; before anything is trained."""
+        """Raises UserError where samples are asked for no classes, or the judge's images have none; before anything is trained."""
         assert self.conditions is not None
         if self.conditions.load().classes(0, 0, 1) is None:
             raise UserError(f"{self.conditions} asks for no classes; Agreement needs them, so give each its class")
+        self._check_labels(getattr(self.images, "peek", lambda: load_once(self.images))())
+
+    def _check_labels(self, images: ImageSet) -> None:
+        if images.labels is None:
+            raise UserError(
+                f"{self.images} have no labels, by which a judge learns to tell classes; give them labels, or leave Agreement out"
+            )
 
     def describe(self) -> Mapping[str, object]:
         return {
@@ -57,8 +67,16 @@ class Agreement(Sampled):
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from self.prepare_conditions(folder, device)
         images = load_once(self.images)
-        if images.labels is not None and len(np.unique(images.labels)) < 2:
+        self._check_labels(images)
+        assert images.labels is not None
+        if len(np.unique(images.labels)) < 2:
             raise UserError(f"{self.images} are all of one class, which nobody tells from another; leave Agreement out")
+        assert self.conditions is not None
+        asked = self.conditions.load().classes(0, 0, ASKED)
+        if asked is not None and int(asked.max()) > images.labels.max():
+            raise UserError(
+                f"{self.conditions} asks for class {int(asked.max())}, and the judge's images have the classes 0 to {images.labels.max()}; number both alike"
+            )
         yield from self.judge.prepare(images, folder, seed, device)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:

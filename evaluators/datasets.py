@@ -220,6 +220,10 @@ class TorchDataset(OneByOne):
     name: str
     labels: bool = False
     span: tuple[float, float] = (0.0, 1.0)
+    which: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "which", id(self.dataset))  # two data sets of one name are two
 
     def _count(self) -> int:
         """How many there are."""
@@ -253,30 +257,34 @@ class TorchDataset(OneByOne):
         both = getattr(self.dataset, "transforms", None)
         made = getattr(both, "target_transform", both) or getattr(self.dataset, "target_transform", None)
         targets = None if made else getattr(self.dataset, "targets", None)
+        item: Any = self._item(place) if targets is None else (None, targets)
         try:
-            found = int(targets[place] if targets is not None else self.dataset[place][1])
-        except (TypeError, ValueError, IndexError) as error:
+            found = int(item[1] if targets is None else targets[place])
+        except Exception as error:  # such as of a tensor of several numbers
             raise UserError(
-                f"item {place} of {self.name} has no label ({first_line(error)}); leave labels=True out"
+                f"item {place} of {self.name} has no label ({type(error).__name__}: {first_line(error)}); it must be an image and the number of its class, or leave labels=True out"
             ) from error
         if found < 0:
             raise UserError(f"item {place} of {self.name} has the label {found}; classes are numbered from 0")
         return found
 
-    def read(self, place: int) -> npt.NDArray[np.float32]:
+    def _item(self, place: int) -> Any:
         try:
-            item = self.dataset[place]
+            return self.dataset[place]
         except Exception as error:  # whatever a data set of somebody's makes of what it reads
             if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SHORT):
                 raise
             raise UserError(
                 f"item {place} of {self.name} cannot be read ({type(error).__name__}: {first_line(error)}); mend it, or leave it out"
             ) from error
+
+    def read(self, place: int) -> npt.NDArray[np.float32]:
+        item = self._item(place)
         image = item[0] if isinstance(item, tuple | list) else item
         where = Path(f"{self.name}, item {place}")
         try:
             if not isinstance(image, Image.Image):
-                image = np.asarray(image)
+                image = _array(image, where)
                 if np.issubdtype(image.dtype, np.floating):
                     return self._floats(image, where)
                 image = Image.fromarray(self._bytes(image, where))
@@ -308,3 +316,16 @@ class TorchDataset(OneByOne):
                 f"{where} goes from {found.min():g} to {found.max():g}, not within span={self.span}; give the right one"
             )
         return ((found - low) / (high - low) * 2 - 1).astype(np.float32)
+
+
+def _array(image: Any, where: Path) -> npt.NDArray[Any]:
+    """Of an array or a tensor, wherever it lies and whatever its precision."""
+    try:
+        if hasattr(image, "detach"):
+            image = image.detach().cpu()
+            image = image.float() if image.is_floating_point() else image
+        return np.asarray(image)
+    except Exception as error:  # of somebody's own kind
+        raise UserError(
+            f"{where} is a {type(image).__name__} ({first_line(error)}); images are pictures, arrays or tensors"
+        ) from error

@@ -83,7 +83,8 @@ class SmallClassifier:
         if path.exists():
             if self._metadata(path).get("recipe") not in known:
                 raise UserError(
-                    f"{path} was trained on other images or with other settings; use another --out, or delete it"
+                    f"{path} was trained on other images or with other settings; use another --out, or delete it; where one run has two classifiers of different images, give one "
+                    "of them a setting of its own, such as dimensions=65"
                 )
             return
         pixels = torch.from_numpy(images.pixels)  # which stay where they are: there may be more than a device holds

@@ -10,13 +10,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import field, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from cachetools import LRUCache
 from pydantic import Field
 
 from evaluators.kept import (
@@ -27,6 +27,7 @@ from evaluators.kept import (
     Source,
     checked,
     counted,
+    read_last,
     split,
     train_first,
     with_held_out,
@@ -277,10 +278,17 @@ class HeldOutHalf:
         return replace(mine, captions=whole.captions, source=whole.source or whole.digest)
 
 
-@lru_cache(maxsize=3)
+_ONCE: LRUCache[Any, tuple[str | None, ImageSet]] = LRUCache(3)
+
+
 def load_once(images: Images) -> ImageSet:
-    """`images.load()`, kept: reading and hashing a large folder takes a while, and several parts ask for it."""
-    return images.load()
+    """`images.load()`, kept: reading and hashing a large folder takes a while, and several parts ask for it. What was read anew since, for another run folder,
+    and came to something else, is loaded anew."""
+    known = _ONCE.get(images)
+    if known is None or known[0] != read_last(images):
+        loaded = images.load()
+        _ONCE[images] = known = (read_last(images), loaded)
+    return known[1]
 
 
 def read_into(images: Images, folder: Path) -> Iterator[Progress]:

@@ -150,6 +150,7 @@ class KeptImages(ABC):
         log.info("%s", source.words)
         _LOADED.clear()
         _LOADED[self] = made if source.captions is None else captioned(made, source.captions)
+        _READ[self] = _LOADED[self].digest
 
 
 def _keep(source: Source, kept: Path, train: int) -> Iterator[Progress]:
@@ -204,6 +205,14 @@ def _in_two(pixels: npt.NDArray[np.float32], source: Source, train: int, digests
 _KEPT: dict[KeptImages, Path] = {}
 _LOADED: dict[KeptImages, ImageSet] = {}
 """The set read last."""
+_READ: dict[KeptImages, str] = {}
+"""Digest of what each was when it was read last."""
+
+
+def read_last(images: Any) -> str | None:
+    """Digest of what was read last of these images, or of those that they are a part of; None where nothing was, or nobody keeps it."""
+    inner = getattr(images, "images", None)
+    return _READ.get(images) if inner is None else read_last(inner)
 
 
 def counted(classes: Sequence[str], labels: npt.NDArray[np.int64]) -> str:

@@ -400,9 +400,11 @@ class LoadedAdditive:
         inner, name = self.recipe.base.metrics[0], self.recipe.metrics[0]
         # Linear in the table's scores, so its jackknife replicates are the same sum of theirs.
         terms = [(sign / len(sums), score) for part in sums for sign, score in part]
-        label = f"additive {terms[0][1].labels[inner]}, around the {self.recipe.around} net"
+        label = f"additive {terms[0][1].labels.get(inner, inner)}, around the {self.recipe.around} net"
         value = sum(weight * score.values[inner] for weight, score in terms)
-        columns = zip(*(tuple(weight * r for r in score.replicates[inner]) for weight, score in terms), strict=True)
+        columns = zip(
+            *(tuple(weight * r for r in score.replicates.get(inner, ())) for weight, score in terms), strict=True
+        )
         return Score({name: value}, {name: tuple(sum(column) for column in columns)}, spent, {name: label})
 
     def sample(self, schedule: Schedule, count: int, seed: int) -> torch.Tensor:

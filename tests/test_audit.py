@@ -181,6 +181,8 @@ def test_searchers_run_on_the_table_of_a_small_space(tmp_path: Path) -> None:
         if trial.status == "complete":
             assert trial.score is not None
             assert trial.score.values["fd"] == by_digest[trial.digest]
+    relative = Tabular(f"audit/{TABLE}", ("good", "reference"), base=str(tmp_path))
+    assert relative.digest(tmp_path) == table.digest(tmp_path), "whatever folder a worker is in"
     with pytest.raises(UserError, match="audit the whole space"):
         table.load(None, tmp_path)(ToySpace(4).decode((0, 0, 0, 0)), 1, 0)
 

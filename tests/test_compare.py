@@ -266,6 +266,24 @@ def test_a_searcher_of_a_third_party_is_found_by_its_entry_point(
     assert sum(trial.rung == 64 for trial in ledgers["greedy"]) == toy_study().trials
 
 
+def test_the_full_network_is_not_whichever_is_slowest(all_run: Path) -> None:
+    """A narrower one may take longer."""
+    run = Run.open(all_run)
+    name = run.facts["baseline"]
+
+    def slow(trials: Any) -> list[Trial]:
+        return [replace(t, cost={**t.cost, "latency_ms": 10 - 3 * t.cost["macs_share"]}) for t in trials]
+
+    timed = replace(
+        run,
+        facts={**run.facts, "limits": {"latency_ms": 3.5}},
+        ledgers=[(info, slow(trials)) for info, trials in run.ledgers],
+    )
+    uniform = next(trials for info, trials in timed.ledgers if info.searcher == name)
+    assert max(t.cost["latency_ms"] for t in uniform) > 7
+    assert (timed.scale.full, timed.scale.limit) == (7, 0.5)
+
+
 def test_a_limit_in_multiply_adds_is_compared_as_a_share(tiny_study: Study, tiny_run: Path, tmp_path: Path) -> None:
     for part in ("supernet", "features"):
         (tmp_path / part).symlink_to(tiny_run / part)

@@ -30,6 +30,7 @@ from nas.base.exported import ExportError, read_export
 from nas.base.pictures import PictureError
 from nas.contracts import ImageSet, UserError
 from nas.handover.export import export
+from nas.recipes import recipe
 from nas.results.samples import class_by_class
 from nas.study import Study
 from nas.testing import check_evaluator
@@ -104,6 +105,30 @@ def test_agreement_is_the_share_that_the_judge_puts_into_their_class(labelled_ru
     assert score.values["disagreement"] == pytest.approx(float((seen != asked).double().mean()))
     with pytest.raises(UserError, match=r"give it conditions=Labels\(images\)"):
         Agreement(images)
+
+
+@recipe
+class Relabelled:
+    """Digits that somebody else numbered, or nobody."""
+
+    classes: int
+
+    def load(self) -> ImageSet:
+        images = Digits().load()
+        assert images.labels is not None
+        labels = images.labels % self.classes if self.classes else None
+        return replace(images, labels=labels, digest=f"digits in {self.classes}")
+
+
+def test_agreement_by_a_judge_that_knows_no_such_classes_is_refused(tmp_path: Path) -> None:
+    labels = Labels(Digits())
+    unlabelled = Agreement(Relabelled(0), rungs=(32, 64), conditions=labels)
+    for check in (unlabelled.check, lambda: list(unlabelled.prepare(tmp_path, 0, "cpu"))):
+        with pytest.raises(UserError, match=r"have no labels, by which a judge learns"):
+            check()
+    fewer = Agreement(Relabelled(7), rungs=(32, 64), conditions=labels)
+    with pytest.raises(UserError, match="asks for class 9, and the judge's images have the classes 0 to 6"):
+        list(fewer.prepare(tmp_path, 0, "cpu"))
 
 
 def test_several_scores_of_the_same_samples_cost_their_samples_once(labelled_run: Path) -> None:

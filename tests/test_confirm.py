@@ -232,6 +232,21 @@ def test_judges_look_at_images_that_the_search_did_not_see(tiny_study: Study) ->
         judges_of(tiny_study)
 
 
+def test_judges_sample_as_the_study_does(tiny_study: Study) -> None:
+    """Whichever score of it says how."""
+    given: dict[str, Any] = {"rungs": (32, 64), "precision": "bfloat16", "batch": 4, "reuse_bytes": 2**20}
+    for score in (
+        KernelDistance(HeldOutHalf(IMAGES, "first"), **given),
+        Scores((TeacherDistance(IMAGES, **given),)),
+        Frechet(HeldOutHalf(IMAGES, "first"), **given),
+    ):
+        judges, _ = judges_of(
+            replace(tiny_study, images=IMAGES, evaluator=score, objectives=(score.metrics[0], "macs"))
+        )
+        told = given if not isinstance(score, Scores) else {name: v for name, v in given.items() if name != "batch"}
+        assert all(getattr(judge.evaluator, name) == value for judge in judges for name, value in told.items())
+
+
 def test_a_file_of_statistics_is_no_held_out_images(tiny_study: Study, tmp_path: Path) -> None:
     """Nobody knows of which images it is."""
     given = Frechet(Digits(), PixelComponents(), rungs=(32, 64), reference=str(tmp_path / "stats.npz"))

@@ -6,6 +6,7 @@ import os
 import random
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 import evaluators.kept
 from evaluators.datasets import DatasetFolder, TorchDataset
-from evaluators.images import ImageFolder
+from evaluators.images import HeldOutHalf, ImageFolder, load_once
 from evaluators.kept import KeptImages, Source
 from nas.base.files import partial_of
 from nas.contracts import UserError
@@ -142,6 +143,27 @@ def test_other_labels_are_another_data_set(tmp_path: Path) -> None:
     assert after.labels is not None
     assert alone.labels is not None
     assert after.labels.tolist() == alone.labels.tolist()
+
+
+def test_of_two_data_sets_of_one_name_each_is_itself(tmp_path: Path) -> None:
+    """In one process, as in a notebook, where what was read last is at hand."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    small, whole = (TorchDataset(dataset=list(pixels[:count]), name="mine", size=8) for count in (20, 40))
+    for recipe, count in ((small, 20), (whole, 40)):
+        list(recipe.prepare(tmp_path / f"{count}"))
+        assert len(recipe.load()) == len(load_once(recipe)) == count
+
+
+def test_what_is_read_anew_for_another_run_is_what_scores_look_at(folder: Path, tmp_path: Path) -> None:
+    for number in range(48):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(folder / f"further {number}.png")
+    recipe = ImageFolder(str(folder), size=8)
+    halves = HeldOutHalf(replace(recipe, holdout=0.5), "first")
+    for part in ("one", "two"):
+        for images in (recipe, halves):
+            list(images.prepare(tmp_path / part))
+            assert load_once(images).digest == images.load().digest
+        Image.fromarray(np.full((8, 8, 3), 7, np.uint8)).save(folder / "one more.png")
 
 
 @pytest.mark.parametrize("form", ["picture", "bytes", "channels first", "floats"])
@@ -309,7 +331,24 @@ def test_an_item_that_cannot_be_read_is_named(error: Exception) -> None:
         def __getitem__(self, place: int) -> Any:
             if place == 2:
                 raise error
-            return np.zeros((8, 8, 3), np.uint8)
+            return np.zeros((8, 8, 3), np.uint8), 0
 
-    with pytest.raises(UserError, match=rf"item 2 of mine cannot be read \({type(error).__name__}"):
-        TorchDataset(dataset=Damaged(), name="mine", size=8).load()
+    for labels in (False, True):
+        with pytest.raises(UserError, match=rf"item 2 of mine cannot be read \({type(error).__name__}"):
+            TorchDataset(dataset=Damaged(), name="mine", size=8, labels=labels).load()
+
+
+@pytest.mark.parametrize(
+    "item", [{"image": np.zeros((8, 8, 3), np.uint8), "label": 1}, (np.zeros((8, 8, 3), np.uint8), torch.ones(3))]
+)
+def test_an_item_without_the_number_of_its_class_is_named(item: Any) -> None:
+    with pytest.raises(UserError, match="item 0 of mine has no label"):
+        TorchDataset(dataset=[item] * 20, name="mine", size=8, labels=True).load()
+
+
+def test_tensors_of_every_kind_are_images() -> None:
+    """Half of the usual precision, and with a gradient."""
+    of = lambda tensor: TorchDataset(dataset=[tensor] * 20, name="mine", size=8).load().pixels  # noqa: E731
+    plain = torch.linspace(0, 1, 3 * 64).reshape(3, 8, 8).bfloat16()
+    assert np.array_equal(of(plain), of(plain.float()))
+    assert np.array_equal(of(plain.float().requires_grad_()), of(plain.float()))

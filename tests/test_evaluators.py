@@ -33,6 +33,7 @@ from evaluators.images import Digits, ImageArray
 from evaluators.proxies import (
     Additive,
     DenoisingLoss,
+    LoadedAdditive,
     TeacherDistance,
     TeacherFrechet,
     TeacherSimilarity,
@@ -42,7 +43,7 @@ from evaluators.proxies import (
 from evaluators.sampling import DDIM, DDPM, initial_noise, sample, step_noise, trajectory
 from evaluators.scoring import BLOCKS, mean_with_replicates
 from evaluators.teacher import NetworkAgreement, NetworkFrechet, TeacherPerceptual
-from nas.contracts import Evaluator, Schedule, Step, UserError, jackknife_error
+from nas.contracts import Evaluator, Schedule, Score, Step, UserError, jackknife_error
 from nas.testing import check_evaluator
 from search_spaces.intervals import leading, quadratic, uniform
 from search_spaces.stepwise import Stepwise
@@ -488,6 +489,21 @@ def test_the_additive_table_is_exact_where_one_interval_differs(tiny_net: Elasti
     assert additive(schedule, 40, 0).spent == {}
     with pytest.raises(UserError, match="hold 2 steps, the schedule has 3"):
         Additive(base, (1, 1)).load(net, tiny_run)(schedule, 40, 0)
+
+
+def test_scores_without_labels_or_errors_are_added_up(tiny_net: Elastic, tiny_run: Path) -> None:
+    """As evaluators of a third party give them."""
+
+    class Bare:
+        supernet = tiny_net.load(tiny_run / "supernet", "cpu")
+
+        def sampler_of(self, schedule: Schedule) -> Any: ...
+
+        def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
+            return Score({"fd": 0.25})
+
+    found = LoadedAdditive(Additive(Frechet(Digits(), **SMALL), (1, 1, 1)), Bare())  # type: ignore[arg-type]
+    assert found(full_schedule(tiny_net, uniform(3)), 40, 0).values == {"additive_fd": 0.25}
 
 
 def test_what_reuses_is_added_up_where_it_can_be(tiny_run: Path, tiny_net: Elastic) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from nas.results.audit import TABLE
+from nas.results.page import _audit
 from tests.test_cli import nas
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -250,6 +252,24 @@ def test_a_second_report_books_nothing_twice(page: Path) -> None:
     before = booked()
     assert nas("report", page.parents[2] / "study.py", "--out", run, "-q").returncode == 0
     assert booked() == before
+
+
+def test_the_picture_of_an_audit_shows_the_schedules_that_its_words_are_of(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table may hold a larger audit's, too."""
+    run = tmp_path / "run"
+    shutil.copytree(page.parents[1], run)
+    table = run / "audit" / TABLE
+    facts = json.loads((run / "audit" / "audit.json").read_text())
+    [*_, last] = table.read_text().splitlines()
+    with table.open("a") as file:
+        file.write(json.dumps({**json.loads(last), "digest": "another", "genome": [9]}) + "\n")
+    drawn: list[Any] = []
+    monkeypatch.setattr("nas.results.page.draw_audit", lambda rows, facts, path: drawn.append(rows))
+    monkeypatch.setattr("nas.results.page._inline", lambda path: "")
+    assert _audit(run, tmp_path, "fd") is not None
+    assert {row["digest"] for row in drawn[0]} == {*facts["of"]}
 
 
 @pytest.mark.parametrize("left", ["", '{"schedules": 12,'])

@@ -67,7 +67,7 @@ def audit(
         follow(bars, session.on_one_thread(measure(study, folder, schedules, device, pool)))
     rows = read_table(folder / "audit" / TABLE, set(audited), study.objectives[0])
     facts = summary(rows)
-    write_json(folder / "audit" / "audit.json", facts)
+    write_json(folder / "audit" / "audit.json", {**facts, "of": sorted(row["digest"] for row in rows)})
     picture = folder / "audit" / "audit.png"
     draw_audit(rows, facts, picture)
     if as_json:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
@@ -172,3 +174,21 @@ def follow(bars: Progress | Lines, ticks: Iterator[Tick]) -> Any:
         close = getattr(ticks, "close", None)
         if close is not None:
             close()
+
+
+class Naming:
+    """Follows ticks; before the first of all, when nothing has refused the folder, it says which that is."""
+
+    def __init__(self, bars: Any, folder: Path | None) -> None:
+        self._bars, self._folder = bars, folder
+
+    def __call__(self, ticks: Iterator[Tick]) -> Any:
+        return follow(self._bars, self._named(ticks))
+
+    def _named(self, ticks: Iterator[Tick]) -> Iterator[Tick]:
+        with closing(ticks):  # type: ignore[type-var]
+            for tick in ticks:
+                if self._folder is not None:
+                    notes.print(f"run folder: {self._folder}", highlight=False, soft_wrap=True)
+                    self._folder = None
+                yield tick

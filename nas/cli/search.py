@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import closing, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -31,9 +30,9 @@ from nas.cli.options import (
     waiting,
     worker_pool,
 )
-from nas.cli.progress import SearchBar, follow, progress_bars
+from nas.cli.progress import Naming, SearchBar, follow, progress_bars
 from nas.cli.terminal import notes, out, print_comparison, print_forecast, print_outline, print_status
-from nas.contracts import Progress, UserError
+from nas.contracts import UserError
 
 if TYPE_CHECKING:
     from nas.study import Study
@@ -148,7 +147,7 @@ def run(
     started = time.monotonic()
     with resumable(folder):
         with progress_bars(quiet) as bars:
-            naming = _Naming(bars, None if quiet else folder)
+            naming = Naming(bars, None if quiet else folder)
             show = Show(naming, partial(SearchBar, bars, objective=study.objectives[0]), pool, waiting)
             opened = StudyRun(study, folder, storage, device, show, study_file)
             if weights_from is not None:
@@ -199,24 +198,6 @@ def _dry_run(
             print_json(facts)
     if "here" in facts and in_words:
         print_forecast(facts["here"], device)
-
-
-class _Naming:
-    """Follows ticks; before the first of all, when nothing has refused the folder, it says which that is."""
-
-    def __init__(self, bars: Any, folder: Path | None) -> None:
-        self._bars, self._folder = bars, folder
-
-    def __call__(self, ticks: Iterator[Progress]) -> Any:
-        return follow(self._bars, self._named(ticks))
-
-    def _named(self, ticks: Iterator[Progress]) -> Iterator[Progress]:
-        with closing(ticks):  # type: ignore[type-var]
-            for tick in ticks:
-                if self._folder is not None:
-                    notes.print(f"run folder: {self._folder}", highlight=False, soft_wrap=True)
-                    self._folder = None
-                yield tick
 
 
 def repair(run_dir: RunDir, as_json: JsonOption = False) -> None:

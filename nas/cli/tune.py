@@ -21,7 +21,7 @@ from nas.cli.options import (
     resumable,
     worker_pool,
 )
-from nas.cli.progress import SearchBar, follow, progress_bars
+from nas.cli.progress import Naming, SearchBar, progress_bars
 from nas.cli.terminal import notes, out
 from nas.contracts import UserError
 
@@ -167,13 +167,13 @@ def tune(
     with on_workers(pool):
         for asked, count, target in zip(each, counts, targets, strict=True):
             folder = (runs / f"{count}-{measure}-{wanted.limit:g}").resolve()
-            if not quiet:
-                notes.print(f"run folder: {folder}", highlight=False, soft_wrap=True)
             beside = made[-1].folder if made else None
             # A first try at another number of steps.
             also = next((read_file(one.schedule) for one in reversed(made) if one.schedule), None)
             with resumable(folder), progress_bars(quiet or as_json) as bars:
-                show = Show(partial(follow, bars), partial(SearchBar, bars, objective=LOSS), pool)
+                show = Show(
+                    Naming(bars, None if quiet or as_json else folder), partial(SearchBar, bars, objective=LOSS), pool
+                )
                 found = search(asked, folder, show, device, plan, beside, also)
                 by_hand = write_study
                 if by_hand is not None and several:

@@ -71,7 +71,7 @@ def judges_of(study: Study) -> tuple[tuple[Judge, ...], bool]:
     found = _features(study.evaluator)
     images = study.images if found is None else found.images
     features = SmallClassifier() if found is None else found.features
-    own = found if isinstance(found, Frechet) else Frechet(images, features, **_sampling(study.evaluator))
+    own = found if isinstance(found, Frechet) else Frechet(images, features, **_sampling(found or study.evaluator))
     # Every part of the score decided what was chosen, not the distance alone.
     looked = [one.images for one in _inside(study.evaluator) if isinstance(one, LOOKING)]
     first = [isinstance(one, HeldOutHalf) and one.half == "first" for one in looked]
@@ -117,6 +117,6 @@ def _inside(evaluator: Any) -> Iterator[Any]:
 
 
 def _sampling(evaluator: Any) -> dict[str, Any]:
-    """How a score of another kind samples."""
-    told = {name: getattr(evaluator, name, None) for name in ("sampler", "conditions")}
+    """How a score of another kind samples, as far as it says."""
+    told = {one.name: getattr(evaluator, one.name, None) for one in fields(Sampled)}
     return {"rungs": tuple(evaluator.rungs), **{name: value for name, value in told.items() if value is not None}}

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -331,11 +331,16 @@ def _regret(mine: Array, judge: Array, bands: npt.NDArray[np.int64]) -> float | 
 class Tabular:
     """An evaluator that looks scores up in the table of an audit: searchers run against it without any network.
 
-    `path`: a `scores.jsonl`. `columns`: which of its scores stands for each rung, the cheapest first.
+    `path`: a `scores.jsonl`, relative to where the study was read. `columns`: which of its scores stands for each rung, the cheapest first.
     """
 
     path: str
     columns: tuple[str, ...] = REFERENCES
+    base: str = field(default_factory=os.getcwd, repr=False, compare=False, kw_only=True)
+
+    @property
+    def file(self) -> Path:
+        return Path(self.base) / Path(self.path).expanduser()
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -349,7 +354,7 @@ class Tabular:
         return {"class": "Tabular", "columns": self.columns}
 
     def digest(self, folder: Path) -> str:
-        return digest_of({**self.describe(), "table": hashlib.sha256(Path(self.path).read_bytes()).hexdigest()})
+        return digest_of({**self.describe(), "table": hashlib.sha256(self.file.read_bytes()).hexdigest()})
 
     def prepare(self, folder: Path, seed: int, device: str) -> Iterator[Progress]:
         yield from ()
@@ -362,14 +367,14 @@ class _LoadedTabular:
     def __init__(self, recipe: Tabular, supernet: Any) -> None:
         self.supernet = supernet
         self._recipe = recipe
-        self._rows = {row["digest"]: row for row in read_table(Path(recipe.path)) if row["scores"]}
+        self._rows = {row["digest"]: row for row in read_table(recipe.file) if row["scores"]}
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
         """Raises UserError for a schedule that the table does not hold."""
         row = self._rows.get(schedule.digest)
         if row is None:
             raise UserError(
-                f"schedule {schedule.digest} is not among the {len(self._rows)} of {self._recipe.path}; audit the whole space"
+                f"schedule {schedule.digest} is not among the {len(self._rows)} of {self._recipe.file}; audit the whole space"
             )
         score = Score.from_json(row["scores"][self._recipe.columns[rung - 1]])
         name = "fd" if "fd" in score.values else next(iter(score.values))

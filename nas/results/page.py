@@ -280,6 +280,8 @@ def _audit(run: Path, folder: Path, objective: str) -> dict[str, Any] | None:
         rows = read_table(run / "audit" / TABLE, objective=objective)
     except (ValueError, UserError):  # the report is of the search, and does without
         return None
+    # The table may hold those of another audit, of more schedules, too.
+    rows = [row for row in rows if row["digest"] in facts.get("of", [row["digest"]])]
     audited = {name for row in rows for name in row["scores"]}
     if not {proxy["proxy"] for proxy in facts["proxies"]} <= audited:  # the table of another audit, which is not done
         return None

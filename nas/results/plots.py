@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from nas.contracts import SAMPLER, Trial
 from nas.results.report import Scale
-from nas.results.trials import against, verified_front
+from nas.results.trials import against, full_network, verified_front
 
 INK = "#0a0b0c"
 """What is neither data nor ground; a page that shows a picture replaces it by its own ink."""
@@ -249,10 +249,10 @@ def _draw_scores(axes: Axes, ledgers: Mapping[str, Sequence[Trial]], facts: Mapp
                 label="one option for all steps",
                 zorder=2,
             )
-            if x[-1] == 1:
-                full = min(value for place, value in zip(x, y, strict=True) if place == 1)  # guided as does it best
-                axes.axhline(full, color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
-                axes.annotate("full network", (1, full), (0, -14), textcoords="offset points", ha="right", fontsize=9)
+            if (full := full_network(trials, quality)) is not None:
+                [height] = full.objectives((quality,))
+                axes.axhline(height, color=_BASELINE_COLOUR, linewidth=0.8, linestyle=":", zorder=1)
+                axes.annotate("full network", (1, height), (0, -14), textcoords="offset points", ha="right", fontsize=9)
             continue
         colour, (marker, size, line) = next(colours), next(forms)
         axes.plot(x, y, marker, color=colour, alpha=0.25, markersize=4)

@@ -134,13 +134,15 @@ class Run:
 
     @cached_property
     def scale(self) -> Scale:
-        """What its schedules are compared by. The full net takes what the dearest uniform schedule takes."""
+        """What its schedules are compared by. The full net's is what it takes at all steps, guided where that is possible."""
         limits = self.facts["limits"]
         uniform = [t for info, trials in self.ledgers for t in trials if info.searcher == self.facts["baseline"]]
         known = uniform or [t for _, trials in self.ledgers for t in trials]
         for words, cost in (("time", LATENCY), ("MACs", "macs")):
             if cost in limits:
-                full = max((t.cost[cost] for t in known), default=limits[cost])
+                # In milliseconds a narrower network may take longer.
+                whole = [t for t in known if t.cost["macs_share"] == 1] or known
+                full = max((t.cost[cost] for t in whole), default=limits[cost])
                 return Scale(words, cost, full, limits[cost] / full)
         return Scale("MACs", "macs_share", 1.0, limits.get("macs_share"))
 

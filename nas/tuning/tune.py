@@ -129,7 +129,8 @@ def _tune(
         apart,
         len(trials),
         {
-            "samples": sum(t.score.spent.get("macs", 0.0) for t in trials if t.score) / study.full["macs"],
+            "samples": sum(t.score.spent.get("macs", 0.0) for t in trials if t.score)
+            / (study.full["macs"] * (wanted.full_steps or wanted.steps) / wanted.steps),
             "seconds": sum(t.score.spent.get("seconds", 0.0) for t in trials if t.score),
         },
         milliseconds,
