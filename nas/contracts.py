@@ -206,6 +206,11 @@ class Score:
         return cls(data["values"], replicates, data["spent"], data["labels"])
 
 
+def plain(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """With Python's own numbers, which a ledger can hold, for those of numpy or torch."""
+    return {name: getattr(number, "item", lambda number=number: number)() for name, number in numbers.items()}
+
+
 def jackknife_error(replicates: Sequence[float]) -> float:
     """sqrt((B-1)/B * sum (r_b - mean)^2) over B delete-a-block replicates; NaN for fewer than two."""
     count = len(replicates)

@@ -127,8 +127,16 @@ class StudyRun:
     ) -> None:
         """Prepares what is missing, scores the baseline, runs these searchers of the study, its first by default, each with `seeds` seeds from `seed` on, and scores
         the best of each budget once more, on noises on which nothing was chosen. `trials`: proposals, the study's by default. `workers`: Ray workers, or none. `patience`: a search ends early
-        after so many schedules in a row that leave its front, on the first rung's samples, as it was."""
+        after so many schedules in a row that leave its front, on the first rung's samples, as it was. Raises UserError for fewer than one of these, and where calls are timed
+        on another device than workers have."""
+        for name, number in {"trials": trials, "seeds": seeds, "patience": patience}.items():
+            if number is not None and number < 1:
+                raise UserError(f"{name}={number}: give 1 or more, or leave it out")
         pool = _pool(workers, self.device) or self.show.workers
+        if pool is not None and pool.gpus and self.study.limits_time and not self.device.startswith("cuda"):
+            raise UserError(
+                f"calls are timed on the device {self.device}, but workers with GPUs compute on cuda; give the device cuda too"
+            )
         names = [name for name in (searchers or self.study.searchers) if name != BASELINE]
         for name in names:
             self.study.searcher(name)

@@ -448,9 +448,8 @@ def load_study(file: str | Path) -> Study:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     # An empty entry means the folder that one is in, which is another one while the file runs.
-    sys.path[:] = [entry or str(Path.cwd()) for entry in sys.path]
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
+    sys.path[:] = [str(path.parent), *(e or str(Path.cwd()) for e in sys.path if e != str(path.parent))]
+    _forget_namesakes(path.parent)
     try:
         with chdir(path.parent):
             spec.loader.exec_module(module)
@@ -469,6 +468,23 @@ def load_study(file: str | Path) -> Study:
     if not isinstance(study, Study):
         raise UserError(f"{path} defines no `study`; it must hold `study = Study(...)`")
     return study
+
+
+_FOLDERS: set[Path] = set()
+"""Whose studies were loaded, and may have imported their neighbours."""
+
+
+def _forget_namesakes(folder: Path) -> None:
+    """Of the neighbours that studies of other folders have imported, those that have namesakes in this one."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file is None or "." in name or name.startswith("nas_study_"):
+            continue
+        theirs = Path(file).parent.parent if Path(file).name == "__init__.py" else Path(file).parent
+        if theirs in _FOLDERS - {folder} and ((folder / f"{name}.py").exists() or (folder / name).is_dir()):
+            for one in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
+                del sys.modules[one]
+    _FOLDERS.add(folder)
 
 
 def _line_of(error: BaseException, path: Path) -> str:

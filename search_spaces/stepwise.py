@@ -459,6 +459,8 @@ class Stepwise:
                 mine = arch.replace(expert=expert) if expert else arch
                 by = self._guided_by(guide, mine)
                 whole = Step(0, mine, (), by)
+                if first and place == 0 and self._holds:  # a later interval may hold what it predicts
+                    self._held(price, arch, expert, guide)
                 reused = Step(0, mine, self._reused(arch, computed), by) if computed else whole
                 if before == expert:
                     total += price(reused)
@@ -471,6 +473,12 @@ class Stepwise:
                 # Of whichever subnet ran last, guided as it was: one of another interval is priced there.
                 total += max(self._held(price, arch, expert, guide) for expert in distinct)
         return total
+
+    @cached_property
+    def _holds(self) -> bool:
+        """Whether a step of some interval may hold a prediction."""
+        every = (pattern.steps(count) for pattern in self.patterns for count in self.intervals)
+        return not self.deterministic and any(() in steps for steps in every)
 
     def _held(self, price: Price, arch: Arch, expert: str, guide: Guidance | None) -> int:
         """Of a step that holds what a whole call of this subnet predicted, which is priced along."""

@@ -115,6 +115,33 @@ def test_a_run_that_is_killed_while_it_tries_a_streak_again_goes_on_with_the_res
     assert again == bad[1:]
 
 
+@pytest.mark.parametrize("under_way", [False, True])
+def test_a_second_attempt_is_no_sign_that_a_run_has_ended(under_way: bool, tmp_path: Path) -> None:
+    """Of two that fail for good and one that fails once, a run that goes on knows what the one that was stopped knew."""
+    study = toy_study(space__genes=3)
+    ledger = Ledger(open_storage(tmp_path, writing=True), study.ledger_info(tmp_path, "random", 0), study.problem)
+    bad, worse, once = (0, 0, 0), (1, 1, 1), (2, 0, 0)
+
+    def opened(genome: tuple[int, ...], **origin: Any) -> int:
+        return ledger.open(Proposal(genome, origin), study.space.decode(genome), 64).number
+
+    first: dict[tuple[int, ...], int] = {}
+    for genome in (bad, worse, bad, worse, once):
+        number = opened(genome, **({"retry": first[genome]} if genome in first else {}))
+        first.setdefault(genome, number)
+        ledger.fail(number, "out of memory")
+    again = opened(once, retry=first[once])
+    if not under_way:
+        ledger.close(again, Score({"fd": 10.0}))
+    search = RandomSearch(study.problem, 0)
+    conductor = Conductor(ledger, search, study.problem, Ladder((64, 256), ("fd", "macs"), 30, 5), 0)
+    assert {bad, worse} <= search._told
+    job = conductor.next()
+    assert isinstance(job, Job)
+    assert (job.trial.number == again) is under_way
+    assert "retry" not in job.trial.origin or under_way
+
+
 def test_who_cannot_be_verified_keeps_nobodys_place(tmp_path: Path) -> None:
     """The next takes it, so that as many are verified as were asked for."""
     study = toy_study(space__genes=6, trials=40, verified=3)

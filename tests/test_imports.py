@@ -57,6 +57,19 @@ def test_a_study_file_that_imports_from_a_former_place_is_told_the_present_one(o
         load_study(file)
 
 
+def test_each_study_imports_its_own_neighbours(tmp_path: Path) -> None:
+    """In one process, as in a notebook."""
+    for name, trials in (("one", 7), ("two", 9)):
+        (tmp_path / name / "kit").mkdir(parents=True)
+        (tmp_path / name / "kit" / "__init__.py").write_text("from kit.numbers import TRIALS\n")
+        (tmp_path / name / "kit" / "numbers.py").write_text(f"TRIALS = {trials}\n")
+        (tmp_path / name / "parts.py").write_text("from kit import TRIALS\n")
+        (tmp_path / name / "study.py").write_text(
+            "from parts import TRIALS\nfrom tests.toy import toy_study\nstudy = toy_study(trials=TRIALS)\n"
+        )
+    assert [load_study(tmp_path / name / "study.py").trials for name in ("one", "two", "one")] == [7, 9, 7]
+
+
 @pytest.mark.parametrize("first", ["import nas", "import evaluators.frechet", "import search_spaces.supernet"])
 def test_a_cpu_is_used_well_whatever_is_imported_first(first: str) -> None:
     """Threads that wait sleep, or training on all cores slows down many times over as soon as anything else wants one; compiled kernels are kept. OpenMP

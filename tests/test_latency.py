@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -19,7 +20,7 @@ from evaluators.scoring import Scores
 from nas.contracts import Schedule, Step, UserError
 from nas.engine.session import open_session
 from nas.genomes.genetics import cheapest, dearest, exact_cost
-from nas.genomes.timed import TimedSpace, calls, key
+from nas.genomes.timed import TimedSpace, calls, key, timed
 from nas.results.plots import draw_scores
 from nas.results.report import Run
 from nas.results.trials import best_within, cost_in_words
@@ -27,9 +28,10 @@ from nas.study import Study
 from nas.testing import check_evaluator
 from search_spaces.intervals import uniform
 from search_spaces.options import Options
-from search_spaces.patterns import Every
+from search_spaces.patterns import Every, Only
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
+from tests.conftest import TINY
 from tests.test_reuse import DEEP_NET
 
 SETTINGS = Latency(batch=8, repeats=5, warmup=1)
@@ -209,11 +211,28 @@ def test_the_best_within_a_time_is_found_measured_or_limited(tiny_study: Study, 
 def test_a_schedule_costs_what_its_calls_take() -> None:
     space = Stepwise(DEEP_NET, uniform(6), (6,), Options((1.0,)), patterns=(Every(1), Every(2), Every(3)))
     times = {key(step): 1.0 if not step.reuse else 0.9 for step in calls(space)}
-    timed = TimedSpace(space, times)
+    known = TimedSpace(space, times)
     for genome in ((0,), (1,), (2,)):
         running = sum(times[key(step)] for step in space.decode(genome).steps)
-        assert exact_cost(timed, genome) == round(running * 1e6)
+        assert exact_cost(known, genome) == round(running * 1e6)
         assert exact_cost(space, genome) == space.cost(genome)["macs"]
+
+
+def test_what_an_interval_of_one_step_predicts_may_be_held_by_the_next() -> None:
+    """Though no later one runs its subnet."""
+    net, options = Elastic(dict(TINY), (0.5, 1.0)), (Options((1.0,)), Options((0.5,)))
+    space = Stepwise(net, uniform(4), (1, 3), options, patterns=(Every(1), Only(())), deterministic=False)
+    known = TimedSpace(space, {key(step): 1.0 for step in calls(space)})
+    for genome in itertools.product(*(range(len(choice.options)) for choice in space.choices)):
+        assert known.cost(genome)["latency_ms"] > 0
+
+
+@pytest.mark.parametrize("left", ["{", "[]", '{"device": "cpu"}', '{"device": 3, "milliseconds": {}}'])
+def test_a_damaged_file_of_times_is_told_in_a_line(left: str, tmp_path: Path) -> None:
+    space = Stepwise(DEEP_NET, uniform(6), (6,), Options((1.0,)), patterns=(Every(1), Every(2)))
+    (tmp_path / "times.json").write_text(left)
+    with pytest.raises(UserError, match=r"times.json .*delete it"):
+        timed(space, tmp_path)
 
 
 def test_times_of_calls_that_a_space_never_makes_are_nothing_to_it() -> None:

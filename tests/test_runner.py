@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from optuna.samplers import RandomSampler
 from optuna.samplers._tpe.sampler import default_weights
@@ -283,6 +284,27 @@ def test_a_schedule_is_paid_for_once(tmp_path: Path) -> None:
         assert first.score is not None
         assert first.score.spent["macs"] > 0
         assert all(t.score is not None and not t.score.spent for t in others)
+
+
+def test_costs_of_another_librarys_numbers_are_booked(tmp_path: Path) -> None:
+    """As of a space that adds up its own tables."""
+
+    @dataclass(frozen=True)
+    class Summed(ToySpace):
+        def cost(self, genome: Any) -> Any:
+            return {name: np.float32(value) for name, value in super().cost(genome).items()} | {
+                "macs": sum(table[gene] for table, gene in zip(self.interval_costs(), genome, strict=True))
+            }
+
+    trials = run(replace(toy_study(trials=6), space=Summed(genes=3)), tmp_path, "random")
+    assert all(type(value) in (int, float) for trial in trials for value in trial.cost.values())
+
+
+@pytest.mark.parametrize("given", [{"trials": 0}, {"trials": -5}, {"seeds": 0}, {"patience": 0}])
+def test_fewer_than_one_of_something_is_refused(given: dict[str, int], tmp_path: Path) -> None:
+    [(name, number)] = given.items()
+    with pytest.raises(UserError, match=f"{name}={number}: give 1 or more"):
+        StudyRun(toy_study(), tmp_path).search("random", **given)  # type: ignore[arg-type]
 
 
 def test_the_baseline_ignores_the_limits_and_says_that_it_breaks_them(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,7 @@ from benchmarks.postgres import installed, server
 from nas.contracts import UserError
 from nas.engine.ledger import read_ledgers
 from nas.engine.session import open_session
-from nas.engine.storage import close_storage, kept_url, open_storage, shown_url
+from nas.engine.storage import check_answers, close_storage, kept_url, open_storage, shown_url
 from nas.engine.writers import only_writer
 from nas.results.report import Run
 from tests.test_cli import nas as command
@@ -130,6 +131,24 @@ def test_a_row_that_nobody_renews_is_free(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setattr(nas.engine.writers, "STALE", 0.0)
         with only_writer(url, "a"):
             pass
+
+
+def test_a_process_of_another_container_is_not_taken_for_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the machine's name, and a number that no process has here."""
+    url = f"sqlite:///{tmp_path}/shared.db"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    monkeypatch.setattr(nas.engine.writers, "_who", lambda: f"process {gone.pid} on {socket.gethostname()}")
+    monkeypatch.setattr(nas.engine.writers, "_namespace", lambda: ":17")
+    with only_writer(url, "a"):
+        monkeypatch.undo()
+        with pytest.raises(UserError, match=f"is being written by process {gone.pid} on"), only_writer(url, "a"):
+            pass
+
+
+def test_a_file_below_the_home_folder_is_written_out() -> None:
+    with pytest.raises(UserError, match=r"sqlite:///~/nas.db begins with ~"):
+        check_answers("sqlite:///~/nas.db")
 
 
 RUN = """

@@ -140,10 +140,6 @@ def run(
             pass
         return
     pool = worker_pool(workers, gpus_per_worker, ray_address, device)
-    if study.limits_time and gpus_per_worker and not device.startswith("cuda"):
-        raise UserError(
-            f"calls are timed on --device {device}, but workers with GPUs compute on cuda; give --device cuda too"
-        )
     started = time.monotonic()
     with resumable(folder):
         with progress_bars(quiet) as bars:

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from nas.contracts import Problem, Proposal, Schedule, Score, Status, Trial, UserError
+from nas.contracts import Problem, Proposal, Schedule, Score, Status, Trial, UserError, plain
 from nas.engine.journal import AGAIN
 from nas.study import LedgerInfo, noise_of
 
@@ -85,8 +85,7 @@ class Ledger:
         """Writes a RUNNING trial. From here a crash loses nothing."""
         self._check()
         genome = tuple(int(gene) for gene in proposal.genome)
-        cost = dict(self._problem.space.cost(genome))
-        violations = self._problem.violations(genome)
+        cost, violations = (plain(of) for of in (self._problem.space.cost(genome), self._problem.violations(genome)))
         digest = schedule.digest
         origin = dict(proposal.origin)
         record = {

@@ -89,6 +89,7 @@ class Conductor:
         not tried since it is tried again. Those of a streak of too few candidates are told, but for one that ended a run. Returned are the numbers of the
         failures that do not count."""
         last = {(trial.digest, trial.rung): trial.number for trial in finished}
+        under_way = [trial for trial in self.ledger.trials if trial.status == "running"]
         streaks: set[int] = set()
         behind = 0
         for failed, group in groupby(finished, lambda trial: trial.status == "failed"):
@@ -96,10 +97,17 @@ class Conductor:
             behind += len(streak)
             if not failed or len(streak) < FAILURES_IN_A_ROW:
                 continue
-            numbers, candidates = {t.number for t in streak}, {(t.digest, t.rung) for t in streak}
-            # A run of few candidates ended with it where it is the last, or what is behind it tries them again.
-            ended = behind == len(finished) or any(t.origin.get("retry") in numbers for t in finished[behind:])
-            if len(candidates) >= FAILURES_IN_A_ROW or ended:
+            first: dict[
+                tuple[str, int], int
+            ] = {}  # failure of each candidate, which is tried again whether a run ended or not
+            for trial in streak:
+                first.setdefault((trial.digest, trial.rung), trial.number)
+            numbers = {trial.number for trial in streak}
+            once, twice = {*first.values()}, numbers - {*first.values()}
+            tried = {trial.origin.get("retry") for trial in (*finished[behind:], *under_way)}
+            # A run of few candidates ended with it where it is the last, but for second attempts, or what is behind it tries them a third time.
+            ended = bool(tried & twice) or (behind == len(finished) and not tried & once)
+            if len(first) >= FAILURES_IN_A_ROW or ended:
                 streaks |= numbers
         for trial in finished:
             if trial.number not in streaks:

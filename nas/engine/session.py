@@ -114,7 +114,9 @@ class Session:
         patient = (wait or (lambda holder: None)) if searcher == BASELINE else None
         ledger = self.ledger(info, problem, patient)
         write_facts(self.study, self.folder, self._url)
-        ladder = Ladder(info.rungs, study.objectives, trials or study.trials, study.verified, patience=patience)
+        ladder = Ladder(
+            info.rungs, study.objectives, study.trials if trials is None else trials, study.verified, patience=patience
+        )
         if searcher == BASELINE:  # all of it, at every rung, whatever the limits
             problem = study.unlimited(self.folder)
             ladder = replace(ladder, trials=len(uniform_genomes(study.space)), everything=True, patience=None)

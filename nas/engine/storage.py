@@ -105,6 +105,10 @@ def check_url(url: str) -> None:
             f"storage {shown_url(url)} is no database URL, such as postgresql+psycopg://user@host:5432/name or sqlite:///file.db; characters such "
             "as '@', ':' and '/' in a password are percent-encoded"
         )
+    if (database := _parts(url).database) and database.startswith("~"):
+        raise UserError(
+            f"storage {shown_url(url)} begins with ~, which no database takes for the home folder; write it out"
+        )
 
 
 def check_answers(url: str) -> None:

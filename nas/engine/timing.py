@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nas.base.files import read_json, write_json
+from nas.base.files import write_json
 from nas.contracts import LoadedSupernet, Progress, SearchSpace, UserError
-from nas.genomes.timed import FILE, Timing, calls, key
+from nas.genomes.timed import FILE, Timing, calls, key, read_times
 
 
 def measure(space: SearchSpace, timing: Timing, net: LoadedSupernet, folder: Path) -> Iterator[Progress]:
@@ -17,7 +17,7 @@ def measure(space: SearchSpace, timing: Timing, net: LoadedSupernet, folder: Pat
     device = timing.timed_on(net)
     kept: dict[str, Any] = {"device": device, "milliseconds": {}}
     if path.exists():
-        kept = read_json(path, "delete it, and calls are timed again")
+        kept = read_times(path)
     if kept["device"] != device:
         raise UserError(
             f"{path} holds times of {kept['device']}, this is {device}; go on as they were taken, or limit searches by new times in another --out"

@@ -109,8 +109,9 @@ class _Row:
         self._engine = engine
         self._connection = connection
         self._ledger = ledger
-        self._me = f"{_who()}, {os.urandom(4).hex()}"
+        self._me = f"{_who()}, {os.urandom(4).hex()}{_namespace()}"
         self._ended = threading.Event()
+        self._lost = False
         self._renewed = time.monotonic()
         connection.execute(
             text(
@@ -139,7 +140,7 @@ class _Row:
         return self._begin() if won.rowcount == 1 else "another writer"
 
     def check(self) -> None:
-        if time.monotonic() - self._renewed > STALE:
+        if self._lost or time.monotonic() - self._renewed > STALE:
             raise UserError(
                 f"ledger {self._ledger} could not be held; the same command goes on once the database answers"
             )
@@ -165,11 +166,24 @@ class _Row:
                 )
                 if done.rowcount == 1:
                     self._renewed = time.monotonic()
+                else:  # another writer has the row
+                    self._lost = True
 
 
 def _gone(holder: str) -> bool:
     """Whether the process was one of this machine and has ended."""
     process, _, rest = holder.removeprefix("process ").partition(" on ")
-    if rest.rpartition(",")[0] != socket.gethostname() or not process.isdigit():
+    machine, _, own = rest.rpartition(", ")
+    if machine != socket.gethostname() or not process.isdigit():
         return False
-    return not is_alive(int(process))
+    # Two containers may share a name, but not the numbers of their processes.
+    elsewhere = ":" in own and own.partition(":")[2] != _namespace().removeprefix(":")
+    return not elsewhere and not is_alive(int(process))
+
+
+def _namespace() -> str:
+    """In which this process has its number, where the system tells, behind a colon."""
+    try:
+        return ":" + "".join(filter(str.isdigit, os.readlink("/proc/self/ns/pid")))
+    except OSError:
+        return ""

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from nas.base.files import read_json
 from nas.contracts import (
     Choice,
     Genome,
@@ -115,4 +116,13 @@ def timed(space: SearchSpace, folder: Path) -> TimedSpace:
     path = folder / FILE
     if not path.exists():
         raise UserError(f"{path} does not exist: `nas run` measures what calls take, for the limit on {LATENCY}")
-    return TimedSpace(space, json.loads(path.read_text())["milliseconds"])
+    return TimedSpace(space, read_times(path)["milliseconds"])
+
+
+def read_times(path: Path) -> dict[str, Any]:
+    """ "device", in words, and "milliseconds" of calls, by `key`. Raises UserError where the file is damaged."""
+    again = "delete it, and calls are timed again"
+    told = read_json(path, again)
+    if not isinstance(told.get("device"), str) or not isinstance(told.get("milliseconds"), dict):
+        raise UserError(f"{path} holds no times of a device; {again}")
+    return told
