@@ -150,6 +150,10 @@ class Partitions:
             raise UserError(
                 f"--count {self.count} intervals cannot be told apart at --grid {self.grid} timesteps; give a grid of as many"
             )
+        if len({len(level) for level in space.net.channels}) > 1:
+            raise UserError(
+                "partitions are compared by one width of the whole network, and its levels have different numbers of channels to choose from; give each level as many, or widths"
+            )
         options = Options(space.net.widths, channels=space.net.channels)
         self.widths = space.net.subnets(options).genes[0].options
         each = space.of_each_step(options)

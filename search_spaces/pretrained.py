@@ -87,6 +87,7 @@ def find(path: str | Path, noise: NoiseSchedule | None = None) -> Found:
         raise UserError(f"{path} is no folder; {remedy}")
     pipeline = folder if (folder / INDEX).is_file() else None
     if pipeline is not None:
+        _check_whole(pipeline)
         folder = _network(pipeline)
     elif (folder.parent / INDEX).is_file():
         pipeline = folder.parent
@@ -138,6 +139,15 @@ def _parts(pipeline: Path) -> dict[str, Any]:
     if left:
         log.info("%s: %s is not needed, and is left out", pipeline, ", ".join(left))
     return parts
+
+
+def _check_whole(pipeline: Path) -> None:
+    """Raises UserError where a further network has a hand in each step, which the network alone would run without."""
+    for name, kind in _parts(pipeline).items():
+        if re.search("ControlNet|Adapter", str(kind)):
+            raise UserError(
+                f"{pipeline} has {name}, a {kind}, which has a hand in each step and is not run here; give the network's own folder, such as {pipeline / 'unet'}, for it alone"
+            )
 
 
 def _autoencoder(pipeline: Path) -> Path | None:

@@ -121,6 +121,10 @@ class TextEncoder:
             raise UserError(
                 f"{self.folder}: tokenizer and text encoder say neither length nor width of a text; {remedy}"
             )
+        if isinstance(said, int) and tokens > said and "d_model" not in configs[0]:
+            raise UserError(
+                f"length={tokens} is more than the {said} tokens that the text encoder of {self.folder} can place; give as many at most"
+            )
         return tokens, sum(widths)
 
     def check(self) -> None:

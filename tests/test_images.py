@@ -18,6 +18,7 @@ from nas.base.pictures import PictureError, read_caption, read_picture
 from nas.contracts import UserError
 from nas.results.samples import to_uint8
 from nas.study import load_study
+from search_spaces.shipped.train_data import read_images
 
 
 def folder_of(path: Path, count: int = 16, size: int = 8, classes: int = 1) -> Path:
@@ -353,3 +354,9 @@ def test_labels_and_channels_of_arrays_are_what_they_should_be(tmp_path: Path) -
         np.savez(tmp_path / "x.npz", **{"images": images, **changes})  # type: ignore[arg-type]
         with pytest.raises(UserError, match=words):
             ImageArray(str(tmp_path / "x.npz")).load()
+
+
+def test_pictures_for_a_network_of_other_channels_are_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, 2)
+    with pytest.raises(PictureError, match="the networks take 4 channels, and pictures have 1 or 3"):
+        next(read_images(folder, 4, (8, 8)))

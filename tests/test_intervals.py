@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations, pairwise, product
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,11 +37,13 @@ from search_spaces.intervals import (
     uniform,
 )
 from search_spaces.noise import NoiseSchedule
-from search_spaces.partitions import best_schedule
+from search_spaces.partitions import Partitions, best_schedule
+from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from search_spaces.training import Sandwich
 from search_spaces.training.optimiser import Batches
 from search_spaces.training.similarity import GradientSimilarity
+from tests.conftest import TINY
 from tests.toy import toy_study
 
 VALUES = arrays(np.float64, st.tuples(st.integers(2, 7), st.just(2)), elements=st.integers(-9, 9).map(float))
@@ -74,6 +78,15 @@ def test_blocks_of_similar_timesteps_are_found_and_counted() -> None:
     assert error == pytest.approx(0.0)
     assert elbow([cost for _, cost in found]) == 3
     assert dissimilarity(affinity)[2, 5] == pytest.approx(8 / 4)  # two pairs of halves differ, both ways
+
+
+def test_levels_of_other_numbers_of_channels_have_no_one_width(tmp_path: Path) -> None:
+    net = Elastic(TINY, channels=((4, 8), (4, 8, 16)), per_level=("width",))
+    space, study = Stepwise(net, uniform(4), (2, 2)), toy_study()
+    loaded = SimpleNamespace(supernet=net.initial(0))
+    partitions = Partitions(space, loaded, Digits(), study.evaluator, tmp_path, 0, 4, None, 0.9, "fd")
+    with pytest.raises(UserError, match="its levels have different numbers of channels to choose from"):
+        next(partitions.measure())
 
 
 def test_intervals_and_boundaries_are_each_others_inverse() -> None:

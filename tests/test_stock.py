@@ -17,19 +17,20 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     LDMPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     UNet2DModel,
 )
 
 from evaluators.sampling import DDIM, DDPM, DPMSolver, in_space, sample
 from nas.contracts import Schedule, Step, UserError
-from nas.handover.stock import export_stock
+from nas.handover.stock import _of_text, export_stock
 from search_spaces.codec import Autoencoder, Pixels
 from search_spaces.intervals import leading, linspace, uniform
 from search_spaces.noise import NoiseSchedule
 from search_spaces.supernet import Elastic
 from tests.conftest import TINY
-from tests.pipelines import stable_diffusion_xl
+from tests.pipelines import pixart, stable_diffusion_xl
 from tests.test_codec import CONFIG, KINDS, made
 
 LDM_MODULE = LDMPipeline.__module__.removeprefix("diffusers.pipelines.")
@@ -155,6 +156,24 @@ def test_a_schedule_of_one_network_is_diffusers_own_pipeline(
     again = Elastic.from_pretrained(tmp_path / "stock", widths=(1.0,))
     assert again.noise == (net.recipe.noise if not ancestral else NoiseSchedule())  # DDPM's scheduler knows no end
     assert json.loads((tmp_path / "stock" / "provenance.json").read_text())["study"] == "x"
+
+
+def test_a_side_that_is_given_as_a_pair_is_a_side(tmp_path: Path) -> None:
+    made("KL", tmp_path / "vae")
+    net = Elastic({**CONFIG, "sample_size": (8, 8)}, (1.0,), codec=Autoencoder(str(tmp_path / "vae"))).initial(0)
+    export_stock(net, single(net, uniform(2), 1.0), DDIM(clip=False).describe(), {}, tmp_path / "stock")
+    pipeline = DiffusionPipeline.from_pretrained(str(tmp_path / "stock"))
+    assert pipeline(batch_size=1, num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 1)
+
+
+@pytest.mark.parametrize(("side", "name"), [(128, "PixArtAlphaPipeline"), (8, "PixArtSigmaPipeline")])
+def test_a_pixart_that_is_told_sizes_is_no_sigma(side: int, name: str, tmp_path: Path) -> None:
+    """Whose pipeline tells none, however long its texts are."""
+    stock = pixart(tmp_path / "pixart")
+    network = PixArtTransformer2DModel(**{**stock.transformer.config, "sample_size": side})
+    texts = {"tokenizer": stock.tokenizer, "text_encoder": stock.text_encoder}
+    made = _of_text("PixArtTransformer2DModel", texts, stock.vae, network, stock.scheduler, False, 300)
+    assert type(made).__name__ == name
 
 
 @pytest.mark.parametrize(

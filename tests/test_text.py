@@ -57,6 +57,16 @@ def test_both_encoders_of_xl_and_the_sizes(text_pipelines: Path) -> None:
     assert torch.allclose(loaded.rows(TEXTS)(torch.tensor([2]))["encoder_hidden_states"], empty, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_texts_are_as_long_as_is_said(kind: str, text_pipelines: Path) -> None:
+    recipe = TextEncoder(str(text_pipelines / kind), length=5)
+    rows = recipe.load(None, "cpu").rows(["a photo"])(torch.arange(1))
+    assert rows["encoder_hidden_states"].shape[1:] == recipe.shape
+    assert recipe.shape[0] == 5
+    with pytest.raises(UserError, match="length=40 is more than the 12 tokens"):
+        TextEncoder(str(text_pipelines / kind), length=40).shape  # noqa: B018
+
+
 def test_xl_may_have_no_zeros_for_no_negative_prompt(text_pipelines: Path, tmp_path: Path) -> None:
     shutil.copytree(text_pipelines / "xl", tmp_path / "xl")
     index = json.loads((tmp_path / "xl" / "model_index.json").read_text())

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    VQModel,
+)
 
 from evaluators.conditions import Prompts
 from evaluators.sampling import DDIM, DPMSolver, sample
@@ -21,6 +29,7 @@ from nas.base.exported import ExportError, read_export
 from nas.contracts import Guidance, Schedule, Step, UserError
 from nas.handover.export import export
 from nas.handover.stock import export_stock
+from search_spaces.codec import Autoencoder
 from search_spaces.intervals import free, leading
 from search_spaces.loaded import LoadedElastic
 from search_spaces.supernet import Elastic
@@ -131,7 +140,7 @@ def test_an_exported_pipeline_is_called_as_stable_diffusions(text_pipelines: Pat
         ({"prompt": texts, "batch_size": 5}, "2 prompts or labels for 5"),
         (
             {"prompt_embeds": {"encoder_hidden_states": embeds["encoder_hidden_states"]}},
-            "must have rows named encoder_hidden_states and negative_encoder_hidden_states.* guidance_scale=1",
+            "must have rows named encoder_hidden_states, negative_encoder_hidden_states, .* guidance_scale=1",
         ),
         ({"prompt_embeds": embeds["encoder_hidden_states"]}, "and has a Tensor"),
         ({"prompt_embeds": embeds, "prompt": texts}, "prompts or prompt_embeds, not both"),
@@ -143,6 +152,22 @@ def test_an_exported_pipeline_is_called_as_stable_diffusions(text_pipelines: Pat
     pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config)
     with pytest.raises(ValueError, match="its own sampler, which PNDMScheduler cannot replace"):
         pipeline(texts)
+
+
+def test_rows_of_xl_are_all_asked_for(text_pipelines: Path, tmp_path: Path) -> None:
+    """Without its pooled output the negative text would be the prompt's own."""
+    net, _ = exported(text_pipelines, tmp_path / "model", "xl")
+    pipeline: Any = DiffusionPipeline.from_pretrained(
+        tmp_path / "model", custom_pipeline=str(tmp_path / "model"), trust_remote_code=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = net.text.rows(["a photo of a bag"])(torch.arange(1))
+    made = pipeline("a photo of a bag", seed=1, output_type="pt").images
+    assert torch.allclose(pipeline(prompt_embeds=embeds, seed=1, output_type="pt").images, made, atol=1e-5)
+    for missing in ("negative_text_embeds", "text_embeds", "time_ids"):
+        some = {name: rows for name, rows in embeds.items() if name != missing}
+        with pytest.raises(ValueError, match=rf"must have rows named .*{missing}"):
+            pipeline(prompt_embeds=some)
 
 
 @pytest.mark.long
@@ -228,6 +253,45 @@ def test_one_network_for_all_steps_is_the_plain_pipeline(
     uneven = Schedule((Step(801, half, (), Guidance(2.0)), Step(1, half)))
     with pytest.raises(UserError, match="not all guided alike"):
         export_stock(net, uneven, DDIM(clip=False).describe(), {}, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampler", "autoencoder", "words"),
+    [
+        ("sd", DDIM(clip=True), {}, "StableDiffusionPipeline does not clip with DDIM"),
+        ("xl", DPMSolver(clip=True), {}, "StableDiffusionXLPipeline does not clip with DPMSolver"),
+        ("sd", DDIM(clip=False), {"shift_factor": 0.1}, "StableDiffusionPipeline knows no shift_factor"),
+        ("sd", DDIM(clip=False), {"latents_mean": [0.1] * 4}, "StableDiffusionPipeline knows no latents_mean"),
+        ("xl", DDIM(clip=False), {"shift_factor": 0.1}, "StableDiffusionXLPipeline knows no shift_factor"),
+        ("xl", DDIM(clip=False), {"latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}, ""),
+        ("sd", DDIM(clip=False), "VQModel", "StableDiffusionPipeline cannot call a VQModel"),
+    ],
+)
+def test_stock_pipelines_of_texts_that_would_sample_otherwise_are_refused(
+    kind: str, sampler: Any, autoencoder: Any, words: str, text_pipelines: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(text_pipelines / kind, tmp_path / kind)
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    if autoencoder == "VQModel":
+        parts = ("block_out_channels", "down_block_types", "up_block_types", "norm_num_groups", "latent_channels")
+        vae = VQModel(**{name: vae.config[name] for name in parts}, scaling_factor=0.5)
+    else:
+        vae.register_to_config(**autoencoder)
+    vae.save_pretrained(folder / "vae")
+    net = Elastic.from_pretrained(folder, widths=(0.5, 1.0), codec=Autoencoder(str(folder / "vae"))).initial(0)
+    schedule = Schedule(tuple(Step(t, net.full_arch, (), Guidance(2.0)) for t in leading(4, offset=1)))
+    with pytest.raises(UserError, match=words) if words else nullcontext():
+        export_stock(net, schedule, sampler.describe(), {}, tmp_path / "stock")
+
+
+def test_a_pipeline_with_a_further_network_in_each_step_is_refused(text_pipelines: Path, tmp_path: Path) -> None:
+    """Its network alone may be taken."""
+    folder = shutil.copytree(text_pipelines / "sd", tmp_path / "controlled")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "controlnet": ["diffusers", "ControlNetModel"]}))
+    with pytest.raises(UserError, match="has controlnet, a ControlNetModel, which has a hand in each step"):
+        Elastic.from_pretrained(folder)
+    assert Elastic.from_pretrained(folder / "unet", widths=(0.5, 1.0)).text is not None
 
 
 def test_folders_in_half_precision_are_read(text_pipelines: Path, tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ def export_stock(
     autoencoder = getattr(net, "autoencoder", None)
     texts = _texts(net)
     kind = type(network).__name__
+    size = network.config.sample_size
+    if isinstance(size, list | tuple) and size[0] == size[1]:  # some pipelines reckon with a side
+        network.register_to_config(sample_size=size[0])
     tokens = (getattr(net, "text_shape", None) or {}).get("tokens")
     if texts:
         with quiet_transformers():
@@ -88,7 +91,9 @@ def _of_text(
 ) -> Any:
     """`zeros`: whether these stand for no negative prompt, of XL. `tokens`: of a text, by which PixArt-Sigma is told from alpha."""
     if kind == PIXART:
-        known = diffusers.PixArtSigmaPipeline if tokens == SIGMA_TOKENS else diffusers.PixArtAlphaPipeline
+        # Sigma tells its network no sizes.
+        sigma = tokens == SIGMA_TOKENS and not network.use_additional_conditions
+        known = diffusers.PixArtSigmaPipeline if sigma else diffusers.PixArtAlphaPipeline
         return known(**texts, vae=autoencoder, transformer=network, scheduler=scheduler)
     parts = {"vae": autoencoder, "unet": network, "scheduler": scheduler, **texts}
     if "text_encoder_2" in texts:
@@ -96,6 +101,18 @@ def _of_text(
     return diffusers.StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )
+
+
+PLAIN, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+
+
+def _named(kind: str, texts: Mapping[str, Any]) -> str:
+    """Which pipeline of latents it would be, for messages."""
+    if kind == DIT:
+        return "DiTPipeline"
+    if kind == PIXART:
+        return "PixArt's pipeline"
+    return "LDMPipeline" if not texts else XL if "text_encoder_2" in texts else PLAIN
 
 
 def _scales(schedule: Schedule) -> set[float]:
@@ -112,7 +129,13 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
     several = reads or dit
     known = ("DDIM", "DPMSolver") if several else ("DDIM",) if latent is not None else ("DDIM", "DDPM")
     config: Any = {} if latent is None else latent.config
-    shifts = [name for name in ("shift_factor", "latents_mean", "latents_std") if config.get(name) and not texts]
+    pipeline = _named(kind, texts)
+    known_shifts = ("latents_mean", "latents_std") if pipeline == XL and net.state_shape[0] == 4 else ()
+    shifts = [
+        name
+        for name in ("shift_factor", "latents_mean", "latents_std")
+        if config.get(name) and name not in known_shifts
+    ]
     null = int(net.null_condition(condition)["class_labels"][0]) if labelled else None
     varies = getattr(net, "learned_variance", False) and sampler.get("variance") != "learned_range" and not several
     reasons = {
@@ -143,7 +166,10 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         "DDPM's last step adds noise to the image where it stands above timestep 0": sampler["class"] == "DDPM"
         and sampler.get("variance") != "fixed_small"
         and schedule.timesteps[-1] > 0,
-        f"{'DiTPipeline' if dit else 'LDMPipeline'} knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
+        f"{pipeline} knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
+        f"{pipeline} cannot call a VQModel": pipeline == PLAIN and type(latent).__name__ == "VQModel",
+        f"{pipeline} does not clip with {sampler['class']}": bool(sampler.get("clip"))
+        and (sampler["class"] == "DPMSolver" or pipeline == PLAIN),
         f"its network is a {kind}": kind not in ("UNet2DModel", DIT) and not texts,
     }
     wrong = [words for words, applies in reasons.items() if applies]

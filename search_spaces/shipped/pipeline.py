@@ -33,7 +33,7 @@ from .graph import holds
 from .latents import decoded
 from .reuse import NEGATIVE, PREDICTION, as_noise, first_rows, guided, null_of, run
 from .stepping import update
-from .texts import PARTS, encoded, nothing_said
+from .texts import PARTS, encoded, nothing_said, rows_read_by
 from .walks import arguments, offloaded
 
 
@@ -198,11 +198,13 @@ class StepAwarePipeline(DiffusionPipeline):  # type: ignore[misc]
         if embeds is not None:
             if prompt is not None or negative is not None:
                 raise ValueError("give prompts or prompt_embeds, not both")
-            rows = ["encoder_hidden_states", *([f"{NEGATIVE}encoder_hidden_states"] if guides else [])]
+            net = getattr(self, plan["steps"][0]["model"])
+            said, further = rows_read_by(getattr(net, "_orig_mod", net))
+            rows = [*said, *further, *([f"{NEGATIVE}{name}" for name in said] if guides else [])]
             if not isinstance(embeds, Mapping) or not {*rows} <= {*embeds}:
                 found = ", ".join(embeds) if isinstance(embeds, Mapping) else f"a {type(embeds).__name__}"
                 raise ValueError(
-                    f"prompt_embeds must have rows named {' and '.join(rows)}, and has {found}{'; guidance_scale=1 asks for no negative ones' if guides else ''}"
+                    f"prompt_embeds must have rows named {', '.join(rows)}, and has {found}{'; guidance_scale=1 asks for no negative ones' if guides else ''}"
                 )
             return {name: tensor.to(device).repeat_interleave(each, dim=0) for name, tensor in embeds.items()}
         parts = {name: getattr(self, name) for pair in PARTS for name in pair if getattr(self, name, None) is not None}

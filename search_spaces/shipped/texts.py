@@ -32,7 +32,7 @@ def encoded(
         tokens = tokenizer(
             list(texts),
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=length or tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         ).input_ids.to(device)
@@ -69,3 +69,13 @@ def _by_t5(
 def nothing_said(rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Zeros where a text would speak: what XL takes for no negative prompt, where its pipeline has `force_zeros_for_empty_prompt`."""
     return {name: values if name == "time_ids" else torch.zeros_like(values) for name, values in rows.items()}
+
+
+def rows_read_by(net: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a network reads that reads a text: the rows that a text says, of which a negative one says others, and those that say how large the image is."""
+    if net.config.get("addition_embed_type") == "text_time":
+        return ("encoder_hidden_states", "text_embeds"), ("time_ids",)
+    if type(net).__name__ == "PixArtTransformer2DModel":
+        sized = ("resolution", "aspect_ratio") if net.use_additional_conditions else ()
+        return ("encoder_hidden_states", "encoder_attention_mask"), sized
+    return ("encoder_hidden_states",), ()

@@ -204,6 +204,10 @@ def read_images(
             raise PictureError(f"{path} must hold images in [-1, 1]; divide bytes by 127.5 and take 1 off")
         yield len(found), len(found), found
         return
+    if channels not in (1, 3):
+        raise PictureError(
+            f"the networks take {channels} channels, and pictures have 1 or 3; give an .npy file in [-1, 1]"
+        )
     listed = find_pictures(path)
     pixels = np.empty((len(listed.files), channels, *size), dtype=np.float32)
     for number, file in enumerate(listed.files):

@@ -220,8 +220,11 @@ def train(
             for file in exported
             if file.startswith(("teacher/", f"{AUTOENCODER}/", f"{CLASS_EMBEDDING}/", "text_encoder", "tokenizer"))
         }
+        scaling = accelerator.scaler.state_dict() if accelerator.scaler else None
         for name, ranges in (timesteps or plan["timesteps"]).items():
             if not (into / name / "config.json").exists():
+                if scaling:  # each network begins with it, whichever was trained before in this process
+                    accelerator.scaler.load_state_dict(scaling)
                 yield from _train_one(folder, name, ranges, teacher, data, scheduler, settings, accelerator, whole)
                 if accelerator.is_main_process:
                     # Its hash is noted before it has its name: whatever is killed here, a named network has its hash.
