@@ -34,7 +34,9 @@ def read_schedule(schedule: str | Path | Mapping[str, Any]) -> Mapping[str, Any]
         except (OSError, ValueError) as error:
             raise ScheduleError(f"{where} cannot be read ({error}); give a schedule.json") from error
     if not isinstance(schedule, Mapping) or schedule.get("format") != FORMAT:
-        raise ScheduleError(f"{where} is no {FORMAT}; give one that `nas tune` wrote")
+        raise ScheduleError(
+            f"{where} is no {FORMAT}; give one that `nas tune` wrote, which that of an exported folder is not"
+        )
     if schedule.get("version") != VERSION:
         raise ScheduleError(
             f"{where} is of version {schedule.get('version')}, this file reads {VERSION}; take the module that came with it"
