@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property
-from os import truncate
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,40 @@ import torch
 from evaluators.frechet import LoadedFrechet
 from evaluators.scoring import LoadedScore, Rows
 from evaluators.trajectories import Trajectories
-from nas.contracts import Condition, LoadedSupernet, Schedule, Score, Step
+from nas.contracts import Condition, LoadedEvaluator, LoadedSupernet, Schedule, Score, Step
 
 
 class Silent:
-    """A loaded network that predicts nothing and decodes nothing, with the costs of another one, whose blocks are not reused."""
+    """A loaded network that predicts nothing and decodes nothing, with the costs of another one, and keeps as much to be reused: how much that is, one sample of
+    the other one tells at the first call of a kind."""
 
     def __init__(self, net: LoadedSupernet) -> None:
         self._net = net
+        self._shapes: dict[Any, dict[str, tuple[int, torch.Tensor]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._net, name)
 
     def denoiser(self, step: Step, keep: Sequence[str] = ()) -> Callable[..., tuple[torch.Tensor, Any]]:
-        assert not step.reuse, "how much reused blocks would keep is not known here"
-        assert not keep
-
         def call(
             x: torch.Tensor, t: int, cache: Any = None, condition: Condition | None = None
         ) -> tuple[torch.Tensor, Any]:
-            return torch.zeros_like(x), None
+            predicted = torch.zeros_like(x)
+            if not keep:
+                return predicted, None
+            given = {name: len(rows) // len(x) for name, rows in (cache or {}).items()}
+            kind = replace(step, timestep=0), tuple(keep), *given.items()
+            if kind not in self._shapes:
+                one = None if cache is None else {name: cache[name][: given[name]].clone() for name in given}
+                told = None if condition is None else {name: rows[:1] for name, rows in condition.items()}
+                _, kept = self._net.denoiser(step, keep)(x[:1], t, one, told)
+                # Of no size itself, whatever it is expanded to.
+                self._shapes[kind] = {n: (len(rows), torch.zeros_like(rows[:1])) for n, rows in kept.items()}
+            each = self._shapes[kind].items()
+            return predicted, {
+                name: torch.zeros((), dtype=like.dtype).expand(rows * len(x), *like.shape[1:])
+                for name, (rows, like) in each
+            }
 
         return call
 
@@ -67,31 +80,46 @@ def silent(evaluate: LoadedFrechet) -> LoadedScore:
     return LoadedScore(evaluate.recipe, trajectories, evaluate.name, rows, lambda _: (0.0, ()), evaluate.label)
 
 
-class Charged:
-    """`evaluate`, whose scores are kept in `file`, a JSON object in each line, by noise, schedule and number of samples. One for each search."""
+class Kept:
+    """Scores in a file, a JSON object in each line, by a key of one's own. Several processes may add to it; a line that a stop has cut off is none."""
 
-    def __init__(self, evaluate: LoadedFrechet, file: Path) -> None:
-        self._evaluate = evaluate
+    def __init__(self, file: Path) -> None:
         self._file = file
-        self._silent = silent(evaluate)
+        self._known: dict[str, Score] = {}
+        self._read = 0
 
-    @cached_property
-    def _known(self) -> dict[str, Score]:
-        """Without a last line that a stop cut off."""
-        if not self._file.exists():
-            return {}
-        whole, _, rest = self._file.read_text().rpartition("\n")
-        if rest:
-            truncate(self._file, self._file.stat().st_size - len(rest.encode()))
-        every = map(json.loads, whole.splitlines())
-        return {one["key"]: Score.from_json(one) for one in every}
+    def get(self, key: str) -> Score | None:
+        if key not in self._known and self._file.exists():
+            with self._file.open("rb") as file:
+                file.seek(self._read)
+                whole, _, _ = file.read().rpartition(b"\n")
+            self._read += len(whole)
+            for line in whole.splitlines():
+                with suppress(ValueError):
+                    told = json.loads(line)
+                    self._known[told["key"]] = Score.from_json(told)
+        return self._known.get(key)
+
+    def put(self, key: str, score: Score) -> None:
+        self._known[key] = score
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("ab", buffering=0) as file:
+            # In one piece, on a line of its own whatever stands before.
+            file.write(f"\n{json.dumps({'key': key, **score.to_json()})}\n".encode())
+
+
+class Charged:
+    """`evaluate`, whose scores are `kept`, by noise, schedule and number of samples, and charged as `silent` is. Both are of one search alone, from its beginning."""
+
+    def __init__(self, evaluate: LoadedEvaluator, silent: LoadedEvaluator, kept: Kept) -> None:
+        self._evaluate = evaluate
+        self._silent = silent
+        self._kept = kept
 
     def __call__(self, schedule: Schedule, rung: int, seed: int) -> Score:
         spent = self._silent(schedule, rung, seed).spent
         key = f"{seed} {schedule.digest} {rung}"
-        if key not in self._known:
-            self._known[key] = score = self._evaluate(schedule, rung, seed)
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._file.open("a") as file:
-                file.write(json.dumps({"key": key, **score.to_json()}) + "\n")
-        return replace(self._known[key], spent=spent)
+        score = self._kept.get(key)
+        if score is None:
+            self._kept.put(key, score := self._evaluate(schedule, rung, seed))
+        return replace(score, spent=spent)

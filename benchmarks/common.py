@@ -341,6 +341,16 @@ def needs(package: str, extra: str) -> None:
         )
 
 
+def processor() -> str:
+    """Which kind of CPU it is, more finely than by its name, by which two generations may go; empty where nothing says."""
+    told = (
+        dict(re.findall(r"^(cpu family|model|stepping|cache size)\s*: (.+)$", CPUS.read_text(), re.M))
+        if CPUS.exists()
+        else {}
+    )
+    return ", ".join(f"{name} {value}" for name, value in told.items())
+
+
 def device() -> str:
     """In words: what the numbers were measured on."""
     import torch

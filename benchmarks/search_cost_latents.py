@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import latent
-from benchmarks.charged import Charged
+from benchmarks.charged import Charged, Kept, silent
 from benchmarks.common import RUNS, Benchmark, Target, borrow
 from benchmarks.digits_table import replayed, verified_of
 from benchmarks.fitted_table import Fitted, Size, Told
@@ -156,7 +156,8 @@ def searched(
     folder = borrow(setting.prepared, own)
     with open_session(study, folder) as session:
         conductor = session.conductor("search", seed=seed)
-        evaluate = Charged(study.load(folder, "cpu"), setting.folder / "scores" / f"{name}-{seed}.jsonl")  # type: ignore[arg-type]
+        loaded: Any = study.load(folder, "cpu")
+        evaluate = Charged(loaded, silent(loaded), Kept(setting.folder / "scores" / f"{name}-{seed}.jsonl"))
         fresh = lambda schedule, rung, noise: evaluate(schedule, rung, derive_seed(noise, schedule.digest))  # noqa: E731
         run_here(conductor, lambda: evaluate if shared else fresh)
         found = list(conductor.ledger.trials)

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import norm
 
-from benchmarks.common import RESULTS, Benchmark, Target, device
+from benchmarks.common import RESULTS, Benchmark, Target, device, processor
 from benchmarks.protocol import committed
 from benchmarks.tune_arms import (
     NETWORKS,
@@ -156,7 +156,7 @@ def verdict(cells: list[Cell], budget: float, bench: Benchmark) -> Row:
         "best_reference": best,
         "rules_that_fit_in_some_seeds_alone": left_out,
         "ratio": mean(mine) / mean(references[best]),
-        "over_steps": mean(mine) / mean(steps),
+        **({} if "steps" in rivals else {"over_steps": mean(mine) / mean(steps)}),
         "difference_to_reference": compared(list(zip(mine, references[best], strict=True))),
         "difference_to_steps": compared(list(zip(mine, steps, strict=True))),
         "differences_of_seeds": [a["loss"] - b["loss"] for a, b in zip(mine, references[best], strict=True)],
@@ -223,7 +223,8 @@ def whole(cell: Cell, bench: Benchmark) -> bool:
 
 def _measured(cell: Cell, bench: Benchmark) -> None:
     """The rows of a cell that are not there. One that was begun elsewhere is begun anew, since its times are those of a processor."""
-    timed_here = bench.has(f"{cell.key}: times") and bench.kept(f"{cell.key}: times")["on"] == device()
+    kept = bench.kept(f"{cell.key}: times") if bench.has(f"{cell.key}: times") else {}
+    timed_here = (kept.get("on"), kept.get("processor", "")) == (device(), processor())
     if not (timed_here and cell.run.exists()):
         bench.forget(beginning=f"{cell.key}: ")
         shutil.rmtree(cell.run, ignore_errors=True)
@@ -291,6 +292,12 @@ class Verdicts:
         """`prefix`: of their names."""
         clear = [row for row in self.rows if not row["tie"]]
         what = f"{', '.join(self.of)}; {len(self.rows)} cells, {len(self.rows) - len(clear)} of them ties"
+        over_steps = Target(
+            f"{prefix}_over_steps",
+            "loss of searched reuse over that of searched fewer steps, median",
+            None,
+            float(np.median([row["over_steps"] for row in clear])) if clear and "over_steps" in clear[0] else None,
+        )
         return [
             Target(
                 f"{prefix}_loss_ratio",
@@ -298,12 +305,8 @@ class Verdicts:
                 0.5,
                 float(np.median([row["ratio"] for row in clear])) if clear else None,
             ),
-            Target(
-                f"{prefix}_over_steps",
-                "loss of searched reuse over that of searched fewer steps, median",
-                None,
-                float(np.median([row["over_steps"] for row in clear])) if clear else None,
-            ),
+            # Where searched steps are among the rivals, no ratio is taken of them.
+            *([] if any("over_steps" not in row for row in self.rows) else [over_steps]),
             Target(
                 f"{prefix}_cells_won",
                 "share of cells in which none of them is better, one-sided, Holm-corrected",

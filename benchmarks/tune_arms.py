@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import latent, text, transformer
-from benchmarks.common import RUNS, borrow, copied
+from benchmarks.charged import Charged, Kept, Silent
+from benchmarks.common import RUNS, borrow, copied, processor
 from evaluators.latency import Latency, Timed, Timer
 from evaluators.proxies import TeacherDistance
 from evaluators.sampling import DDIM, DPMSolver
@@ -22,6 +25,7 @@ from evaluators.scoring import Scores
 from nas.base.files import write_text
 from nas.contracts import Genome, Guidance, Schedule, Step, UserError, derive_seed
 from nas.engine.learning import learned_macs, learned_tensors
+from nas.engine.runner import run_here
 from nas.engine.session import open_session
 from nas.engine.timing import measure
 from nas.genomes.genetics import LATENCY, dearest
@@ -240,7 +244,9 @@ def timed(cell: Cell) -> Row:
     own = timer(cell)
     own.of_step(Step(0, net.full_arch))  # not guided, as a rule may be where the space never is
     files = {file: (cell.run / file).read_text() for file in TIMES if (cell.run / file).exists()}
-    return {"full_ms": full, "decoding_ms": own.of_decoding(), "files": files}
+    # By which it shows whether something else ran beside it, and on which machine.
+    beside = {"load": os.getloadavg()[0], "processor": processor()}
+    return {"full_ms": full, "decoding_ms": own.of_decoding(), **beside, "files": files}
 
 
 def restored(cell: Cell, times: Row) -> None:
@@ -286,6 +292,8 @@ def _searched(cell: Cell, arm: str, budget: float, times: Row, judge: Judge) -> 
     study = cell.study(limit(budget, times), arm, budget)
     if cell.as_tuned and arm != "gates":
         study = replace(study, enqueue=first_tries(cell, study, budget, times))
+    # Begun anew after a stop, whose scores are kept for all arms and budgets of the cell: what a search takes does not depend on it.
+    shutil.rmtree(cell.run / f"{budget:g}-{arm}", ignore_errors=True)
     folder = folder_of(cell, f"{budget:g}-{arm}")
     here = folder / "learned"
     if arm == "gates" and not here.is_symlink():  # the same whatever the budget, one of which follows another
@@ -297,12 +305,19 @@ def _searched(cell: Cell, arm: str, budget: float, times: Row, judge: Judge) -> 
         for _ in session.learn(arm, cell.seed):
             pass
         conductor = session.conductor(arm, cell.seed)
-        session.run(conductor)
+        run_here(conductor, partial(charged, cell, study, folder))
         trials = [trial for trial in conductor.ledger.trials if trial.scored]
     best = study.space.decode(verified(study, trials))
     learned = learned_macs(folder, study.ledger_info(folder, arm, cell.seed))
     spent = (learned + sum(t.score.spent.get("macs", 0.0) for t in trials if t.score)) / study.full["macs"]
     return {**judge(best), "spent_samples": spent, "trials": len(trials)}
+
+
+def charged(cell: Cell, study: Study, folder: Path) -> Charged:
+    """The study's evaluator, which makes no score again that the cell has, and charges it as though it did."""
+    loaded: Any = study.load(folder, "cpu")
+    silent = study.evaluator.base.load(Silent(loaded.supernet), folder)  # type: ignore[attr-defined]
+    return Charged(loaded, silent, Kept(cell.run / "scores.jsonl"))
 
 
 def first_tries(cell: Cell, study: Study, budget: float, times: Row) -> tuple[Genome, ...]:
@@ -448,9 +463,12 @@ class Judge:
         parts = tuple(replace(one, batch=256, sampler=(DDIM(), DPMSolver())) for one in every)
         net = setting.net.load(run / "supernet", "cpu")
         self._score = Scores(parts).load(net, setting.judged if of_latents else run)
+        self._kept = Kept(cell.run / "judged.jsonl")
 
     def __call__(self, schedule: Schedule) -> Row:
-        score = self._score(schedule, self._count, self._seed)
+        score = self._kept.get(schedule.digest)
+        if score is None:
+            self._kept.put(schedule.digest, score := self._score(schedule, self._count, self._seed))
         ms = self._timer.of_schedule(schedule)[0]
         whole = self._times["full_ms"] + self._times["decoding_ms"]
         return {

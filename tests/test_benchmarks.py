@@ -29,17 +29,23 @@ from benchmarks import (
     search_cost_latents,
 )
 from benchmarks.published import NETWORKS
+from evaluators.conditions import Labels
 from evaluators.features import SmallClassifier
 from evaluators.frechet import Frechet, Moments
 from evaluators.images import Digits
+from evaluators.proxies import TeacherDistance
 from evaluators.sampling import DDIM, sample
+from evaluators.scoring import Scores
 from nas.contracts import Schedule, Step, jackknife_error
 from nas.searchers.random import Random
 from nas.study import Study
 from search_spaces.intervals import per_step, uniform
+from search_spaces.options import Options
+from search_spaces.patterns import Every, Only
 from search_spaces.stepwise import Stepwise
 from search_spaces.supernet import Elastic
 from tests.jobs import measured_or_not
+from tests.labelled import NET, SPACES
 from tests.test_protocol import WHOLE
 
 ROOT = Path(__file__).parent.parent
@@ -483,17 +489,78 @@ def test_what_is_known_is_charged_as_though_it_were_made_here(
     plain, file = loaded(0), tmp_path / "scores.jsonl"
     wanted = [plain(*one) for one in asked]
     assert plain.trajectories.meter.cached_macs > 0
-    first = charged.Charged(loaded(1), file)
+
+    def kept_of(number: int) -> charged.Charged:
+        evaluate = loaded(number)
+        return charged.Charged(evaluate, charged.silent(evaluate), charged.Kept(file))
+
+    first = kept_of(1)
     for one in asked[:20]:
         first(*one)
     file.write_text(file.read_text()[:-9])
     for number in (2, 3):
-        told = charged.Charged(loaded(number), file)
+        told = kept_of(number)
         for one, score in zip(asked, wanted, strict=True):
             found = told(*one)
             assert (found.values, found.replicates, found.labels) == (score.values, score.replicates, score.labels)
             assert {**found.spent, "seconds": 0} == {**score.spent, "seconds": 0}
-    assert len(file.read_text().splitlines()) == len({(schedule.digest, rung, seed) for schedule, rung, seed in asked})
+    keys = [json.loads(line)["key"] for line in file.read_text().splitlines() if line.endswith("}")]
+    assert len(keys) == len({*keys}) == len({(schedule.digest, rung, seed) for schedule, rung, seed in asked})
+
+
+BLOCKS = Stepwise(
+    NET,
+    uniform(6),
+    (1,) * 6,
+    Options((1.0,)),
+    guidance=(None, 1.5),
+    patterns=(Every(1), Only(("u1",)), Only(("d0", "u1"))),
+)
+
+
+@pytest.mark.parametrize("of", [BLOCKS, SPACES["and reuse, held"]], ids=["by step", "held"])
+def test_what_reuses_is_charged_as_though_it_were_made_here(of: Stepwise, labelled_run: Path, tmp_path: Path) -> None:
+    """As much is kept to be reused, of guided steps and others, and the full model's samples once."""
+    images, rng = Digits(), np.random.default_rng(0)
+    asked = [
+        (
+            of.decode(tuple(int(rng.integers(len(choice.options))) for choice in of.choices)),
+            int(rng.choice([16, 48])),
+            3,
+        )
+        for _ in range(24)
+    ]
+
+    def loaded(number: int, net: Any) -> Any:
+        recipe = Scores(
+            (
+                TeacherDistance(
+                    images,
+                    rungs=(16, 48),
+                    conditions=Labels(images),
+                    timesteps=of.timesteps,
+                    guidance=2.0,
+                    cache_bytes=300_000 + number,
+                ),
+            )
+        )
+        return recipe.load(net, labelled_run)
+
+    net = NET.load(labelled_run / "supernet", "cpu")
+    plain = loaded(0, net)
+    wanted = [plain(*one) for one in asked]
+    assert any(step.reuse for schedule, *_ in asked for step in schedule.steps)
+    assert sum(score.spent["cached_macs"] for score in wanted) > 0
+    for number in (1, 2):
+        told = charged.Charged(
+            loaded(0, net) if number == 1 else None,  # type: ignore[arg-type]  # all is known
+            loaded(number, charged.Silent(net)),
+            charged.Kept(tmp_path / "scores.jsonl"),
+        )
+        for one, score in zip(asked, wanted, strict=True):
+            found = told(*one)
+            assert found.values == score.values
+            assert {**found.spent, "seconds": 0} == {**score.spent, "seconds": 0}
 
 
 def test_a_share_of_hypervolumes_has_the_error_of_noises_that_both_share() -> None:
