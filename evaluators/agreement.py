@@ -42,10 +42,13 @@ class Agreement(Sampled):
 
     def check(self) -> None:
         """Raises UserError where samples are asked for no classes, or the judge's images have none; before anything is trained."""
+        self._check_classes()
+        self._check_labels(getattr(self.images, "peek", lambda: load_once(self.images))())
+
+    def _check_classes(self) -> None:
         assert self.conditions is not None
         if self.conditions.load().classes(0, 0, 1) is None:
             raise UserError(f"{self.conditions} asks for no classes; Agreement needs them, so give each its class")
-        self._check_labels(getattr(self.images, "peek", lambda: load_once(self.images))())
 
     def _check_labels(self, images: ImageSet) -> None:
         if images.labels is None:
@@ -80,8 +83,9 @@ class Agreement(Sampled):
         yield from self.judge.prepare(images, folder, seed, device)
 
     def load(self, supernet: LoadedSupernet, folder: Path) -> LoadedScore:
-        self.check()
-        check_shape(load_once(self.images), supernet.image_shape)
+        self._check_classes()
+        self._check_labels(images := load_once(self.images))
+        check_shape(images, supernet.image_shape)
         trajectories, classify = self.trajectories(supernet, folder), self.judge.classifier(folder, supernet.device)
         conditions = trajectories.conditions
         assert conditions is not None

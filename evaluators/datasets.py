@@ -257,9 +257,10 @@ class TorchDataset(OneByOne):
         both = getattr(self.dataset, "transforms", None)
         made = getattr(both, "target_transform", both) or getattr(self.dataset, "target_transform", None)
         targets = None if made else getattr(self.dataset, "targets", None)
-        item: Any = self._item(place) if targets is None else (None, targets)
+        item = self._item(place) if targets is None else None
         try:
-            found = int(item[1] if targets is None else targets[place])
+            label: Any = item[1] if targets is None else targets[place]  # type: ignore[index]
+            found = int(label)
         except Exception as error:  # such as of a tensor of several numbers
             raise UserError(
                 f"item {place} of {self.name} has no label ({type(error).__name__}: {first_line(error)}); it must be an image and the number of its class, or leave labels=True out"

@@ -212,7 +212,7 @@ _READ: dict[KeptImages, str] = {}
 def read_last(images: Any) -> str | None:
     """Digest of what was read last of these images, or of those that they are a part of; None where nothing was, or nobody keeps it."""
     inner = getattr(images, "images", None)
-    return _READ.get(images) if inner is None else read_last(inner)
+    return read_last(inner) if hasattr(inner, "load") else _READ.get(images)
 
 
 def counted(classes: Sequence[str], labels: npt.NDArray[np.int64]) -> str:

@@ -127,16 +127,13 @@ class StudyRun:
     ) -> None:
         """Prepares what is missing, scores the baseline, runs these searchers of the study, its first by default, each with `seeds` seeds from `seed` on, and scores
         the best of each budget once more, on noises on which nothing was chosen. `trials`: proposals, the study's by default. `workers`: Ray workers, or none. `patience`: a search ends early
-        after so many schedules in a row that leave its front, on the first rung's samples, as it was. Raises UserError for fewer than one of these, and where calls are timed
+        after so many schedules in a row that leave its front, on the first rung's samples, as it was. Raises UserError for `trials`, `seeds` or `patience` below 1, and where calls are timed
         on another device than workers have."""
         for name, number in {"trials": trials, "seeds": seeds, "patience": patience}.items():
             if number is not None and number < 1:
                 raise UserError(f"{name}={number}: give 1 or more, or leave it out")
         pool = _pool(workers, self.device) or self.show.workers
-        if pool is not None and pool.gpus and self.study.limits_time and not self.device.startswith("cuda"):
-            raise UserError(
-                f"calls are timed on the device {self.device}, but workers with GPUs compute on cuda; give the device cuda too"
-            )
+        check_times(self.study, self.device, pool)
         names = [name for name in (searchers or self.study.searchers) if name != BASELINE]
         for name in names:
             self.study.searcher(name)
@@ -479,6 +476,14 @@ def _pool(workers: int | Workers, device: str) -> Workers | None:
     pool = Pool(workers, device=device)
     check_workers(pool)
     return pool
+
+
+def check_times(study: Study, device: str, pool: Workers | None) -> None:
+    """Raises UserError where calls would be timed on another device than the workers'."""
+    if pool is not None and pool.gpus and study.limits_time and not device.startswith("cuda"):
+        raise UserError(
+            f"calls are timed on the device {device}, but workers with GPUs compute on cuda; give the device cuda too"
+        )
 
 
 @contextmanager

@@ -477,11 +477,14 @@ _FOLDERS: set[Path] = set()
 def _forget_namesakes(folder: Path) -> None:
     """Of the neighbours that studies of other folders have imported, those that have namesakes in this one."""
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if file is None or "." in name or name.startswith("nas_study_"):
+        if "." in name or name in ("nas", "search_spaces", "evaluators") or name.startswith("nas_study_"):
             continue
-        theirs = Path(file).parent.parent if Path(file).name == "__init__.py" else Path(file).parent
-        if theirs in _FOLDERS - {folder} and ((folder / f"{name}.py").exists() or (folder / name).is_dir()):
+        file = getattr(module, "__file__", None)
+        places = list(getattr(module, "__path__", [])) or (
+            [file] if file else []
+        )  # a package's folder, with or without an __init__.py
+        theirs = {Path(place).parent for place in places}
+        if theirs & (_FOLDERS - {folder}) and ((folder / f"{name}.py").exists() or any((folder / name).glob("*.py"))):
             for one in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
                 del sys.modules[one]
     _FOLDERS.add(folder)

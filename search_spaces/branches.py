@@ -77,8 +77,10 @@ class Branches:
             return self._genome_of(made)
         computed = made.steps(len(self.timesteps))
         check_listed(made, self._graph)
-        if idle := [place for place, one in enumerate(computed) if not one]:
-            raise UserError(f"{made.label} leaves out step {idle[0]}, and all run here; say (AROUND,), or use Stepwise")
+        if idle := [place for place in self._open if not computed[place]]:
+            raise UserError(
+                f"{made.label} leaves out step {idle[0]}, or holds what it predicts, and all run here; say (AROUND,), or use Stepwise"
+            )
         named = {name for one in computed if one and one != ALL for name in one} - {AROUND}
         unknown = sorted(name for name in named if not self._graph.expand([name]))
         if unknown:

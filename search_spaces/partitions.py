@@ -123,6 +123,14 @@ def compare(
         )
 
 
+def check_levels(space: Stepwise) -> None:
+    """Raises UserError where the network has no widths of all its levels together."""
+    if len({len(level) for level in space.net.channels}) > 1:
+        raise UserError(
+            "partitions are compared by one width of the whole network, and its levels have different numbers of channels to choose from; give each level as many, or widths"
+        )
+
+
 @dataclass
 class Partitions:
     """Measures what the makers need, lets each divide the space's timesteps into `count` intervals (None: the elbow of the
@@ -150,10 +158,7 @@ class Partitions:
             raise UserError(
                 f"--count {self.count} intervals cannot be told apart at --grid {self.grid} timesteps; give a grid of as many"
             )
-        if len({len(level) for level in space.net.channels}) > 1:
-            raise UserError(
-                "partitions are compared by one width of the whole network, and its levels have different numbers of channels to choose from; give each level as many, or widths"
-            )
+        check_levels(space)
         options = Options(space.net.widths, channels=space.net.channels)
         self.widths = space.net.subnets(options).genes[0].options
         each = space.of_each_step(options)

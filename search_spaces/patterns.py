@@ -110,7 +110,9 @@ class Listed:
 
     def steps(self, count: int) -> tuple[Computed, ...]:
         if count != len(self.computed):
-            raise UserError(f"{self.name} is a schedule of {len(self.computed)} steps, the interval has {count}")
+            raise UserError(
+                f"{self.name} is a schedule of {len(self.computed)} steps, and here are {count}; give as many timesteps"
+            )
         return self.computed
 
 

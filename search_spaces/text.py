@@ -88,17 +88,23 @@ class TextEncoder:
     def describe(self) -> dict[str, Any]:
         self.check()
         of_xl = {"zeros": self.zeros} if len(self._pairs) > 1 else {}
-        of_t5 = {"length": self.length} if self.length else {}
+        length = {"length": self.length} if self.length else {}
         size = {"size": self.size} if self._sized else {}
-        return {"class": "TextEncoder", "weights": self._digest, **of_xl, **of_t5, **size}
+        return {"class": "TextEncoder", "weights": self._digest, **of_xl, **length, **self._cut, **size}
+
+    @property
+    def _cut(self) -> dict[str, Any]:
+        """Tells rows of CLIP's, which once had the tokenizer's length whatever was said."""
+        return {"padded to": self.length} if self.length and not self._is_t5 else {}
+
+    @property
+    def _is_t5(self) -> bool:
+        return "d_model" in read_json(self.folder / PARTS[0][1] / "config.json", "copy it anew")
 
     @property
     def _sized(self) -> bool:
         """Whether its rows may say how large the image is, as XL's and T5's do."""
-        encoder = self.folder / PARTS[0][1]
-        return (
-            len(self._pairs) > 1 or bool(self.length) or "d_model" in read_json(encoder / "config.json", "copy it anew")
-        )
+        return len(self._pairs) > 1 or bool(self.length) or self._is_t5
 
     @property
     def zeros(self) -> bool:
@@ -121,7 +127,7 @@ class TextEncoder:
             raise UserError(
                 f"{self.folder}: tokenizer and text encoder say neither length nor width of a text; {remedy}"
             )
-        if isinstance(said, int) and tokens > said and "d_model" not in configs[0]:
+        if isinstance(said, int) and tokens > said and not self._is_t5:
             raise UserError(
                 f"length={tokens} is more than the {said} tokens that the text encoder of {self.folder} can place; give as many at most"
             )
@@ -138,7 +144,7 @@ class TextEncoder:
     def load(self, folder: Path | None, device: str) -> LoadedTextEncoder:
         self.check()
         identity = digest_of([self._digest, self.length]) if self.length else self._digest
-        identity = digest_of([identity, self.size]) if self._sized else identity
+        identity = digest_of([identity, self.size, *self._cut]) if self._sized else identity
         return LoadedTextEncoder(self.folder, self._pairs, self.size, identity, folder, device, self.zeros, self.length)
 
     @property

@@ -125,7 +125,7 @@ def test_a_router_of_learning_to_cache_is_read_as_its_code_runs_it(tmp_path: Pat
         Branches(elastic(DIT), uniform(4)).genome(listed)
     with pytest.raises(UserError, match=r"names b9\.attn, typo"):
         space.genome(Listed("odd", (ALL, ("b9.attn", "typo"), ALL, ALL)))
-    with pytest.raises(UserError, match="a schedule of 4 steps, the interval has 6"):
+    with pytest.raises(UserError, match="a schedule of 4 steps, and here are 6; give as many timesteps"):
         Branches(net(), uniform(6)).genome(listed)
     for name, row in (("odd", np.zeros(7)), ("nan", np.full(6, np.nan))):
         save_file({f"{i}.prob": row.astype(np.float32) for i in range(4)}, tmp_path / f"{name}.safetensors")

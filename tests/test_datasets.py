@@ -18,9 +18,9 @@ from PIL import Image
 import evaluators.kept
 from evaluators.datasets import DatasetFolder, TorchDataset
 from evaluators.images import HeldOutHalf, ImageFolder, load_once
-from evaluators.kept import KeptImages, Source
+from evaluators.kept import KeptImages, Source, checked
 from nas.base.files import partial_of
-from nas.contracts import UserError
+from nas.contracts import ImageSet, UserError
 from tests.test_images import folder_of
 
 datasets = pytest.importorskip("datasets")
@@ -152,6 +152,16 @@ def test_of_two_data_sets_of_one_name_each_is_itself(tmp_path: Path) -> None:
     for recipe, count in ((small, 20), (whole, 40)):
         list(recipe.prepare(tmp_path / f"{count}"))
         assert len(recipe.load()) == len(load_once(recipe)) == count
+
+
+def test_a_source_of_somebodys_own_may_hold_its_images_as_it_likes() -> None:
+    class Own:
+        images = np.zeros((20, 1, 8, 8), np.float32)
+
+        def load(self) -> ImageSet:
+            return checked(self.images, None, "mine")
+
+    assert len(load_once(Own())) == 20
 
 
 def test_what_is_read_anew_for_another_run_is_what_scores_look_at(folder: Path, tmp_path: Path) -> None:

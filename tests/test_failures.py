@@ -142,6 +142,43 @@ def test_a_second_attempt_is_no_sign_that_a_run_has_ended(under_way: bool, tmp_p
     assert "retry" not in job.trial.origin or under_way
 
 
+def test_a_run_that_was_killed_over_another_candidate_had_not_ended(tmp_path: Path) -> None:
+    """Three were given up before; that something was under way says that there were others."""
+    study = toy_study(space__genes=3)
+    ledger = Ledger(open_storage(tmp_path, writing=True), study.ledger_info(tmp_path, "random", 0), study.problem)
+    bad = [(gene, 0, 0) for gene in range(3)]
+    for genome in [one for one in bad for _ in range(2)]:
+        ledger.fail(ledger.open(Proposal(genome), study.space.decode(genome), 64).number, "out of memory")
+    ledger.open(Proposal((3, 3, 3)), study.space.decode((3, 3, 3)), 64)
+    search = RandomSearch(study.problem, 0)
+    Conductor(ledger, search, study.problem, Ladder((64, 256), ("fd", "macs"), 30, 5), 0)
+    assert search._told == {*bad}
+
+
+def test_a_third_attempt_says_that_a_run_had_ended(tmp_path: Path) -> None:
+    """Though the first failure of who has it lies before the others'."""
+    study = toy_study(space__genes=3)
+    ledger = Ledger(open_storage(tmp_path, writing=True), study.ledger_info(tmp_path, "random", 0), study.problem)
+    early, late, later, good = (0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 3, 3)
+
+    def opened(genome: tuple[int, ...], **origin: Any) -> int:
+        return ledger.open(Proposal(genome, origin), study.space.decode(genome), 64).number
+
+    ledger.fail(opened(early), "out of memory")
+    ledger.close(opened(good), Score({"fd": 10.0}))
+    last = {}
+    for genome in (early, late, later, late, later):
+        last[genome] = opened(genome)
+        ledger.fail(last[genome], "out of memory")
+    again = opened(early, retry=last[early])
+    search = RandomSearch(study.problem, 0)
+    conductor = Conductor(ledger, search, study.problem, Ladder((64, 256), ("fd", "macs"), 30, 5), 0)
+    jobs = [conductor.next() for _ in range(3)]
+    assert [job.trial.genome for job in jobs if isinstance(job, Job)] == [early, late, later]
+    assert isinstance(jobs[0], Job)
+    assert jobs[0].trial.number == again
+
+
 def test_who_cannot_be_verified_keeps_nobodys_place(tmp_path: Path) -> None:
     """The next takes it, so that as many are verified as were asked for."""
     study = toy_study(space__genes=6, trials=40, verified=3)

@@ -57,13 +57,15 @@ def test_a_study_file_that_imports_from_a_former_place_is_told_the_present_one(o
         load_study(file)
 
 
-def test_each_study_imports_its_own_neighbours(tmp_path: Path) -> None:
-    """In one process, as in a notebook."""
+@pytest.mark.parametrize("package", [False, True])
+def test_each_study_imports_its_own_neighbours(package: bool, tmp_path: Path) -> None:
+    """In one process, as in a notebook, whether their folders say that they are packages or not."""
     for name, trials in (("one", 7), ("two", 9)):
         (tmp_path / name / "kit").mkdir(parents=True)
-        (tmp_path / name / "kit" / "__init__.py").write_text("from kit.numbers import TRIALS\n")
+        if package:
+            (tmp_path / name / "kit" / "__init__.py").touch()
         (tmp_path / name / "kit" / "numbers.py").write_text(f"TRIALS = {trials}\n")
-        (tmp_path / name / "parts.py").write_text("from kit import TRIALS\n")
+        (tmp_path / name / "parts.py").write_text("from kit.numbers import TRIALS\n")
         (tmp_path / name / "study.py").write_text(
             "from parts import TRIALS\nfrom tests.toy import toy_study\nstudy = toy_study(trials=TRIALS)\n"
         )

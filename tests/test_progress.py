@@ -6,13 +6,13 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from nas.cli.progress import Lines, follow
+from nas.cli.progress import Lines, Naming, follow, progress_bars
 from nas.contracts import Progress
 from nas.engine.session import open_session
 from nas.engine.working import FILE, noted, working_on
@@ -129,3 +129,17 @@ def test_training_takes_as_many_threads_as_torch_has_or_as_are_asked_for(
             del preparing
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_work_comes_to_is_handed_on_by_who_names_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> Generator[Progress, None, str]:
+        yield Progress("working", 1, 1)
+        return "found"
+
+    with progress_bars(True) as bars:
+        naming = Naming(bars, tmp_path)
+        assert [naming(work()), naming(work())] == ["found", "found"]
+        assert naming(iter(())) is None
+    assert capsys.readouterr().err.replace("\n", "").count(f"run folder: {tmp_path}") == 1

@@ -147,7 +147,7 @@ def test_a_process_of_another_container_is_not_taken_for_gone(tmp_path: Path, mo
 
 
 def test_a_file_below_the_home_folder_is_written_out() -> None:
-    with pytest.raises(UserError, match=r"sqlite:///~/nas.db begins with ~"):
+    with pytest.raises(UserError, match=r"sqlite:///~/nas.db: its path begins with ~"):
         check_answers("sqlite:///~/nas.db")
 
 

@@ -33,6 +33,7 @@ from search_spaces.codec import Autoencoder
 from search_spaces.intervals import free, leading
 from search_spaces.loaded import LoadedElastic
 from search_spaces.supernet import Elastic
+from search_spaces.text import TextEncoder
 from tests.pipelines import TEXTS, exported, prompts, small_clip
 from tests.test_cli import nas
 
@@ -282,6 +283,15 @@ def test_stock_pipelines_of_texts_that_would_sample_otherwise_are_refused(
     schedule = Schedule(tuple(Step(t, net.full_arch, (), Guidance(2.0)) for t in leading(4, offset=1)))
     with pytest.raises(UserError, match=words) if words else nullcontext():
         export_stock(net, schedule, sampler.describe(), {}, tmp_path / "stock")
+
+
+def test_stock_pipelines_pad_texts_as_their_tokenizer_says(text_pipelines: Path, tmp_path: Path) -> None:
+    text = TextEncoder(str(text_pipelines / "sd"), length=5)
+    net = Elastic.from_pretrained(text_pipelines / "sd", widths=(0.5, 1.0), text=text).initial(0)
+    schedule = Schedule(tuple(Step(t, net.full_arch, (), Guidance(2.0)) for t in leading(4, offset=1)))
+    with pytest.raises(UserError, match="its texts have 5 tokens, and StableDiffusionPipeline pads them to 12"):
+        export_stock(net, schedule, DDIM(clip=False).describe(), {}, tmp_path / "stock")
+    assert text.describe()["padded to"] == 5, "rows of this length are no rows of the tokenizer's"
 
 
 def test_a_pipeline_with_a_further_network_in_each_step_is_refused(text_pipelines: Path, tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def test_the_same_command_scores_nothing_again(place: Path) -> None:
     assert (place / "run" / "6-macs-0.6" / "journal.log").read_bytes() == journal
     again = json.loads(result.stdout)["schedules"][0]
     assert again["verdict"] == said(place)["verdict"]
+    assert "DPM-Solver++ in " in " ".join(again["verdict"]), "another sampler was tried"
 
 
 def test_another_limit_loses_no_schedule_that_was_found(place: Path, tmp_path: Path) -> None:

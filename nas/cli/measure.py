@@ -108,7 +108,7 @@ def intervals(
     from nas.engine.session import open_session
     from nas.results.plots import draw_intervals
     from nas.study import load_study
-    from search_spaces.partitions import Partitions
+    from search_spaces.partitions import Partitions, check_levels
     from search_spaces.stepwise import Stepwise
 
     study = load_study(study_file)
@@ -116,6 +116,7 @@ def intervals(
         raise UserError(
             f"study {study.name} searches a {type(study.space).__name__}; `nas intervals` divides a Stepwise space"
         )
+    check_levels(study.space)
     folder = run_folder(study, out_dir)
     check_device(device)
     study.check()

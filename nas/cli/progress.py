@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,9 +155,9 @@ def progress_bars(quiet: bool) -> Progress | Lines:
     )
 
 
-def follow(bars: Progress | Lines, ticks: Iterator[Tick]) -> Any:
+def follow(bars: Progress | Lines, ticks: Iterator[Tick], at_first: Callable[[], None] = lambda: None) -> Any:
     """One bar for each kind of work that the ticks name. Returns what a generator of them returns. Work that is interrupted is closed, so
-    that it keeps what it has."""
+    that it keeps what it has. `at_first`: is called before the first tick is shown."""
     tasks: dict[str, Any] = {}
     try:
         while True:
@@ -166,6 +165,8 @@ def follow(bars: Progress | Lines, ticks: Iterator[Tick]) -> Any:
                 tick = next(ticks)
             except StopIteration as end:
                 return end.value
+            if not tasks:
+                at_first()
             if tick.what not in tasks:
                 tasks[tick.what] = bars.add_task(tick.what, total=tick.total, detail="")
             values = "  ".join(f"{name} {value:.3f}" for name, value in sorted(tick.values.items()))
@@ -183,12 +184,9 @@ class Naming:
         self._bars, self._folder = bars, folder
 
     def __call__(self, ticks: Iterator[Tick]) -> Any:
-        return follow(self._bars, self._named(ticks))
+        return follow(self._bars, ticks, self._name)
 
-    def _named(self, ticks: Iterator[Tick]) -> Iterator[Tick]:
-        with closing(ticks):  # type: ignore[type-var]
-            for tick in ticks:
-                if self._folder is not None:
-                    notes.print(f"run folder: {self._folder}", highlight=False, soft_wrap=True)
-                    self._folder = None
-                yield tick
+    def _name(self) -> None:
+        if self._folder is not None:
+            notes.print(f"run folder: {self._folder}", highlight=False, soft_wrap=True)
+            self._folder = None

@@ -102,7 +102,7 @@ def run(
     """Train what is missing, search, verify. The same command again goes on where it stopped. `accelerate launch -m nas.cli run STUDY` trains the supernet in several processes."""
     from nas.engine.show import Show
     from nas.engine.storage import check_answers
-    from nas.library import StudyRun
+    from nas.library import StudyRun, check_times
     from nas.study import BASELINE, load_study
 
     reckoned = {"--json": as_json, "--price": price is not None, "--throughput": throughput is not None}
@@ -140,6 +140,7 @@ def run(
             pass
         return
     pool = worker_pool(workers, gpus_per_worker, ray_address, device)
+    check_times(study, device, pool)
     started = time.monotonic()
     with resumable(folder):
         with progress_bars(quiet) as bars:

@@ -37,6 +37,8 @@ AGAIN = "nas:again"
 JOURNAL, CHECK = "journal.log", "journal.check"
 TAIL = 1 << 16
 """Bytes at the end of a file that are looked through at once."""
+HELD = 10.0
+"""Seconds that an append holds its lock at the most: who still holds one was killed."""
 LOST = "lost: its line of the journal was damaged"
 
 
@@ -96,7 +98,7 @@ def prepare(path: Path) -> None:
     no check file one. Raises UserError where the journal is damaged elsewhere."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stale = path.with_name(path.name + ".lock")
-    if os.path.lexists(stale) and time.time() - stale.lstat().st_mtime > 2:
+    if os.path.lexists(stale) and time.time() - stale.lstat().st_mtime > HELD:
         stale.unlink()
     if not path.exists():
         if path.with_name(CHECK).exists():

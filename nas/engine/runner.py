@@ -90,6 +90,12 @@ class Conductor:
         failures that do not count."""
         last = {(trial.digest, trial.rung): trial.number for trial in finished}
         under_way = [trial for trial in self.ledger.trials if trial.status == "running"]
+        failures: Counter[tuple[str, int]] = Counter()
+        given_up: set[int] = set()  # numbers of failures with which a run gives a candidate up
+        for trial in finished:
+            if trial.status == "failed":
+                failures[trial.digest, trial.rung] += 1
+                given_up |= {trial.number} if failures[trial.digest, trial.rung] >= FAILURES_PER_GENOME else set()
         streaks: set[int] = set()
         behind = 0
         for failed, group in groupby(finished, lambda trial: trial.status == "failed"):
@@ -97,18 +103,13 @@ class Conductor:
             behind += len(streak)
             if not failed or len(streak) < FAILURES_IN_A_ROW:
                 continue
-            first: dict[
-                tuple[str, int], int
-            ] = {}  # failure of each candidate, which is tried again whether a run ended or not
-            for trial in streak:
-                first.setdefault((trial.digest, trial.rung), trial.number)
-            numbers = {trial.number for trial in streak}
-            once, twice = {*first.values()}, numbers - {*first.values()}
+            candidates = {(trial.digest, trial.rung) for trial in streak}
+            for_good = {t.number: (t.digest, t.rung) for t in streak if t.number in given_up}
             tried = {trial.origin.get("retry") for trial in (*finished[behind:], *under_way)}
-            # A run of few candidates ended with it where it is the last, but for second attempts, or what is behind it tries them a third time.
-            ended = bool(tried & twice) or (behind == len(finished) and not tried & once)
-            if len(first) >= FAILURES_IN_A_ROW or ended:
-                streaks |= numbers
+            # A run of few candidates ended with it where all of them were given up and nothing else was to be done, or where one is tried once more behind it.
+            idle = behind == len(finished) and not under_way and {*for_good.values()} == candidates
+            if len(candidates) >= FAILURES_IN_A_ROW or idle or tried & {*for_good}:
+                streaks |= {trial.number for trial in streak}
         for trial in finished:
             if trial.number not in streaks:
                 self._absorb(trial)

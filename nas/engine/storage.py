@@ -71,7 +71,7 @@ def open_storage(folder: Path, url: str | None = None, writing: bool = False) ->
     check_url(url)
     parts = _parts(url)
     if not writing and parts.drivername.startswith("sqlite") and parts.database not in (None, "", ":memory:"):
-        file = Path(parts.database).expanduser()
+        file = Path(parts.database)
         if "uri" not in parts.query and not file.exists():  # or it would be made, by who looks alone
             raise UserError(f"storage {shown_url(url)} cannot be opened: there is no file {file}; check --storage")
     for attempt in range(TRIES):
@@ -107,7 +107,7 @@ def check_url(url: str) -> None:
         )
     if (database := _parts(url).database) and database.startswith("~"):
         raise UserError(
-            f"storage {shown_url(url)} begins with ~, which no database takes for the home folder; write it out"
+            f"storage {shown_url(url)}: its path begins with ~, which no database takes for the home folder; write it out"
         )
 
 
@@ -119,7 +119,7 @@ def check_answers(url: str) -> None:
     parts = _parts(url)
     try:
         if parts.drivername.startswith("sqlite"):
-            if parts.database and not Path(parts.database).expanduser().resolve().parent.is_dir():
+            if parts.database and not Path(parts.database).resolve().parent.is_dir():
                 raise FileNotFoundError(f"folder {Path(parts.database).parent} does not exist")
             return
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.pool.NullPool)
@@ -142,7 +142,7 @@ def kept_url(url: str) -> str:
     """For files: without secrets, which are given anew by --storage or by the database's own environment; a file of SQLite's wherever a command is typed."""
     parts = _parts(url)
     if parts is not None and parts.drivername.startswith("sqlite") and parts.database not in (None, "", ":memory:"):
-        parts = parts.set(database=str(Path(parts.database).expanduser().resolve()))
+        parts = parts.set(database=str(Path(parts.database).resolve()))
     return shown_url(url) if parts is None else _rendered(parts, lambda key: None)
 
 

@@ -217,7 +217,7 @@ def check_reachable(problem: Problem) -> None:
     budgeted = _budgeted(problem)
     broken = [name for name, limit in problem.limits.items() if cost[name] > limit]
     for name in [name for name in broken if name in budgeted]:
-        again = ", or, if the machine was busy when calls were timed, delete times.json and latency.json in the run folder, and they are timed again"
+        again = ", or, if the machine was busy when calls were timed, time them anew: in a new run folder (--out, and --weights-from for the supernet) delete latency.json, which it has taken along, and times.json"
         raise UserError(
             f"limit {name}={problem.limits[name]:g} cannot be met: the cheapest schedule, "
             f"{_option_names(problem.space, least)}, costs {name}={cost[name]:.4g}; raise the limit"

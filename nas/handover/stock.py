@@ -137,6 +137,10 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         if config.get(name) and name not in known_shifts
     ]
     null = int(net.null_condition(condition)["class_labels"][0]) if labelled else None
+    # Stable Diffusion's pipelines pad to what the tokenizer says.
+    tokens, padded = (getattr(net, "text_shape", None) or {}).get("tokens"), None
+    if pipeline in (PLAIN, XL):
+        padded = texts["tokenizer"].model_max_length
     varies = getattr(net, "learned_variance", False) and sampler.get("variance") != "learned_range" and not several
     reasons = {
         f"it runs {len(schedule.archs)} networks": len(schedule.archs) > 1,
@@ -167,6 +171,7 @@ def _check(net: LoadedSupernet, schedule: Schedule, sampler: Mapping[str, Any]) 
         and sampler.get("variance") != "fixed_small"
         and schedule.timesteps[-1] > 0,
         f"{pipeline} knows no {', '.join(shifts)} of an autoencoder": bool(shifts),
+        f"its texts have {tokens} tokens, and {pipeline} pads them to {padded}": padded not in (None, tokens),
         f"{pipeline} cannot call a VQModel": pipeline == PLAIN and type(latent).__name__ == "VQModel",
         f"{pipeline} does not clip with {sampler['class']}": bool(sampler.get("clip"))
         and (sampler["class"] == "DPMSolver" or pipeline == PLAIN),
