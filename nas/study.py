@@ -479,11 +479,9 @@ def _forget_namesakes(folder: Path) -> None:
     for name, module in list(sys.modules.items()):
         if "." in name or name in ("nas", "search_spaces", "evaluators") or name.startswith("nas_study_"):
             continue
-        file = getattr(module, "__file__", None)
-        places = list(getattr(module, "__path__", [])) or (
-            [file] if file else []
-        )  # a package's folder, with or without an __init__.py
-        theirs = {Path(place).parent for place in places}
+        # A package has its folder, with or without an __init__.py, and any other module its file.
+        places = getattr(module, "__path__", [getattr(module, "__file__", None)])
+        theirs = {Path(place).parent for place in places if place}
         if theirs & (_FOLDERS - {folder}) and ((folder / f"{name}.py").exists() or any((folder / name).glob("*.py"))):
             for one in [key for key in sys.modules if key == name or key.startswith(f"{name}.")]:
                 del sys.modules[one]

@@ -162,7 +162,7 @@ class Stepwise:
         pattern names, or where it is one of another number of steps."""
         full = self.net.anatomy.full
         computed = pattern.steps(len(self.timesteps))
-        for one in computed:
+        for one in dict.fromkeys(computed):
             self._check_computed(pattern, one)
         guide = max(self._guides, key=lambda one: self.net.macs(Step(0, full, (), self._guided_by(one, full))))
         served = [pair for steps in self._steps for pair in steps]

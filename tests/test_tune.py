@@ -233,6 +233,16 @@ def test_where_all_is_far_nothing_is_left_to_be_used(place: Path, tmp_path: Path
     assert replace(found, wanted=replace(found.wanted, full_steps=50)).verdict[0].startswith("No gain: keep 50 steps")
 
 
+def test_a_search_is_reckoned_in_samples_of_the_pipeline_that_it_is_compared_with(place: Path, tmp_path: Path) -> None:
+    """Which may have more steps than schedules choose from."""
+    found = tune(replace(quick(place / "dit"), full_steps=12), tmp_path)
+    every = {info.searcher: trials for info, trials in read_ledgers(open_storage(tmp_path))}
+    spent = sum(trial.score.spent["macs"] for trial in every["path"] if trial.score)
+    net = found.wanted.net
+    sample = 12 * net.macs(Step(0, net.anatomy.full, (), Guidance(found.wanted.scale)))  # type: ignore[arg-type]
+    assert found.spent["samples"] == pytest.approx(spent / sample)
+
+
 def test_another_sampler_is_taken_where_it_is_nearer(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
     folder = place / "run" / "6-macs-0.6"
     found = tune(quick(place / "dit"), folder)

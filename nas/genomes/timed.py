@@ -120,7 +120,7 @@ def timed(space: SearchSpace, folder: Path) -> TimedSpace:
 
 
 def read_times(path: Path) -> dict[str, Any]:
-    """ "device", in words, and "milliseconds" of calls, by `key`. Raises UserError where the file is damaged."""
+    """What a folder's file holds: "device", in words, and "milliseconds" of calls, by `key`. Raises UserError where the file is damaged."""
     again = "delete it, and calls are timed again"
     told = read_json(path, again)
     if not isinstance(told.get("device"), str) or not isinstance(told.get("milliseconds"), dict):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +227,15 @@ def within(study: Study, folder: Path, rules: Mapping[str, list[tuple[Pattern, i
     problem = study.problem_in(folder)
     space: Any = study.space
     found = []
+
+    def genome(rule: tuple[Pattern, int]) -> Genome:
+        made: Genome = space.genome(space.running(*rule))
+        return made
+
     for schedules in rules.values():
-        genomes = [partial(space.genome, space.running(pattern, stop)) for pattern, stop in schedules]
-        # The schedules of a rule fall in cost, so that few of them have to be looked for in the space, which takes a while.
-        first = bisect_left(genomes, True, key=lambda genome: problem.feasible(genome()))
-        found += [genome() for genome in genomes[first : first + 1]]
+        # The schedules of a rule fall in cost, so that few of them have to be made and looked for in the space, which takes a while.
+        first = bisect_left(schedules, True, key=lambda rule: problem.feasible(genome(rule)))
+        found += [genome(rule) for rule in schedules[first : first + 1]]
     return found
 
 
